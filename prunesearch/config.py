@@ -1,0 +1,198 @@
+"""The nouns of a study file: one frozen dataclass per section, names and numbers only.
+
+Field texts (`_field("...")`) become the descriptions of the JSON schema that editors show. Reading and
+checking files is in `files.py`; what a section does is where the section is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Scalar = bool | int | float | str
+Options = tuple[tuple[str, Scalar], ...]
+"""Named values in a hashable form, sorted by name. In YAML a mapping; `as_options` makes one from a dict."""
+
+
+def as_options(mapping: Mapping[str, Scalar] | Options) -> Options:
+    """A dict (or what is already a tuple of pairs) as sorted, hashable pairs."""
+    pairs = mapping.items() if isinstance(mapping, Mapping) else mapping
+    return tuple(sorted((str(name), value) for name, value in pairs))
+
+
+def _field(text: str, default: Any = ..., **bounds: float) -> Any:
+    """A dataclass field with a description, bounds (low, high: inclusive; above: exclusive), and maybe a default."""
+    metadata = {"text": text, **bounds}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: a timm name, with pretrained weights or a local checkpoint."""
+
+    name: str = _field("timm model name, for example deit_small_patch16_224.fb_in1k")
+    pretrained: bool = _field("load timm's pretrained weights (downloads them once)", False)
+    checkpoint: str | None = _field("local weights (.safetensors, or .pth read with weights_only)", None)
+    image_size: int | None = _field("input size in pixels; the model's own when absent", None, low=1)
+    num_classes: int | None = _field("number of classes; the model's own when absent", None, low=1)
+    options: Options = _field("further keywords of timm.create_model, for example {depth: 9}", ())
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images. `digits` ships with scikit-learn; anything else is opened by timm's create_dataset."""
+
+    name: str = _field('"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...', "digits")
+    root: str | None = _field("folder or tar file of the training images, or the data set's root", None)
+    val_root: str | None = _field("folder or tar file of the validation images, when they are not under root", None)
+    train_split: str = _field("name of the training split", "train")
+    val_split: str = _field("name of the validation split", "validation")
+    train_images: int | None = _field("use only this many training images (a fixed random subset)", None, low=1)
+    val_images: int | None = _field("use only this many validation images (a fixed random subset)", None, low=1)
+    in_memory: bool = _field("decode once and keep uint8 images in memory; false streams with timm's loader", True)
+    loaders: int = _field("data loading processes when streaming", 2, low=0)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range of keep ratios to search over."""
+
+    low: float = _field("smallest keep ratio", above=0, high=1)
+    high: float = _field("largest keep ratio; 1.0 means no stage", above=0, high=1)
+    step: float | None = _field("distance between values; continuous when absent", None, above=0)
+
+
+@dataclass(frozen=True)
+class BlockSpace:
+    """The space of one block; what is absent is taken from the space around it."""
+
+    block: int = _field("0-based block index", low=0)
+    keep: tuple[float, ...] | Range | None = _field("keep ratios to choose from; 1.0 = no stage here", None)
+    at: tuple[str, ...] | None = _field("places to choose from: mid, pre", None)
+    score: tuple[str, ...] | None = _field("scores to choose from", None)
+    reduce: tuple[str, ...] | None = _field("reduce verbs to choose from", None)
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """What the search may choose. A single value is fixed, a list is searched."""
+
+    blocks: tuple[int | BlockSpace, ...] = _field("blocks that may hold a stage; a mapping narrows one block")
+    keep: tuple[float, ...] | Range = _field("keep ratios to choose from; 1.0 = no stage at this block", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+    at: tuple[str, ...] = _field("places to choose from: mid (after attention), pre (before the block)", ("mid",))
+    score: tuple[str, ...] = _field("scores to choose from", ("class_attention",))
+    reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",))
+    same: tuple[Literal["at", "score", "reduce", "keep"], ...] = _field("choices that all stages of a schedule share", ())
+    max_stages: int | None = _field("most stages a schedule may have", None, low=1)
+    start_from: tuple[str, ...] = _field("schedules evaluated first: preset names or YAML files", ())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric and which way is better."""
+
+    metric: str = _field("metric name; see `prunesearch list metrics`")
+    goal: Literal["maximize", "minimize"] = _field("which way is better")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bounds on one metric. Candidates over a limit on computable metrics are rejected before any training."""
+
+    at_most: float | None = _field("upper bound", None)
+    at_least: float | None = _field("lower bound", None)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a candidate is trained for its budget."""
+
+    learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0)
+    weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0)
+    batch_size: int = _field("images per training step", 128, low=1)
+    warmup: float = _field("fraction of the budget spent in linear warm-up", 0.0, low=0, high=1)
+    label_smoothing: float = _field("label smoothing of the cross entropy", 0.0, low=0, high=1)
+    distill: bool = _field("soft distillation from the dense model", True)
+    distill_weight: float = _field("weight of the distillation loss against the cross entropy, 0 to 1", 0.5, low=0, high=1)
+    temperature: float = _field("softmax temperature of the distillation", 1.0, above=0)
+    clip_grad: float | None = _field("largest gradient norm", 1.0, above=0)
+    augment: Literal["none", "flip"] = _field("none, or random horizontal flips", "none")
+    amp: bool = _field("automatic mixed precision on GPUs", True)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one fine-tune may spend. The first bound reached ends it; 0 images = as it comes."""
+
+    images: int | None = _field("training images seen (0 = no training)", None, low=0)
+    seconds: float | None = _field("seconds of training", None, low=0)
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How speed and accuracy are measured."""
+
+    batch_size: int = _field("images per evaluation batch", 128, low=1)
+    speed_batch_size: int = _field("images per batch when throughput is measured", 64, low=1)
+    speed_seconds: float = _field("seconds spent on each speed measurement", 1.0, above=0)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which of Optuna's samplers proposes candidates."""
+
+    name: str = _field("tpe, nsga2, gp or random; see `prunesearch list samplers`", "tpe")
+    seed: int = _field("seed of the whole study: proposals and training", 0)
+    startup: int | None = _field("random candidates before the model takes over", None, low=0)
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """Where candidates are evaluated."""
+
+    kind: Literal["serial", "ray"] = _field("ray: one actor per slot; serial: in this process", "ray")
+    count: int | None = _field("number of workers; as many as fit when absent", None, low=1)
+    gpus_each: float = _field("GPUs per worker; a fraction shares one", 0.0, low=0)
+    cpus_each: float = _field("CPUs per worker", 1.0, above=0)
+    address: str | None = _field('Ray cluster address, "auto" for a running one; a local one is started when absent', None)
+    device: str = _field("auto, cpu, cuda or mps", "auto")
+    timeout: float | None = _field("seconds after which a candidate counts as hung", None, above=0)
+    retries: int = _field("how often a candidate is tried again after its worker died", 1, low=0)
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """When the search is done. The first bound reached ends it."""
+
+    trials: int | None = _field("candidates in the whole study, start schedules included", 100, low=1)
+    hours: float | None = _field("hours of search in this run", None, above=0)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One study file."""
+
+    version: Literal[1] = _field("version of this file format")
+    name: str = _field("study name; results go to outputs/NAME")
+    model: ModelConfig = _field("the model to prune")
+    space: SpaceConfig = _field("what the search may choose")
+    data: DataConfig = _field("the images", DataConfig())
+    objectives: tuple[Objective, ...] = _field(
+        "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
+    )
+    limits: tuple[tuple[str, Limit], ...] = _field("bounds per metric, for example {gmacs: {at_most: 3.5}}", ())
+    metrics: tuple[str, ...] = _field("further metrics to record", ())
+    finetune: FinetuneConfig = _field("how candidates are trained", FinetuneConfig())
+    measure: MeasureConfig = _field("how candidates are measured", MeasureConfig())
+    rungs: tuple[Budget, ...] = _field("budgets; one rung for now", (Budget(images=0),))
+    sampler: SamplerConfig = _field("who proposes candidates", SamplerConfig())
+    workers: WorkersConfig = _field("where candidates are evaluated", WorkersConfig())
+    stop: StopConfig = _field("when the search is done", StopConfig())
+    plugins: tuple[str, ...] = _field("modules to import first; they may register scores, metrics, ...", ())
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric an evaluation must report, objectives first, each once."""
+        wanted = [o.metric for o in self.objectives] + [name for name, _ in self.limits] + list(self.metrics)
+        return tuple(dict.fromkeys(wanted))

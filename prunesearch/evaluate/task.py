@@ -1,0 +1,81 @@
+"""The two values that cross the wire: a `Task` goes to a worker, an `Evaluation` comes back.
+
+Both hold names and numbers only, pickle, and round-trip through JSON (`files.to_mapping`, `files.from_mapping`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prunesearch.config import Budget, DataConfig, FinetuneConfig, MeasureConfig, ModelConfig
+from prunesearch.schedule import Schedule
+
+Status = Literal["complete", "failed"]
+Cause = Literal["error", "oom", "nan", "timeout", "crash", "invalid"]
+"""error: an exception; oom: out of memory; nan: the loss was not finite; timeout: hung;
+crash: the worker or its node died; invalid: the schedule does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything one evaluation needs, by name. Equal tasks give equal numbers on the same machine.
+
+    uid: identity of the configuration (hash of its canonical schedule within the study).
+    rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
+    metrics: names of registered metrics to report. seed: of training order and of fresh weights.
+    device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
+    resume_from: checkpoint (.safetensors + .state) of an earlier budget to continue from.
+    save_to: path without suffix; the fine-tuned weights go to `<save_to>.safetensors`, the optimiser state,
+    which lets a later budget continue, to `<save_to>.state`. Nothing is written when it is None or when the
+    budget is 0 images.
+    """
+
+    uid: str
+    model: ModelConfig
+    data: DataConfig
+    schedule: Schedule
+    budget: Budget
+    metrics: tuple[str, ...]
+    finetune: FinetuneConfig = FinetuneConfig()
+    measure: MeasureConfig = MeasureConfig()
+    rung: int = 0
+    attempt: int = 0
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    resume_from: str | None = None
+    save_to: str | None = None
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came back. A failed evaluation has a cause and a traceback, and whatever metrics were finished.
+
+    metrics: name -> value, in the metric's unit. spread: name -> spread of a measured metric (half the
+    interquartile range, same unit). tokens: patch + prefix tokens after each block. images: training images seen.
+    seconds: wall time by phase ("load", "train", "measure"). versions: of python, torch, timm, prunesearch.
+    checkpoint: path without suffix of the weights that were written, or None.
+    """
+
+    uid: str
+    status: Status
+    rung: int = 0
+    attempt: int = 0
+    cause: Cause | None = None
+    error: str = ""
+    traceback: str = ""
+    metrics: tuple[tuple[str, float], ...] = ()
+    spread: tuple[tuple[str, float], ...] = ()
+    tokens: tuple[int, ...] = ()
+    images: int = 0
+    seconds: tuple[tuple[str, float], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+    host: str = ""
+    device: str = ""
+    checkpoint: str | None = None
+
+    def value(self, metric: str) -> float:
+        """The value of one metric; KeyError when it was not measured."""
+        return dict(self.metrics)[metric]

@@ -1,0 +1,33 @@
+"""What happens to tokens inside one block: pure tensor functions that know no timm.
+
+One file per scorer or reducer; importing it registers it. To add one, write its file and import it here.
+"""
+
+from prunesearch.tokens import (
+    attention_received,
+    class_attention,
+    drop,
+    fuse,
+    key_norm,
+    merge,
+    random_score,
+    squeeze,
+)
+from prunesearch.tokens.registry import REDUCERS, SCORERS, Reducer, Scorer, reducer, scorer
+
+__all__ = [
+    "REDUCERS",
+    "SCORERS",
+    "Reducer",
+    "Scorer",
+    "attention_received",
+    "class_attention",
+    "drop",
+    "fuse",
+    "key_norm",
+    "merge",
+    "random_score",
+    "reducer",
+    "scorer",
+    "squeeze",
+]

@@ -1,0 +1,26 @@
+"""Score: mean attention a token receives from all tokens (LTMP). Works without a class token; needs every row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens.registry import ScoreInput, scorer
+
+
+def _matrix_macs(shape: ModelShape, tokens: int) -> int:
+    return tokens * tokens * shape.attention_dim
+
+
+@scorer("attention_received", source="LTMP (TMLR 2023, arXiv 2307.10780)", macs=_matrix_macs)
+def attention_received(scene: ScoreInput) -> Tensor:
+    """Attention each patch token receives, averaged over heads and over all queries (prefix tokens included).
+
+    Builds the attention matrix a second time beside the fused one: N^2 A extra MACs and B H N^2 floats.
+    """
+    attended = scene.attended
+    assert attended is not None
+    logits_BHNN = (attended.query_BHND.float() * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
+    if attended.bias_B11N is not None:
+        logits_BHNN = logits_BHNN + attended.bias_B11N.float()
+    return logits_BHNN.softmax(dim=-1).mean(dim=(1, 2))[:, attended.prefix_tokens :]

@@ -1,0 +1,76 @@
+"""Scores read from one row of the attention matrix, the class token's: EViT, AS-ViT, PPT / ATS.
+
+The row is computed on its own from the q and k that fused attention used, so the N x N matrix is never built:
+N * A MACs instead of N^2 * A. A distilled model has two such rows (class and distillation token); they are averaged.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens.registry import Attended, ScoreInput, scorer
+
+
+def class_rows_BHRN(attended: Attended) -> Tensor:
+    """Softmaxed attention of the R class-like tokens over all N tokens, per head, in fp32."""
+    query_BHRD = attended.query_BHND[:, :, : attended.class_tokens].float()
+    logits_BHRN = (query_BHRD * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
+    if attended.bias_B11N is not None:
+        logits_BHRN = logits_BHRN + attended.bias_B11N.float()
+    return logits_BHRN.softmax(dim=-1)
+
+
+def _patch_attention_BHn(attended: Attended) -> Tensor:
+    """Attention that patch tokens get from the class-like tokens, averaged over the latter, per head."""
+    return class_rows_BHRN(attended).mean(dim=2)[:, :, attended.prefix_tokens :]
+
+
+def _row_macs(shape: ModelShape, tokens: int) -> int:
+    return shape.class_tokens * tokens * shape.attention_dim
+
+
+@scorer("class_attention", source="EViT (ICLR 2022, arXiv 2202.07800), eq. 3", needs_class_token=True, macs=_row_macs)
+def class_attention(scene: ScoreInput) -> Tensor:
+    """Attention the class token pays to each patch token, averaged over heads."""
+    assert scene.attended is not None
+    return _patch_attention_BHn(scene.attended).mean(dim=1)
+
+
+@scorer(
+    "head_weighted_class_attention",
+    source="AS-ViT (IJCAI 2023, arXiv 2209.13802)",
+    needs_class_token=True,
+    macs=_row_macs,
+)
+def head_weighted_class_attention(scene: ScoreInput) -> Tensor:
+    """Class attention with each head weighted, per token, by the norm of the token's output in that head.
+
+    w[h, j] = |o[h, j]| / sum_h |o[h, j]|, with o the attention output before the projection; the weights of a
+    token sum to 1 over heads, and s[j] = sum_h A[h, cls, j] w[h, j].
+    """
+    assert scene.attended is not None
+    return (_patch_attention_BHn(scene.attended) * head_weights_BHn(scene.attended)).sum(dim=1)
+
+
+def head_weights_BHn(attended: Attended) -> Tensor:
+    """How much of each patch token's attention output lies in each head; sums to 1 over heads."""
+    norm_BHn = attended.output_BHND[:, :, attended.prefix_tokens :].float().norm(dim=-1)
+    return norm_BHn / norm_BHn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+@scorer(
+    "value_weighted",
+    source="PPT (arXiv 2310.01812), ATS (ECCV 2022, arXiv 2111.15667) eq. 4",
+    needs_class_token=True,
+    macs=_row_macs,
+)
+def value_weighted(scene: ScoreInput) -> Tensor:
+    """Class attention summed over heads, times the norm of the token's value vector; sums to 1 over patch tokens."""
+    attended = scene.attended
+    assert attended is not None
+    value_BHnD = attended.value_BHND[:, :, attended.prefix_tokens :].float()
+    norm_Bn = value_BHnD.square().sum(dim=(1, 3)).sqrt()  # over all heads concatenated
+    score_Bn = _patch_attention_BHn(attended).sum(dim=1) * norm_Bn
+    return score_Bn / score_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,23 @@
+"""Reduce: tokens that do not stay become one extra token, weighted by their scores (EViT)."""
+
+from __future__ import annotations
+
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.select import top_k
+
+
+def _weighted_sum_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return (before - kept) * shape.dim
+
+
+@reducer("fuse", source="EViT (ICLR 2022, arXiv 2202.07800), eq. 4", extra_tokens=1, macs=_weighted_sum_macs)
+def fuse(scene: ReduceInput) -> Grouping:
+    """Sum the others, each times its score, into one token appended at the end.
+
+    The weights are the scores as they are, not renormalised (they sum to less than 1), as in EViT's code. At a later
+    stage the fused token competes like any other.
+    """
+    assert scene.scores_Bn is not None
+    kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
+    return Grouping(kept_BK, guests_BG, guest_share_BG=scene.scores_Bn.gather(1, guests_BG))

@@ -1,0 +1,21 @@
+"""Score: length of a token's key vector. Free (no MACs), and works without a class token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunesearch.tokens.registry import ScoreInput, scorer
+
+
+@scorer("key_norm", source="a free baseline of our own; no paper proposes it for ViTs")
+def key_norm(scene: ScoreInput) -> Tensor:
+    """Norm of the token's key over all heads, as a share of the sum over patch tokens.
+
+    With qk-norm the keys are normalised per head and this score says little; prefer another one there.
+    """
+    attended = scene.attended
+    assert attended is not None
+    key_BHnD = attended.key_BHND[:, :, attended.prefix_tokens :].float()
+    norm_Bn = key_BHnD.square().sum(dim=(1, 3)).sqrt()
+    return norm_Bn / norm_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,0 +1,35 @@
+"""Score: chance. The baseline that every other score has to beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunesearch.tokens.registry import ScoreInput, scorer
+
+
+@scorer("random", source="baseline", needs_attention=False, options={"seed": 0})
+def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
+    """Random: anew for every image while training; in eval mode one fixed order of slots per block and seed.
+
+    The fixed order is what makes an image's result independent of the batch around it. Shares of a sum, as the
+    other scores, so that `fuse` weighs alike.
+    """
+    patches_BnC = scene.patches_BnC
+    images, tokens, _ = patches_BnC.shape
+    if scene.training:
+        score_Bn = torch.rand(images, tokens, device=patches_BnC.device)
+    else:
+        slot_n = torch.arange(tokens, device=patches_BnC.device)
+        score_Bn = _hash_n(slot_n + 1_000_003 * scene.block + 7_919 * seed).expand(images, tokens)
+    return score_Bn / score_Bn.sum(dim=1, keepdim=True)
+
+
+def _hash_n(number_n: Tensor) -> Tensor:
+    """Integers to floats in (0, 1): the 32-bit finaliser of MurmurHash3, in integers so that every device agrees."""
+    bits = 0xFFFFFFFF
+    mixed = number_n.to(torch.int64) & bits
+    mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & bits
+    mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & bits
+    mixed = mixed ^ (mixed >> 16)
+    return ((mixed >> 8).float() + 0.5) / 2**24

@@ -1,0 +1,108 @@
+"""Carry out one step: score, group, and move everything that belongs to a token along with it."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunesearch.schedule import Stage, Step, options_of
+from prunesearch.tokens.registry import REDUCERS, SCORERS, Attended, Grouping, ReduceInput, ScoreInput
+
+
+class Evidence(NamedTuple):
+    """What a stage will decide by, gathered when its attention ran: scores, or head-mean keys, or neither."""
+
+    scores_Bn: Tensor | None = None
+    keys_BnD: Tensor | None = None
+
+
+class TokenState(NamedTuple):
+    """What flows from block to block. size_Bn: original tokens in each patch token, None while nothing has merged.
+    evidence: of the stages at the next block's `pre`, in their order."""
+
+    tokens_BNC: Tensor
+    size_Bn: Tensor | None = None
+    evidence: tuple[Evidence, ...] = ()
+
+
+def gather_evidence(stage: Stage, patches_BnC: Tensor, attended: Attended | None, training: bool) -> Evidence:
+    """Score the patch tokens for a stage, or take the keys it matches by."""
+    scores_Bn = keys_BnD = None
+    with _full_precision(patches_BnC):
+        if REDUCERS[stage.reduce].needs_keys:
+            assert attended is not None
+            keys_BnD = attended.key_BHND[:, :, attended.prefix_tokens :].float().mean(dim=1)
+        if stage.score != "none":
+            entry, options = SCORERS[stage.score], options_of(stage)
+            scene = ScoreInput(patches_BnC, attended, stage.block, training)
+            scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
+    return Evidence(scores_Bn, keys_BnD)
+
+
+def take_step(
+    step: Step, state: TokenState, prefix_tokens: int, own: Evidence, later: tuple[Evidence, ...]
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """Reduce the patch tokens of `state` from step.before to step.after, by the evidence `own`.
+
+    Returns the new state (without evidence) and `later`, the evidence of stages still to come, for the new tokens.
+    """
+    entry = REDUCERS[step.stage.reduce]
+    options = options_of(step.stage)
+    patches_BnC = state.tokens_BNC[:, prefix_tokens:]
+    size_Bn = state.size_Bn
+    if entry.merges and size_Bn is None:
+        size_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
+    with _full_precision(patches_BnC):
+        scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept)
+        grouping = entry.function(scene, **{name: options[name] for name in entry.options})
+        patches_BnC = regroup(patches_BnC, grouping)
+        if size_Bn is not None:
+            size_Bn = add_up(size_Bn, grouping)
+        later = tuple(_follow(evidence, grouping) for evidence in later)
+    tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
+    return TokenState(tokens_BNC, size_Bn), later
+
+
+def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
+    """Apply a grouping to what tokens hold: the weighted mixture it describes. Keeps the dtype."""
+    channels = values_BnC.shape[-1]
+    kept_BKC = values_BnC.gather(1, grouping.kept_BK[..., None].expand(-1, -1, channels))
+    if grouping.guests_BG is None:
+        return kept_BKC
+    assert grouping.guest_share_BG is not None
+    guests_BGC = values_BnC.gather(1, grouping.guests_BG[..., None].expand(-1, -1, channels)).float()
+    if grouping.host_BG is None:
+        extra_B1C = grouping.guest_share_BG[:, None] @ guests_BGC
+        return torch.cat([kept_BKC, extra_B1C.to(values_BnC.dtype)], dim=1)
+    assert grouping.host_share_BK is not None
+    mixed_BKC = kept_BKC.float() * grouping.host_share_BK[..., None]
+    host_BGC = grouping.host_BG[..., None].expand(-1, -1, channels)
+    mixed_BKC = mixed_BKC.scatter_add(1, host_BGC, guests_BGC * grouping.guest_share_BG[..., None])
+    return mixed_BKC.to(values_BnC.dtype)
+
+
+def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
+    """Apply a grouping to amounts, which add up where tokens join (sizes; attention received)."""
+    kept_BK = amount_Bn.gather(1, grouping.kept_BK)
+    if grouping.guests_BG is None:
+        return kept_BK
+    guests_BG = amount_Bn.gather(1, grouping.guests_BG)
+    if grouping.host_BG is None:
+        return torch.cat([kept_BK, guests_BG.sum(dim=1, keepdim=True)], dim=1)
+    return kept_BK.scatter_add(1, grouping.host_BG, guests_BG)
+
+
+def _full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Leave mixed precision for a while: ranks, cosines and shares need fp32 (in fp16, near scores tie)."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _follow(evidence: Evidence, grouping: Grouping) -> Evidence:
+    """Evidence for the new tokens: attention to tokens that joined adds up, keys mix as the tokens did."""
+    scores_Bn = None if evidence.scores_Bn is None else add_up(evidence.scores_Bn, grouping)
+    keys_BnD = None if evidence.keys_BnD is None else regroup(evidence.keys_BnD, grouping)
+    return Evidence(scores_Bn, keys_BnD)

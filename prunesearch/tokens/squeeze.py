@@ -1,0 +1,47 @@
+"""Reduce: every token that does not stay is squeezed into the kept token most similar to it (TPS)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.select import top_k
+
+
+def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return kept * (before - kept) * shape.dim
+
+
+@reducer(
+    "squeeze",
+    source="TPS (CVPR 2023, arXiv 2304.10716), eq. 3-5",
+    macs=_similarity_macs,
+    options={"temperature": 1.0},
+)
+def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
+    """Mix each of the others into its most similar kept token, by exp(cosine / temperature) against e for the host.
+
+    Similarity is the cosine of block features. A token has one host; a host without guests is unchanged.
+    """
+    assert scene.scores_Bn is not None
+    kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
+    unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
+    index = (-1, -1, unit_BnC.shape[-1])
+    hosts_BKC = unit_BnC.gather(1, kept_BK[..., None].expand(index))
+    guests_BGC = unit_BnC.gather(1, guests_BG[..., None].expand(index))
+    # the first of equal maxima, so that a guest never has two hosts
+    cosine_BG, host_BG = (guests_BGC @ hosts_BKC.transpose(1, 2)).max(dim=-1)
+    guest_weight_BG = (cosine_BG / temperature).exp()
+    own_weight = math.e  # exp(cos(x, x)); the temperature does not touch it, as in the released code
+    total_BK = torch.full_like(kept_BK, own_weight, dtype=torch.float32).scatter_add(1, host_BG, guest_weight_BG)
+    return Grouping(
+        kept_BK,
+        guests_BG,
+        host_BG,
+        guest_share_BG=guest_weight_BG / total_BK.gather(1, host_BG),
+        host_share_BK=own_weight / total_BK,
+    )
