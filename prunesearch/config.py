@@ -43,15 +43,30 @@ class ModelConfig:
 class DataConfig:
     """Which images. `digits` ships with scikit-learn; anything else is opened by timm's create_dataset."""
 
-    name: str = _field('"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...', "digits")
+    name: str = _field(
+        '"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...',
+        "digits",
+    )
     root: str | None = _field("folder or tar file of the training images, or the data set's root", None)
     val_root: str | None = _field("folder or tar file of the validation images, when they are not under root", None)
     train_split: str = _field("name of the training split", "train")
     val_split: str = _field("name of the validation split", "validation")
     train_images: int | None = _field("use only this many training images (a fixed random subset)", None, low=1)
     val_images: int | None = _field("use only this many validation images (a fixed random subset)", None, low=1)
-    in_memory: bool = _field("decode once and keep uint8 images in memory; false streams with timm's loader", True)
-    loaders: int = _field("data loading processes when streaming", 2, low=0)
+    mean: tuple[float, ...] | None = _field(
+        "mean of each channel, of pixels in [0, 1]; the model's own when absent", None
+    )
+    std: tuple[float, ...] | None = _field("standard deviation of each channel; the model's own when absent", None)
+    interpolation: str | None = _field("bilinear, bicubic, ...; the model's own when absent", None)
+    crop_pct: float | None = _field(
+        "share of the resized image's side that the centre crop keeps; when absent the model's own, but a model built "
+        "at another size than timm's default for it takes images that already have this size uncropped",
+        None,
+        above=0,
+        high=1,
+    )
+    in_memory: bool = _field("decode once and keep uint8 images in memory; false decodes them each time", True)
+    loaders: int = _field("processes that decode images; 0 decodes in the worker itself", 2, low=0)
 
 
 @dataclass(frozen=True)
@@ -79,11 +94,15 @@ class SpaceConfig:
     """What the search may choose. A single value is fixed, a list is searched."""
 
     blocks: tuple[int | BlockSpace, ...] = _field("blocks that may hold a stage; a mapping narrows one block")
-    keep: tuple[float, ...] | Range = _field("keep ratios to choose from; 1.0 = no stage at this block", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+    keep: tuple[float, ...] | Range = _field(
+        "keep ratios to choose from; 1.0 = no stage at this block", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    )
     at: tuple[str, ...] = _field("places to choose from: mid (after attention), pre (before the block)", ("mid",))
     score: tuple[str, ...] = _field("scores to choose from", ("class_attention",))
     reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",))
-    same: tuple[Literal["at", "score", "reduce", "keep"], ...] = _field("choices that all stages of a schedule share", ())
+    same: tuple[Literal["at", "score", "reduce", "keep"], ...] = _field(
+        "choices that all stages of a schedule share", ()
+    )
     max_stages: int | None = _field("most stages a schedule may have", None, low=1)
     start_from: tuple[str, ...] = _field("schedules evaluated first: preset names or YAML files", ())
 
@@ -114,7 +133,9 @@ class FinetuneConfig:
     warmup: float = _field("fraction of the budget spent in linear warm-up", 0.0, low=0, high=1)
     label_smoothing: float = _field("label smoothing of the cross entropy", 0.0, low=0, high=1)
     distill: bool = _field("soft distillation from the dense model", True)
-    distill_weight: float = _field("weight of the distillation loss against the cross entropy, 0 to 1", 0.5, low=0, high=1)
+    distill_weight: float = _field(
+        "weight of the distillation loss against the cross entropy, 0 to 1", 0.5, low=0, high=1
+    )
     temperature: float = _field("softmax temperature of the distillation", 1.0, above=0)
     clip_grad: float | None = _field("largest gradient norm", 1.0, above=0)
     augment: Literal["none", "flip"] = _field("none, or random horizontal flips", "none")
@@ -155,7 +176,9 @@ class WorkersConfig:
     count: int | None = _field("number of workers; as many as fit when absent", None, low=1)
     gpus_each: float = _field("GPUs per worker; a fraction shares one", 0.0, low=0)
     cpus_each: float = _field("CPUs per worker", 1.0, above=0)
-    address: str | None = _field('Ray cluster address, "auto" for a running one; a local one is started when absent', None)
+    address: str | None = _field(
+        'Ray cluster address, "auto" for a running one; a local one is started when absent', None
+    )
     device: str = _field("auto, cpu, cuda or mps", "auto")
     timeout: float | None = _field("seconds after which a candidate counts as hung", None, above=0)
     retries: int = _field("how often a candidate is tried again after its worker died", 1, low=0)

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -162,7 +162,7 @@ def _read_yaml(path: str | Path) -> tuple[Any, dict[FieldPath, int], list[str]]:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also knows 2e-5 (without a dot) as a number, as YAML 1.2 does."""
 
-    yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers: ClassVar = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
@@ -178,7 +178,9 @@ def _plain(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], proble
         for key_node, value_node in node.value:
             key = str(key_node.value)
             if key in mapping:
-                problems.append(f"{_dotted((*path, key))} (line {key_node.start_mark.line + 1}): given twice. Keep one.")
+                problems.append(
+                    f"{_dotted((*path, key))} (line {key_node.start_mark.line + 1}): given twice. Keep one."
+                )
             mapping[key] = _plain(value_node, (*path, key), lines, problems)
             lines[(*path, key)] = key_node.start_mark.line + 1
         return mapping
@@ -207,9 +209,11 @@ def _override(content: Any, override: str, lines: dict[FieldPath, int]) -> None:
     try:
         for part in path[:-1]:
             here = here.setdefault(part, {}) if isinstance(here, dict) else here[part]
-        here[path[-1]] = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        here[path[-1]] = yaml.load(text, Loader=_Loader)
     except (TypeError, IndexError, AttributeError, yaml.YAMLError):
-        raise FileError(f"--set {override}", ["the file has no such place. Name a field as in the study file."]) from None
+        raise FileError(
+            f"--set {override}", ["the file has no such place. Name a field as in the study file."]
+        ) from None
     lines.pop(tuple(path), None)
 
 
@@ -235,7 +239,7 @@ class _Report(typing.Protocol):
 _WRONG = object()  # a value that could not be read; its problem has been reported
 
 
-def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any] = {}) -> Any:  # noqa: B006 (never written)
+def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any] = {}) -> Any:
     """`value` as the annotation `kind`, or _WRONG after reporting why not."""
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -258,7 +262,10 @@ def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapp
         if value is None:
             report(path, "is empty; possible: a value or a list. Give one, or leave the field out.")
             return _WRONG
-        read = [_value(parameters[0], item, (*path, index) if isinstance(value, list) else path, report) for index, item in enumerate(items)]
+        read = [
+            _value(parameters[0], item, (*path, index) if isinstance(value, list) else path, report)
+            for index, item in enumerate(items)
+        ]
         return _WRONG if any(item is _WRONG for item in read) else tuple(read)
     if origin is not None and issubclass(origin, Mapping):
         if isinstance(value, dict):
@@ -273,7 +280,11 @@ def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Ma
     if not fits or (isinstance(value, bool) and kind is not bool):
         report(path, f"is {_shown(value)}; possible: {_kind_name(kind)}.")
         return _WRONG
-    for name, holds in (("low", lambda bound: value >= bound), ("high", lambda bound: value <= bound), ("above", lambda bound: value > bound)):
+    for name, holds in (
+        ("low", lambda bound: value >= bound),
+        ("high", lambda bound: value <= bound),
+        ("above", lambda bound: value > bound),
+    ):
         if name in limits and not holds(limits[name]):
             report(path, f"is {value!r}; possible: {_kind_name(kind)} {_bounds(limits)}.")
             return _WRONG
@@ -331,7 +342,9 @@ def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report) -> Any:
         report(path, f"is {_shown(value)}; possible: a mapping (name: value).")
         return _WRONG
     kind = get_args(pair)[1]
-    read = [(str(name), _value(kind, item, (*path, str(name)), report)) for name, item in sorted(value.items(), key=str)]
+    read = [
+        (str(name), _value(kind, item, (*path, str(name)), report)) for name, item in sorted(value.items(), key=str)
+    ]
     return _WRONG if any(item is _WRONG for _, item in read) else tuple(read)
 
 

@@ -15,10 +15,15 @@ def json_schema(kind: type) -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a dataclass, for editors that complete and check YAML."""
     definitions: dict[str, Any] = {}
     schema = _schema(kind, definitions)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": kind.__name__, **schema, "$defs": definitions}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": kind.__name__,
+        **schema,
+        "$defs": definitions,
+    }
 
 
-def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = {}) -> dict[str, Any]:  # noqa: B006 (never written)
+def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = {}) -> dict[str, Any]:
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is Any:
         return {}
@@ -58,4 +63,10 @@ def _object_schema(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
             schema["default"] = to_mapping(field.default)
         properties[field.name] = schema
     text = (kind.__doc__ or "").strip().split("\n")[0]
-    return {"type": "object", "description": text, "properties": properties, "required": required, "additionalProperties": False}
+    return {
+        "type": "object",
+        "description": text,
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }

@@ -21,8 +21,9 @@ class ModelShape:
 
     `attention_dim` is heads x head_dim (it may differ from `dim`); `mlp_macs` and `gate_macs` are per token;
     `stem_macs` is the patch embedding, `head_macs` the classifier(s), and a pooling head that attends costs
-    `pool_macs + pool_macs_per_token * N + pool_macs_per_pair * N^2` for N tokens. `prefix_tokens` counts class, distillation and register tokens;
-    `class_tokens` those whose attention ranks patches: 1, or 2 with a distillation token, or 0.
+    `pool_macs + pool_macs_per_token * N + pool_macs_per_pair * N^2` for N tokens. `prefix_tokens` counts class,
+    distillation and register tokens; `class_tokens` those whose attention ranks patches: 1, or 2 with a
+    distillation token, or 0.
     """
 
     depth: int
@@ -223,11 +224,14 @@ def stage_problems(stage: Stage) -> list[str]:
         if name not in known_options:
             known = ", ".join(known_options) or "none"
             problems.append(
-                f"unknown option {name!r} of {stage.score}/{stage.reduce}. Known: {known}.{did_you_mean(name, known_options)}"
+                f"unknown option {name!r} of {stage.score}/{stage.reduce}. Known: {known}."
+                f"{did_you_mean(name, known_options)}"
             )
         elif not _fits(value, known_options[name]):
             kind = type(known_options[name]).__name__
-            problems.append(f"option {name} is {value!r}; possible: a value of type {kind}. Its default is {known_options[name]!r}.")
+            problems.append(
+                f"option {name} is {value!r}; possible: a value of type {kind}. Its default is {known_options[name]!r}."
+            )
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Schedules in timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, ...).
+"""Schedules in timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DINOv2, CLIP, SigLIP, ...).
 
 The model's class is swapped for a subclass whose `forward` is one loop over the blocks. A block without a stage runs
 timm's own code; a block with one runs the same layers with a step between attention and MLP, or before both.
@@ -170,13 +170,13 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
-def attend(
-    attention: Attention, x_BNC: Tensor, bias_B11N: Tensor | None, shape: ModelShape
-) -> tuple[Tensor, Attended]:
+def attend(attention: Attention, x_BNC: Tensor, bias_B11N: Tensor | None, shape: ModelShape) -> tuple[Tensor, Attended]:
     """timm's Attention.forward, which also returns what scorers read. Attention stays fused."""
     images, tokens, _ = x_BNC.shape
     gate = attention.gate(x_BNC).sigmoid() if attention.gate is not None else None
-    qkv = attention.qkv(x_BNC).reshape(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    qkv = (
+        attention.qkv(x_BNC).reshape(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
+    )
     query, key, value = qkv.unbind(0)
     query, key = attention.q_norm(query), attention.k_norm(key)
     bias = None if bias_B11N is None else bias_B11N.to(query.dtype)

@@ -1,0 +1,66 @@
+"""Small models of every layout that a schedule has to survive, and schedules to try on them."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.tokens import REDUCERS, SCORERS
+
+LAYOUTS: dict[str, dict] = {
+    "class": {},
+    "distilled": {},
+    "registers": dict(reg_tokens=4, no_embed_class=True),
+    "layer_scale": dict(init_values=0.1),
+    "qk_norm": dict(qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True),
+    "gate": {},
+    "avg": dict(global_pool="avg"),
+    "avg_no_class": dict(global_pool="avg", class_token=False),
+    "avg_with_prefix": dict(global_pool="avg", pool_include_prefix=True),
+    "avgmax": dict(global_pool="avgmax"),
+    "max": dict(global_pool="max", class_token=False),
+    "map": dict(global_pool="map", class_token=False),
+    "prr": dict(global_pool="prr"),
+    "no_pool": dict(global_pool="", num_classes=0),
+    "drop_path": dict(drop_path_rate=0.2, proj_drop_rate=0.1),
+}
+
+
+def small_model(layout: str = "class", **options: object) -> VisionTransformer:
+    """A ViT of 4 blocks and 36 patch tokens with random parameters, in eval mode."""
+    kind = VisionTransformerDistilled if layout == "distilled" else VisionTransformer
+    sizes = dict(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=10, mlp_ratio=2.0)
+    model = kind(**{**sizes, **LAYOUTS[layout], **options})
+    if layout == "gate":  # an option of timm's Attention that no VisionTransformer argument reaches
+        for block in model.blocks:
+            block.attn.gate = torch.nn.Linear(32, block.attn.attn_dim)
+    return randomise(model).eval()
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter and buffer random, so that no LayerScale, norm or bias hides behind its neutral start."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.is_floating_point():
+                noise = torch.randn(value.shape, generator=generator)
+                value.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.2 * noise + (value.ndim == 1))
+    return model
+
+
+def images(count: int = 3, size: int = 24, channels: int = 3) -> torch.Tensor:
+    """Random images."""
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def pairs(has_class_token: bool = True) -> list[tuple[str, str]]:
+    """Every (score, reduce) that makes sense, optionally without the scores that need a class token."""
+    scores = [name for name, entry in SCORERS.items() if has_class_token or not entry.needs_class_token]
+    return [(score, verb) for verb, entry in REDUCERS.items() for score in (scores if entry.ranks else ["none"])]
+
+
+def two_stages(score: str, verb: str, at: str = "mid") -> Schedule:
+    """A stage at blocks 1 and 2."""
+    return Schedule(tuple(Stage(block, at=at, score=score, keep=0.6, reduce=verb) for block in (1, 2)))  # type: ignore[arg-type]
