@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
@@ -161,8 +161,6 @@ def _read_yaml(path: str | Path) -> tuple[Any, dict[FieldPath, int], list[str]]:
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also knows 2e-5 (without a dot) as a number, as YAML 1.2 does."""
-
-    yaml_implicit_resolvers: ClassVar = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 
 _Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]

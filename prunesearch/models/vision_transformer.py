@@ -193,7 +193,7 @@ def attend(attention: Attention, x_BNC: Tensor, bias_B11N: Tensor | None, shape:
     return attention.proj_drop(attention.proj(x_BNC)), attended
 
 
-def _run_block(block: Block, block_plan: BlockPlan, plan: Plan, state: TokenState) -> TokenState:
+def _run_block(block: Any, block_plan: BlockPlan, plan: Plan, state: TokenState) -> TokenState:
     prefix = plan.shape.prefix_tokens
     state, _ = _take_steps(block_plan.pre, state, state.evidence, prefix, block.training)
     bias = _log_size_bias(state, prefix) if plan.log_size_bias else None
