@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from prunesearch.files import is_mapping, is_pairs, to_mapping
+from prunesearch.strict import is_mapping, is_pairs, to_mapping
 
 
 def json_schema(kind: type) -> dict[str, Any]:

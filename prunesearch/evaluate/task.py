@@ -55,8 +55,8 @@ class Evaluation:
 
     metrics: name -> value, in the metric's unit. spread: name -> spread of a measured metric (half the
     interquartile range, same unit). tokens: patch + prefix tokens after each block. images: training images seen.
-    seconds: wall time by phase ("load", "train", "measure"). versions: of python, torch, timm, prunesearch.
-    checkpoint: path without suffix of the weights that were written, or None.
+    seconds: wall time by phase ("load", "train", "measure"). versions: of python, torch, timm, prunesearch, and
+    "data": counts and hashes. checkpoint: path without suffix of the weights that were written, or None.
     """
 
     uid: str

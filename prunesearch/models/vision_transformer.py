@@ -150,20 +150,21 @@ def shape_of(model: Any) -> ModelShape:
     _check_blocks(model)
     block = model.blocks[0]
     attention = block.attn
+    gate = _gate(attention)
     heads = [layer for layer in (model.head, getattr(model, "head_dist", None)) if isinstance(layer, nn.Linear)]
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
     return ModelShape(
         depth=len(model.blocks),
         dim=model.embed_dim,
         heads=attention.num_heads,
-        attention_dim=attention.attn_dim,
+        attention_dim=attention.num_heads * attention.head_dim,
         patch_tokens=model.patch_embed.num_patches,
         prefix_tokens=model.num_prefix_tokens,
         class_tokens=model.has_class_token + isinstance(model, VisionTransformerDistilled),
         mlp_macs=_matrix_sizes(block.mlp),
         stem_macs=_stem_macs(model),
         head_macs=sum(layer.weight.numel() for layer in heads),
-        gate_macs=0 if attention.gate is None else attention.gate.weight.numel(),
+        gate_macs=0 if gate is None else gate.weight.numel(),
         pool_macs=pool_macs,
         pool_macs_per_token=pool_macs_per_token,
         pool_macs_per_pair=pool_macs_per_pair,
@@ -173,7 +174,8 @@ def shape_of(model: Any) -> ModelShape:
 def attend(attention: Attention, x_BNC: Tensor, bias_B11N: Tensor | None, shape: ModelShape) -> tuple[Tensor, Attended]:
     """timm's Attention.forward, which also returns what scorers read. Attention stays fused."""
     images, tokens, _ = x_BNC.shape
-    gate = attention.gate(x_BNC).sigmoid() if attention.gate is not None else None
+    gate = _gate(attention)
+    opening = None if gate is None else gate(x_BNC).sigmoid()
     qkv = (
         attention.qkv(x_BNC).reshape(images, tokens, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)
     )
@@ -188,9 +190,13 @@ def attend(attention: Attention, x_BNC: Tensor, bias_B11N: Tensor | None, shape:
         logits = logits if bias is None else logits + bias
         output = attention.attn_drop(logits.softmax(dim=-1)) @ value
     attended = Attended(query, key, value, output, bias, attention.scale, shape.prefix_tokens, shape.class_tokens)
-    x_BNC = attention.norm(output.transpose(1, 2).reshape(images, tokens, attention.attn_dim))
-    x_BNC = x_BNC if gate is None else x_BNC * gate
+    x_BNC = attention.norm(output.transpose(1, 2).flatten(2))
+    x_BNC = x_BNC if opening is None else x_BNC * opening
     return attention.proj_drop(attention.proj(x_BNC)), attended
+
+
+def _gate(attention: Attention) -> nn.Linear | None:
+    return getattr(attention, "gate", None)  # timm 1.0.24 does not have it yet
 
 
 def _run_block(block: Any, block_plan: BlockPlan, plan: Plan, state: TokenState) -> TokenState:
