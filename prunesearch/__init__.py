@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from prunesearch.errors import PruneSearchError as PruneSearchError
     from prunesearch.evaluate import Evaluation as Evaluation
     from prunesearch.evaluate import Task as Task
-    from prunesearch.evaluate import evaluate as evaluate
     from prunesearch.files import load_schedule as load_schedule
     from prunesearch.files import load_study as load_study
     from prunesearch.files import save_schedule as save_schedule
@@ -41,7 +40,6 @@ _HOMES = {
     "Task": "evaluate",
     "apply_schedule": "models",
     "estimate_cost": "cost",
-    "evaluate": "evaluate",
     "load_schedule": "files",
     "load_study": "files",
     "remove_schedule": "models",

@@ -28,11 +28,15 @@ SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, load_schedu
 
 @dataclass(frozen=True)
 class ScheduleFile:
-    """A schedule as it is written to a file: the stages, and where they come from."""
+    """A schedule as it is written to a file: the stages, and where they come from.
+
+    weights: file name of fine-tuned weights beside it; without one, the model's own weights belong to it.
+    """
 
     version: Literal[1]
     stages: tuple[Stage, ...]
     model: Mapping[str, Any] | None = None
+    data: Mapping[str, Any] | None = None
     weights: str | None = None
     measured: Mapping[str, Any] | None = None
     made_by: Mapping[str, Any] | None = None

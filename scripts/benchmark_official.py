@@ -82,7 +82,12 @@ def paired_ratio(a: Callable[[], object], b: Callable[[], object], pairs: int) -
     times = [(seconds(a), seconds(b)) for _ in range(pairs)]
     ratios = sorted(y / x for x, y in times)
     low, _, high = statistics.quantiles(ratios, n=4)
-    return statistics.median(x for x, _ in times), statistics.median(y for _, y in times), statistics.median(ratios), high - low
+    return (
+        statistics.median(x for x, _ in times),
+        statistics.median(y for _, y in times),
+        statistics.median(ratios),
+        high - low,
+    )
 
 
 @torch.inference_mode()
@@ -109,14 +114,22 @@ def main() -> None:
         for name, fuse in (("evit-0.7", False), ("evit-fuse-0.7", True), ("evit-fuse-0.5", True)):
             keep = float(name.rsplit("-", 1)[1])
             cases.append(
-                (name, load_preset(name, shape), lambda keep=keep, fuse=fuse: official_evit(arguments.evit, dense, keep, fuse))
+                (
+                    name,
+                    load_preset(name, shape),
+                    lambda keep=keep, fuse=fuse: official_evit(arguments.evit, dense, keep, fuse),
+                )
             )
     if arguments.tome:
         one = Schedule((Stage(5, tokens=146, reduce="merge"),))
         cases.append(("ToMe, 50 pairs at block 5", one, lambda: official_tome(arguments.tome, dense, [0] * 5 + [50])))
         for rate in (13, 16):
             cases.append(
-                (f"tome-r{rate}", load_preset(f"tome-r{rate}", shape), lambda rate=rate: official_tome(arguments.tome, dense, rate))
+                (
+                    f"tome-r{rate}",
+                    load_preset(f"tome-r{rate}", shape),
+                    lambda rate=rate: official_tome(arguments.tome, dense, rate),
+                )
             )
     rows = []
     for name, schedule, official in cases:

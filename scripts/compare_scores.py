@@ -15,10 +15,10 @@ from pathlib import Path
 import timm
 import torch
 
-from prunesearch import Schedule, Stage, Task, estimate_cost, evaluate, shape_of
+from prunesearch import Schedule, Stage, Task, estimate_cost, shape_of
 from prunesearch.config import Budget, DataConfig, FinetuneConfig, ModelConfig
-from prunesearch.evaluate import model_shape
 from prunesearch.errors import ScheduleError
+from prunesearch.evaluate import evaluate, model_shape
 from prunesearch.tokens import REDUCERS, SCORERS
 
 MODEL = ModelConfig("vit_digits_patch1_8", pretrained=True)

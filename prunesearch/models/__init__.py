@@ -11,10 +11,12 @@ from typing import TypeVar
 import torch.nn as nn
 
 from prunesearch.errors import ModelError
-from prunesearch.models import vision_transformer
+from prunesearch.models import digits_vit, vision_transformer  # digits_vit registers the shipped model with timm
 from prunesearch.schedule import ModelShape, Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
+
+__all__ = ["apply_schedule", "digits_vit", "remove_schedule", "schedule_of", "shape_of"]
 
 FAMILIES = (vision_transformer,)
 

@@ -1,0 +1,104 @@
+"""What `prunesearch list` shows: everything there is to choose from, read from the registries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rich.table import Table
+
+Row = tuple[str, ...]
+
+
+def table(what: str, pattern: str = "*") -> Table:
+    """A table of one kind of thing, narrowed to names that match a shell pattern."""
+    columns, rows = CATALOGUES[what]
+    shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for row in rows(pattern):
+        if fnmatch(row[0], pattern):
+            shown.add_row(*row)
+    return shown
+
+
+def _scores(pattern: str) -> Iterator[Row]:
+    from prunesearch.tokens import SCORERS
+
+    for name, entry in SCORERS.items():
+        yield name, "yes" if entry.needs_class_token else "no", entry.summary, entry.source
+
+
+def _reduces(pattern: str) -> Iterator[Row]:
+    from prunesearch.tokens import REDUCERS
+
+    for name, entry in REDUCERS.items():
+        options = ", ".join(f"{option}={value}" for option, value in entry.options.items())
+        yield name, "yes" if entry.ranks else "no", options, entry.summary, entry.source
+
+
+def _presets(pattern: str) -> Iterator[Row]:
+    from prunesearch.presets import presets
+
+    for name, preset in presets().items():
+        numbers = "; ".join(f"{row['model']} {row['top1']} @ {row['gmacs']} G" for row in preset.published)
+        yield name, preset.summary, numbers, preset.source
+
+
+def _models(pattern: str) -> Iterator[Row]:
+    import timm
+    import torch
+
+    import prunesearch.models.digits_vit  # noqa: F401  (registers the shipped model)
+    from prunesearch.cost import estimate_cost
+    from prunesearch.errors import ModelError
+    from prunesearch.models import shape_of
+
+    for name in timm.list_models(pattern):
+        if not _may_be_plain(name):
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        try:
+            shape = shape_of(model)
+        except ModelError:
+            continue
+        yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), f"{estimate_cost(shape).gmacs:.3g}"
+
+
+def _may_be_plain(name: str) -> bool:
+    """Whether the file that defines a name builds VisionTransformers; building all of timm would take minutes."""
+    import timm
+
+    files = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit")
+    return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in files
+
+
+def _metrics(pattern: str) -> Iterator[Row]:
+    from prunesearch.evaluate import METRICS
+
+    for name, entry in METRICS.items():
+        yield name, entry.unit, entry.goal, "arithmetic" if entry.computed else "measured", entry.summary
+
+
+def _samplers(pattern: str) -> Iterator[Row]:
+    from prunesearch.search.samplers import SAMPLERS
+
+    for name, make in SAMPLERS.items():
+        yield name, (make.__doc__ or "").strip().split("\n")[0]
+
+
+def _spaces(pattern: str) -> Iterator[Row]:
+    for path in sorted(Path("search_spaces").glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        yield str(path), first.lstrip("# ")
+
+
+CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
+    "scores": (("score", "class token", "what it is", "source"), _scores),
+    "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
+    "presets": (("preset", "what it is", "published top-1", "source"), _presets),
+    "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),
+    "metrics": (("metric", "unit", "goal", "how", "what it is"), _metrics),
+    "samplers": (("sampler", "what it is"), _samplers),
+    "spaces": (("file", "what it explores"), _spaces),
+}

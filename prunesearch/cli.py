@@ -1,0 +1,382 @@
+"""The `prunesearch` command: a verb parses, calls one function, prints.
+
+Heavy imports are inside the verbs, so that `--help` is instant and a verb loads only what it needs.
+Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (everything is saved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prunesearch import __version__
+from prunesearch.errors import PruneSearchError, StudyError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from prunesearch.config import StudyConfig
+    from prunesearch.search.record import Record
+    from prunesearch.search.study import StudyReader
+
+EXAMPLES = """\
+examples:
+  prunesearch run search_spaces/digits.yaml                         start or continue a search
+  prunesearch front outputs/digits --plot front.png                 the Pareto front so far
+  prunesearch export outputs/digits --at-most gmacs=0.009 -o best.yaml
+
+then, in your own script:
+  apply_schedule(model, load_schedule("best.yaml"))                 from prunesearch import ...
+"""
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.verb(parsed) or 0)
+    except PruneSearchError as error:
+        if parsed.debug:
+            raise
+        print(f"prunesearch: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("prunesearch: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `prunesearch list models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- verbs -------------------------------------------------------------------------------------------------------
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from prunesearch.files import load_study
+    from prunesearch.report import LiveReport
+    from prunesearch.search.driver import run_study
+
+    overrides = list(parsed.set)
+    if parsed.trials is not None:
+        overrides.append(f"stop.trials={parsed.trials}")
+    config = load_study(parsed.file, overrides)
+    folder = parsed.output / config.name
+    where = parsed.storage or folder
+    with LiveReport(config, str(where), console=_console(), plain=parsed.no_progress) as report:
+        done = run_study(config, folder, storage=parsed.storage, on_event=report)
+    if done.complete:
+        print(f"Next: prunesearch front {_again(parsed, folder, config.name)}")
+    return INTERRUPTED if done.reason in ("interrupted", "cancelled") else 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from prunesearch.config import StudyConfig
+    from prunesearch.files import load_any, load_study
+
+    content = load_any(parsed.file)
+    if isinstance(content, StudyConfig):
+        return _check_study(load_study(parsed.file, parsed.set))
+    return _check_schedule(parsed)
+
+
+def _check_study(config: StudyConfig) -> int:
+    import importlib
+
+    from prunesearch.cost import estimate_cost
+    from prunesearch.errors import FileError
+    from prunesearch.evaluate import model_shape
+    from prunesearch.presets import find_schedule
+    from prunesearch.search.driver import study_problems
+    from prunesearch.space import combinations, dimensions
+
+    for plugin in config.plugins:
+        importlib.import_module(plugin)
+    problems = study_problems(config)
+    shape = model_shape(config.model)
+    costs = [("dense", estimate_cost(shape))]
+    for index, name in enumerate(config.space.start_from):
+        try:
+            costs.append((name, estimate_cost(shape, find_schedule(name, shape))))
+        except UserError as error:
+            problems.append(f"space.start_from[{index}]: {error}")
+    if problems:
+        raise FileError(f"study {config.name}", problems)
+    total = combinations(config.space)
+    size = "continuous" if total is None else f"{total:,} combinations"
+    print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
+    for name, cost in costs:
+        print(f"  {name:<20} {cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end")
+    return 0
+
+
+def _check_schedule(parsed: argparse.Namespace) -> int:
+    from prunesearch.config import ModelConfig
+    from prunesearch.cost import estimate_cost
+    from prunesearch.evaluate import model_shape
+    from prunesearch.files import load_schedule_file
+    from prunesearch.schedule import Schedule
+    from prunesearch.strict import from_mapping
+
+    file = load_schedule_file(parsed.file)
+    schedule = Schedule(file.stages)
+    if parsed.model is not None:
+        model = ModelConfig(parsed.model)
+    elif file.model is not None:
+        model = from_mapping(ModelConfig, file.model, f"{parsed.file}: model")
+    else:
+        print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
+        return 0
+    cost, dense = estimate_cost(model_shape(model), schedule), estimate_cost(model_shape(model))
+    print(f"{parsed.file}: fine for {model.name}. {schedule}")
+    print(f"  {cost.gmacs:.5g} GMACs, {cost.macs / dense.macs:.0%} of the dense model's {dense.gmacs:.5g}")
+    print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
+    return 0
+
+
+def _status(parsed: argparse.Namespace) -> int:
+    from prunesearch.report import status_text
+
+    reader = _open(parsed)
+    records = reader.records()
+    if parsed.json:
+        states = [record.state for record in records]
+        print(
+            json.dumps({"study": reader.config.name, **{state: states.count(state) for state in sorted(set(states))}})
+        )
+    else:
+        _console().print(status_text(records, reader.config))
+    return 0
+
+
+def _front(parsed: argparse.Namespace) -> int:
+    from prunesearch.front import front, front_rows
+    from prunesearch.report import front_csv, front_table, plot_front
+
+    reader = _open(parsed)
+    config, records = reader.config, reader.records()
+    found = front(records, config.objectives, config.limits)
+    if parsed.json:
+        print(json.dumps(front_rows(found, config.objectives), indent=2))
+    elif parsed.csv:
+        print(front_csv(found, config.objectives), end="")
+    elif not found:
+        print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
+        return 0
+    else:
+        _console().print(front_table(found, config.objectives, records))
+    if parsed.plot is not None:
+        plot_front(records, config.objectives, parsed.plot, limits=config.limits, title=config.name)
+        print(f"Plot: {parsed.plot}", file=sys.stderr)
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from prunesearch.export import export
+
+    reader = _open(parsed)
+    record = _choose(parsed, reader.config, reader.records())
+    written = export(record, reader.config, parsed.output, weights=parsed.weights, say=_say)
+    evaluation = record.evaluation
+    assert evaluation is not None  # export refuses those without
+    values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
+    print(f"Trial {record.number}: {record.schedule}\n  {values}\n  -> {', '.join(map(str, written))}")
+    if evaluation.images and not parsed.weights:
+        _say(f"measured after a fine-tune of {evaluation.images} images; --weights takes those weights along")
+    return 0
+
+
+def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Record]) -> Record:
+    from prunesearch.front import best, front, knee
+
+    if parsed.trial is not None:
+        for record in records:
+            if record.number == parsed.trial:
+                return record
+        last = max((record.number for record in records), default=None)
+        possible = "none yet" if last is None else f"0 to {last}"
+        raise StudyError(f"--trial {parsed.trial}: there is no such trial. Possible: {possible}. Choose one of them.")
+    if parsed.at_most or parsed.at_least:
+        return best(records, config.objectives, _bounds(parsed.at_most), _bounds(parsed.at_least), config.limits)
+    return knee(front(records, config.objectives, config.limits), config.objectives)
+
+
+def _bounds(texts: Sequence[str]) -> dict[str, float]:
+    bounds = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            bounds[name] = float(number)
+        except ValueError:
+            raise UserError(f"{text!r} is not of the form metric=number. Write for example gmacs=3.0.") from None
+    return bounds
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from prunesearch.config import DataConfig, ModelConfig
+    from prunesearch.evaluate import METRICS
+    from prunesearch.export import COMPARED, measure_again
+    from prunesearch.files import load_schedule_file
+    from prunesearch.report import comparison_table
+
+    study = None
+    if parsed.study_folder is not None:
+        from prunesearch.search.study import open_study_readonly
+
+        study = open_study_readonly(parsed.study_folder).config
+    model = None if parsed.model is None else ModelConfig(parsed.model, pretrained=True)
+    data = None if parsed.data is None else DataConfig(parsed.data, root=parsed.root, val_root=parsed.val_root)
+    metrics = tuple(parsed.metric) or COMPARED
+    for name in metrics:
+        METRICS[name]  # an unknown one is said before anything is loaded
+    dense, pruned = measure_again(
+        load_schedule_file(parsed.file),
+        Path(parsed.file).parent,
+        study=study,
+        model=model,
+        data=data,
+        metrics=metrics,
+        device=parsed.device,
+    )
+    if parsed.json:
+        print(json.dumps({"dense": dict(dense.metrics), "pruned": dict(pruned.metrics)}, indent=2))
+    else:
+        _console().print(comparison_table(dense, pruned))
+    return 0
+
+
+def _list(parsed: argparse.Namespace) -> int:
+    from prunesearch import catalogue
+
+    console = _console()
+    console.print(catalogue.table(parsed.what, parsed.pattern))
+    return 0
+
+
+def _schema(parsed: argparse.Namespace) -> int:
+    from prunesearch.config import StudyConfig
+    from prunesearch.files import ScheduleFile
+    from prunesearch.json_schema import json_schema
+
+    print(json.dumps(json_schema(StudyConfig if parsed.what == "study" else ScheduleFile), indent=2))
+    return 0
+
+
+# --- what verbs share --------------------------------------------------------------------------------------------
+
+
+def _open(parsed: argparse.Namespace) -> StudyReader:
+    from prunesearch.search.study import open_study_readonly
+
+    if parsed.storage is None and parsed.folder is None:
+        raise UserError("no study given. Possible: a study folder, or --storage URL --study NAME. Name one.")
+    return open_study_readonly(parsed.folder, storage=parsed.storage, name=parsed.study)
+
+
+def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
+    return f"--storage {parsed.storage} --study {name}" if parsed.storage else str(_short_path(folder))
+
+
+def _short_path(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _say(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+# --- parsing -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prunesearch",
+        description="Search token-pruning schedules for Vision Transformers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"prunesearch {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of expected errors too")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(verb=function)
+        return added
+
+    run = verb("run", _run, "start a search, or continue it where it was")
+    run.add_argument("file", type=Path, help="study file")
+    run.add_argument("--trials", type=int, metavar="N", help="candidates in the whole study (stop.trials)")
+    run.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
+    run.add_argument(
+        "--storage", metavar="URL", help="any Optuna storage, or journal:FILE; default OUTPUT/NAME/study.db"
+    )
+    run.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
+    run.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
+
+    check = verb("check", _check, "check a study or schedule file and report every mistake at once")
+    check.add_argument("file", type=Path)
+    check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of a study file")
+    check.add_argument("--model", metavar="NAME", help="check a schedule against this timm model")
+
+    status = verb("status", _status, "how far a study is; works while it runs")
+    _study_arguments(status)
+    status.add_argument("--json", action="store_true", help="counts as JSON")
+
+    show = verb("front", _front, "the Pareto front so far; works while a search runs")
+    _study_arguments(show)
+    form = show.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON, schedules included")
+    form.add_argument("--csv", action="store_true", help="as CSV")
+    show.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+
+    export = verb("export", _export, "write one schedule of a study to a file that apply_schedule takes")
+    _study_arguments(export)
+    export.add_argument(
+        "-o", "--output", type=Path, default=Path("best.yaml"), metavar="FILE", help="default best.yaml"
+    )
+    export.add_argument("--trial", type=int, metavar="N", help="this trial")
+    export.add_argument("--knee", action="store_true", help="the bend of the front (the default)")
+    export.add_argument("--at-most", action="append", default=[], metavar="m=v", help="best with metric m at most v")
+    export.add_argument("--at-least", action="append", default=[], metavar="m=v", help="best with metric m at least v")
+    export.add_argument("--weights", action="store_true", help="the fine-tuned weights too, as safetensors")
+
+    again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
+    again.add_argument("file", type=Path, help="schedule file")
+    again.add_argument(
+        "--study", dest="study_folder", type=Path, metavar="FOLDER", help="with this study's model and data"
+    )
+    again.add_argument("--model", metavar="NAME", help="with this timm model, pretrained")
+    again.add_argument("--data", metavar="NAME", help='"digits", "folder", torch/..., hfds/..., wds/...')
+    again.add_argument("--root", metavar="PATH", help="root of the data")
+    again.add_argument("--val-root", metavar="PATH", help="root of the validation data, when it is elsewhere")
+    again.add_argument("--metric", action="append", default=[], metavar="NAME", help="default top1, gmacs, throughput")
+    again.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    again.add_argument("--json", action="store_true", help="as JSON")
+
+    listing = verb("list", _list, "what there is to choose from")
+    kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]
+    listing.add_argument("what", choices=kinds)
+    listing.add_argument("pattern", nargs="?", default="*", help="only names like this, for example 'deit*'")
+
+    schema = verb("schema", _schema, "JSON schema of a file, for editors")
+    schema.add_argument("what", choices=["study", "schedule"], nargs="?", default="study")
+    return parser
+
+
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", help="study folder, for example outputs/digits")
+    parser.add_argument("--storage", metavar="URL", help="the study is in this storage")
+    parser.add_argument("--study", metavar="NAME", help="name of the study in the storage")

@@ -1,0 +1,227 @@
+"""A `DataConfig` as two sets of images: opened by timm or by a registered function, and checked against the model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL.Image import Image
+from timm.data import create_dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from prunesearch.config import DataConfig
+from prunesearch.errors import DataError
+from prunesearch.evaluate.digits import load_digits
+from prunesearch.evaluate.images import ImageInput, ImageSet, image_input
+from prunesearch.registry import Registry, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+SUBSET_SEED = 0
+FEW_IMAGES = 5000
+"""Below this, starting processes takes longer than decoding in this one."""
+
+
+class Opened(NamedTuple):
+    """One split: a sequence of (PIL image, class index), or an iterable one, and the class names if they are known."""
+
+    images: Any
+    classes: tuple[str, ...] | None
+
+
+DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
+"""Data sets that timm does not know; anything else goes to timm.data.create_dataset."""
+
+
+@DATASETS.register("digits")
+def open_digits(config: DataConfig, split: Split) -> Opened:
+    """scikit-learn's handwritten digits; they need no root."""
+    from PIL.Image import fromarray
+
+    images, labels = load_digits(split)
+    pairs = [(fromarray(image.numpy()), int(label)) for image, label in zip(images, labels, strict=True)]
+    return Opened(pairs, tuple("0123456789"))
+
+
+def open_data(config: DataConfig, model: nn.Module) -> tuple[ImageSet, ImageSet]:
+    """The training and the validation images for a model. The last two data sets opened stay in memory.
+
+    Raises DataError for what is not there, not readable, empty, or does not fit the model's classes.
+    """
+    return _open(config, image_input(model, config), int(model.num_classes))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=2)
+def _open(config: DataConfig, wanted: ImageInput, outputs: int) -> tuple[ImageSet, ImageSet]:
+    train, validation = _open_split(config, "train"), _open_split(config, "validation")
+    _check_classes(config, train.classes, validation.classes, outputs)
+    return (
+        _image_set(config, wanted, outputs, train.images, "train", config.train_images),
+        _image_set(config, wanted, outputs, validation.images, "validation", config.val_images),
+    )
+
+
+def _open_split(config: DataConfig, split: Split) -> Opened:
+    if config.name in DATASETS:
+        return DATASETS[config.name](config, split)
+    return open_with_timm(config, split)
+
+
+def open_with_timm(config: DataConfig, split: Split) -> Opened:
+    """Folder, tar, torch/..., hfds/..., wds/... through timm.data.create_dataset."""
+    prefix, has_prefix, _ = config.name.partition("/")
+    name = config.name
+    root = config.val_root if split == "validation" and config.val_root is not None else config.root
+    if name in ("", "folder"):
+        name, root = "", _folders(config)[split]
+    elif not (has_prefix and prefix.lower() in TIMM_PREFIXES):
+        known = [*DATASETS, "folder", *(f"{name}/..." for name in TIMM_PREFIXES)]
+        raise DataError(
+            f"data.name: unknown data set {config.name!r}. Known: {', '.join(known)}."
+            f"{did_you_mean(config.name, known)} Correct the name."
+        )
+    wanted = config.train_split if split == "train" else config.val_split
+    try:
+        images = create_dataset(name, root=root, split=wanted, search_split=name != "")
+    except Exception as error:  # readers raise anything: AssertionError, RuntimeError, ImportError, ...
+        raise DataError(
+            f"data ({split}): timm cannot open {config.name or 'folder'!r} with root {root!r}, split {wanted!r}: "
+            f"{type(error).__name__}: {error}. Possible: a folder or .tar of class/image files, or a name that "
+            f"timm.data.create_dataset opens. Check name, root and the split's name."
+        ) from error
+    return Opened(images, _class_names(images))
+
+
+def _folders(config: DataConfig) -> dict[Split, str]:
+    """Folder or tar of each split. Raises DataError when one is not there or when one contains the other."""
+    train = _folder("root", config.root, (config.train_split, "train", "training"))
+    names = (config.val_split, "validation", "val", "valid", "eval", "evaluation")
+    if config.val_root is not None:
+        validation = _folder("val_root", config.val_root, names)
+    else:
+        validation = _folder("root", config.root, names)
+    first, second = train.resolve(), validation.resolve()
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        raise DataError(
+            f"data.root: training images ({str(train)!r}) and validation images ({str(validation)!r}) overlap. "
+            f"Possible: sub-folders train and validation in root, or two separate paths. Write root and val_root."
+        )
+    return {"train": str(train), "validation": str(validation)}
+
+
+def _folder(field: str, root: str | None, splits: tuple[str, ...]) -> Path:
+    """The first sub-folder of `root` with one of these names, else `root` itself."""
+    if root is None or not Path(root).exists():
+        came = "nothing was given" if root is None else f"{root!r} is not there"
+        raise DataError(
+            f"data.{field}: {came}. Possible: a folder or .tar file of class/image files, or a folder with train and "
+            f"validation sub-folders. Give the path of one."
+        )
+    return next((Path(root) / name for name in splits if (Path(root) / name).is_dir()), Path(root))
+
+
+def _class_names(images: Any) -> tuple[str, ...] | None:
+    """Names in the order of their indices, from whichever attribute this reader or torchvision class has."""
+    for holder in (getattr(images, "reader", None), images):
+        for attribute in ("class_to_idx", "class_name_to_idx"):
+            mapping = getattr(holder, attribute, None)
+            if isinstance(mapping, dict) and mapping:
+                return tuple(sorted(mapping, key=mapping.__getitem__))
+    return None
+
+
+def _check_classes(
+    config: DataConfig, train: tuple[str, ...] | None, validation: tuple[str, ...] | None, outputs: int
+) -> None:
+    if train is None or validation is None:
+        return
+    if train != validation:
+        differing = sorted(set(train) ^ set(validation))[:5]
+        raise DataError(
+            f"data {config.name!r}: training and validation have different classes ({len(train)} and "
+            f"{len(validation)}; for example {', '.join(map(repr, differing))}), so equal labels would mean different "
+            f"things. Possible: the same class folders in both. Check root and val_root."
+        )
+    if train in (("",), (".",)):
+        raise DataError(
+            f"data {config.name!r}: the images are not in class folders. Possible: files named class/image. "
+            f"Put each image in a folder named after its class."
+        )
+    if len(train) != outputs:
+        shown = ", ".join(train[:5]) + (", ..." if len(train) > 5 else "")
+        raise DataError(
+            f"data {config.name!r}: {len(train)} classes ({shown}), but the model has {outputs} outputs. Possible: "
+            f"as many outputs as classes. Write num_classes: {len(train)} under model, with a checkpoint for them."
+        )
+
+
+def _image_set(
+    config: DataConfig, wanted: ImageInput, outputs: int, images: Any, split: Split, limit: int | None
+) -> ImageSet:
+    prepare = partial(_prepare, wanted, outputs, split)
+    source: Any
+    if isinstance(images, IterableDataset):
+        if not config.in_memory:
+            raise DataError(
+                f"data ({split}): {config.name!r} can only be read in order, but training reads in random order. "
+                f"Possible: in_memory: true with train_images and val_images, or a data set of files. Change data."
+            )
+        # the first ones of the stream: to draw among all of them, all would have to be read
+        source = [prepare(image, label) for image, label in itertools.islice(images, limit)]
+    else:
+        if limit is not None and limit < len(images):
+            generator = torch.Generator().manual_seed(SUBSET_SEED)
+            images = Subset(images, torch.randperm(len(images), generator=generator)[:limit].sort().values.tolist())
+        source = _Prepared(images, prepare)
+    if not len(source):
+        raise DataError(f"data ({split}): {config.name!r} has no images. Possible: one or more. Check root and splits.")
+    if not config.in_memory:
+        return ImageSet(wanted, source, loaders=config.loaders)
+    decoded = _decode(wanted, source, config.loaders if len(source) >= FEW_IMAGES else 0)
+    size = "x".join(map(str, wanted.size))
+    logger.info("%s: %d %s images of %s in memory", config.name or "folder", len(decoded), split, size)
+    return decoded
+
+
+def _decode(wanted: ImageInput, source: Any, loaders: int) -> ImageSet:
+    images = torch.empty((len(source), *wanted.size), dtype=torch.uint8)
+    labels = torch.empty(len(source), dtype=torch.int64)
+    filled = 0
+    for some, their_labels in DataLoader(source, batch_size=64, num_workers=loaders):
+        images[filled : filled + len(some)] = some
+        labels[filled : filled + len(some)] = their_labels
+        filled += len(some)
+    digest = hashlib.sha256(images.numpy().data)
+    digest.update(labels.numpy().data)
+    return ImageSet(wanted, TensorDataset(images, labels), fingerprint=f"{len(images)}:{digest.hexdigest()[:12]}")
+
+
+def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any) -> tuple[Tensor, int]:
+    if not 0 <= int(label) < outputs:  # on a GPU a wrong label would take the whole process down
+        raise DataError(
+            f"data ({split}): an image has label {int(label)}, but the model has {outputs} outputs. "
+            f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."
+        )
+    return wanted.transform(image), int(label)
+
+
+class _Prepared(Dataset[tuple[Tensor, int]]):
+    """PIL images and labels as a model wants them."""
+
+    def __init__(self, images: Any, prepare: Callable[[Image, Any], tuple[Tensor, int]]) -> None:
+        self._images, self._prepare = images, prepare
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._prepare(*self._images[index])

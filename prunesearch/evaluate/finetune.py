@@ -1,0 +1,174 @@
+"""Train a model for exactly its budget: AdamW, a cosine that ends with it, distillation from the dense model."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunesearch.config import Budget, FinetuneConfig
+from prunesearch.errors import UserError
+from prunesearch.evaluate.images import ImageSet
+from prunesearch.evaluate.predict import autocast, half_precision
+from prunesearch.files import write_atomically
+
+Teacher = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> dense logits (B, classes)."""
+
+SCHEDULE_UNITS = 10_000  # timm's scheduler counts whole updates; ours is a fraction of the budget
+
+
+class LossNotFinite(Exception):
+    """The training loss became NaN or infinite."""
+
+
+@dataclass
+class Progress:
+    """How much of a budget is spent, and the optimiser's moments, which a later budget continues with."""
+
+    images: int = 0
+    seconds: float = 0.0
+    moments: dict[str, Any] | None = None
+
+
+def finetune(
+    model: nn.Module,
+    train: ImageSet,
+    budget: Budget,
+    config: FinetuneConfig,
+    teacher: Teacher | None,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Train `model` in place until `progress` has reached `budget`, whose bounds count what came before.
+
+    A continued training takes up the order of images and the optimiser's moments where they were; its learning rate
+    goes through a whole cosine over the part that is left. The last batch is cut so that exactly `budget.images`
+    images are seen. Raises LossNotFinite.
+    """
+    if budget.images is None and budget.seconds is None:
+        raise UserError(
+            "budget: neither images nor seconds given. Possible: either or both. For no training: images: 0."
+        )
+    if is_spent(budget, progress):
+        return
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+    if progress.moments is not None:
+        optimizer.load_state_dict({"state": progress.moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    warmup = min(round(config.warmup * SCHEDULE_UNITS), SCHEDULE_UNITS - 1)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=SCHEDULE_UNITS - warmup, warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device, config.amp) is torch.float16)
+    mirror = torch.Generator().manual_seed((seed + progress.images) % 2**63)
+    mirror_share = 0.5 if config.augment == "flip" else 0.0
+    earlier, start = replace(progress), time.perf_counter()
+    model.train()
+    order = training_order(len(train), config.batch_size, seed, progress.images, budget.images)
+    announced, to_read = itertools.tee(order)  # loading processes read ahead
+    for indices, (images, labels) in zip(announced, train.batches(to_read, device), strict=False):
+        schedule.step_update(round(SCHEDULE_UNITS * _share(budget, progress, earlier)))
+        mirrored = torch.rand(len(indices), generator=mirror) < mirror_share
+        if mirrored.any():
+            images = torch.where(mirrored.to(device).view(-1, 1, 1, 1), images.flip(-1), images)
+        target = None if teacher is None else teacher(images, indices, mirrored)
+        with autocast(device, config.amp):
+            logits = model(images)
+        loss = distillation_loss(logits.float(), labels, target, config)
+        if not math.isfinite(loss.item()):
+            raise LossNotFinite(f"the training loss became {loss.item()} after {progress.images} images")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if config.clip_grad is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        progress.images += len(indices)
+        progress.seconds = earlier.seconds + time.perf_counter() - start
+        if is_spent(budget, progress):
+            break
+    progress.moments = optimizer.state_dict()["state"]
+    model.eval()
+
+
+def is_spent(budget: Budget, progress: Progress) -> bool:
+    """Whether the first bound of the budget is reached."""
+    images_done = budget.images is not None and progress.images >= budget.images
+    return images_done or (budget.seconds is not None and progress.seconds >= budget.seconds)
+
+
+def _share(budget: Budget, progress: Progress, earlier: Progress) -> float:
+    """How much of the budget that was left is spent, 0 to 1, by the bound that is closer."""
+    shares = []
+    if budget.images is not None:
+        shares.append((progress.images - earlier.images) / (budget.images - earlier.images))
+    if budget.seconds is not None:
+        shares.append((progress.seconds - earlier.seconds) / (budget.seconds - earlier.seconds))
+    return max(shares)
+
+
+def training_order(count: int, batch_size: int, seed: int, first: int, last: int | None) -> Iterator[Tensor]:
+    """Batches of indices: shuffled epochs one after another, from the `first`-th image to the `last`-th (or for ever).
+
+    The order is a function of the seed alone, so a training that is continued goes on where it was.
+    """
+    seen = first
+    while last is None or seen < last:
+        end = seen + batch_size if last is None else min(seen + batch_size, last)
+        epochs = range(seen // count, (end - 1) // count + 1)
+        shuffled = torch.cat([_shuffled(count, seed, epoch) for epoch in epochs])
+        begin = seen - epochs[0] * count
+        yield shuffled[begin : begin + end - seen]
+        seen = end
+
+
+@lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(count, generator=generator)
+
+
+def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, config: FinetuneConfig) -> Tensor:
+    """Cross entropy mixed with temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015)."""
+    hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    if target is None:
+        return hard
+    student, dense = ((x / config.temperature).log_softmax(dim=1) for x in (logits, target.to(logits.device)))
+    soft = F.kl_div(student, dense, reduction="batchmean", log_target=True) * config.temperature**2
+    return (1 - config.distill_weight) * hard + config.distill_weight * soft
+
+
+def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:
+    """Write `<path>.safetensors` (timm's own parameter names) and `<path>.state`, each atomically."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(f"{path}.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    buffer = io.BytesIO()
+    torch.save(vars(progress), buffer)
+    write_atomically(f"{path}.state", buffer.getvalue())
+
+
+def load_checkpoint(path: str, model: nn.Module) -> Progress:
+    """Put what `save_checkpoint` wrote into `model`, and return how far it was. Raises UserError if it is not there."""
+    for suffix in (".safetensors", ".state"):
+        if not Path(path + suffix).is_file():
+            raise UserError(
+                f"resume_from: there is no file {path + suffix!r}. Possible: a checkpoint that an earlier, smaller "
+                f"budget saved. Check the path, or train from the start without resume_from."
+            )
+    model.load_state_dict(safetensors.torch.load_file(f"{path}.safetensors"))
+    return Progress(**torch.load(f"{path}.state", map_location="cpu", weights_only=True))

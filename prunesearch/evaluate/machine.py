@@ -1,0 +1,43 @@
+"""The machine an evaluation runs on: its devices, and the versions of what can move a number."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from functools import lru_cache
+from importlib import metadata
+
+import timm
+import torch
+
+from prunesearch.errors import ResourceError
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises ResourceError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, is_there in available.items() if is_there))
+    if not available.get(name.split(":")[0], False):
+        possible = ", ".join(["auto", *(kind for kind, is_there in available.items() if is_there)])
+        host = socket.gethostname()
+        raise ResourceError(f"device: {name!r} is not available on {host}. Possible: {possible}. Write one of them.")
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> str:
+    """For people: what the speed of an evaluation was measured on."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu (threads: {torch.get_num_threads()})" if device.type == "cpu" else str(device)
+
+
+@lru_cache(maxsize=1)
+def versions() -> tuple[tuple[str, str], ...]:
+    """Of everything that can move a number."""
+    try:
+        own = metadata.version("prunesearch")
+    except metadata.PackageNotFoundError:
+        own = "not installed"
+    libraries = (("torch", torch.__version__), ("timm", timm.__version__), ("prunesearch", own))
+    return (("python", platform.python_version()), *libraries)

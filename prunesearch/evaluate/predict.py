@@ -1,0 +1,61 @@
+"""Logits of a model on a set of images, and the numerics that training and validation share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.evaluate.images import ImageSet
+
+
+def half_precision(device: torch.device, amp: bool) -> torch.dtype | None:
+    """What mixed precision computes in: on CUDA bfloat16, or float16 where the GPU has no bfloat16; else None."""
+    if not amp or device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def autocast(device: torch.device, amp: bool) -> AbstractContextManager[object]:
+    """Mixed precision where there is any, else nothing."""
+    dtype = half_precision(device, amp)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Have CUDA add in a fixed order, so that the same task gives the same numbers twice. CPUs do so anyway.
+
+    Operators that cannot warn. Speed is measured outside of this, as deterministic kernels may be slower.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS at its first call
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, amp: bool, flip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) in float32 and labels (N), both on CPU, in the order of the set.
+
+    Sets the model to evaluation mode. `flip` mirrors the images left to right.
+    """
+    model.eval()
+    logits, labels = [], []
+    with reproducible(device):
+        for batch, their_labels in images.batches(torch.arange(len(images)).split(batch_size), device):
+            with autocast(device, amp):
+                logits.append(model(batch.flip(-1) if flip else batch).float().cpu())
+            labels.append(their_labels.cpu())
+    return torch.cat(logits), torch.cat(labels)

@@ -1,0 +1,194 @@
+"""`evaluate(Task) -> Evaluation`: build, apply the schedule, fine-tune within the budget, measure."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import random
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+
+import numpy
+import torch
+from torch import Tensor
+
+from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.cost import estimate_cost
+from prunesearch.errors import ScheduleError
+from prunesearch.evaluate.build import build_model, model_shape
+from prunesearch.evaluate.data import open_data
+from prunesearch.evaluate.finetune import (
+    LossNotFinite,
+    Progress,
+    Teacher,
+    finetune,
+    load_checkpoint,
+    save_checkpoint,
+)
+from prunesearch.evaluate.images import ImageSet
+from prunesearch.evaluate.machine import describe, find_device, versions
+from prunesearch.evaluate.metrics import METRICS, Measured, Subject
+from prunesearch.evaluate.predict import autocast, predict, reproducible
+from prunesearch.evaluate.task import Cause, Evaluation, Task
+from prunesearch.models import apply_schedule
+
+logger = logging.getLogger(__name__)
+
+
+class MetricNotFinite(Exception):
+    """A metric came out as NaN or infinite."""
+
+
+@dataclass
+class _Findings:
+    """What is known so far; a failure reports it too."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress)
+    tokens: tuple[int, ...] = ()
+    device: str = ""
+    checkpoint: str | None = None
+    data: tuple[tuple[str, str], ...] = ()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def evaluate(task: Task) -> Evaluation:
+    """Run one task. Whatever goes wrong comes back as a failed Evaluation; only interrupts are raised.
+
+    The process keeps weights, decoded images and the dense model's logits for the next task.
+    """
+    found = _Findings()
+    cause: Cause | None = None
+    error = trace = ""
+    try:
+        _run(task, found)
+    except Exception as problem:
+        cause, error, trace = _cause(problem), str(problem) or type(problem).__name__, traceback.format_exc()
+        logger.warning("%s failed (%s): %s", task.uid, cause, error)
+        problem.__traceback__ = None  # it holds the tensors of the failed run
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Evaluation(
+        uid=task.uid,
+        status="complete" if cause is None else "failed",
+        rung=task.rung,
+        attempt=task.attempt,
+        cause=cause,
+        error=error,
+        traceback=trace,
+        metrics=tuple(found.metrics.items()),
+        spread=tuple(found.spread.items()),
+        tokens=found.tokens,
+        images=found.progress.images,
+        seconds=tuple(found.seconds.items()),
+        versions=versions() + found.data,
+        host=socket.gethostname(),
+        device=found.device,
+        checkpoint=found.checkpoint,
+    )
+
+
+def _run(task: Task, found: _Findings) -> None:
+    for plugin in task.plugins:
+        importlib.import_module(plugin)
+    metrics = [METRICS[name] for name in task.metrics]
+    if task.threads is not None:
+        torch.set_num_threads(task.threads)
+    device = find_device(task.device)
+    found.device = describe(device)
+    amp, batch_size = task.finetune.amp, task.measure.batch_size
+    with found.phase("load"):
+        found.tokens = estimate_cost(model_shape(task.model), task.schedule).tokens
+        model = build_model(task.model, device)
+        train, validation = open_data(task.data, model)
+        if train.in_memory:
+            found.data = (("data", f"{train.fingerprint} {validation.fingerprint}"),)
+        if task.resume_from is not None:
+            found.progress = load_checkpoint(task.resume_from, model)
+        apply_schedule(model, task.schedule)
+    before = found.progress.images
+    if task.budget.images != 0:
+        with found.phase("load"):
+            teacher = _teacher(task, train, device) if task.finetune.distill else None
+        _seed(task.seed)
+        with found.phase("train"):
+            with reproducible(device):
+                finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress)
+            if task.save_to is not None and found.progress.images > before:
+                save_checkpoint(task.save_to, model, found.progress)
+                found.checkpoint = task.save_to
+    dense = partial(dense_logits, task.model, task.data, "validation", device, amp, batch_size)
+    subject = Subject(model, task.model, task.schedule, validation, task.measure, device, amp, dense)
+    with found.phase("measure"):
+        for metric in metrics:
+            _seed(task.seed)  # a random score must not depend on what ran before
+            value = metric.measure(subject)
+            if isinstance(value, Measured):
+                value, found.spread[metric.name] = value
+            if not math.isfinite(value):
+                raise MetricNotFinite(f"metric {metric.name} is {value}")
+            found.metrics[metric.name] = float(value)
+
+
+@lru_cache(maxsize=6)
+def dense_logits(
+    model: ModelConfig,
+    data: DataConfig,
+    split: str,
+    device: torch.device,
+    amp: bool,
+    batch_size: int,
+    flip: bool = False,
+) -> Tensor:
+    """Logits of the dense model, as it comes, for all images of a split: computed once, then kept on the CPU."""
+    dense = build_model(model, device)
+    images = open_data(data, dense)[split == "validation"]
+    return predict(dense, images, batch_size, device, amp, flip)[0]
+
+
+def _teacher(task: Task, train: ImageSet, device: torch.device) -> Teacher:
+    """Images in memory: logits of the whole set, once per worker (and once mirrored, when training mirrors).
+    Streamed images: a forward pass of the dense model for each batch, as a set may be far larger than a budget."""
+    amp, batch_size = task.finetune.amp, task.measure.batch_size
+    if train.in_memory:
+        of_split = partial(dense_logits, task.model, task.data, "train", device, amp, batch_size)
+        upright = of_split(flip=False)
+        mirrored = of_split(flip=True) if task.finetune.augment == "flip" else upright
+        return lambda images, indices, mirror: torch.where(mirror[:, None], mirrored[indices], upright[indices])
+    dense = build_model(task.model, device)
+
+    @torch.no_grad()
+    def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> Tensor:
+        with autocast(device, amp):
+            return dense(images).float()
+
+    return forward
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _cause(problem: Exception) -> Cause:
+    if isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(problem):
+        return "oom"
+    if isinstance(problem, (LossNotFinite, MetricNotFinite)):
+        return "nan"
+    return "invalid" if isinstance(problem, ScheduleError) else "error"

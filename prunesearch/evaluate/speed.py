@@ -1,0 +1,117 @@
+"""How long a forward pass takes, and how much memory it needs: in evaluation mode, under inference_mode, with AMP
+where the evaluation uses it, on images of noise (what a schedule costs does not depend on what is in the picture)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prunesearch.evaluate.predict import autocast
+
+FEWEST_REPETITIONS = 5
+WARM_UP_SHARE = 0.2
+"""Of the measuring time; at least two passes."""
+
+
+class Timing(NamedTuple):
+    """Seconds of one batch: median, first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range."""
+        return (self.high - self.low) / 2
+
+
+@torch.inference_mode()
+def time_batches(
+    model: nn.Module, size: tuple[int, int, int], batch_size: int, seconds: float, device: torch.device, amp: bool
+) -> Timing:
+    """Repeat one forward pass for `seconds` (five times at least) after a warm-up, waiting for the device each time."""
+    model.eval()
+    images = _noise(size, batch_size, device)
+    _repeat(model, images, seconds * WARM_UP_SHARE, 2, amp)
+    times = torch.tensor(_repeat(model, images, seconds, FEWEST_REPETITIONS, amp), dtype=torch.float64)
+    low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return Timing(median, low, high)
+
+
+def _repeat(model: nn.Module, images: Tensor, seconds: float, at_least: int, amp: bool) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < at_least or time.perf_counter() < end:
+        _wait(images.device)
+        start = time.perf_counter()
+        with autocast(images.device, amp):
+            model(images)
+        _wait(images.device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def peak_memory(model: nn.Module, size: tuple[int, int, int], batch_size: int, device: torch.device, amp: bool) -> int:
+    """Bytes of the weights, the input batch, and the most that one forward pass holds on top of them.
+
+    CUDA: the allocator's peak, less what else was allocated before. Elsewhere: the largest sum of tensors that
+    operators returned and that were still alive; scratch space inside an operator is not seen.
+    """
+    model.eval()
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    images = _noise(size, batch_size, device)
+    if device.type == "cuda":
+        with autocast(device, amp):
+            model(images)  # the libraries take their workspaces at the first call
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with autocast(device, amp):
+            model(images)
+        _wait(device)
+        return weights + images.nbytes + torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors(known=(*model.parameters(), *model.buffers(), images)) as live:
+        model(images)
+    return weights + images.nbytes + live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Follows the storages that operators return until nothing refers to them any more. Views of `known` tensors
+    are not counted."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known:
+                    self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+def _noise(size: tuple[int, int, int], batch_size: int, device: torch.device) -> Tensor:
+    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

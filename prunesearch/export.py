@@ -1,0 +1,157 @@
+"""From a finished candidate to what the user takes home: schedule.yaml, and weights.safetensors if asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig
+from prunesearch.errors import RunError, StudyError, UserError
+from prunesearch.evaluate import Evaluation, Task, evaluate
+from prunesearch.files import ScheduleFile, from_mapping, save_schedule, to_mapping
+from prunesearch.schedule import Schedule
+from prunesearch.search.record import Record
+
+COMPARED = ("top1", "gmacs", "throughput")
+
+
+def export(
+    record: Record,
+    config: StudyConfig,
+    path: Path,
+    *,
+    weights: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """Write a candidate's schedule to `path`, with what was measured and how it was made; returns the files written.
+
+    weights: also copy its fine-tuned weights to the same name with .safetensors. When the study's copy is gone, the
+    task is run again to make them anew, which `say` announces. Raises StudyError for a candidate without a result, or
+    without weights of its own; RunError when the weights cannot be made again.
+    """
+    evaluation = record.evaluation
+    if evaluation is None or evaluation.status != "complete":
+        raise StudyError(
+            f"trial {record.number}: it is {record.state} and has no result. Possible: a complete trial. "
+            f"See `prunesearch front` for those worth having."
+        )
+    written = [path]
+    if weights:
+        written.append(_export_weights(record, evaluation, config, path.with_suffix(".safetensors"), say))
+    save_schedule(
+        record.schedule,
+        path,
+        model=to_mapping(config.model),
+        data=to_mapping(config.data) or {"name": config.data.name},
+        weights=written[1].name if weights else None,
+        measured={
+            **dict(evaluation.metrics),
+            "tokens": list(evaluation.tokens),
+            "finetuned_images": evaluation.images,
+            "device": evaluation.device,
+        },
+        made_by={
+            "study": config.name,
+            "trial": record.number,
+            "uid": record.uid,
+            "seed": record.seed,
+            **dict(evaluation.versions),
+        },
+    )
+    return written
+
+
+def _export_weights(
+    record: Record, evaluation: Evaluation, config: StudyConfig, target: Path, say: Callable[[str], None]
+) -> Path:
+    if evaluation.images == 0:
+        raise StudyError(
+            f"trial {record.number}: it was measured as it comes, so its weights are the model's own. "
+            f"Possible: exporting the schedule alone. Leave --weights out."
+        )
+    source = Path(f"{evaluation.checkpoint}.safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if evaluation.checkpoint is not None and source.is_file():
+        shutil.copyfile(source, target)
+        return target
+    say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
+    task = task_of(record, config, budget=Budget(images=evaluation.images))
+    again = evaluate(replace(task, save_to=str(target.with_suffix(""))))
+    target.with_suffix(".state").unlink(missing_ok=True)
+    if again.status != "complete":
+        raise RunError(f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}")
+    for name, before in evaluation.metrics:
+        now = dict(again.metrics).get(name)
+        if name in ("top1", "loss") and now != before:
+            say(f"{name} of the new weights is {now}, it was {before}: other versions or another machine")
+    return target
+
+
+def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
+    """The task of a study's candidate, for another run of it here."""
+    return Task(
+        uid=record.uid,
+        model=config.model,
+        data=config.data,
+        schedule=record.schedule,
+        budget=budget,
+        metrics=config.metric_names,
+        finetune=config.finetune,
+        measure=config.measure,
+        seed=record.seed,
+        device=config.workers.device,
+        threads=max(1, int(config.workers.cpus_each)),
+        plugins=config.plugins,
+    )
+
+
+def measure_again(
+    file: ScheduleFile,
+    folder: Path,
+    *,
+    study: StudyConfig | None = None,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    metrics: tuple[str, ...] = COMPARED,
+    measure: MeasureConfig | None = None,
+    device: str = "auto",
+) -> tuple[Evaluation, Evaluation]:
+    """Evaluate the dense model and an exported schedule, as they come: (dense, pruned).
+
+    Model and data are those given, else the study's, else those the file names. Weights beside the file (relative to
+    `folder`) are used for the pruned model. Raises UserError when model or data are known from nowhere, RunError when
+    an evaluation fails.
+    """
+    place = "schedule file"
+    if model is None:
+        model = study.model if study else from_mapping(ModelConfig, file.model, place) if file.model else None
+    if data is None:
+        data = study.data if study else from_mapping(DataConfig, file.data, place) if file.data else None
+    if model is None or data is None:
+        missing = "model" if model is None else "data"
+        raise UserError(
+            f"{place}: it names no {missing}. Possible: --study FOLDER, or --{missing} NAME. Give one of them."
+        )
+    tuned = model
+    if file.weights is not None:
+        tuned = replace(model, pretrained=False, checkpoint=str(folder / file.weights))
+    results = []
+    for schedule, with_weights in ((Schedule(), model), (Schedule(file.stages), tuned)):
+        task = Task(
+            uid="evaluate",
+            model=with_weights,
+            data=data,
+            schedule=schedule,
+            budget=Budget(images=0),
+            metrics=metrics,
+            measure=measure or (study.measure if study else MeasureConfig()),
+            device=device,
+            plugins=study.plugins if study else (),
+        )
+        result = evaluate(task)
+        if result.status != "complete":
+            raise RunError(f"the evaluation failed ({result.cause}): {result.error}\n{result.traceback}".rstrip())
+        results.append(result)
+    return results[0], results[1]

@@ -1,0 +1,434 @@
+"""`run_study`: the loop between sampler, workers and storage. Running an existing study continues it.
+
+The order of the steps is what makes a kill at any moment harmless:
+
+    a worker writes its result to the outbox, then returns it
+    1 tell the sampler   2 pick and submit the next candidate   (the worker is busy again)
+    3 write the result   4 write the new candidate as running   5 delete the result from the outbox
+
+What is in the outbox but not in the storage is adopted on the next start, what is running there without a result is
+evaluated again, and a candidate that was not even written is drawn again, the same one, from the same seed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import math
+import os
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import FileError, RunError, StudyError, UserError
+from prunesearch.evaluate import METRICS, model_shape
+from prunesearch.evaluate.task import Cause, Evaluation, Task
+from prunesearch.files import write_yaml
+from prunesearch.presets import find_schedule
+from prunesearch.schedule import ModelShape, Schedule, resolve
+from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
+from prunesearch.search.interrupt import Interrupt
+from prunesearch.search.limits import computed_excess, excess
+from prunesearch.search.outbox import delivered, discard, set_aside
+from prunesearch.search.propose import propose, seed_of
+from prunesearch.search.record import Record, State
+from prunesearch.search.samplers import SAMPLERS, ModelStudy
+from prunesearch.search.serial_workers import SerialWorkers
+from prunesearch.search.study import Store, open_store, storage_url
+from prunesearch.search.workers import EVALUATE, Lost, Workers
+from prunesearch.space import Value, check_space, parameters_of, uid_of
+from prunesearch.strict import to_mapping
+
+HOPELESS = 5
+"""So many failures without a single success end the run."""
+TICK_SECONDS = 0.5
+
+
+def run_study(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    storage: str | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    evaluate: str = EVALUATE,
+) -> Done:
+    """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) comes, or no candidate is left.
+
+    folder: of the study, made when it is not there; the database goes there unless `storage` (any Optuna URL, or
+    journal:FILE) says otherwise. evaluate: "module:function" of Task -> Evaluation.
+    Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
+    """
+    for plugin in config.plugins:
+        importlib.import_module(plugin)
+    problems = study_problems(config)
+    if problems:
+        raise FileError(f"study {config.name}", problems)
+    shape = model_shape(config.model)
+    anchors = _anchors(config, shape)
+    folder = folder.absolute()  # workers may have another working directory
+    (folder / "outbox").mkdir(parents=True, exist_ok=True)
+    with _only_driver(folder):
+        store = open_store(config, storage or storage_url(folder))
+        try:
+            write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
+            with Interrupt() as interrupt:
+                workers = _start_workers(config, folder, evaluate)
+                interrupt.listen()  # after Ray, which sets a handler of its own
+                try:
+                    return _Search(config, shape, anchors, folder, store, workers, interrupt, on_event).run()
+                finally:
+                    workers.close()
+        finally:
+            store.close()
+
+
+def study_problems(config: StudyConfig) -> list[str]:
+    """Everything in a study file that can be known to be wrong without weights or data; `run_study` starts with it.
+
+    Plugins must have been imported. Raises ModelError when the model cannot be built.
+    """
+    shape = model_shape(config.model)
+    problems = check_space(config.space, shape)
+    fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
+    fields += [(f"limits.{name}", name) for name, _ in config.limits]
+    fields += [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
+    problems += [f"{place}: {METRICS.unknown(name)}" for place, name in fields if name not in METRICS]
+    names = [objective.metric for objective in config.objectives]
+    if not names or len(set(names)) < len(names):
+        problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
+    if config.sampler.name not in SAMPLERS:
+        problems.append(f"sampler.name: {SAMPLERS.unknown(config.sampler.name)}")
+    if len(config.rungs) != 1:
+        problems.append(f"rungs: there are {len(config.rungs)}; possible: one budget. Keep one of them.")
+    return problems
+
+
+class _Search:
+    """The state of one run."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        shape: ModelShape,
+        anchors: list[tuple[str, Schedule]],
+        folder: Path,
+        store: Store,
+        workers: Workers,
+        interrupt: Interrupt,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.config, self.shape, self.folder, self.outbox = config, shape, folder, folder / "outbox"
+        self.store, self.workers, self.interrupt, self.on_event = store, workers, interrupt, on_event
+        self.anchors = deque(anchors)
+        self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
+        self.model = ModelStudy(config.sampler, config.space, config.objectives)
+        self.known: list[dict[str, Value]] = []  # parameters of all candidates, from which mutations start
+        self.records: dict[str, Record] = {}
+        self.rerun: deque[Record] = deque()
+        self.under_way: dict[str, Task] = {}
+        self.deaths: Counter[str] = Counter()
+        self.failures: list[Evaluation] = []
+        self.rejected = 0
+        self.reason: Reason | None = None
+        self.start = time.monotonic()
+
+    def run(self) -> Done:
+        self._recover()
+        try:
+            for _ in range(self.workers.count):
+                self._record_new(self._submit_next())
+            while self.under_way:
+                for task, outcome in self.workers.wait(TICK_SECONDS):
+                    self._handle(task, outcome)
+                self._look_for_a_reason_to_stop()
+        except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
+            self.reason = "cancelled"
+        done = self._done()
+        if done.complete == 0 and self.failures:
+            raise RunError(_hopeless(self.failures))
+        self.on_event(done)
+        return done
+
+    def _handle(self, task: Task, outcome: Evaluation | Lost) -> None:
+        record = self.records[task.uid]
+        del self.under_way[task.uid]
+        if isinstance(outcome, Lost):
+            if outcome.cause == "crash" and self._retry(record, outcome):
+                return
+            outcome = _failed(task, outcome.cause, outcome.error)
+        evaluation = _judged(outcome, self.config)
+        if evaluation.status == "failed":
+            self.failures.append(evaluation)
+        reached("result")
+        self._tell(task.uid, evaluation)
+        new = self._submit_next()
+        reached("submitted")
+        self.records[task.uid] = record = self.store.finish(record, evaluation)
+        reached("finished")
+        self._record_new(new)
+        reached("begun")
+        discard(self.outbox, task.uid, task.rung)
+        reached("discarded")
+        self.on_event(Finished(record, evaluation, self.rejected))
+
+    # --- starting candidates ---
+
+    def _submit_next(self) -> Record | None:
+        """Give a free worker something to do. The result, if any, is a candidate that the storage does not know yet."""
+        self._look_for_a_reason_to_stop()
+        if self.reason is not None:
+            return None
+        if self.rerun:
+            self._submit_again(self.rerun.popleft())
+            return None
+        total = self.config.stop.trials
+        if total is not None and len(self.records) >= total:
+            self.reason = "trials"
+            return None
+        record = self._next_candidate()
+        if record is None:
+            self._stop("exhausted", "there is no further candidate within the space and its limits")
+            return None
+        self.records[record.uid] = record
+        self._add_to_model(record)
+        self._submit(record, attempt=0)
+        return record
+
+    def _next_candidate(self) -> Record | None:
+        while self.anchors:
+            _, schedule = self.anchors.popleft()
+            if uid_of(schedule, self.shape) not in self.records:
+                return self._new_record(schedule)
+        draws, index = SAMPLERS[self.config.sampler.name].draws, len(self.records)
+        proposal = propose(self.config, self.shape, self.model.draw, draws, self.known, self.records, index)
+        self.rejected += proposal.rejected
+        return None if proposal.schedule is None else self._new_record(proposal.schedule)
+
+    def _new_record(self, schedule: Schedule) -> Record:
+        uid = uid_of(schedule, self.shape)
+        seed = seed_of(self.config.sampler.seed, uid)
+        return Record(-1, uid, schedule, "running", self.origins.get(uid, "sampler"), seed)
+
+    def _record_new(self, record: Record | None) -> None:
+        if record is not None:
+            record = self.store.begin(record, computed_excess(self.config, record.schedule))
+            self.records[record.uid] = record
+            self.on_event(Submitted(record, attempt=0))
+
+    def _submit_again(self, record: Record) -> None:
+        attempt = self.store.begin_again(record.number)
+        self._submit(record, attempt)
+        self.on_event(Submitted(record, attempt))
+
+    def _submit(self, record: Record, attempt: int) -> None:
+        task = self._task(record, attempt)
+        self.under_way[record.uid] = task
+        self.workers.submit(task)
+
+    def _task(self, record: Record, attempt: int) -> Task:
+        budget, workers = self.config.rungs[0], self.config.workers
+        return Task(
+            uid=record.uid,
+            model=self.config.model,
+            data=self.config.data,
+            schedule=record.schedule,
+            budget=budget,
+            metrics=self.config.metric_names,
+            finetune=self.config.finetune,
+            measure=self.config.measure,
+            attempt=attempt,
+            seed=record.seed,
+            device=workers.device,
+            threads=max(1, int(workers.cpus_each)),
+            save_to=None if budget.images == 0 else str(self.folder / "weights" / record.uid),
+            plugins=self.config.plugins,
+        )
+
+    def _retry(self, record: Record, lost: Lost) -> bool:
+        """Whether the candidate of a dead worker is left to be evaluated again, now or in the next run."""
+        self.deaths[record.uid] += 1
+        if self.deaths[record.uid] > self.config.workers.retries:
+            return False
+        self.on_event(Retrying(record, self.deaths[record.uid], lost.error))
+        self._look_for_a_reason_to_stop()
+        if self.reason in (None, "trials", "exhausted"):
+            self._submit_again(record)
+        return True
+
+    # --- ending ---
+
+    def _look_for_a_reason_to_stop(self) -> None:
+        hours = self.config.stop.hours
+        if self.interrupt.count:
+            self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
+        elif hours is not None and time.monotonic() - self.start >= 3600 * hours:
+            self._stop("hours", f"stop.hours ({hours:g}) are over")
+        elif len(self.failures) >= HOPELESS and not self._count("complete"):
+            self._stop("hopeless", f"the first {len(self.failures)} candidates failed")
+
+    def _stop(self, reason: Reason, why: str) -> None:
+        if self.reason in (None, "trials") and reason != self.reason:
+            self.reason = reason
+            self.on_event(Stopping(reason, len(self.under_way), why))
+
+    def _count(self, state: State) -> int:
+        return sum(record.state == state for record in self.records.values())
+
+    def _done(self) -> Done:
+        assert self.reason is not None, "nothing runs, so something stopped it"
+        return Done(
+            self.reason,
+            complete=self._count("complete"),
+            failed=self._count("failed"),
+            running=self._count("running"),
+            rejected=self.rejected,
+            seconds=time.monotonic() - self.start,
+        )
+
+    # --- what the sampler learns ---
+
+    def _add_to_model(self, record: Record) -> None:
+        parameters = parameters_of(record.schedule, self.config.space)
+        if parameters is not None:
+            self.model.add(record.uid, parameters)
+            self.known.append(parameters)
+
+    def _tell(self, uid: str, evaluation: Evaluation) -> None:
+        if evaluation.status == "failed":
+            self.model.tell(uid, None, {})
+            return
+        values = dict(evaluation.metrics)
+        objectives = [values[objective.metric] for objective in self.config.objectives]
+        self.model.tell(uid, objectives, excess(self.config, values))
+
+    # --- continuing ---
+
+    def _recover(self) -> None:
+        """Take up what an earlier run left: adopt the outbox, teach the sampler in the order of the numbers."""
+        self.records = {record.uid: record for record in self.store.records()}
+        recovered = self._adopt_outbox() + self._close_half_closed()
+        for record in sorted(self.records.values(), key=lambda record: record.number):
+            self._add_to_model(record)
+            if record.evaluation is not None:
+                self._tell(record.uid, record.evaluation)
+            if record.state == "running":
+                self.rerun.append(record)
+        self.on_event(
+            Started(
+                records=tuple(self.records.values()),
+                total=self.config.stop.trials,
+                done=len(self.records) - len(self.rerun),
+                rerun=len(self.rerun),
+                recovered=recovered,
+                workers=self.workers.description,
+            )
+        )
+
+    def _adopt_outbox(self) -> int:
+        recovered = 0
+        for path, task, evaluation in delivered(self.outbox):
+            record = self.records.get(task.uid) or self._new_record(task.schedule)
+            if not _same_work(task, self._task(record, task.attempt)):
+                set_aside(path, "it comes from a study with other settings")
+                continue
+            if record.number < 0:
+                record = self.store.begin(record, computed_excess(self.config, record.schedule))
+            if record.state == "running":
+                record = self.store.finish(record, _judged(evaluation, self.config))
+                recovered += 1
+            self.records[record.uid] = record
+            discard(self.outbox, task.uid, task.rung)
+        return recovered
+
+    def _close_half_closed(self) -> int:
+        """The result is there but the candidate is not closed: a kill between two commits, and no outbox."""
+        half = [record for record in self.records.values() if record.state == "running" and record.evaluation]
+        for record in half:
+            assert record.evaluation is not None
+            self.records[record.uid] = self.store.finish(record, record.evaluation)
+        return len(half)
+
+
+def reached(step: str) -> None:
+    """Does nothing; tests replace it to die at a step of the loop."""
+
+
+def _anchors(config: StudyConfig, shape: ModelShape) -> list[tuple[str, Schedule]]:
+    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin."""
+    anchors = [("dense", Schedule())]
+    for index, name in enumerate(config.space.start_from):
+        try:
+            schedule = find_schedule(name, shape)
+            resolve(schedule, shape)
+        except UserError as error:
+            raise StudyError(f"space.start_from[{index}] ({name}): {error}") from error
+        anchors.append((f"start: {name}", schedule))
+    return anchors
+
+
+def _start_workers(config: StudyConfig, folder: Path, evaluate: str) -> Workers:
+    if config.workers.kind == "serial":
+        return SerialWorkers(config.workers, folder / "outbox", evaluate)
+    from prunesearch.search.ray_workers import RayWorkers
+
+    return RayWorkers(config.workers, folder, evaluate)
+
+
+def _judged(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
+    """The evaluation as the study takes it: complete only with a finite number for every objective and limit."""
+    if evaluation.status == "failed":
+        return evaluation
+    values = dict(evaluation.metrics)
+    needed = [objective.metric for objective in config.objectives] + [name for name, _ in config.limits]
+    for name in needed:
+        if name not in values:
+            return replace(evaluation, status="failed", cause="error", error=f"metric {name} was not measured")
+        if not math.isfinite(values[name]):
+            return replace(evaluation, status="failed", cause="nan", error=f"metric {name} is {values[name]}")
+    return evaluation
+
+
+def _failed(task: Task, cause: Cause, error: str) -> Evaluation:
+    return Evaluation(task.uid, "failed", rung=task.rung, attempt=task.attempt, cause=cause, error=error)
+
+
+def _same_work(task: Task, expected: Task) -> bool:
+    """Whether two tasks must give the same numbers; where and how fast they run does not matter."""
+
+    def work(task: Task) -> tuple[object, ...]:
+        data = replace(task.data, loaders=0, in_memory=True)
+        return (task.uid, task.seed, task.rung, task.model, data, task.budget, task.finetune, task.measure)
+
+    return work(task) == work(expected)
+
+
+def _hopeless(failures: list[Evaluation]) -> str:
+    last = failures[-1]
+    trace = f"\n{last.traceback}" if last.traceback else ""
+    return (
+        f"no candidate could be evaluated: {len(failures)} of {len(failures)} failed in this run. The last error "
+        f"({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
+    )
+
+
+@contextmanager
+def _only_driver(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. The kernel releases it when this process ends, however it ends."""
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked children
+        except OSError:
+            file.seek(0)
+            raise StudyError(
+                f"{folder}: another process ({file.read().strip() or 'unknown'}) runs this study. Possible: one at a "
+                f"time. Wait for it, stop it, or give this search another name."
+            ) from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}:{os.getpid()}")
+        file.flush()
+        yield

@@ -1,0 +1,82 @@
+"""What a running search tells whoever shows it; `run_study(on_event=...)` gets these in order, from one thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.search.record import Record
+
+Reason = Literal["trials", "hours", "exhausted", "hopeless", "interrupted", "cancelled"]
+"""trials, hours: the bound of `stop` was reached. exhausted: there is no further candidate within the limits.
+hopeless: the first ones all failed; `run_study` raises RunError once the running ones are back.
+interrupted: asked to stop, running candidates were waited for. cancelled: asked twice, they were not."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The study is open and workers are ready.
+
+    records: what the study holds, running ones included. total: of `stop.trials`. done: finished candidates.
+    recovered: finished before, but only now put into the study. rerun: begun before and not finished.
+    workers: for people, such as "2 Ray workers, 1 CPU each".
+    """
+
+    records: tuple[Record, ...]
+    total: int | None
+    done: int
+    rerun: int
+    recovered: int
+    workers: str
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A candidate went to a worker; attempt 0 is the first time."""
+
+    record: Record
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A candidate is in the storage, complete or failed. rejected: proposals of this run that arithmetic or identity
+    turned down so far."""
+
+    record: Record
+    evaluation: Evaluation
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Retrying:
+    """A worker died; its candidate will be tried again."""
+
+    record: Record
+    attempt: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """No further candidates are submitted; `running` are waited for. `why` is for people."""
+
+    reason: Reason
+    running: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """The run is over and everything is saved. Counts are of the whole study, `rejected` and `seconds` of this run."""
+
+    reason: Reason
+    complete: int
+    failed: int
+    running: int
+    rejected: int
+    seconds: float
+
+
+Event = Started | Submitted | Finished | Retrying | Stopping | Done

@@ -1,0 +1,30 @@
+"""The limits of a study: by how much a value breaks one, and what arithmetic knows before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prunesearch.config import StudyConfig
+from prunesearch.evaluate import METRICS
+from prunesearch.schedule import Schedule
+
+
+def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]:
+    """By how much each limited metric that has a value breaks its limit, in the metric's unit; 0 or less is within."""
+    found: dict[str, float] = {}
+    for name, limit in config.limits:
+        if name in values:
+            above = [] if limit.at_most is None else [values[name] - limit.at_most]
+            below = [] if limit.at_least is None else [limit.at_least - values[name]]
+            found[name] = max(above + below, default=0.0)
+    return found
+
+
+def computed_excess(config: StudyConfig, schedule: Schedule) -> dict[str, float]:
+    """The same for the metrics that arithmetic gives. Raises ScheduleError when the schedule does not fit the model."""
+    values = {}
+    for name, _ in config.limits:
+        compute = METRICS[name].compute
+        if compute is not None:
+            values[name] = compute(config.model, schedule)
+    return excess(config, values)

@@ -1,0 +1,111 @@
+"""The next candidate: new, possible, and within every limit that arithmetic can check."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import ScheduleError
+from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.search.limits import computed_excess
+from prunesearch.space import (
+    Choice,
+    Dimension,
+    Value,
+    combination,
+    combinations,
+    dimensions,
+    schedule_from,
+    uid_of,
+)
+
+MUTATIONS = 200
+RANDOM_DRAWS = 1000
+COUNTABLE = 20_000
+"""Spaces of up to this many combinations are searched to the last one."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate, or None when there is no further one, and how many were turned down on the way."""
+
+    schedule: Schedule | None
+    rejected: int
+
+
+def seed_of(*parts: object) -> int:
+    """31 bits that depend on nothing but the parts."""
+    digest = blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def propose(
+    config: StudyConfig,
+    shape: ModelShape,
+    draw: Callable[[int], dict[str, Value]],
+    draws: int,
+    known: Sequence[dict[str, Value]],
+    seen: Container[str],
+    index: int,
+) -> Proposal:
+    """The index-th candidate of a study.
+
+    draw: asks the sampler with a seed, at most `draws` times. known: parameters of earlier candidates. seen: uids that
+    were candidates before. When the sampler only repeats itself, neighbours of what it wants are tried, then anything.
+    The same arguments give the same candidate.
+    """
+    rejected = 0
+    repeated: list[dict[str, Value]] = []
+    for parameters in _stream(config, draw, draws, repeated, known, index):
+        try:
+            schedule = schedule_from(parameters, config.space, shape)
+            if all(amount <= 0 for amount in computed_excess(config, schedule).values()):
+                if uid_of(schedule, shape) not in seen:
+                    return Proposal(schedule, rejected)
+                repeated.append(parameters)
+        except ScheduleError:
+            pass  # these choices do not go together
+        rejected += 1
+    return Proposal(None, rejected)
+
+
+def _stream(
+    config: StudyConfig,
+    draw: Callable[[int], dict[str, Value]],
+    draws: int,
+    repeated: Sequence[dict[str, Value]],
+    known: Sequence[dict[str, Value]],
+    index: int,
+) -> Iterator[dict[str, Value]]:
+    space = dimensions(config.space)
+    seed = config.sampler.seed
+    for attempt in range(draws):
+        yield draw(seed_of(seed, index, attempt))
+    generator = random.Random(seed_of(seed, index, "neighbours"))
+    start = tuple(repeated) or known
+    if start and space:
+        for _ in range(MUTATIONS):
+            yield _mutated(generator.choice(start), space, generator)
+    for _ in range(RANDOM_DRAWS):
+        yield {name: _any_value(dimension, generator) for name, dimension in space.items()}
+    total = combinations(config.space)
+    if total is not None and total <= COUNTABLE:
+        for position in generator.sample(range(total), total):
+            yield combination(config.space, position)
+
+
+def _mutated(parameters: dict[str, Value], space: dict[str, Dimension], generator: random.Random) -> dict[str, Value]:
+    names = generator.sample(list(space), k=min(len(space), generator.randint(1, 2)))
+    return {**parameters, **{name: _any_value(space[name], generator) for name in names}}
+
+
+def _any_value(dimension: Dimension, generator: random.Random) -> Value:
+    if isinstance(dimension, Choice):
+        return generator.choice(dimension.values)
+    if dimension.step is None:
+        return generator.uniform(dimension.low, dimension.high)
+    steps = round((dimension.high - dimension.low) / dimension.step)
+    return dimension.low + generator.randint(0, steps) * dimension.step

@@ -1,0 +1,214 @@
+"""Workers on Ray: one actor for each slot, which keeps model and data between candidates. The only file that knows Ray.
+
+Ray retries nothing here: the driver counts attempts, so that every one of them is in the record. An actor whose process
+dies, hangs or runs out of memory is replaced by a new one; the others do not notice.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from prunesearch.config import WorkersConfig
+from prunesearch.errors import ResourceError
+from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.search.outbox import evaluate_into
+from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate
+
+
+@dataclass
+class _Slot:
+    """An actor and what it does. `since` is when it began to work on the task, not when it was told to."""
+
+    number: int
+    actor: Any
+    ready: Any
+    task: Task | None = None
+    result: Any = None
+    since: float | None = None
+
+
+class RayWorkers:
+    """A pool of actors, on this machine or on a cluster. Raises ResourceError when it has no room for them.
+
+    folder: of the study; the outbox and the workers' logs are there. On a cluster it should be on a shared disk.
+    """
+
+    def __init__(self, config: WorkersConfig, folder: Path, evaluate: str = EVALUATE) -> None:
+        self._config, self._folder, self._evaluate = config, folder, evaluate
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _start_ray(config.address)
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self.count = _slots(config, nodes)
+            self.description = _description(config, self.count, nodes)
+            self._slots = [self._new_slot(number) for number in range(self.count)]
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, task: Task) -> None:
+        slot = next(slot for slot in self._slots if slot.task is None)
+        slot.task, slot.result, slot.since = task, slot.actor.evaluate.remote(task), None
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        busy = {slot.result: slot for slot in self._slots if slot.task is not None}
+        if not busy:
+            return []
+        done, _ = ray.wait(list(busy), num_returns=1, timeout=seconds)
+        done, _ = ray.wait(list(busy), num_returns=len(busy), timeout=0) if done else (done, _)
+        outcomes: list[Outcome] = [self._take(busy[result]) for result in done]
+        return outcomes + self._take_hung([slot for result, slot in busy.items() if result not in done])
+
+    def close(self) -> None:
+        for slot in getattr(self, "_slots", []):
+            ray.kill(slot.actor, no_restart=True)
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _take(self, slot: _Slot) -> Outcome:
+        task, slot.task = slot.task, None
+        assert task is not None
+        try:
+            evaluation: Evaluation = ray.get(slot.result)
+        except ray.exceptions.RayTaskError as error:  # the evaluation raised, its worker lives
+            return task, Lost("error", str(error.cause or error))
+        except ray.exceptions.RayError as error:
+            self._replace(slot)
+            return task, Lost("crash", _last_line(error))
+        if evaluation.cause == "oom" or "CUDA error" in evaluation.error:
+            self._replace(slot)  # its memory or its context is spoilt
+        return task, evaluation
+
+    def _take_hung(self, working: list[_Slot]) -> list[Outcome]:
+        if self._config.timeout is None:
+            return []
+        hung: list[Outcome] = []
+        for slot in working:
+            if slot.since is None and ray.wait([slot.ready], timeout=0)[0]:
+                slot.since = time.monotonic()
+            if slot.since is not None and time.monotonic() - slot.since > self._config.timeout:
+                assert slot.task is not None
+                hung.append((slot.task, Lost("timeout", f"no result after {self._config.timeout:g} s")))
+                slot.task = None
+                self._replace(slot)
+        return hung
+
+    def _replace(self, slot: _Slot) -> None:
+        ray.kill(slot.actor, no_restart=True)
+        self._slots[self._slots.index(slot)] = self._new_slot(slot.number)
+
+    def _new_slot(self, number: int) -> _Slot:
+        config = self._config
+        actor_class = ray.remote(_Actor).options(  # type: ignore[attr-defined]
+            num_cpus=config.cpus_each, num_gpus=config.gpus_each, max_restarts=0, max_task_retries=0
+        )
+        log = self._folder / "logs" / f"worker-{number}.log"
+        actor = actor_class.remote(
+            self._folder / "outbox", self._evaluate, log, os.getcwd(), sys.path, hide_gpus=not config.gpus_each
+        )
+        return _Slot(number, actor, actor.ready.remote())
+
+
+class _Actor:
+    """The process of one slot."""
+
+    def __init__(
+        self, outbox: Path, evaluate: str, log: Path, directory: str, import_paths: list[str], hide_gpus: bool
+    ) -> None:
+        if hide_gpus:  # Ray leaves them visible to actors that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if os.path.isdir(directory):  # relative paths in the study file mean the same as for the driver
+            os.chdir(directory)
+        sys.path += [path for path in import_paths if path not in sys.path]
+        _log_to(log)
+        self._outbox, self._evaluate = outbox, find_evaluate(evaluate)
+
+    def ready(self) -> None:
+        """Returns when the constructor has."""
+
+    def evaluate(self, task: Task) -> Evaluation:
+        return evaluate_into(self._outbox, self._evaluate, task)
+
+
+def _log_to(path: Path) -> None:
+    """Everything the process says, also in its last moment, goes to a file of the study."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    faulthandler.enable(file=2)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
+
+
+def _start_ray(address: str | None) -> None:
+    # read when Ray starts: an out-of-memory kill counts as a crash, which the driver knows how to handle
+    os.environ.setdefault("RAY_task_oom_retries", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    except ConnectionError as error:
+        raise ResourceError(
+            f"workers.address: no Ray cluster at {address!r}: {error}. Possible: the address of a running cluster, "
+            f"auto, or nothing (Ray is started on this machine). Check it, or leave it out."
+        ) from error
+
+
+def _slots(config: WorkersConfig, nodes: list[dict[str, float]]) -> int:
+    """How many workers there will be: as many as asked for, or as fit. Raises ResourceError."""
+    has = f"{_total(nodes, 'CPU'):g} CPUs and {_total(nodes, 'GPU'):g} GPUs on {len(nodes)} node(s)"
+    if config.gpus_each > 1 and config.gpus_each % 1:
+        raise ResourceError(
+            f"workers.gpus_each: {config.gpus_each:g}; possible: a fraction up to 1, or a whole number. Round it."
+        )
+    if not config.gpus_each and config.device.startswith("cuda"):
+        raise ResourceError(
+            f"workers.gpus_each: 0, but workers.device is {config.device}. There are {has}. "
+            f"Give each worker a GPU or a fraction of one, or set device to auto."
+        )
+    fit = sum(_room(config, node) for node in nodes)
+    wanted = config.count or 1
+    if wanted > fit:
+        each = f"{config.cpus_each:g} CPUs and {config.gpus_each:g} GPUs"
+        raise ResourceError(
+            f"workers: {wanted} with {each} each were asked for, but there are {has}. "
+            f"Possible: up to {fit} such workers. Lower workers.count, cpus_each or gpus_each."
+        )
+    return config.count or fit
+
+
+def _room(config: WorkersConfig, node: dict[str, float]) -> int:
+    """Workers that fit on one node. A GPU holds a whole number of workers with a fraction each."""
+    fit = int(node.get("CPU", 0) / config.cpus_each)
+    gpus = node.get("GPU", 0)
+    if config.gpus_each >= 1:
+        fit = min(fit, int(gpus / config.gpus_each))
+    elif config.gpus_each:
+        fit = min(fit, int(gpus) * int(1 / config.gpus_each))
+    return fit
+
+
+def _total(nodes: list[dict[str, float]], resource: str) -> float:
+    return sum(node.get(resource, 0) for node in nodes)
+
+
+def _description(config: WorkersConfig, count: int, nodes: list[dict[str, float]]) -> str:
+    text = f"{count} Ray worker{'s' * (count > 1)}, {config.cpus_each:g} CPU each"
+    if config.gpus_each:
+        return f"{text}, {config.gpus_each:g} GPU each"
+    unused = _total(nodes, "GPU")
+    return f"{text} ({unused:g} GPUs stay unused: workers.gpus_each is 0)" if unused else text
+
+
+def _last_line(error: Exception) -> str:
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

@@ -1,0 +1,209 @@
+"""Who proposes candidates: Optuna's samplers, asked through a study in memory that always has the same space.
+
+The study in the storage is never asked: on SQLite one question costs dozens of statements. The model study is rebuilt
+from the records when a search continues. Each question gets a fresh sampler with its own seed, so that an answer
+depends on what was told and on the seed, and not on how often the process was restarted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from prunesearch.config import Objective, SamplerConfig, SpaceConfig
+from prunesearch.registry import Registry
+from prunesearch.space import Choice, Dimension, Value, dimensions
+
+WINDOW = 400
+"""Finished candidates that TPE looks at, besides the front; its cost grows with their number."""
+POPULATION = 50
+GENERATION_KEY = "NSGAIISampler:generation"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A registered sampler. `make(seed, startup)` gives Optuna's object; `window` bounds what it sees, None is all."""
+
+    name: str
+    summary: str
+    make: Callable[[int, int | None], BaseSampler]
+    window: int | None = None
+    draws: int = 25
+    """Questions for one candidate before simpler ways take over; samplers repeat themselves once they are sure."""
+    most_trials: int | None = None
+    """Beyond this many candidates a question takes several seconds."""
+
+
+SAMPLERS: Registry[Sampler] = Registry("sampler")
+
+
+def _tpe(seed: int, startup: int | None) -> BaseSampler:
+    n_startup_trials = 10 if startup is None else startup
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=n_startup_trials, multivariate=True, constant_liar=True
+    )
+
+
+def _nsga2(seed: int, startup: int | None) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=_population(startup))
+
+
+def _gp(seed: int, startup: int | None) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=10 if startup is None else startup)
+
+
+def _random(seed: int, startup: int | None) -> BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _population(startup: int | None) -> int:
+    return POPULATION if startup is None else max(2, startup)
+
+
+for _sampler in (
+    Sampler("tpe", "tree-structured Parzen estimator over all parameters at once; the default", _tpe, window=WINDOW),
+    Sampler("nsga2", "genetic algorithm, generations of 50 (or of sampler.startup)", _nsga2),
+    Sampler(
+        "gp",
+        "Gaussian process with expected hypervolume; for up to 200 costly candidates",
+        _gp,
+        draws=2,
+        most_trials=200,
+    ),
+    Sampler("random", "uniform, the baseline", _random),
+):
+    SAMPLERS.add(_sampler.name, _sampler)
+
+
+class ModelStudy:
+    """What a sampler knows: candidates by uid, running or with their objective values.
+
+    Parameters are those of `space.parameters_of`; values are in the order and the units of the objectives.
+    """
+
+    def __init__(self, config: SamplerConfig, space: SpaceConfig, objectives: Sequence[Objective]) -> None:
+        self._config, self._sampler = config, SAMPLERS[config.name]
+        self._distributions = {name: _distribution(dimension) for name, dimension in dimensions(space).items()}
+        self._memory = _Memory()
+        with quiet_optuna():
+            self._study = optuna.create_study(
+                storage=self._memory, directions=[objective.goal for objective in objectives]
+            )
+        self._signs = tuple(1.0 if objective.goal == "minimize" else -1.0 for objective in objectives)
+        self._ids: dict[str, int] = {}
+        self._recent: deque[int] = deque(maxlen=self._sampler.window)
+        self._front: dict[int, tuple[float, ...]] = {}
+        self._running: set[int] = set()
+        self._generation_of: dict[int, int] = {}
+        self._finished_in: Counter[int] = Counter()
+
+    def draw(self, seed: int) -> dict[str, Value]:
+        """One proposal. It leaves no trace: `add` says which proposals become candidates."""
+        if not self._distributions:
+            return {}
+        if self._sampler.window is not None:
+            self._memory.visible = self._running | self._front.keys() | set(self._recent)
+        self._study.sampler = _with_fixed_space(self._sampler.make(seed, self._config.startup), self._distributions)
+        trial = self._study.ask(fixed_distributions=self._distributions)
+        self._study.tell(trial, state=TrialState.FAIL)
+        return dict(trial.params)
+
+    def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
+        """A candidate that runs now. It has every parameter of the space."""
+        generation = max(self._finished_in, default=0)  # as NSGA-II counts: full when so many are complete
+        generation += self._finished_in[generation] >= _population(self._config.startup)
+        trial = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=dict(parameters),
+            distributions=self._distributions,
+            system_attrs={GENERATION_KEY: generation} if self._config.name == "nsga2" else {},
+        )
+        study_id = self._memory.get_study_id_from_name(self._study.study_name)
+        self._ids[uid] = self._memory.create_new_trial(study_id, template_trial=trial)
+        self._running.add(self._ids[uid])
+        self._generation_of[self._ids[uid]] = generation
+
+    def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
+        """The result of a candidate: None when it failed. `excess` above 0 breaks a limit. Others are ignored."""
+        if uid not in self._ids:
+            return  # it lies outside the space
+        number = self._ids[uid]
+        self._running.discard(number)
+        trial = optuna.trial.Trial(self._study, number)
+        if values is None:
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        for name, amount in excess.items():
+            trial.set_constraint(name, amount)
+        self._study.tell(trial, list(values))
+        self._finished_in[self._generation_of[number]] += 1
+        self._recent.append(number)
+        if all(amount <= 0 for amount in excess.values()):
+            self._update_front(number, tuple(sign * value for sign, value in zip(self._signs, values, strict=True)))
+
+    def _update_front(self, number: int, losses: tuple[float, ...]) -> None:
+        def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+            return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+        if not any(dominates(known, losses) for known in self._front.values()):
+            self._front = {key: known for key, known in self._front.items() if not dominates(losses, known)}
+            self._front[number] = losses
+
+
+class _Memory(InMemoryStorage):
+    """Optuna's storage in memory that can hide trials from samplers."""
+
+    visible: set[int] | None = None
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = super().get_all_trials(study_id, deepcopy, states)
+        return trials if self.visible is None else [trial for trial in trials if trial.number in self.visible]
+
+
+def _with_fixed_space(sampler: BaseSampler, space: dict[str, BaseDistribution]) -> BaseSampler:
+    """The sampler, but it need not go through all trials to find out which parameters they share.
+
+    Set on the object: a subclass under another name would lose NSGA-II's generations, which are stored by class name.
+    """
+    sampler.infer_relative_search_space = lambda study, trial: space  # type: ignore[method-assign]
+    return sampler
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
+    if isinstance(dimension, Choice):
+        return CategoricalDistribution(dimension.values)
+    return FloatDistribution(dimension.low, dimension.high, step=dimension.step)
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Without Optuna's notes on new studies and experimental parts; its settings are as before afterwards."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def parameters_and_distributions(
+    space: SpaceConfig, parameters: Mapping[str, Value] | None
+) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """What an Optuna trial records of a candidate; nothing when it lies outside the space."""
+    if parameters is None:
+        return {}, {}
+    return dict(parameters), {name: _distribution(dimension) for name, dimension in dimensions(space).items()}

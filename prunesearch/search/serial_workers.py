@@ -1,0 +1,42 @@
+"""The worker in this process: one task at a time, evaluated inside `wait`. For small studies and for debugging."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+from prunesearch.config import WorkersConfig
+from prunesearch.errors import ResourceError
+from prunesearch.evaluate.task import Task
+from prunesearch.search.outbox import evaluate_into
+from prunesearch.search.workers import EVALUATE, Outcome, find_evaluate
+
+
+class SerialWorkers:
+    """One slot in this process. Raises ResourceError for what only other processes can do."""
+
+    count = 1
+
+    def __init__(self, config: WorkersConfig, outbox: Path, evaluate: str = EVALUATE) -> None:
+        asked = {"count": config.count not in (None, 1), "timeout": config.timeout is not None}
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise ResourceError(
+                    f"workers.{name}: {getattr(config, name)}, but kind serial evaluates in this process, one by one, "
+                    f"and cannot be stopped from outside. Possible with kind: ray. Use that, or leave {name} out."
+                )
+        self.description = "this process"
+        self._outbox, self._evaluate = outbox, find_evaluate(evaluate)
+        self._tasks: deque[Task] = deque()
+
+    def submit(self, task: Task) -> None:
+        self._tasks.append(task)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self._tasks:
+            return []
+        task = self._tasks.popleft()
+        return [(task, evaluate_into(self._outbox, self._evaluate, task))]
+
+    def close(self) -> None:
+        self._tasks.clear()

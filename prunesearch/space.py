@@ -1,0 +1,385 @@
+"""The search space: which parameters a study has, and how their values become a candidate schedule and back.
+
+Every parameter exists in every candidate (the space is fixed, nothing is conditional), because samplers that look at
+all parameters together need it. Parameters that have no effect in a candidate, such as the score of a block without a
+stage, are set to their first choice before a sampler learns from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any, Protocol, TypeVar, cast
+
+from prunesearch.config import BlockSpace, Range, SpaceConfig
+from prunesearch.errors import ScheduleError
+from prunesearch.registry import did_you_mean
+from prunesearch.schedule import PLACES, ModelShape, Place, Schedule, Stage, canonical, resolve
+from prunesearch.tokens import REDUCERS, SCORERS
+
+Value = float | str
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parameter whose values have no order that a sampler could use."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number from low to high (inclusive); on a grid when it has a step, else continuous."""
+
+    low: float
+    high: float
+    step: float | None
+
+
+Dimension = Choice | Interval
+
+
+class Trial(Protocol):
+    """What `suggest` needs of an Optuna trial."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float: ...
+
+
+def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
+    """The parameters that have more than one value, by name, in the order of the blocks.
+
+    A list of keep ratios at equal distances is an Interval, so that samplers see its order; an uneven one is a Choice.
+    """
+    named = ((name, _dimension(values)) for name, values in _fields(space).items())
+    return {name: dimension for name, dimension in named if dimension is not None}
+
+
+def suggest(trial: Trial, space: SpaceConfig, shape: ModelShape) -> Schedule:
+    """Ask a trial for every parameter. Raises ScheduleError for a combination that cannot be a candidate."""
+    parameters: dict[str, Value] = {}
+    for name, dimension in dimensions(space).items():
+        if isinstance(dimension, Choice):
+            parameters[name] = trial.suggest_categorical(name, dimension.values)
+        else:
+            parameters[name] = trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step)
+    return schedule_from(parameters, space, shape)
+
+
+def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: ModelShape) -> Schedule:
+    """The candidate that these values stand for. Raises ScheduleError when it breaks `max_stages` or the model."""
+    schedule = _schedule(parameters, space)
+    if space.max_stages is not None and len(schedule.stages) > space.max_stages:
+        raise ScheduleError(
+            "space.max_stages",
+            [f"{len(schedule.stages)} stages; possible: at most {space.max_stages}. Leave some blocks without one."],
+        )
+    resolve(schedule, shape)
+    return schedule
+
+
+def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | None:
+    """The values that stand for a schedule, or None when it lies outside the space; the inverse of `schedule_from`.
+
+    Parameters without effect get their first choice.
+    """
+    schedule = Schedule(tuple(stage for stage in schedule.stages if stage.keep != 1.0))
+    if space.max_stages is not None and len(schedule.stages) > space.max_stages:
+        return None
+    by_block = {stage.block: stage for stage in schedule.stages}
+    parameters: dict[str, Value] = {}
+    for block in _blocks(space):
+        stage = by_block.get(block.block)
+        keep = 1.0 if stage is None else stage.keep
+        if keep is None:
+            return None  # an absolute count
+        parameters[_name("keep", block, space)] = keep
+        if stage is not None:
+            parameters[_name("at", block, space)] = stage.at
+            parameters[_name("reduce", block, space)] = stage.reduce
+            if REDUCERS[stage.reduce].ranks:
+                parameters[_name("score", block, space)] = stage.score
+    full: dict[str, Value] = {}
+    for name, dimension in dimensions(space).items():
+        value = parameters.get(name, _first(dimension))
+        if not _holds(dimension, value):
+            return None
+        full[name] = value
+    return full if _schedule(full, space) == schedule else None
+
+
+def combinations(space: SpaceConfig) -> int | None:
+    """How many sets of values there are, or None when a parameter is continuous."""
+    total = 1
+    for dimension in dimensions(space).values():
+        values = _values(dimension)
+        if values is None:
+            return None
+        total *= len(values)
+    return total
+
+
+def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
+    """The index-th set of values of a space that has finitely many (`combinations`)."""
+    parameters = {}
+    for name, dimension in dimensions(space).items():
+        values = _values(dimension)
+        assert values is not None, "only a finite space can be counted"
+        index, position = divmod(index, len(values))
+        parameters[name] = values[position]
+    return parameters
+
+
+def uid_of(schedule: Schedule, shape: ModelShape) -> str:
+    """12 hexadecimal digits that all spellings of the same schedule share. Raises ScheduleError as `resolve`."""
+    stages = [
+        (stage.block, stage.at, stage.score, stage.tokens, stage.reduce, stage.options)
+        for stage in canonical(schedule, shape).stages
+    ]
+    return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
+
+
+def check_space(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    """Every mistake of a space for a model, one sentence or two for each, with its field. Empty when all is well."""
+    problems = _block_problems(space, shape)
+    problems += _value_problems("space", space.keep, space.at, space.score, space.reduce)
+    for index, own in enumerate(space.blocks):
+        if isinstance(own, BlockSpace):
+            place = f"space.blocks[{index}]"
+            problems += _value_problems(place, own.keep, own.at, own.score, own.reduce)
+            problems += [
+                f"{place}.{field}: all blocks share {field} (space.same). Possible: no own choice here. "
+                f"Leave it out, or take {field} out of space.same."
+                for field in space.same
+                if getattr(own, field) is not None
+            ]
+    return problems or _pair_problems(space, shape)
+
+
+# --- what a space says about one block ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The choices of one block, with everything it takes over from the space around it."""
+
+    block: int
+    keep: tuple[float, ...] | Range
+    at: tuple[str, ...]
+    score: tuple[str, ...]
+    reduce: tuple[str, ...]
+
+
+def _blocks(space: SpaceConfig) -> list[_Block]:
+    def own_or_shared(own: T | None, shared: T) -> T:
+        return shared if own is None else own
+
+    blocks = []
+    for entry in space.blocks:
+        own = BlockSpace(entry) if isinstance(entry, int) else entry
+        blocks.append(
+            _Block(
+                own.block,
+                own_or_shared(own.keep, space.keep),
+                own_or_shared(own.at, space.at),
+                own_or_shared(own.score, space.score),
+                own_or_shared(own.reduce, space.reduce),
+            )
+        )
+    return blocks
+
+
+def _name(field: str, block: _Block, space: SpaceConfig) -> str:
+    return field if field in space.same else f"block{block.block}.{field}"
+
+
+def _fields(space: SpaceConfig) -> dict[str, tuple[Value, ...] | Range]:
+    """All fields of all blocks by parameter name, also those with a single value."""
+    fields: dict[str, tuple[Value, ...] | Range] = {}
+    for block in _blocks(space):
+        fields[_name("keep", block, space)] = block.keep
+        fields[_name("at", block, space)] = block.at
+        fields[_name("reduce", block, space)] = block.reduce
+        if any(REDUCERS[verb].ranks for verb in block.reduce):  # no verb would read it otherwise
+            fields[_name("score", block, space)] = block.score
+    return fields
+
+
+def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
+    fields = _fields(space)
+
+    def value(field: str, block: _Block) -> Value:
+        name = _name(field, block, space)
+        values = fields[name]
+        given = parameters.get(name)
+        if given is None:
+            return values.low if isinstance(values, Range) else values[0]
+        return _exact(values, given)
+
+    stages = []
+    for block in _blocks(space):
+        keep = float(value("keep", block))
+        if keep < 1.0:
+            reduce = str(value("reduce", block))
+            score = str(value("score", block)) if REDUCERS[reduce].ranks else "none"
+            at = cast(Place, value("at", block))
+            stages.append(Stage(block.block, at=at, score=score, keep=keep, reduce=reduce))
+    return Schedule(tuple(stages))
+
+
+# --- one parameter -----------------------------------------------------------------------------------------------
+
+
+def _dimension(values: tuple[Value, ...] | Range) -> Dimension | None:
+    """None when there is nothing to choose."""
+    if isinstance(values, Range):
+        return Interval(values.low, values.high, values.step) if values.low < values.high else None
+    if len(values) < 2:
+        return None
+    numbers = sorted(Decimal(repr(value)) for value in values if isinstance(value, float))
+    distances = {after - before for before, after in itertools.pairwise(numbers)}
+    if len(numbers) == len(values) and len(distances) == 1:
+        return Interval(float(numbers[0]), float(numbers[-1]), float(distances.pop()))
+    return Choice(values)
+
+
+def _values(dimension: Dimension) -> tuple[Value, ...] | None:
+    if isinstance(dimension, Choice):
+        return dimension.values
+    return None if dimension.step is None else tuple(_grid(dimension))
+
+
+def _grid(interval: Interval | Range) -> Iterator[float]:
+    low, high, step = (Decimal(repr(number)) for number in (interval.low, interval.high, interval.step))
+    return (float(low + index * step) for index in range(int((high - low) / step) + 1))
+
+
+def _exact(values: tuple[Value, ...] | Range, given: Value) -> Value:
+    """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid."""
+    if isinstance(given, str):
+        return given
+    on_grid = values if not isinstance(values, Range) else tuple(_grid(values)) if values.step is not None else None
+    return given if on_grid is None else min(on_grid, key=lambda value: abs(float(value) - given))
+
+
+def _first(dimension: Dimension) -> Value:
+    return dimension.values[0] if isinstance(dimension, Choice) else dimension.low
+
+
+def _holds(dimension: Dimension, value: Value) -> bool:
+    values = _values(dimension)
+    if values is not None:
+        return value in values
+    return isinstance(dimension, Interval) and isinstance(value, float) and dimension.low <= value <= dimension.high
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    if not space.blocks:
+        return ["space.blocks: is empty. Possible: block numbers from 0. Name at least one block."]
+    problems = []
+    seen: dict[int, int] = {}
+    for index, block in enumerate(_blocks(space)):
+        place = f"space.blocks[{index}]"
+        if not 0 <= block.block < shape.depth:
+            problems.append(
+                f"{place}: block {block.block}; possible: 0 to {shape.depth - 1} in this model. Choose one of those."
+            )
+        if block.block in seen:
+            problems.append(f"{place}: block {block.block} is space.blocks[{seen[block.block]}] too. Keep one of them.")
+        seen.setdefault(block.block, index)
+    return problems
+
+
+def _value_problems(
+    place: str,
+    keep: tuple[float, ...] | Range | None,
+    at: tuple[str, ...] | None,
+    score: tuple[str, ...] | None,
+    reduce: tuple[str, ...] | None,
+) -> list[str]:
+    """Mistakes of the lists in themselves, whatever the block. None is not given."""
+    problems = _range_problems(place, keep) if isinstance(keep, Range) else []
+    lists: dict[str, tuple[Value, ...]] = {"at": at or (), "score": score or (), "reduce": reduce or ()}
+    if isinstance(keep, tuple):
+        lists["keep"] = keep
+        problems += [
+            f"{place}.keep: {value!r}; possible: above 0, up to 1 (1 = no stage here)."
+            for value in keep
+            if not 0 < value <= 1
+        ]
+    for field, given in (("keep", keep), ("at", at), ("score", score), ("reduce", reduce)):
+        if given == ():
+            problems.append(f"{place}.{field}: is empty. Possible: one value or more. Name one.")
+    problems += [
+        f"{place}.{field}: {value!r} is there {values.count(value)} times. Keep one of them."
+        for field, values in lists.items()
+        for value in dict.fromkeys(values)
+        if values.count(value) > 1
+    ]
+    for name in lists["at"]:
+        if name not in PLACES:
+            problems.append(
+                f"{place}.at: {name!r}; possible: {', '.join(PLACES)}.{did_you_mean(name, PLACES)} Choose one of those."
+            )
+    problems += [f"{place}.score: {SCORERS.unknown(name)}" for name in lists["score"] if not _known(name, SCORERS)]
+    problems += [f"{place}.reduce: {REDUCERS.unknown(name)}" for name in lists["reduce"] if name not in REDUCERS]
+    return problems
+
+
+def _known(score: Value, scorers: Mapping[str, object]) -> bool:
+    return score == "none" or score in scorers
+
+
+def _range_problems(place: str, keep: Range) -> list[str]:
+    if keep.low > keep.high:
+        return [f"{place}.keep: low {keep.low:g} is above high {keep.high:g}. Swap them."]
+    if keep.step is None:
+        return []
+    low, high, step = (Decimal(repr(number)) for number in (keep.low, keep.high, keep.step))
+    if (high - low) % step == 0:
+        return []
+    last = float(low + (high - low) // step * step)
+    return [
+        f"{place}.keep: steps of {keep.step:g} from {keep.low:g} reach {last:g} and miss high {keep.high:g}. "
+        f"Possible: a step that divides {float(high - low):g}. Change step, low or high."
+    ]
+
+
+def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    """Combinations of choices that can never become a stage, whatever the keep ratio."""
+    problems: dict[str, None] = {}
+    for index, block in enumerate(_blocks(space)):
+        keeps = _sample(block.keep)
+        scores = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
+        scores += [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
+        for at, (verb, score) in itertools.product(block.at, scores):
+            stages = [Stage(block.block, at=cast(Place, at), score=score, keep=keep, reduce=verb) for keep in keeps]
+            refusals = [_refusal(stage, shape) for stage in stages]
+            if refusals and all(refusals):
+                problems[f"space.blocks[{index}]: {refusals[-1]}"] = None
+    return list(problems)
+
+
+def _sample(keep: tuple[float, ...] | Range) -> list[float]:
+    """Ratios below 1, ascending; of a continuous range its two ends will do, as less is never easier."""
+    if isinstance(keep, tuple):
+        values: Sequence[float] = keep
+    else:
+        values = (keep.low, keep.high) if keep.step is None else tuple(_grid(keep))
+        values = [*values, (keep.low + keep.high) / 2]
+    return sorted(value for value in set(values) if value < 1.0)
+
+
+def _refusal(stage: Stage, shape: ModelShape) -> str:
+    try:
+        resolve(Schedule((stage,)), shape)
+    except ScheduleError as error:
+        return " ".join(error.problems)
+    return ""

@@ -1,0 +1,221 @@
+"""Data sets: the same images whichever way they come, transforms as the model wants them, and errors that help."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset
+
+from prunesearch.config import DataConfig
+from prunesearch.errors import DataError
+from prunesearch.evaluate import data
+from prunesearch.evaluate.data import DATASETS, Opened, open_data
+from prunesearch.evaluate.digits import load_digits
+from prunesearch.evaluate.images import image_input
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # timm's readers leave files to the collector
+
+
+@pytest.fixture(autouse=True)
+def no_cache():
+    data._open.cache_clear()
+
+
+def tiny_vit(size: int = 16, classes: int = 3, channels: int = 3) -> torch.nn.Module:
+    keywords = {"embed_dim": 24, "depth": 1, "num_heads": 2, "patch_size": 8, "in_chans": channels}
+    return timm.create_model("vit_tiny_patch16_224", img_size=size, num_classes=classes, **keywords)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """train/ with 4 and val/ with 2 random 16 x 16 images in each of three class folders."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("ant", "bee", "cat"):
+            place = tmp_path / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray(pixels.numpy()).save(place / f"{index}.png")
+    return tmp_path
+
+
+def everything(images: data.ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+    return next(images.batches([torch.arange(len(images))], CPU))
+
+
+def test_digits_are_split_once_and_for_all():
+    images, labels = load_digits("train")
+    held_out, held_out_labels = load_digits("validation")
+    assert images.shape == (1198, 8, 8)
+    assert held_out.shape == (599, 8, 8)
+    assert images.dtype == torch.uint8
+    assert int(images.max()) == 255
+    shares = torch.bincount(held_out_labels) / (torch.bincount(labels) + torch.bincount(held_out_labels))
+    assert (shares - 1 / 3).abs().max() < 0.01
+    seen = {bytes(image.flatten().tolist()) for image in images}
+    assert not any(bytes(image.flatten().tolist()) in seen for image in held_out)
+
+
+def test_digits_reach_another_model_at_its_size_and_channels():
+    model = tiny_vit(size=16, classes=10)
+    train, validation = open_data(DataConfig(train_images=20, val_images=10), model)
+    images, labels = everything(train)
+    assert images.shape == (20, 3, 16, 16)
+    assert labels.dtype == torch.int64
+    assert len(validation) == 10
+
+
+def test_folder_tar_and_streamed_images_are_the_same(folder: Path):
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        tar.add(folder / "train", arcname="")
+    with tarfile.open(folder / "val.tar", "w") as tar:
+        tar.add(folder / "val", arcname="")
+    model = tiny_vit()
+    ways = [
+        DataConfig("folder", root=str(folder)),
+        DataConfig("", root=str(folder / "train"), val_root=str(folder / "val")),
+        DataConfig("folder", root=str(folder / "train.tar"), val_root=str(folder / "val.tar")),
+        DataConfig("folder", root=str(folder), in_memory=False, loaders=0),
+        DataConfig("torch/folder", root=str(folder), val_split="val"),
+    ]
+    opened = [open_data(way, model) for way in ways]
+    for split in (0, 1):
+        images, labels = everything(opened[0][split])
+        assert labels.tolist() == [label for label in range(3) for _ in range((4, 2)[split])]
+        for other in opened[1:]:
+            their_images, their_labels = everything(other[split])
+            assert torch.equal(their_images, images)
+            assert torch.equal(their_labels, labels)
+
+
+def test_pixels_are_those_of_timm(folder: Path):
+    """At another input size the images go through timm's own evaluation transform, and ours normalises as its does."""
+    model = tiny_vit(size=24)
+    config = DataConfig("folder", root=str(folder), crop_pct=0.8)
+    images, _ = everything(open_data(config, model)[1])
+    settings = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**{**settings, "input_size": (3, 24, 24), "crop_pct": 0.8})
+    with Image.open(folder / "val" / "ant" / "0.png") as image:
+        expected = transform(image)
+    assert torch.allclose(images[0], expected, atol=1e-5)
+
+
+def test_images_of_the_input_size_are_cropped_only_on_request(folder: Path):
+    model = tiny_vit(size=16)  # timm's settings for it say crop_pct 0.9, meant for 224 x 224
+    untouched, _ = everything(open_data(DataConfig("folder", root=str(folder)), model)[1])
+    kept, _ = everything(open_data(DataConfig("folder", root=str(folder), crop_pct=1.0), model)[1])
+    cropped, _ = everything(open_data(DataConfig("folder", root=str(folder), crop_pct=0.9), model)[1])
+    assert image_input(model, DataConfig()).crop_pct == 0.9
+    assert torch.equal(untouched, kept)
+    assert not torch.allclose(untouched, cropped, atol=0.1)
+
+
+def test_mean_and_std_of_the_file_win(folder: Path):
+    model = tiny_vit()
+    plain = DataConfig("folder", root=str(folder), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    images, _ = everything(open_data(plain, model)[1])
+    assert images.min() >= 0
+    assert images.max() <= 1
+    with pytest.raises(DataError, match=r"data\.mean: 1 values .* 3 input channels"):
+        open_data(DataConfig("folder", root=str(folder), mean=(0.5,)), model)
+    with pytest.raises(DataError, match=r"data\.mean: the model has 1 input channels"):
+        open_data(DataConfig("folder", root=str(folder)), tiny_vit(channels=1))
+
+
+def test_subsets_are_fixed(folder: Path):
+    model = tiny_vit()
+    first = open_data(DataConfig("folder", root=str(folder), train_images=5), model)[0]
+    data._open.cache_clear()
+    second = open_data(DataConfig("folder", root=str(folder), train_images=5), model)[0]
+    other = open_data(DataConfig("folder", root=str(folder), train_images=6), model)[0]
+    assert len(first) == 5
+    assert first.fingerprint == second.fingerprint != other.fingerprint
+    assert len(set(everything(first)[1].tolist())) > 1  # not just the first folder
+
+
+def test_a_data_set_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    create = data.create_dataset
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: calls.append(args) or create(*args, **kwargs))
+    config = DataConfig("folder", root=str(folder))
+    assert open_data(config, tiny_vit())[0] is open_data(config, tiny_vit())[0]
+    assert len(calls) == 2  # one for each split
+
+
+def test_loading_processes_give_the_same_images(folder: Path):
+    model = tiny_vit()
+    here = open_data(DataConfig("folder", root=str(folder), in_memory=False, loaders=0), model)[0]
+    elsewhere = open_data(DataConfig("folder", root=str(folder), in_memory=False, loaders=1), model)[0]
+    order = list(torch.randperm(12).split(5))
+    for ours, theirs in zip(here.batches(order, CPU), elsewhere.batches(order, CPU), strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        for index in range(10):
+            yield Image.new("RGB", (16, 16), (index, 0, 0)), index % 3
+
+
+def test_streams_are_read_up_to_the_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: Stream())
+    train, validation = open_data(DataConfig("wds/some", root="here", train_images=4), tiny_vit())
+    assert everything(train)[1].tolist() == [0, 1, 2, 0]
+    assert len(validation) == 10
+    with pytest.raises(DataError, match="only be read in order"):
+        open_data(DataConfig("wds/some", root="here", in_memory=False), tiny_vit())
+
+
+def test_a_plugin_adds_a_data_set(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DATASETS, "_things", dict(DATASETS._things))
+
+    @DATASETS.register("two-greys")
+    def two_greys(config: DataConfig, split: data.Split) -> Opened:
+        return Opened([(Image.new("L", (16, 16), shade), shade // 200) for shade in (0, 200)], ("dark", "light"))
+
+    train, _ = open_data(DataConfig("two-greys"), tiny_vit(classes=2))
+    assert everything(train)[1].tolist() == [0, 1]
+
+
+def test_errors_say_what_to_do(folder: Path, tmp_path: Path):
+    train, val = str(folder / "train"), str(folder / "val")
+    (tmp_path / "empty" / "ant").mkdir(parents=True)
+    (tmp_path / "half" / "val").mkdir(parents=True)
+    flat = [str(tmp_path / name) for name in ("flat.tar", "flat_too.tar")]
+    for path in flat:
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / "val" / "ant" / "0.png", arcname="0.png")
+    mistakes = {
+        "data.root: nothing was given": DataConfig("folder"),
+        "data.root: '/nowhere' is not there": DataConfig("folder", root="/nowhere"),
+        "data.val_root: '/nowhere' is not there": DataConfig("folder", root=str(folder), val_root="/nowhere"),
+        r"\('.*/train'\) and validation images \('.*/train'\) overlap": DataConfig("folder", root=train),
+        r"\('.*/half'\) and validation images \('.*/half/val'\) overlap": DataConfig("", root=str(tmp_path / "half")),
+        'Did you mean "digits"': DataConfig("digit", root=str(folder)),
+        "Found 0 images": DataConfig("folder", root=str(tmp_path / "empty"), val_root=val),
+        "not in class folders": DataConfig("folder", root=flat[0], val_root=flat[1]),
+        "different classes": DataConfig("folder", root=train, val_root=str(folder / "val" / "ant")),
+        "Unknown torchvision dataset": DataConfig("torch/nothing", root=str(folder)),
+    }
+    model = tiny_vit()
+    for text, config in mistakes.items():
+        with pytest.raises(DataError, match=text):
+            open_data(config, model)
+    with pytest.raises(DataError, match=r"3 classes \(ant, bee, cat\), but the model has 10 outputs"):
+        open_data(DataConfig("folder", root=str(folder)), tiny_vit(classes=10))
+
+
+def test_labels_beyond_the_outputs_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: [(Image.new("RGB", (16, 16)), 7)])
+    with pytest.raises(DataError, match="label 7, but the model has 3 outputs"):
+        open_data(DataConfig("hfds/some"), tiny_vit())
