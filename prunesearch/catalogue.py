@@ -83,8 +83,8 @@ def _metrics(pattern: str) -> Iterator[Row]:
 def _samplers(pattern: str) -> Iterator[Row]:
     from prunesearch.search.samplers import SAMPLERS
 
-    for name, make in SAMPLERS.items():
-        yield name, (make.__doc__ or "").strip().split("\n")[0]
+    for name, entry in SAMPLERS.items():
+        yield name, entry.summary
 
 
 def _spaces(pattern: str) -> Iterator[Row]:

@@ -141,7 +141,7 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from prunesearch.report import status_text
+    from prunesearch.report import status_view
 
     reader = _open(parsed)
     records = reader.records()
@@ -151,13 +151,14 @@ def _status(parsed: argparse.Namespace) -> int:
             json.dumps({"study": reader.config.name, **{state: states.count(state) for state in sorted(set(states))}})
         )
     else:
-        _console().print(status_text(records, reader.config))
+        _console().print(status_view(records, reader.config))
     return 0
 
 
 def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import front, front_rows
-    from prunesearch.report import front_csv, front_table, plot_front
+    from prunesearch.plot import plot_front
+    from prunesearch.report import front_csv, front_table
 
     reader = _open(parsed)
     config, records = reader.config, reader.records()

@@ -39,5 +39,5 @@ def versions() -> tuple[tuple[str, str], ...]:
         own = metadata.version("prunesearch")
     except metadata.PackageNotFoundError:
         own = "not installed"
-    libraries = (("torch", torch.__version__), ("timm", timm.__version__), ("prunesearch", own))
+    libraries = (("torch", str(torch.__version__)), ("timm", str(timm.__version__)), ("prunesearch", own))
     return (("python", platform.python_version()), *libraries)

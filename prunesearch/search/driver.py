@@ -40,7 +40,7 @@ from prunesearch.search.record import Record, State
 from prunesearch.search.samplers import SAMPLERS, ModelStudy
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.study import Store, open_store, storage_url
-from prunesearch.search.workers import EVALUATE, Lost, Workers
+from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
 from prunesearch.space import Value, check_space, parameters_of, uid_of
 from prunesearch.strict import to_mapping
 
@@ -77,10 +77,11 @@ def run_study(
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             with Interrupt() as interrupt:
-                workers = _start_workers(config, folder, evaluate)
+                search = _Search(config, shape, anchors, folder, store, interrupt, on_event)
+                workers = _start_workers(config, folder, evaluate) if search.has_work() else NoWorkers()
                 interrupt.listen()  # after Ray, which sets a handler of its own
                 try:
-                    return _Search(config, shape, anchors, folder, store, workers, interrupt, on_event).run()
+                    return search.run(workers)
                 finally:
                     workers.close()
         finally:
@@ -101,11 +102,23 @@ def study_problems(config: StudyConfig) -> list[str]:
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    if config.sampler.name not in SAMPLERS:
-        problems.append(f"sampler.name: {SAMPLERS.unknown(config.sampler.name)}")
+    problems += _sampler_problems(config)
     if len(config.rungs) != 1:
         problems.append(f"rungs: there are {len(config.rungs)}; possible: one budget. Keep one of them.")
     return problems
+
+
+def _sampler_problems(config: StudyConfig) -> list[str]:
+    name, trials = config.sampler.name, config.stop.trials
+    if name not in SAMPLERS:
+        return [f"sampler.name: {SAMPLERS.unknown(name)}"]
+    most = SAMPLERS[name].most_trials
+    if most is None or (trials is not None and trials <= most):
+        return []
+    return [
+        f"stop.trials: {trials}, but {name} takes several seconds for each proposal beyond {most}. "
+        f"Possible: up to {most}. Lower it, or take sampler tpe."
+    ]
 
 
 class _Search:
@@ -118,17 +131,17 @@ class _Search:
         anchors: list[tuple[str, Schedule]],
         folder: Path,
         store: Store,
-        workers: Workers,
         interrupt: Interrupt,
         on_event: Callable[[Event], None],
     ) -> None:
         self.config, self.shape, self.folder, self.outbox = config, shape, folder, folder / "outbox"
-        self.store, self.workers, self.interrupt, self.on_event = store, workers, interrupt, on_event
+        self.store, self.interrupt, self.on_event = store, interrupt, on_event
         self.anchors = deque(anchors)
         self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
         self.model = ModelStudy(config.sampler, config.space, config.objectives)
         self.known: list[dict[str, Value]] = []  # parameters of all candidates, from which mutations start
-        self.records: dict[str, Record] = {}
+        self.records = {record.uid: record for record in store.records()}
+        self.recovered = self._adopt_outbox() + self._close_half_closed()
         self.rerun: deque[Record] = deque()
         self.under_way: dict[str, Task] = {}
         self.deaths: Counter[str] = Counter()
@@ -137,8 +150,16 @@ class _Search:
         self.reason: Reason | None = None
         self.start = time.monotonic()
 
-    def run(self) -> Done:
-        self._recover()
+    def has_work(self) -> bool:
+        """Whether anything is left to evaluate."""
+        total = self.config.stop.trials
+        has_room = total is None or len(self.records) < total
+        return has_room or any(record.state == "running" for record in self.records.values())
+
+    def run(self, workers: Workers) -> Done:
+        self.workers = workers
+        self.recovered += self._adopt_outbox()  # again: workers of a killed driver live on for a moment
+        self._take_up()
         try:
             for _ in range(self.workers.count):
                 self._record_new(self._submit_next())
@@ -149,7 +170,7 @@ class _Search:
         except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
             self.reason = "cancelled"
         done = self._done()
-        if done.complete == 0 and self.failures:
+        if done.complete == 0 and self.failures and done.reason not in ("interrupted", "cancelled"):
             raise RunError(_hopeless(self.failures))
         self.on_event(done)
         return done
@@ -308,10 +329,8 @@ class _Search:
 
     # --- continuing ---
 
-    def _recover(self) -> None:
-        """Take up what an earlier run left: adopt the outbox, teach the sampler in the order of the numbers."""
-        self.records = {record.uid: record for record in self.store.records()}
-        recovered = self._adopt_outbox() + self._close_half_closed()
+    def _take_up(self) -> None:
+        """Teach the sampler what an earlier run found, in the order of the numbers, and say where the search stands."""
         for record in sorted(self.records.values(), key=lambda record: record.number):
             self._add_to_model(record)
             if record.evaluation is not None:
@@ -324,7 +343,7 @@ class _Search:
                 total=self.config.stop.trials,
                 done=len(self.records) - len(self.rerun),
                 rerun=len(self.rerun),
-                recovered=recovered,
+                recovered=self.recovered,
                 workers=self.workers.description,
             )
         )

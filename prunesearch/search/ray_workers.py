@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Ray reads these when it is imported or started. The driver tells of dead workers in its own words; an out-of-memory
+# kill counts as a crash, which the driver knows how to handle.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+os.environ.setdefault("RAY_task_oom_retries", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
 import ray
 
 from prunesearch.config import WorkersConfig
@@ -44,6 +50,7 @@ class RayWorkers:
 
     def __init__(self, config: WorkersConfig, folder: Path, evaluate: str = EVALUATE) -> None:
         self._config, self._folder, self._evaluate = config, folder, evaluate
+        self._slots: list[_Slot] = []
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(config.address)
@@ -51,7 +58,8 @@ class RayWorkers:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             self.count = _slots(config, nodes)
             self.description = _description(config, self.count, nodes)
-            self._slots = [self._new_slot(number) for number in range(self.count)]
+            for number in range(self.count):
+                self._slots.append(self._new_slot(number))
         except BaseException:
             self.close()
             raise
@@ -70,7 +78,7 @@ class RayWorkers:
         return outcomes + self._take_hung([slot for result, slot in busy.items() if result not in done])
 
     def close(self) -> None:
-        for slot in getattr(self, "_slots", []):
+        for slot in self._slots:
             ray.kill(slot.actor, no_restart=True)
         if self._owns_ray:
             ray.shutdown()
@@ -81,7 +89,7 @@ class RayWorkers:
         try:
             evaluation: Evaluation = ray.get(slot.result)
         except ray.exceptions.RayTaskError as error:  # the evaluation raised, its worker lives
-            return task, Lost("error", str(error.cause or error))
+            return task, Lost("error", f"{type(error.cause).__name__}: {error.cause}")
         except ray.exceptions.RayError as error:
             self._replace(slot)
             return task, Lost("crash", _last_line(error))
@@ -109,7 +117,8 @@ class RayWorkers:
 
     def _new_slot(self, number: int) -> _Slot:
         config = self._config
-        actor_class = ray.remote(_Actor).options(  # type: ignore[attr-defined]
+        remote: Any = ray.remote(_Actor)
+        actor_class = remote.options(
             num_cpus=config.cpus_each, num_gpus=config.gpus_each, max_restarts=0, max_task_retries=0
         )
         log = self._folder / "logs" / f"worker-{number}.log"
@@ -151,12 +160,13 @@ def _log_to(path: Path) -> None:
 
 
 def _start_ray(address: str | None) -> None:
-    # read when Ray starts: an out-of-memory kill counts as a crash, which the driver knows how to handle
-    os.environ.setdefault("RAY_task_oom_retries", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = {} if address else {"include_dashboard": False}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except ConnectionError as error:
         raise ResourceError(
             f"workers.address: no Ray cluster at {address!r}: {error}. Possible: the address of a running cluster, "

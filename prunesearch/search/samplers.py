@@ -71,7 +71,7 @@ def _population(startup: int | None) -> int:
 
 
 for _sampler in (
-    Sampler("tpe", "tree-structured Parzen estimator over all parameters at once; the default", _tpe, window=WINDOW),
+    Sampler("tpe", "tree-structured Parzen estimator over all parameters at once; the default", _tpe, WINDOW, draws=8),
     Sampler("nsga2", "genetic algorithm, generations of 50 (or of sampler.startup)", _nsga2),
     Sampler(
         "gp",

@@ -9,7 +9,7 @@ from prunesearch.config import WorkersConfig
 from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Task
 from prunesearch.search.outbox import evaluate_into
-from prunesearch.search.workers import EVALUATE, Outcome, find_evaluate
+from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate
 
 
 class SerialWorkers:
@@ -36,7 +36,12 @@ class SerialWorkers:
         if not self._tasks:
             return []
         task = self._tasks.popleft()
-        return [(task, evaluate_into(self._outbox, self._evaluate, task))]
+        try:
+            return [(task, evaluate_into(self._outbox, self._evaluate, task))]
+        except (
+            Exception
+        ) as error:  # it should have been an Evaluation; a worker elsewhere would not end the search either
+            return [(task, Lost("error", f"{type(error).__name__}: {error}"))]
 
     def close(self) -> None:
         self._tasks.clear()

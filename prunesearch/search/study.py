@@ -75,10 +75,7 @@ class StudyReader:
 
     def close(self) -> None:
         """Give back connections."""
-        self._storage.remove_session()
-        rdb = _rdb(self._storage)
-        if rdb is not None:
-            rdb.engine.dispose()
+        _close(self._storage)
 
 
 class Store(StudyReader):
@@ -196,6 +193,7 @@ def open_study_readonly(
     if name not in studies:
         what = f"has no study {name!r}" if name is not None else f"has {len(studies)} studies"
         known = ", ".join(sorted(studies)) or "none"
+        _close(backend)
         raise StudyError(f"{_shown(storage)}: {what}. Possible: {known}. Give one of them as the study's name.")
     study = studies[name]
     config = from_mapping(StudyConfig, study.user_attrs["config"], f"study {name}")
@@ -328,9 +326,11 @@ def _careful_sqlite(engine: Engine, *, writing: bool) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
-def _rdb(storage: BaseStorage) -> RDBStorage | None:
-    backend = getattr(storage, "_backend", storage)
-    return backend if isinstance(backend, RDBStorage) else None
+def _close(storage: BaseStorage) -> None:
+    storage.remove_session()
+    backend = getattr(storage, "_backend", None)  # of Optuna's cache around a database
+    if isinstance(backend, RDBStorage):
+        backend.engine.dispose()
 
 
 @contextmanager

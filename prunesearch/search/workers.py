@@ -39,6 +39,22 @@ class Workers(Protocol):
         """Stop everything, also what is under way."""
 
 
+class NoWorkers:
+    """For a study in which nothing is left to do: Ray takes seconds to start."""
+
+    count = 0
+    description = "no workers needed"
+
+    def submit(self, task: Task) -> None:
+        raise AssertionError("nothing is left to evaluate")
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        return []
+
+    def close(self) -> None:
+        return None
+
+
 def find_evaluate(path: str) -> Callable[[Task], Evaluation]:
     """The function that "module:name" names."""
     module, _, name = path.partition(":")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from prunesearch.config import (
@@ -17,14 +19,32 @@ from prunesearch.config import (
 from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.schedule import ModelShape
+from prunesearch.search.driver import run_study
+from prunesearch.search.events import Done, Event, Finished
+from prunesearch.search.record import Record
+from prunesearch.search.study import open_study_readonly
 
-FAKE = "fake_search:evaluate"
 SPACE = SpaceConfig(
     blocks=(1, 2, 3, 4, 5),
     keep=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
     score=("class_attention", "key_norm"),
     reduce=("drop", "fuse", "merge"),
 )
+SHAPE = ModelShape(
+    depth=8,
+    dim=48,
+    heads=3,
+    attention_dim=48,
+    patch_tokens=64,
+    prefix_tokens=1,
+    class_tokens=1,
+    mlp_macs=9216,
+    stem_macs=3072,
+    head_macs=480,
+)
+EVALUATED: list[str] = []
+"""Uids in the order they were evaluated in this process; tests clear it."""
 
 
 def study(trials: int | None = 12, sampler: str = "random", seed: int = 0, **changes: Any) -> StudyConfig:
@@ -44,12 +64,52 @@ def study(trials: int | None = 12, sampler: str = "random", seed: int = 0, **cha
 
 def evaluate(task: Task) -> Evaluation:
     """Later stages hurt less, and cost is the real one."""
+    EVALUATED.append(task.uid)
     cost = estimate_cost(model_shape(task.model), task.schedule)
     damage = sum((1.0 - (stage.keep or 1.0)) / (1 + stage.block) for stage in task.schedule.stages)
-    metrics = {"top1": 100 * (1 - damage), "gmacs": cost.gmacs}
-    return Evaluation(task.uid, "complete", task.rung, task.attempt, metrics=tuple(metrics.items()), tokens=cost.tokens)
+    metrics = {"gmacs": cost.gmacs, "top1": 100 * (1 - damage)}
+    return Evaluation(
+        task.uid,
+        "complete",
+        task.rung,
+        task.attempt,
+        metrics=tuple(metrics.items()),
+        tokens=cost.tokens,
+        host=str(os.getpid()),
+    )
 
 
 def evaluate_in_vain(task: Task) -> Evaluation:
     """Nothing works."""
-    return Evaluation(task.uid, "failed", cause="error", error="no such luck", traceback="Traceback ...")
+    return Evaluation(task.uid, "failed", cause="error", error="no such luck", traceback="Traceback: ...")
+
+
+def evaluate_to_infinity(task: Task) -> Evaluation:
+    """Every third result is not a number that one could compare."""
+    evaluation = evaluate(task)
+    if len(EVALUATED) % 3:
+        return evaluation
+    return replace(evaluation, metrics=(("top1", float("inf")), ("gmacs", 1.0)))
+
+
+def run(
+    config: StudyConfig, folder: Path, evaluate: str = "evaluate", journal: bool = True
+) -> tuple[Done, list[Event]]:
+    """Run a study with a function of this module. A journal file is quicker than SQLite."""
+    events: list[Event] = []
+    storage = f"journal:{folder / 'study.log'}" if journal else None
+    done = run_study(config, folder, storage=storage, on_event=events.append, evaluate=f"fake_search:{evaluate}")
+    return done, events
+
+
+def records(folder: Path) -> list[Record]:
+    """What the journal of `run` holds."""
+    reader = open_study_readonly(storage=f"journal:{folder / 'study.log'}")
+    try:
+        return reader.records()
+    finally:
+        reader.close()
+
+
+def finished(events: list[Event]) -> list[Finished]:
+    return [event for event in events if isinstance(event, Finished)]

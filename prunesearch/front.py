@@ -1,0 +1,234 @@
+"""The Pareto front of a study, its hypervolume and its knee: pure functions over records and objectives.
+
+Inside, every objective is minimized: a maximized metric changes its sign once, in `points`. A record takes part when
+its last evaluation is complete and every objective is a finite number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prunesearch.config import Limit, Objective
+from prunesearch.errors import StudyError
+from prunesearch.search.record import Record
+from prunesearch.strict import to_mapping
+
+Limits = Sequence[tuple[str, Limit]]
+
+_NOTHING = (
+    "front: it is empty. Possible: a study with at least one complete candidate within its limits. "
+    "Run the search longer, or start one with wider limits."
+)
+
+
+def values_of(record: Record) -> dict[str, float]:
+    """What was measured of a complete candidate; empty for any other."""
+    evaluation = record.evaluation
+    return dict(evaluation.metrics) if record.state == "complete" and evaluation is not None else {}
+
+
+def comparable(records: Sequence[Record], objectives: Sequence[Objective], limits: Limits = ()) -> list[Record]:
+    """The records that have a finite number for every objective and are within the limits."""
+    return [record for record in records if _takes_part(values_of(record), objectives, limits)]
+
+
+def points(records: Sequence[Record], objectives: Sequence[Objective]) -> np.ndarray:
+    """Objectives of comparable records as (records, objectives) float64, all of them to be minimized."""
+    rows = [[_sign(objective) * values_of(record)[objective.metric] for objective in objectives] for record in records]
+    return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
+
+
+def front(records: Sequence[Record], objectives: Sequence[Objective], limits: Limits = ()) -> list[Record]:
+    """The comparable records that no other one dominates, in order of `cost_objective`, best first.
+
+    Of records with equal values in all objectives the one with the lowest number stays.
+    """
+    candidates = sorted(comparable(records, objectives, limits), key=lambda record: record.number)
+    values = points(candidates, objectives)
+    # whoever dominates a point precedes it in this order, so that each is compared with those kept before it only
+    order = np.lexsort(values.T[::-1]) if candidates else np.array([], dtype=int)
+    kept: list[int] = []
+    for index in order:
+        if not (values[kept] <= values[index]).all(axis=1).any():
+            kept.append(int(index))
+    column = cost_objective(objectives)
+    return [candidates[index] for index in sorted(kept, key=lambda index: (values[index, column], index))]
+
+
+def cost_objective(objectives: Sequence[Objective]) -> int:
+    """Which objective a front is ordered by: the first minimized one, or the last when all are maximized."""
+    goals = [objective.goal for objective in objectives]
+    return goals.index("minimize") if "minimize" in goals else len(goals) - 1
+
+
+# --- one number for a front --------------------------------------------------------------------------------------
+
+
+def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
+    """Volume that points (n, objectives), minimized, dominate up to the reference point. Exact.
+
+    Points that are not better than the reference in every objective count nothing. By slicing along the last
+    objective, O(n log n) for two objectives and O(n^(k-1) log n) for k: meant for one to four.
+    """
+    inside = values[(values < reference).all(axis=1)]
+    if len(inside) == 0:
+        return 0.0
+    if inside.shape[1] == 1:
+        return float(reference[0] - inside.min())
+    inside = inside[np.argsort(inside[:, -1], kind="stable")]
+    depth = np.diff(inside[:, -1], append=reference[-1])
+    if inside.shape[1] == 2:
+        return float((reference[0] - np.minimum.accumulate(inside[:, 0])) @ depth)
+    slices = (hypervolume(inside[: index + 1, :-1], reference[:-1]) for index in np.flatnonzero(depth))
+    return float(np.fromiter(slices, dtype=np.float64) @ depth[depth > 0])
+
+
+def dense_of(records: Sequence[Record]) -> Record | None:
+    """The evaluated dense model of a study, or None while there is no such result."""
+    return next((record for record in records if record.origin == "dense" and values_of(record)), None)
+
+
+def reference_point(dense: Record, objectives: Sequence[Objective]) -> np.ndarray:
+    """The point that hypervolumes of a study are measured from, (objectives,) and minimized like `points`.
+
+    Ten per cent above the dense model for a minimized metric, half of it for a maximized one. Fixed by the dense
+    model and not by what was found, so that the numbers of a study can be compared over time.
+    """
+    values = points([dense], objectives)[0]
+    return values + np.abs(values) * _margins(objectives)
+
+
+def normalised_hypervolume(
+    records: Sequence[Record], objectives: Sequence[Objective], dense: Record | None, limits: Limits = ()
+) -> float | None:
+    """Hypervolume of the records' front as a share of the box from the reference point to the ideal.
+
+    The ideal costs nothing (0 of each minimized metric) and is as good as the dense model in each maximized one; 1 is
+    that ideal, and more than 1 is possible where a maximized metric, such as throughput, exceeds the dense model's.
+    None when there is no such box: without a dense result, or when one of its objectives is not above 0.
+    """
+    if dense is None or not comparable([dense], objectives):
+        return None
+    if not all(values_of(dense)[objective.metric] > 0 for objective in objectives):
+        return None
+    reference = reference_point(dense, objectives)
+    maximized = np.array([objective.goal == "maximize" for objective in objectives])
+    ideal = np.where(maximized, points([dense], objectives)[0], 0.0)
+    found = points(front(records, objectives, limits), objectives)
+    return hypervolume(found, reference) / float(np.prod(reference - ideal))
+
+
+# --- choosing one ------------------------------------------------------------------------------------------------
+
+
+def knee(found: Sequence[Record], objectives: Sequence[Objective]) -> Record:
+    """The bend of a front: the record farthest below the chord (with more than two objectives, the plane) between
+    its extremes, each objective scaled to [0, 1] over the front.
+
+    When none is below it, as always with one or two records, the best by the first objective. Raises StudyError for
+    an empty front.
+    """
+    if not found:
+        raise StudyError(_NOTHING)
+    values = points(found, objectives)
+    extent = np.ptp(values, axis=0)
+    scaled = (values - values.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    # the distance from the plane through the extremes is (1 - sum) / sqrt(objectives); rounded, so that ties are ties
+    sums = np.round(scaled.sum(axis=1), 9)
+    return found[min(range(len(found)), key=lambda index: (sums[index], values[index, 0], found[index].number))]
+
+
+def best(
+    records: Sequence[Record],
+    objectives: Sequence[Objective],
+    at_most: Mapping[str, float],
+    at_least: Mapping[str, float],
+    limits: Limits = (),
+) -> Record:
+    """The best record within bounds on any measured metrics and the study's limits.
+
+    Best by the first objective that is not itself bounded (by the first one when all are); ties go to the other
+    objectives in order, then to the lowest number. Raises StudyError when there is none, with the nearest that is.
+    """
+    bounds = [(name, Limit(at_most=value)) for name, value in at_most.items()]
+    bounds += [(name, Limit(at_least=value)) for name, value in at_least.items()]
+    measured = comparable(records, objectives, limits)
+    if not measured:
+        raise StudyError(_NOTHING)
+    for name, _ in bounds:
+        if not any(name in values_of(record) for record in measured):
+            known = ", ".join(sorted({metric for record in measured for metric in values_of(record)}))
+            raise StudyError(f"bound on {name}: this study did not measure it. Possible: {known}. Bound one of them.")
+    within = comparable(measured, objectives, bounds)
+    if not within:
+        raise StudyError(_nothing_within(bounds, measured))
+    bounded = {name for name, _ in bounds}
+    order = sorted(range(len(objectives)), key=lambda index: objectives[index].metric in bounded)  # free ones first
+    values = points(within, objectives)
+    rank = [(*values[index, order], record.number) for index, record in enumerate(within)]
+    return within[rank.index(min(rank))]
+
+
+def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> list[dict[str, Any]]:
+    """Records as plain values for JSON: objectives first among the metrics, the schedule as in a schedule file."""
+    rows = []
+    for record in records:
+        evaluation, values = record.evaluation, values_of(record)
+        names = dict.fromkeys([objective.metric for objective in objectives if objective.metric in values] + [*values])
+        rows.append(
+            {
+                "trial": record.number,
+                "uid": record.uid,
+                "origin": record.origin,
+                "metrics": {name: values[name] for name in names},
+                "tokens": list(evaluation.tokens) if evaluation else [],
+                "finetuned_images": evaluation.images if evaluation else 0,
+                "schedule": to_mapping(record.schedule),
+            }
+        )
+    return rows
+
+
+def _sign(objective: Objective) -> float:
+    return -1.0 if objective.goal == "maximize" else 1.0
+
+
+def _margins(objectives: Sequence[Objective]) -> np.ndarray:
+    return np.array([0.5 if objective.goal == "maximize" else 0.1 for objective in objectives])
+
+
+def _takes_part(values: Mapping[str, float], objectives: Sequence[Objective], limits: Limits) -> bool:
+    finite = all(math.isfinite(values.get(objective.metric, math.nan)) for objective in objectives)
+    return finite and all(_excess(values.get(name, math.nan), limit) <= 0 for name, limit in limits)
+
+
+def _excess(value: float, limit: Limit) -> float:
+    """By how much a value breaks a limit; NaN for a value that is NaN, which is within no limit."""
+    above = value - limit.at_most if limit.at_most is not None else -math.inf
+    below = limit.at_least - value if limit.at_least is not None else -math.inf
+    return math.nan if math.isnan(value) else max(above, below)
+
+
+def _nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
+    def distance(record: Record) -> tuple[float, int]:
+        total = 0.0
+        for name, limit in bounds:
+            bound = limit.at_most if limit.at_most is not None else limit.at_least
+            excess = _excess(values_of(record).get(name, math.nan), limit)
+            total += math.inf if math.isnan(excess) else max(excess, 0.0) / (abs(bound or 0.0) or 1.0)
+        return total, record.number
+
+    nearest = min(measured, key=distance)
+    asked = " and ".join(
+        f"{name} at most {limit.at_most:g}" if limit.at_most is not None else f"{name} at least {limit.at_least:g}"
+        for name, limit in bounds
+    )
+    there = ", ".join(f"{name} {values_of(nearest)[name]:.5g}" for name, _ in bounds if name in values_of(nearest))
+    return (
+        f"bounds: no candidate has {asked} ({len(measured)} were compared). Possible: the nearest is trial "
+        f"{nearest.number} with {there}. Loosen the bound, or search further."
+    )

@@ -1,0 +1,262 @@
+"""A search as it runs: a live view on a terminal, one line for each result elsewhere.
+
+`Progress` is what the events add up to, `view` and `line` show it, `LiveReport` connects them to a console.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from prunesearch.config import StudyConfig
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.front import dense_of, front, normalised_hypervolume, values_of
+from prunesearch.report.tables import causes, decimals, front_table, said, short
+from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
+from prunesearch.search.record import Record
+
+ROWS = 8
+"""Records of the front in the live view."""
+WINDOW = 20
+"""Results over which the change of the hypervolume is shown."""
+
+_WHY: dict[Reason, str] = {
+    "trials": "all candidates of stop.trials are done",
+    "hours": "stop.hours are over",
+    "exhausted": "no candidate is left within the space and its limits",
+    "hopeless": "every candidate failed",
+    "interrupted": "interrupted; run it again to continue",
+    "cancelled": "cancelled; run it again to continue",
+}
+
+
+@dataclass
+class Progress:
+    """What is known of a running search. `records` are in the order in which they finished."""
+
+    config: StudyConfig
+    where: str
+    begun: float
+    workers: str = ""
+    total: int | None = None
+    records: dict[int, Record] = field(default_factory=dict)
+    running: dict[int, tuple[Record, int, float]] = field(default_factory=dict)
+    finished: int = 0
+    rejected: int = 0
+    note: str = ""
+    done: Done | None = None
+    front: list[Record] = field(default_factory=list)
+    volume: float | None = None
+    gain: float | None = None
+
+    def add(self, event: Event, now: float) -> None:
+        """Take in one event; `now` and `begun` are seconds of the same clock."""
+        if isinstance(event, Started):
+            self.begun, self.workers, self.total = now, event.workers, event.total
+            self.records = {record.number: record for record in event.records if record.state != "running"}
+            self._judge()
+        elif isinstance(event, Submitted | Retrying):
+            self.running[event.record.number] = (event.record, event.attempt, now)
+            if isinstance(event, Retrying):
+                self.note = f"trial {event.record.number} again: {event.why}"
+        elif isinstance(event, Finished):
+            self.running.pop(event.record.number, None)
+            self.records[event.record.number] = event.record
+            self.finished, self.rejected = self.finished + 1, event.rejected
+            if event.evaluation.status == "failed":
+                self.note = (
+                    f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
+                )
+            self._judge()
+        elif isinstance(event, Stopping):
+            self.note = f"stopping: {event.why}; {event.running} running are waited for"
+        elif isinstance(event, Done):
+            self.done, self.note, self.rejected = event, "", event.rejected
+            self.running.clear()
+
+    def _judge(self) -> None:
+        records, config = list(self.records.values()), self.config
+        dense = dense_of(records)
+        self.front = front(records, config.objectives, config.limits)
+        self.volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
+        before = normalised_hypervolume(records[:-WINDOW], config.objectives, dense, config.limits)
+        enough = len(records) > WINDOW and self.volume is not None and before is not None
+        self.gain = self.volume - before if enough and self.volume is not None and before is not None else None
+
+
+class LiveReport:
+    """Shows a search while it runs: `with LiveReport(...) as report: run_study(..., on_event=report)`.
+
+    where: the study's folder or storage, for the header. plain: lines even on a terminal.
+    """
+
+    def __init__(self, config: StudyConfig, where: str, *, console: Console, plain: bool = False) -> None:
+        self.console = console
+        self.progress = Progress(config, where, begun=time.monotonic())
+        self._live: Live | None = None
+        if console.is_terminal and not plain:
+            self._live = Live(get_renderable=self._view, console=console, refresh_per_second=2)
+
+    def __enter__(self) -> LiveReport:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        self.progress.add(event, time.monotonic())
+        text = line(self.progress, event)
+        if self._live is None and text:
+            self.console.print(Text(text), soft_wrap=True)
+
+    def _view(self) -> RenderableType:
+        return view(self.progress, time.monotonic())
+
+
+def view(progress: Progress, now: float) -> RenderableType:
+    """The live view at a moment."""
+    parts: list[RenderableType] = [_header(progress, now)]
+    if progress.note:
+        parts.append(Text(progress.note, style="yellow", no_wrap=True, overflow="ellipsis"))
+    if progress.running:
+        parts.append(_running(progress, now))
+    if progress.front:
+        parts.append(Text())
+        parts.append(_front(progress))
+    return Group(*parts)
+
+
+def line(progress: Progress, event: Event) -> str:
+    """What an event adds to a log, after `progress` has taken it in; "" for nothing."""
+    if isinstance(event, Started):
+        return _started(progress, event)
+    if isinstance(event, Finished):
+        return _result(progress, event)
+    if isinstance(event, Done):
+        return _ended(event)
+    return "" if isinstance(event, Submitted) else progress.note
+
+
+def duration(seconds: float) -> str:
+    """For people: "42 s", "3 min 05 s", "2 h 07 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def seconds_left(progress: Progress, now: float) -> float | None:
+    """Until `stop` ends the search, from the pace of this run; None when that cannot be said yet."""
+    bounds = []
+    if progress.total is not None and progress.finished:
+        remaining = max(progress.total - len(progress.records), 0)
+        bounds.append((now - progress.begun) / progress.finished * remaining)
+    if progress.config.stop.hours is not None:
+        bounds.append(max(3600 * progress.config.stop.hours - (now - progress.begun), 0.0))
+    return min(bounds, default=None)
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def _header(progress: Progress, now: float) -> RenderableType:
+    name = Text(progress.config.name, style="bold", no_wrap=True, overflow="ellipsis")
+    what = f"{progress.config.model.name} on {progress.config.data.name} -> {progress.where}"
+    about = [what, progress.workers or "starting workers", duration(now - progress.begun)]
+    name.append("  " + " · ".join(about), style="not bold dim")
+    if progress.done is not None:
+        return Group(name, Text(_ended(progress.done)))
+    done = len(progress.records)
+    failed = sum(record.state == "failed" for record in progress.records.values())
+    total = f"/{progress.total}" if progress.total is not None else ""
+    counts = [f"{done}{total} done", f"{failed} failed" + (f" ({causes(progress.records.values())})" if failed else "")]
+    counts.append(f"{progress.rejected} rejected")
+    left = seconds_left(progress, now)
+    if left is not None:
+        counts.append(f"about {duration(left)} left")
+    numbers = Text(" · ".join(counts), no_wrap=True, overflow="ellipsis")
+    if not progress.total:
+        return Group(name, numbers)
+    row = Table.grid(padding=(0, 2))
+    row.add_row(ProgressBar(total=progress.total, completed=min(done, progress.total), width=20), numbers)
+    return Group(name, row)
+
+
+def _running(progress: Progress, now: float) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", style="cyan", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    for record, attempt, since in progress.running.values():
+        again = f" (attempt {attempt + 1})" if attempt else ""
+        row = [f"trial {record.number}", duration(now - since), record.origin + again, short(record.schedule)]
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _front(progress: Progress) -> Table:
+    found = progress.front
+    size = f"front: {len(found)}" + (f" ({ROWS} shown)" if len(found) > ROWS else "")
+    title = ", ".join(part for part in (size, _volume(progress)) if part)
+    return front_table(found, progress.config.objectives, list(progress.records.values()), title=title, most=ROWS)
+
+
+def _volume(progress: Progress) -> str:
+    if progress.volume is None:
+        return ""
+    gain = "" if progress.gain is None else f" ({progress.gain:+.4f} in the last {WINDOW} results)"
+    return f"hypervolume {progress.volume:.4f}{gain}"
+
+
+# --- lines -------------------------------------------------------------------------------------------------------
+
+
+def _started(progress: Progress, event: Started) -> str:
+    config, total = progress.config, "" if event.total is None else f" of {event.total}"
+    what = f"{config.model.name} on {config.data.name} -> {progress.where}, {event.workers}"
+    if not event.records:
+        return f"{config.name}: starting, {what}"
+    counts = f"{event.done}{total} done, {event.rerun} to run again, {event.recovered} recovered"
+    return f"{config.name}: continuing ({counts}), {what}"
+
+
+def _result(progress: Progress, event: Finished) -> str:
+    record, evaluation = event.record, event.evaluation
+    total = "" if progress.total is None else f"/{progress.total}"
+    head = f"{len(progress.records)}{total}  trial {record.number}"
+    seconds = f"{sum(value for _, value in evaluation.seconds):.1f} s"
+    if evaluation.status == "failed":
+        return f"{head}  failed ({evaluation.cause}): {_first_line(evaluation)}  {seconds}"
+    values = [values_of(other) for other in progress.records.values()]
+    shown = []
+    for objective in progress.config.objectives:
+        metric = objective.metric
+        places = decimals(metric, [other[metric] for other in values if metric in other])
+        shown.append(said(metric, evaluation.value(metric), places))
+    star = "*" if any(other.number == record.number for other in progress.front) else " "
+    return f"{head}  complete  {'  '.join(shown)}  {seconds}  {star} {short(record.schedule)}"
+
+
+def _first_line(evaluation: Evaluation) -> str:
+    return (evaluation.error.splitlines() or ["?"])[0]
+
+
+def _ended(event: Done) -> str:
+    running = f", {event.running} running" if event.running else ""
+    counts = f"{event.complete} complete, {event.failed} failed{running}, {event.rejected} rejected"
+    return f"{counts} in {duration(event.seconds)}: {_WHY[event.reason]}"

@@ -1,0 +1,191 @@
+"""Tables and texts of a study; functions from records to what rich prints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from prunesearch.config import Objective, StudyConfig
+from prunesearch.evaluate import METRICS
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.front import dense_of, front, front_rows, knee, normalised_hypervolume, values_of
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.search.record import Record
+
+
+def short(schedule: Schedule) -> str:
+    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop 0.5". Names a score other than class attention."""
+    if not schedule.stages:
+        return "dense"
+    alike = groupby(schedule.stages, key=_what)
+    return " · ".join(f"{', '.join(str(stage.block) for stage in stages)} {what}" for what, stages in alike)
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric; "" for one whose plugin is not imported here."""
+    return METRICS[metric].unit if metric in METRICS else ""
+
+
+def decimals(metric: str, values: Iterable[float]) -> int:
+    """How many decimals show these values: two of a percentage, else four significant digits of the largest."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    if unit_of(metric) == "%" or largest == 0:
+        return 2
+    return max(0, 3 - math.floor(math.log10(largest)))
+
+
+def said(metric: str, value: float, places: int | None = None) -> str:
+    """Such as "top1 97.50 %" or, where the unit says what it is, "0.01270 GMACs"."""
+    places, unit = decimals(metric, [value]) if places is None else places, unit_of(metric)
+    name = "" if unit.lower() == metric else f"{metric} "
+    return f"{name}{value:.{places}f} {unit}".rstrip()
+
+
+def change(metric: str, value: float, before: float) -> str:
+    """Against the dense model: points for a percentage, else the ratio; "" where there is none."""
+    if unit_of(metric) == "%":
+        return f"{value - before:+.2f}"
+    if before == 0:
+        return ""
+    ratio = value / before
+    return f"{ratio:.2f}x" if ratio > 1.005 else f"{ratio:.0%}"
+
+
+def evenly(found: Sequence[Record], most: int) -> list[Record]:
+    """At most so many records of a front (two or more), evenly along it, both ends included."""
+    if len(found) <= most:
+        return list(found)
+    return [found[round(index * (len(found) - 1) / (most - 1))] for index in range(most)]
+
+
+def front_table(
+    found: Sequence[Record],
+    objectives: Sequence[Objective],
+    records: Sequence[Record],
+    *,
+    title: str | None = None,
+    most: int | None = None,
+) -> Table:
+    """A front, one record a row (at most `most`), beside the dense model of `records`; the knee has an asterisk."""
+    dense, names = dense_of(records), [objective.metric for objective in objectives]
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", pad_edge=False)
+    table.add_column("trial", justify="right", no_wrap=True)
+    for name in names:
+        unit = unit_of(name)
+        table.add_column(name + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
+        if dense is not None:
+            table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
+    table.add_column("origin", overflow="fold", max_width=20)
+    one_line = most is not None  # where rows are counted, their height is too
+    table.add_column("schedule", overflow="ellipsis" if one_line else "fold", no_wrap=one_line)
+    compared = [values_of(record) for record in [*found, *([dense] if dense else [])]]
+    places = {name: decimals(name, [values[name] for values in compared]) for name in names}
+    bend = knee(found, objectives) if found else None
+    shown = list(found) if most is None else evenly(found, most)
+    for record in shown:
+        row = [f"{record.number}*" if record is bend else f"{record.number} "]
+        for name in names:
+            value = values_of(record)[name]
+            row.append(f"{value:.{places[name]}f}")
+            if dense is not None:
+                row.append(change(name, value, values_of(dense)[name]))
+        table.add_row(*row, Text(record.origin.removeprefix("start: ")), Text(short(record.schedule)))
+    if dense is not None and dense not in shown:
+        values = values_of(dense)
+        cells = [cell for name in names for cell in (f"{values[name]:.{places[name]}f}", "")]
+        table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
+    if bend in shown:
+        table.caption = Text("* the knee: what export takes when nothing else is asked")
+    return table
+
+
+def status_view(records: Sequence[Record], config: StudyConfig) -> Text:
+    """How far a study is: counts, causes of failures, the best candidates, the front."""
+    states = Counter(record.state for record in records)
+    done, total = states["complete"] + states["failed"], config.stop.trials
+    lines = [(config.name, f"{done}{f' of {total}' if total is not None else ''} candidates done")]
+    if states["running"]:
+        lines.append(("running", f"{states['running']}"))
+    if states["failed"]:
+        lines.append(("failed", f"{states['failed']} ({causes(records)})"))
+    found = front(records, config.objectives, config.limits)
+    dense = dense_of(records)
+    if dense is not None:
+        lines.append(("dense", _values(dense, config.objectives)))
+    if found:
+        first = config.objectives[0]
+        pick = max if first.goal == "maximize" else min
+        best = pick(found, key=lambda record: values_of(record)[first.metric])
+        lines.append((f"best {first.metric}", f"{_values(best, config.objectives)} (trial {best.number})"))
+        bend = knee(found, config.objectives)
+        lines.append(("knee", f"{_values(bend, config.objectives)} (trial {bend.number})"))
+    volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
+    lines.append(("front", f"{len(found)} candidates" + ("" if volume is None else f", hypervolume {volume:.4f}")))
+    width = max(len(name) for name, _ in lines) + 2
+    text = Text()
+    for index, (name, value) in enumerate(lines):
+        text.append(f"{name:<{width}}", style="bold").append(value + ("\n" if index + 1 < len(lines) else ""))
+    return text
+
+
+def causes(records: Iterable[Record]) -> str:
+    """Why candidates failed, such as "oom 2, nan 1"."""
+    failures = [record.evaluation for record in records if record.state == "failed"]
+    found = Counter((failure and failure.cause) or "error" for failure in failures)
+    return ", ".join(f"{cause} {count}" for cause, count in found.most_common())
+
+
+def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
+    """Two complete evaluations of the same metrics side by side."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("metric", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    after = dict(pruned.metrics)
+    for metric, value in dense.metrics:
+        places = decimals(metric, [value, after[metric]])
+        cells = [_spread(evaluation, metric, places) for evaluation in (dense, pruned)]
+        name = f"{metric} ({unit_of(metric)})" if unit_of(metric) else metric
+        table.add_row(Text(name), *cells, change(metric, after[metric], value))
+    if dense.tokens and pruned.tokens:
+        ends = dense.tokens[-1], pruned.tokens[-1]
+        table.add_row("tokens at the end", *map(str, ends), f"{ends[1] / ends[0]:.0%}")
+    return table
+
+
+def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
+    """Records as CSV: trial, uid, origin, every metric, tokens after each block, the schedule in words."""
+    rows = front_rows(found, objectives)
+    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", "uid", "origin", *names, "finetuned_images", "tokens", "schedule"])
+    for row, record in zip(rows, found, strict=True):
+        about = [row["trial"], row["uid"], row["origin"]]
+        metrics = [row["metrics"].get(name, "") for name in names]
+        tokens = " ".join(map(str, row["tokens"]))
+        writer.writerow([*about, *metrics, row["finetuned_images"], tokens, str(record.schedule)])
+    return text.getvalue()
+
+
+def _what(stage: Stage) -> str:
+    amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
+    score = "" if stage.score in ("none", "class_attention") else f" by {stage.score}"
+    return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}"
+
+
+def _values(record: Record, objectives: Sequence[Objective]) -> str:
+    values = values_of(record)
+    return ", ".join(said(objective.metric, values[objective.metric]) for objective in objectives)
+
+
+def _spread(evaluation: Evaluation, metric: str, places: int) -> str:
+    value, spread = dict(evaluation.metrics)[metric], dict(evaluation.spread).get(metric)
+    return f"{value:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")

@@ -1,0 +1,109 @@
+"""kill -9 of the command at varied moments: every finished evaluation is there once, and nothing is repeated."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+from prunesearch.errors import RunError, StudyError
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.search.record import Record
+from prunesearch.search.study import open_study_readonly
+from prunesearch.strict import from_mapping
+
+STUDY = """
+version: 1
+name: kill
+model: {name: vit_digits_patch1_8, pretrained: true}
+data: {name: digits, val_images: 64}
+space:
+  blocks: [1, 2, 3, 4, 5, 6]
+  reduce: [drop, fuse, merge]
+  start_from: [evit-0.7]
+sampler: {name: tpe, seed: 3}
+workers: {kind: serial, device: cpu}
+stop: {trials: 30}
+"""
+KILLS = 5
+
+
+def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY)
+    folder = tmp_path / "outputs" / "kill"
+    moments = random.Random(0)
+    known: dict[str, Evaluation] = {}
+    for kill in range(KILLS):
+        process = start(tmp_path)
+        try:
+            wait_for_more(process, folder, len(finished(folder)) + 1 + kill % 3)
+            time.sleep(moments.random() * 0.2)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        known |= delivered(folder) | finished(folder)
+    assert 5 <= len(known) < 30
+    process = start(tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    records = read(folder)
+    assert len(records) == len({record.uid for record in records}) == 30
+    assert {record.state for record in records} == {"complete"}
+    assert [record.number for record in records] == list(range(30))
+    for record in records:
+        # the same evaluation, down to its measured seconds: it was not made again
+        assert record.uid not in known or record.evaluation == known[record.uid]
+    assert not list((folder / "outbox").glob("*.json"))
+
+
+def start(place: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "prunesearch", "run", "study.yaml", "--no-progress"]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_more(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while finished_count(folder) < count:
+        if process.poll() is not None:
+            output = process.stdout.read() if process.stdout else ""
+            raise AssertionError(f"it ended by itself: {output}")
+        assert time.monotonic() < deadline, "it does not get on"
+        time.sleep(0.05)
+
+
+def finished_count(folder: Path) -> int:
+    """As `len(finished(folder))`, but so cheap that it can be asked all the time."""
+    try:
+        with closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as connection:
+            (count,) = connection.execute("SELECT count(*) FROM trials WHERE state IN ('COMPLETE', 'FAIL')").fetchone()
+    except sqlite3.OperationalError:
+        return 0  # it is being made
+    return int(count)
+
+
+def read(folder: Path) -> list[Record]:
+    try:
+        reader = open_study_readonly(folder)
+    except (StudyError, RunError):
+        return []  # it is being made
+    try:
+        return reader.records()
+    finally:
+        reader.close()
+
+
+def finished(folder: Path) -> dict[str, Evaluation]:
+    return {record.uid: record.evaluation for record in read(folder) if record.state != "running" and record.evaluation}
+
+
+def delivered(folder: Path) -> dict[str, Evaluation]:
+    """What the outbox holds."""
+    entries = [json.loads(path.read_text()) for path in (folder / "outbox").glob("[!.]*.json")]
+    evaluations = [from_mapping(Evaluation, entry["evaluation"], "outbox") for entry in entries]
+    return {evaluation.uid: evaluation for evaluation in evaluations}

@@ -1,0 +1,156 @@
+"""The samplers through the model study, and how candidates are found when they repeat themselves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
+
+from prunesearch.config import Objective, Range, SamplerConfig
+from prunesearch.errors import UnknownNameError
+from prunesearch.search import samplers
+from prunesearch.search.propose import propose, seed_of
+from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
+from prunesearch.space import Value, dimensions, schedule_from, uid_of
+
+OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
+
+
+def model(name: str, startup: int | None = None) -> ModelStudy:
+    return ModelStudy(SamplerConfig(name, startup=startup), SPACE, OBJECTIVES)
+
+
+def trials(study: ModelStudy) -> list[optuna.trial.FrozenTrial]:
+    study._memory.visible = None
+    return [trial for trial in study._study.get_trials() if trial.state != optuna.trial.TrialState.FAIL]
+
+
+def quality(parameters: dict[str, Value]) -> tuple[float, float]:
+    """A made-up trade-off: (to maximise, to minimise)."""
+    keeps = [float(parameters[f"block{block}.keep"]) for block in range(1, 6)]
+    return keeps[0] - 0.1 * sum(keeps[1:]), sum(keeps)
+
+
+def grow(study: ModelStudy, count: int, first: int = 0) -> None:
+    for index in range(first, first + count):
+        parameters = study.draw(seed_of(index))
+        study.add(str(index), parameters)
+        study.tell(str(index), quality(parameters), {})
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_runs_30_candidates(tmp_path: Path, name: str) -> None:
+    EVALUATED.clear()
+    config = study(30, name)
+    if name == "gp":  # each of its questions takes most of a second
+        config = replace(config, stop=replace(config.stop, trials=12), space=replace(SPACE, blocks=(2, 4)))
+    done, _ = run(config, tmp_path)
+    assert done.complete == len(records(tmp_path)) == len(set(EVALUATED)) == config.stop.trials
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
+def test_a_sampler_that_learns_is_better_than_chance(name: str) -> None:
+    study = model(name, startup=10)
+    grow(study, 60)
+    best = [trial.values[0] for trial in trials(study)]
+    assert sum(best[40:]) / 20 > sum(best[:10]) / 10 + 0.05
+
+
+def test_the_space_is_complete_and_exact_in_every_proposal() -> None:
+    for name in SAMPLERS:
+        study = model(name)
+        grow(study, 12)
+        parameters = study.draw(7)
+        assert list(parameters) == list(dimensions(SPACE)), name
+        assert study.draw(7) == parameters, name  # asking leaves no trace
+        if name != "gp":  # whose optimum hardly depends on the seed
+            assert study.draw(8) != parameters, name
+
+
+def test_nsga2_sees_its_generations() -> None:
+    study = model("nsga2", startup=8)
+    grow(study, 30)
+    assert [trial.system_attrs[GENERATION_KEY] for trial in trials(study)] == [index // 8 for index in range(30)]
+    parents = [key for key in study._memory.get_study_system_attrs(0) if "parent" in key]
+    assert parents == ["NSGAIISampler:parent:1", "NSGAIISampler:parent:2", "NSGAIISampler:parent:3"]
+
+
+def test_tpe_looks_at_the_front_the_latest_and_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = replace(SAMPLERS["tpe"], window=5)
+    monkeypatch.setattr(samplers, "SAMPLERS", {"tpe": window})
+    study = model("tpe", startup=3)
+    settings = [{name: 0.5 if "keep" in name else "drop" for name in dimensions(SPACE)} for _ in range(20)]
+    for parameters in settings:
+        parameters.update({name: "key_norm" for name in parameters if "score" in name})
+    values = [(90.0, 1.0), (80.0, 2.0), (70.0, 0.5), *[(10.0, 3.0)] * 16]
+    for index, (parameters, value) in enumerate(zip(settings, values, strict=False)):
+        study.add(str(index), parameters)
+        study.tell(str(index), value, {})
+    study.add("running", settings[-1])
+    study.draw(1)
+    assert study._memory.visible == {0, 2, 14, 15, 16, 17, 18, 19}  # 1 is dominated and old
+    assert WINDOW == 400 == SAMPLERS["tpe"].window
+
+
+def test_limits_reach_the_sampler_as_constraints() -> None:
+    study = model("tpe")
+    parameters = study.draw(0)
+    study.add("a", parameters)
+    study.tell("a", (1.0, 2.0), {"latency_ms": 0.5})
+    assert trials(study)[0].constraints == {"latency_ms": 0.5}
+    assert study._front == {}
+
+
+def test_a_sampler_repeating_itself_gives_way_to_neighbours() -> None:
+    favourite: dict[str, Value] = {
+        name: 0.5 if "keep" in name else {"score": "key_norm", "reduce": "drop"}[name.split(".")[1]]
+        for name in dimensions(SPACE)
+    }
+    seen: set[str] = set()
+    found = []
+    for index in range(5):
+        proposal = propose(study(), SHAPE, lambda seed: favourite, 3, [], seen, index)
+        assert proposal.schedule is not None
+        assert proposal == propose(study(), SHAPE, lambda seed: favourite, 3, [], seen, index)
+        seen.add(uid_of(proposal.schedule, SHAPE))
+        found.append(proposal)
+    assert found[0].schedule == schedule_from(favourite, SPACE, SHAPE) and found[0].rejected == 0
+    for proposal in found[1:]:
+        assert proposal.schedule is not None and proposal.rejected >= 3
+        same = set(proposal.schedule.stages) & set(found[0].schedule.stages)
+        assert len(same) >= 3  # at most two blocks differ
+
+
+def test_a_continuous_space_is_never_counted() -> None:
+    space = replace(SPACE, blocks=(2,), keep=Range(0.5, 1.0), reduce=("drop",), score=("key_norm",))
+    config = study(space=space)
+    seen: set[str] = set()
+    sampler = ModelStudy(SamplerConfig("random"), space, OBJECTIVES)
+    for index in range(32):  # ceil(keep * 64) is 33 to 64 tokens
+        proposal = propose(config, SHAPE, sampler.draw, 5, [], seen, index)
+        assert proposal.schedule is not None
+        seen.add(uid_of(proposal.schedule, SHAPE))
+    assert propose(config, SHAPE, sampler.draw, 5, [], seen, 32).schedule is None
+
+
+def test_seeds_are_stable_and_fit_every_generator() -> None:
+    assert seed_of(0, "abc", 1) == seed_of(0, "abc", 1) != seed_of(0, "abc", 2)
+    assert all(0 <= seed_of(index) < 2**31 for index in range(100))
+
+
+def test_an_unknown_sampler_is_explained() -> None:
+    with pytest.raises(UnknownNameError, match='Did you mean "nsga2"'):
+        model("nsga")
+
+
+def test_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str], recwarn: Any) -> None:
+    before = (optuna.logging.get_verbosity(), logging.getLogger("optuna").handlers[:])
+    for name in SAMPLERS:
+        grow(model(name), 12)
+    assert (optuna.logging.get_verbosity(), logging.getLogger("optuna").handlers) == before
+    assert capfd.readouterr() == ("", "") and not list(recwarn)

@@ -1,0 +1,200 @@
+"""The search space: parameters to schedules and back, identity, and every mistake a space can have."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fake_search import SHAPE, SPACE
+
+from prunesearch.config import BlockSpace, Range, SpaceConfig
+from prunesearch.errors import ScheduleError
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.space import (
+    Choice,
+    Interval,
+    check_space,
+    combination,
+    combinations,
+    dimensions,
+    parameters_of,
+    schedule_from,
+    suggest,
+    uid_of,
+)
+
+
+class RandomTrial:
+    """What Optuna's trial offers, answered at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.asked = random.Random(seed), set[str]()
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        self.asked.add(name)
+        return self.random.choice(choices)
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+        self.asked.add(name)
+        if step is None:
+            return self.random.uniform(low, high)
+        return low + self.random.randint(0, round((high - low) / step)) * step
+
+
+SPACES = {
+    "plain": SPACE,
+    "uneven": replace(SPACE, keep=(0.5, 0.55, 1.0)),
+    "range": replace(SPACE, keep=Range(0.3, 1.0)),
+    "steps": replace(SPACE, keep=Range(0.3, 1.0, 0.1), at=("mid", "pre"), reduce=("drop", "merge")),
+    "same": replace(SPACE, same=("keep", "at", "score", "reduce"), at=("pre", "mid")),
+    "few": replace(SPACE, max_stages=2),
+    "own": replace(SPACE, blocks=(1, BlockSpace(2, keep=(0.7,), reduce=("drop",)), BlockSpace(4, reduce=("merge",)))),
+    "merge": replace(SPACE, reduce=("merge",)),
+}
+
+
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_candidates_lie_in_the_space_and_come_back_from_their_schedule(space: SpaceConfig) -> None:
+    assert check_space(space, SHAPE) == []
+    drawn = set()
+    for seed in range(200):
+        trial = RandomTrial(seed)
+        try:
+            schedule = suggest(trial, space, SHAPE)
+        except ScheduleError:
+            assert space.max_stages is not None or "merge" in space.reduce
+            continue
+        finally:
+            assert trial.asked == set(dimensions(space))  # every parameter, whatever the others are
+        parameters = parameters_of(schedule, space)
+        assert parameters is not None and set(parameters) == set(dimensions(space))
+        assert schedule_from(parameters, space, SHAPE) == schedule
+        drawn.add(schedule)
+    assert len(drawn) > 3
+
+
+def test_a_value_is_exactly_what_was_written() -> None:
+    space = SpaceConfig(blocks=(2,), keep=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0))
+    assert dimensions(space) == {"block2.keep": Interval(0.3, 1.0, 0.1)}
+    assert schedule_from({"block2.keep": 0.3 + 4 * 0.1}, space, SHAPE).stages[0].keep == 0.7  # the sum is 0.7000...01
+    assert schedule_from({"block2.keep": 0.9999999999999999}, space, SHAPE) == Schedule()
+
+
+def test_dimensions_know_order_sharing_and_single_values() -> None:
+    space = SpaceConfig(
+        blocks=(1, BlockSpace(3, keep=(0.5, 0.9, 1.0), score=("key_norm",))),
+        keep=Range(0.5, 1.0),
+        score=("class_attention", "key_norm"),
+        reduce=("drop", "merge"),
+        same=("reduce",),
+    )
+    assert dimensions(space) == {
+        "block1.keep": Interval(0.5, 1.0, None),
+        "block1.score": Choice(("class_attention", "key_norm")),
+        "reduce": Choice(("drop", "merge")),
+        "block3.keep": Choice((0.5, 0.9, 1.0)),
+    }
+    assert dimensions(replace(SPACE, reduce=("merge",))).keys() == {f"block{block}.keep" for block in range(1, 6)}
+
+
+def test_parameters_without_effect_are_at_their_first_choice() -> None:
+    parameters = {"block1.keep": 1.0, "block1.score": "key_norm", "block1.reduce": "fuse", "block2.keep": 0.5}
+    parameters |= {"block2.reduce": "merge", "block2.score": "key_norm"}
+    parameters |= {f"block{block}.keep": 1.0 for block in (3, 4, 5)}
+    schedule = schedule_from(parameters, SPACE, SHAPE)
+    assert schedule == Schedule((Stage(2, keep=0.5, reduce="merge"),))
+    canonical = parameters_of(schedule, SPACE)
+    assert canonical is not None
+    assert {name: canonical[name] for name in parameters} == {
+        **parameters,
+        "block1.score": "class_attention",
+        "block1.reduce": "drop",
+        "block2.score": "class_attention",
+    }
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule((Stage(2, keep=0.55),)),
+        Schedule((Stage(7, keep=0.5),)),
+        Schedule((Stage(2, tokens=32),)),
+        Schedule((Stage(2, keep=0.5, reduce="squeeze"),)),
+        Schedule((Stage(2, keep=0.5, score="random"),)),
+        Schedule((Stage(2, keep=0.5, at="pre"),)),
+        Schedule((Stage(2, keep=0.5), Stage(2, keep=0.5))),
+        Schedule((Stage(2, keep=0.5, reduce="merge", options={"proportional_attention": False}),)),
+    ],
+    ids=str,
+)
+def test_schedules_outside_the_space_have_no_parameters(schedule: Schedule) -> None:
+    assert parameters_of(schedule, SPACE) is None
+
+
+def test_sharing_and_max_stages_bound_the_space() -> None:
+    two = Schedule((Stage(1, keep=0.5), Stage(2, keep=0.7)))
+    assert parameters_of(two, SPACE) is not None
+    assert parameters_of(two, replace(SPACE, same=("keep",))) is None
+    assert parameters_of(two, replace(SPACE, max_stages=1)) is None
+    all_blocks = {f"block{block}.keep": 0.5 for block in SPACE.blocks}
+    with pytest.raises(ScheduleError, match="5 stages; possible: at most 4"):
+        schedule_from(all_blocks, replace(SPACE, max_stages=4), SHAPE)
+
+
+def test_the_dense_model_is_outside_where_every_block_must_have_a_stage() -> None:
+    assert parameters_of(Schedule(), SPACE) is not None
+    assert parameters_of(Schedule(), replace(SPACE, keep=(0.5, 0.7))) is None
+
+
+def test_uid_is_the_identity_of_what_is_done_to_the_model() -> None:
+    plain = uid_of(Schedule((Stage(2, keep=0.5),)), SHAPE)
+    assert plain == uid_of(Schedule((Stage(2, tokens=32), Stage(4, keep=1.0))), SHAPE)
+    others = [Stage(2, keep=0.52), Stage(3, keep=0.5), Stage(2, keep=0.5, at="pre"), Stage(2, keep=0.5, reduce="fuse")]
+    assert len({plain, *(uid_of(Schedule((stage,)), SHAPE) for stage in others)}) == 5
+    assert len(plain) == 12 and int(plain, 16) >= 0
+    assert uid_of(Schedule(), SHAPE) == "f48212d320c4"  # they are stored in databases: must never change
+    assert plain == "33753f82e1cd"
+
+
+def test_a_finite_space_can_be_counted() -> None:
+    space = SpaceConfig(blocks=(1, 2), keep=(0.5, 0.7, 1.0), reduce=("drop", "fuse"), same=("reduce",))
+    assert combinations(space) == 18
+    assert len({tuple(combination(space, index).items()) for index in range(18)}) == 18
+    assert combinations(replace(space, keep=Range(0.5, 1.0))) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"blocks": ()}, "space.blocks: is empty"),
+        ({"blocks": (1, 8)}, "space.blocks[1]: block 8; possible: 0 to 7"),
+        ({"blocks": (1, BlockSpace(1))}, "space.blocks[1]: block 1 is space.blocks[0] too"),
+        ({"keep": (0.5, 1.5)}, "space.keep: 1.5; possible: above 0, up to 1"),
+        ({"keep": ()}, "space.keep: is empty"),
+        ({"keep": (0.5, 0.5)}, "space.keep: 0.5 is there 2 times"),
+        ({"keep": Range(0.9, 0.5)}, "space.keep: low 0.9 is above high 0.5"),
+        ({"keep": Range(0.5, 1.0, 0.15)}, "steps of 0.15 from 0.5 reach 0.95 and miss high 1"),
+        ({"score": ("clas_attention",)}, 'Did you mean "class_attention"?'),
+        ({"reduce": ("dropp",)}, 'Did you mean "drop"?'),
+        ({"at": ("middle",)}, "space.at: 'middle'; possible: pre, mid."),
+        ({"blocks": (BlockSpace(2, reduce=("dropp",)),)}, "space.blocks[0].reduce: unknown reduce verb 'dropp'"),
+        ({"blocks": (BlockSpace(2, at=("mid",)),), "same": ("at",)}, "space.blocks[0].at: all blocks share at"),
+        ({"blocks": (0,), "at": ("pre", "mid")}, "space.blocks[0]: stage at block 0 (pre): class_attention at pre"),
+        ({"score": ("none", "key_norm")}, "drop needs a score, but score is none"),
+        ({"keep": (0.1, 0.2), "reduce": ("merge",)}, "merge cannot go from 64 to 13 patch tokens"),
+    ],
+)
+def test_mistakes_are_named_with_their_field(changes: dict[str, Any], says: str) -> None:
+    problems = check_space(replace(SPACE, **changes), SHAPE)
+    assert says in "\n".join(problems)
+    assert len(problems) == len(set(problems))
+
+
+def test_all_mistakes_come_at_once_and_a_missing_class_token_is_one() -> None:
+    problems = check_space(replace(SPACE, blocks=(9, 9), keep=(2.0,), score=("x",)), SHAPE)
+    assert len(problems) == 5
+    headless = replace(SHAPE, class_tokens=0, prefix_tokens=0)
+    assert "has no class token" in check_space(SPACE, headless)[0]
