@@ -143,7 +143,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that also knows 2e-5 (without a dot) as a number, as YAML 1.2 does."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
@@ -155,18 +155,19 @@ def _plain(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], proble
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
+            field = (*path, key)
             if key in mapping:
-                problems.append(f"{dotted((*path, key))} (line {key_node.start_mark.line + 1}): given twice. Keep one.")
-            mapping[key] = _plain(value_node, (*path, key), lines, problems)
-            lines[(*path, key)] = key_node.start_mark.line + 1
+                problems.append(f"{dotted(field)} (line {key_node.start_mark.line + 1}): given twice. Keep one.")
+            mapping[key] = _plain(value_node, field, lines, problems)
+            lines[field] = key_node.start_mark.line + 1
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*path, index), lines, problems) for index, item in enumerate(node.value)]
     loader = _Loader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -204,7 +205,7 @@ class _Dumper(yaml.SafeDumper):
     """SafeDumper that knows `_Row`."""
 
 
-_Dumper.add_representer(  # type: ignore[no-untyped-call]
+_Dumper.add_representer(
     _Row, lambda dumper, row: dumper.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
 )
 

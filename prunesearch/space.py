@@ -16,9 +16,8 @@ from typing import Any, Protocol, TypeVar, cast
 
 from prunesearch.config import BlockSpace, Range, SpaceConfig
 from prunesearch.errors import ScheduleError
-from prunesearch.registry import did_you_mean
-from prunesearch.schedule import PLACES, ModelShape, Place, Schedule, Stage, canonical, resolve
-from prunesearch.tokens import REDUCERS, SCORERS
+from prunesearch.schedule import ModelShape, Place, Schedule, Stage, canonical, resolve
+from prunesearch.tokens import REDUCERS
 
 Value = float | str
 T = TypeVar("T")
@@ -92,7 +91,7 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
         return None
     by_block = {stage.block: stage for stage in schedule.stages}
     parameters: dict[str, Value] = {}
-    for block in _blocks(space):
+    for block in blocks_of(space):
         stage = by_block.get(block.block)
         keep = 1.0 if stage is None else stage.keep
         if keep is None:
@@ -143,28 +142,11 @@ def uid_of(schedule: Schedule, shape: ModelShape) -> str:
     return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
 
 
-def check_space(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    """Every mistake of a space for a model, one sentence or two for each, with its field. Empty when all is well."""
-    problems = _block_problems(space, shape)
-    problems += _value_problems("space", space.keep, space.at, space.score, space.reduce)
-    for index, own in enumerate(space.blocks):
-        if isinstance(own, BlockSpace):
-            place = f"space.blocks[{index}]"
-            problems += _value_problems(place, own.keep, own.at, own.score, own.reduce)
-            problems += [
-                f"{place}.{field}: all blocks share {field} (space.same). Possible: no own choice here. "
-                f"Leave it out, or take {field} out of space.same."
-                for field in space.same
-                if getattr(own, field) is not None
-            ]
-    return problems or _pair_problems(space, shape)
-
-
 # --- what a space says about one block ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Block:
+class BlockChoices:
     """The choices of one block, with everything it takes over from the space around it."""
 
     block: int
@@ -174,7 +156,7 @@ class _Block:
     reduce: tuple[str, ...]
 
 
-def _blocks(space: SpaceConfig) -> list[_Block]:
+def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
     def own_or_shared(own: T | None, shared: T) -> T:
         return shared if own is None else own
 
@@ -182,7 +164,7 @@ def _blocks(space: SpaceConfig) -> list[_Block]:
     for entry in space.blocks:
         own = BlockSpace(entry) if isinstance(entry, int) else entry
         blocks.append(
-            _Block(
+            BlockChoices(
                 own.block,
                 own_or_shared(own.keep, space.keep),
                 own_or_shared(own.at, space.at),
@@ -193,14 +175,14 @@ def _blocks(space: SpaceConfig) -> list[_Block]:
     return blocks
 
 
-def _name(field: str, block: _Block, space: SpaceConfig) -> str:
+def _name(field: str, block: BlockChoices, space: SpaceConfig) -> str:
     return field if field in space.same else f"block{block.block}.{field}"
 
 
 def _fields(space: SpaceConfig) -> dict[str, tuple[Value, ...] | Range]:
     """All fields of all blocks by parameter name, also those with a single value."""
     fields: dict[str, tuple[Value, ...] | Range] = {}
-    for block in _blocks(space):
+    for block in blocks_of(space):
         fields[_name("keep", block, space)] = block.keep
         fields[_name("at", block, space)] = block.at
         fields[_name("reduce", block, space)] = block.reduce
@@ -212,7 +194,7 @@ def _fields(space: SpaceConfig) -> dict[str, tuple[Value, ...] | Range]:
 def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
     fields = _fields(space)
 
-    def value(field: str, block: _Block) -> Value:
+    def value(field: str, block: BlockChoices) -> Value:
         name = _name(field, block, space)
         values = fields[name]
         given = parameters.get(name)
@@ -221,7 +203,7 @@ def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
         return _exact(values, given)
 
     stages = []
-    for block in _blocks(space):
+    for block in blocks_of(space):
         keep = float(value("keep", block))
         if keep < 1.0:
             reduce = str(value("reduce", block))
@@ -250,10 +232,10 @@ def _dimension(values: tuple[Value, ...] | Range) -> Dimension | None:
 def _values(dimension: Dimension) -> tuple[Value, ...] | None:
     if isinstance(dimension, Choice):
         return dimension.values
-    return None if dimension.step is None else tuple(_grid(dimension))
+    return None if dimension.step is None else tuple(grid_of(dimension))
 
 
-def _grid(interval: Interval | Range) -> Iterator[float]:
+def grid_of(interval: Interval | Range) -> Iterator[float]:
     low, high, step = (Decimal(repr(number)) for number in (interval.low, interval.high, interval.step))
     return (float(low + index * step) for index in range(int((high - low) / step) + 1))
 
@@ -262,7 +244,7 @@ def _exact(values: tuple[Value, ...] | Range, given: Value) -> Value:
     """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid."""
     if isinstance(given, str):
         return given
-    on_grid = values if not isinstance(values, Range) else tuple(_grid(values)) if values.step is not None else None
+    on_grid = values if not isinstance(values, Range) else tuple(grid_of(values)) if values.step is not None else None
     return given if on_grid is None else min(on_grid, key=lambda value: abs(float(value) - given))
 
 
@@ -275,111 +257,3 @@ def _holds(dimension: Dimension, value: Value) -> bool:
     if values is not None:
         return value in values
     return isinstance(dimension, Interval) and isinstance(value, float) and dimension.low <= value <= dimension.high
-
-
-# --- mistakes ----------------------------------------------------------------------------------------------------
-
-
-def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    if not space.blocks:
-        return ["space.blocks: is empty. Possible: block numbers from 0. Name at least one block."]
-    problems = []
-    seen: dict[int, int] = {}
-    for index, block in enumerate(_blocks(space)):
-        place = f"space.blocks[{index}]"
-        if not 0 <= block.block < shape.depth:
-            problems.append(
-                f"{place}: block {block.block}; possible: 0 to {shape.depth - 1} in this model. Choose one of those."
-            )
-        if block.block in seen:
-            problems.append(f"{place}: block {block.block} is space.blocks[{seen[block.block]}] too. Keep one of them.")
-        seen.setdefault(block.block, index)
-    return problems
-
-
-def _value_problems(
-    place: str,
-    keep: tuple[float, ...] | Range | None,
-    at: tuple[str, ...] | None,
-    score: tuple[str, ...] | None,
-    reduce: tuple[str, ...] | None,
-) -> list[str]:
-    """Mistakes of the lists in themselves, whatever the block. None is not given."""
-    problems = _range_problems(place, keep) if isinstance(keep, Range) else []
-    lists: dict[str, tuple[Value, ...]] = {"at": at or (), "score": score or (), "reduce": reduce or ()}
-    if isinstance(keep, tuple):
-        lists["keep"] = keep
-        problems += [
-            f"{place}.keep: {value!r}; possible: above 0, up to 1 (1 = no stage here)."
-            for value in keep
-            if not 0 < value <= 1
-        ]
-    for field, given in (("keep", keep), ("at", at), ("score", score), ("reduce", reduce)):
-        if given == ():
-            problems.append(f"{place}.{field}: is empty. Possible: one value or more. Name one.")
-    problems += [
-        f"{place}.{field}: {value!r} is there {values.count(value)} times. Keep one of them."
-        for field, values in lists.items()
-        for value in dict.fromkeys(values)
-        if values.count(value) > 1
-    ]
-    for name in lists["at"]:
-        if name not in PLACES:
-            problems.append(
-                f"{place}.at: {name!r}; possible: {', '.join(PLACES)}.{did_you_mean(name, PLACES)} Choose one of those."
-            )
-    problems += [f"{place}.score: {SCORERS.unknown(name)}" for name in lists["score"] if not _known(name, SCORERS)]
-    problems += [f"{place}.reduce: {REDUCERS.unknown(name)}" for name in lists["reduce"] if name not in REDUCERS]
-    return problems
-
-
-def _known(score: Value, scorers: Mapping[str, object]) -> bool:
-    return score == "none" or score in scorers
-
-
-def _range_problems(place: str, keep: Range) -> list[str]:
-    if keep.low > keep.high:
-        return [f"{place}.keep: low {keep.low:g} is above high {keep.high:g}. Swap them."]
-    if keep.step is None:
-        return []
-    low, high, step = (Decimal(repr(number)) for number in (keep.low, keep.high, keep.step))
-    if (high - low) % step == 0:
-        return []
-    last = float(low + (high - low) // step * step)
-    return [
-        f"{place}.keep: steps of {keep.step:g} from {keep.low:g} reach {last:g} and miss high {keep.high:g}. "
-        f"Possible: a step that divides {float(high - low):g}. Change step, low or high."
-    ]
-
-
-def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    """Combinations of choices that can never become a stage, whatever the keep ratio."""
-    problems: dict[str, None] = {}
-    for index, block in enumerate(_blocks(space)):
-        keeps = _sample(block.keep)
-        scores = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
-        scores += [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
-        for at, (verb, score) in itertools.product(block.at, scores):
-            stages = [Stage(block.block, at=cast(Place, at), score=score, keep=keep, reduce=verb) for keep in keeps]
-            refusals = [_refusal(stage, shape) for stage in stages]
-            if refusals and all(refusals):
-                problems[f"space.blocks[{index}]: {refusals[-1]}"] = None
-    return list(problems)
-
-
-def _sample(keep: tuple[float, ...] | Range) -> list[float]:
-    """Ratios below 1, ascending; of a continuous range its two ends will do, as less is never easier."""
-    if isinstance(keep, tuple):
-        values: Sequence[float] = keep
-    else:
-        values = (keep.low, keep.high) if keep.step is None else tuple(_grid(keep))
-        values = [*values, (keep.low + keep.high) / 2]
-    return sorted(value for value in set(values) if value < 1.0)
-
-
-def _refusal(stage: Stage, shape: ModelShape) -> str:
-    try:
-        resolve(Schedule((stage,)), shape)
-    except ScheduleError as error:
-        return " ".join(error.problems)
-    return ""

@@ -87,8 +87,8 @@ class Progress:
         self.front = front(records, config.objectives, config.limits)
         self.volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
         before = normalised_hypervolume(records[:-WINDOW], config.objectives, dense, config.limits)
-        enough = len(records) > WINDOW and self.volume is not None and before is not None
-        self.gain = self.volume - before if enough and self.volume is not None and before is not None else None
+        known = self.volume is not None and before is not None and len(records) > WINDOW
+        self.gain = (self.volume or 0.0) - (before or 0.0) if known else None
 
 
 class LiveReport:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 
 from rich import box
@@ -22,11 +22,15 @@ from prunesearch.search.record import Record
 
 
 def short(schedule: Schedule) -> str:
-    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop 0.5". Names a score other than class attention."""
+    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop 0.5". A score other than class attention is named:
+    once at the end when the stages share it, else with its stage."""
     if not schedule.stages:
         return "dense"
-    alike = groupby(schedule.stages, key=_what)
-    return " · ".join(f"{', '.join(str(stage.block) for stage in stages)} {what}" for what, stages in alike)
+    scores = {stage.score for stage in schedule.stages} - {"none"}
+    shared = scores.pop() if len(scores) == 1 else "class_attention"
+    alike = groupby(schedule.stages, key=lambda stage: _what(stage, unsaid=("none", "class_attention", shared)))
+    stages = " · ".join(f"{', '.join(str(stage.block) for stage in group)} {what}" for what, group in alike)
+    return stages if shared == "class_attention" else f"{stages} ({shared})"
 
 
 def unit_of(metric: str) -> str:
@@ -175,9 +179,9 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
     return text.getvalue()
 
 
-def _what(stage: Stage) -> str:
+def _what(stage: Stage, unsaid: Collection[str]) -> str:
     amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
-    score = "" if stage.score in ("none", "class_attention") else f" by {stage.score}"
+    score = "" if stage.score in unsaid else f" by {stage.score}"
     return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}"
 
 

@@ -12,36 +12,33 @@ evaluated again, and a candidate that was not even written is drawn again, the s
 
 from __future__ import annotations
 
-import fcntl
 import importlib
-import math
-import os
-import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import FileError, RunError, StudyError, UserError
-from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.task import Cause, Evaluation, Task
+from prunesearch.errors import FileError, RunError
+from prunesearch.evaluate import model_shape
+from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
-from prunesearch.presets import find_schedule
-from prunesearch.schedule import ModelShape, Schedule, resolve
+from prunesearch.schedule import ModelShape, Schedule
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.limits import computed_excess, excess
+from prunesearch.search.lock import only_driver
 from prunesearch.search.outbox import delivered, discard, set_aside
+from prunesearch.search.problems import anchors_of
+from prunesearch.search.problems import study_problems as study_problems
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, State
 from prunesearch.search.samplers import SAMPLERS, ModelStudy
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.study import Store, open_store, storage_url
+from prunesearch.search.verdict import failed, hopeless, judged, same_work
 from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
-from prunesearch.space import Value, check_space, parameters_of, uid_of
+from prunesearch.space import Value, parameters_of, uid_of
 from prunesearch.strict import to_mapping
 
 HOPELESS = 5
@@ -69,10 +66,10 @@ def run_study(
     if problems:
         raise FileError(f"study {config.name}", problems)
     shape = model_shape(config.model)
-    anchors = _anchors(config, shape)
+    anchors = anchors_of(config, shape)
     folder = folder.absolute()  # workers may have another working directory
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    with _only_driver(folder):
+    with only_driver(folder):
         store = open_store(config, storage or storage_url(folder))
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
@@ -86,39 +83,6 @@ def run_study(
                     workers.close()
         finally:
             store.close()
-
-
-def study_problems(config: StudyConfig) -> list[str]:
-    """Everything in a study file that can be known to be wrong without weights or data; `run_study` starts with it.
-
-    Plugins must have been imported. Raises ModelError when the model cannot be built.
-    """
-    shape = model_shape(config.model)
-    problems = check_space(config.space, shape)
-    fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
-    fields += [(f"limits.{name}", name) for name, _ in config.limits]
-    fields += [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
-    problems += [f"{place}: {METRICS.unknown(name)}" for place, name in fields if name not in METRICS]
-    names = [objective.metric for objective in config.objectives]
-    if not names or len(set(names)) < len(names):
-        problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    problems += _sampler_problems(config)
-    if len(config.rungs) != 1:
-        problems.append(f"rungs: there are {len(config.rungs)}; possible: one budget. Keep one of them.")
-    return problems
-
-
-def _sampler_problems(config: StudyConfig) -> list[str]:
-    name, trials = config.sampler.name, config.stop.trials
-    if name not in SAMPLERS:
-        return [f"sampler.name: {SAMPLERS.unknown(name)}"]
-    most = SAMPLERS[name].most_trials
-    if most is None or (trials is not None and trials <= most):
-        return []
-    return [
-        f"stop.trials: {trials}, but {name} takes several seconds for each proposal beyond {most}. "
-        f"Possible: up to {most}. Lower it, or take sampler tpe."
-    ]
 
 
 class _Search:
@@ -171,7 +135,7 @@ class _Search:
             self.reason = "cancelled"
         done = self._done()
         if done.complete == 0 and self.failures and done.reason not in ("interrupted", "cancelled"):
-            raise RunError(_hopeless(self.failures))
+            raise RunError(hopeless(self.failures))
         self.on_event(done)
         return done
 
@@ -181,8 +145,8 @@ class _Search:
         if isinstance(outcome, Lost):
             if outcome.cause == "crash" and self._retry(record, outcome):
                 return
-            outcome = _failed(task, outcome.cause, outcome.error)
-        evaluation = _judged(outcome, self.config)
+            outcome = failed(task, outcome.cause, outcome.error)
+        evaluation = judged(outcome, self.config)
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         reached("result")
@@ -352,13 +316,13 @@ class _Search:
         recovered = 0
         for path, task, evaluation in delivered(self.outbox):
             record = self.records.get(task.uid) or self._new_record(task.schedule)
-            if not _same_work(task, self._task(record, task.attempt)):
+            if not same_work(task, self._task(record, task.attempt)):
                 set_aside(path, "it comes from a study with other settings")
                 continue
             if record.number < 0:
                 record = self.store.begin(record, computed_excess(self.config, record.schedule))
             if record.state == "running":
-                record = self.store.finish(record, _judged(evaluation, self.config))
+                record = self.store.finish(record, judged(evaluation, self.config))
                 recovered += 1
             self.records[record.uid] = record
             discard(self.outbox, task.uid, task.rung)
@@ -377,77 +341,9 @@ def reached(step: str) -> None:
     """Does nothing; tests replace it to die at a step of the loop."""
 
 
-def _anchors(config: StudyConfig, shape: ModelShape) -> list[tuple[str, Schedule]]:
-    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin."""
-    anchors = [("dense", Schedule())]
-    for index, name in enumerate(config.space.start_from):
-        try:
-            schedule = find_schedule(name, shape)
-            resolve(schedule, shape)
-        except UserError as error:
-            raise StudyError(f"space.start_from[{index}] ({name}): {error}") from error
-        anchors.append((f"start: {name}", schedule))
-    return anchors
-
-
 def _start_workers(config: StudyConfig, folder: Path, evaluate: str) -> Workers:
     if config.workers.kind == "serial":
         return SerialWorkers(config.workers, folder / "outbox", evaluate)
     from prunesearch.search.ray_workers import RayWorkers
 
     return RayWorkers(config.workers, folder, evaluate)
-
-
-def _judged(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
-    """The evaluation as the study takes it: complete only with a finite number for every objective and limit."""
-    if evaluation.status == "failed":
-        return evaluation
-    values = dict(evaluation.metrics)
-    needed = [objective.metric for objective in config.objectives] + [name for name, _ in config.limits]
-    for name in needed:
-        if name not in values:
-            return replace(evaluation, status="failed", cause="error", error=f"metric {name} was not measured")
-        if not math.isfinite(values[name]):
-            return replace(evaluation, status="failed", cause="nan", error=f"metric {name} is {values[name]}")
-    return evaluation
-
-
-def _failed(task: Task, cause: Cause, error: str) -> Evaluation:
-    return Evaluation(task.uid, "failed", rung=task.rung, attempt=task.attempt, cause=cause, error=error)
-
-
-def _same_work(task: Task, expected: Task) -> bool:
-    """Whether two tasks must give the same numbers; where and how fast they run does not matter."""
-
-    def work(task: Task) -> tuple[object, ...]:
-        data = replace(task.data, loaders=0, in_memory=True)
-        return (task.uid, task.seed, task.rung, task.model, data, task.budget, task.finetune, task.measure)
-
-    return work(task) == work(expected)
-
-
-def _hopeless(failures: list[Evaluation]) -> str:
-    last = failures[-1]
-    trace = f"\n{last.traceback}" if last.traceback else ""
-    return (
-        f"no candidate could be evaluated: {len(failures)} of {len(failures)} failed in this run. The last error "
-        f"({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
-    )
-
-
-@contextmanager
-def _only_driver(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The kernel releases it when this process ends, however it ends."""
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked children
-        except OSError:
-            file.seek(0)
-            raise StudyError(
-                f"{folder}: another process ({file.read().strip() or 'unknown'}) runs this study. Possible: one at a "
-                f"time. Wait for it, stop it, or give this search another name."
-            ) from None
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}:{os.getpid()}")
-        file.flush()
-        yield

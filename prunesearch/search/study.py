@@ -36,14 +36,13 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
+from prunesearch.search.differences import refuse_other_settings
 from prunesearch.search.limits import excess
 from prunesearch.search.record import Record, State
 from prunesearch.search.samplers import parameters_and_distributions, quiet_optuna
 from prunesearch.space import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
 
-MAY_CHANGE = ("workers", "stop", "metrics", "plugins", "data.loaders", "data.in_memory")
-"""Settings that a continued study may have different; all others decide what its numbers mean."""
 BUSY_SECONDS = 60
 """How long SQLite waits for another process to finish writing."""
 
@@ -161,7 +160,7 @@ def open_store(config: StudyConfig, url: str) -> Store:
             study_id = storage.get_study_id_from_name(config.name)
         attributes = storage.get_study_user_attrs(study_id)
         if "config" in attributes:
-            _refuse_other_settings(config, attributes["config"])
+            refuse_other_settings(config, attributes["config"])
         elif storage.get_n_trials(study_id) > 0:
             raise StudyError(
                 f"study {config.name!r} in {_shown(url)}: it has trials but was not made by prunesearch. "
@@ -200,28 +199,6 @@ def open_study_readonly(
     return StudyReader(backend, study._study_id, config)
 
 
-def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
-    """Settings that decide what the numbers of a study mean and are not the same: "field: old -> new"."""
-    before, after = _flat(to_mapping(old, defaults=True)), _flat(to_mapping(new, defaults=True))
-    return [
-        f"{name}: {_json(before.get(name))} -> {_json(after.get(name))}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not _may_change(name)
-    ]
-
-
-def _refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any]) -> None:
-    place = f"study {config.name!r}"
-    changed = differences(from_mapping(StudyConfig, saved, place), config)
-    if changed:
-        lines = "\n".join(f"  - {line}" for line in changed)
-        raise StudyError(
-            f"{place} exists with other settings:\n{lines}\n"
-            f"Possible to change in a study: {', '.join(MAY_CHANGE)}. "
-            f"Give the new search another name (--set name=...), or undo the change."
-        )
-
-
 def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
     storage.set_study_system_attr(study_id, "study:metric_names", [objective.metric for objective in config.objectives])
     try:
@@ -233,24 +210,6 @@ def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
     for part in ("space", "objectives"):
         text = json.dumps(to_mapping(getattr(config, part), defaults=True), sort_keys=True)
         storage.set_study_user_attr(study_id, f"{part}_hash", blake2b(text.encode(), digest_size=8).hexdigest())
-
-
-def _may_change(name: str) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names; lists stay whole."""
-    if not isinstance(value, dict):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(_flat(item, f"{name}.{key}" if name else key))
-    return flat
-
-
-def _json(value: Any) -> str:
-    return "absent" if value is None else json.dumps(value)
 
 
 def _record(trial: FrozenTrial) -> Record:

@@ -42,7 +42,7 @@ class Workers(Protocol):
 class NoWorkers:
     """For a study in which nothing is left to do: Ray takes seconds to start."""
 
-    count = 0
+    count = 1
     description = "no workers needed"
 
     def submit(self, task: Task) -> None:

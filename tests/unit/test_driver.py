@@ -107,6 +107,14 @@ def test_continuing_says_what_was_there(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(finished(events)) == 1
 
 
+def test_a_finished_study_starts_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(study(3), tmp_path)
+    monkeypatch.setattr(driver, "_start_workers", None)
+    done, events = run(study(2), tmp_path)
+    assert (done.reason, done.complete) == ("trials", 3)
+    assert [type(event) for event in events] == [Started, Done]
+
+
 def test_a_candidate_that_was_running_runs_again_under_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fake_search import evaluate, records, run, study
+from fake_search import evaluate, finished, records, run, study
 
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver
-from prunesearch.search.events import Started
+from prunesearch.search.events import Event, Started
 from prunesearch.search.outbox import delivered, discard, evaluate_into
+from prunesearch.search.workers import Workers
 
 
 class Killed(BaseException):
@@ -37,7 +39,7 @@ def leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def recovered(events: list) -> int:
+def recovered(events: list[Event]) -> int:
     assert isinstance(events[0], Started)
     return events[0].recovered
 
@@ -75,6 +77,22 @@ def test_a_result_without_a_record_becomes_one(tmp_path: Path, monkeypatch: pyte
     assert recovered(run(study(4), tmp_path / "other")[1]) == 1
     found = records(tmp_path / "other")[3]
     assert (found.number, found.uid, found.seed, found.state) == (3, expected.uid, expected.seed, "complete")
+
+
+def test_a_worker_that_outlives_its_driver_still_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = leave_one(tmp_path, monkeypatch)
+    content = path.read_bytes()
+    path.unlink()
+    start_workers = driver._start_workers
+
+    def deliver_meanwhile(*arguments: Any) -> Workers:
+        path.write_bytes(content)
+        return start_workers(*arguments)
+
+    monkeypatch.setattr(driver, "_start_workers", deliver_meanwhile)
+    _, events = run(study(4), tmp_path)
+    assert recovered(events) == 1 and len(finished(events)) == 0
+    assert records(tmp_path)[3].state == "complete"
 
 
 def test_a_damaged_file_is_set_aside(

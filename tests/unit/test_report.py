@@ -59,11 +59,20 @@ START = Started(records=(), total=40, done=0, rerun=0, recovered=0, workers="2 R
         ([], "dense"),
         ([Stage(3, keep=0.7), Stage(6, keep=0.7), Stage(9, keep=0.5)], "3, 6 drop 0.7 · 9 drop 0.5"),
         ([Stage(0, tokens=40, reduce="merge")], "0 merge to 40"),
-        ([Stage(2, at="pre", keep=0.55, score="key_norm", reduce="fuse")], "2 pre fuse 0.55 by key_norm"),
+        ([Stage(2, at="pre", keep=0.55, score="key_norm", reduce="fuse")], "2 pre fuse 0.55 (key_norm)"),
+        (
+            [Stage(2, keep=0.5, score="key_norm"), Stage(3, tokens=20, reduce="merge"), Stage(4, keep=0.5)],
+            "2 drop 0.5 by key_norm · 3 merge to 20 · 4 drop 0.5",
+        ),
     ],
 )
 def test_short(stages: list[Stage], text: str) -> None:
     assert short(Schedule(tuple(stages))) == text
+
+
+def test_stages_that_share_a_score_name_it_once() -> None:
+    stages = Stage(2, keep=0.5, score="key_norm"), Stage(4, keep=0.5, score="key_norm")
+    assert short(Schedule(stages)) == "2, 4 drop 0.5 (key_norm)"
 
 
 def test_numbers_read_well_for_small_and_large_models() -> None:

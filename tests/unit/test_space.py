@@ -16,7 +16,6 @@ from prunesearch.schedule import Schedule, Stage
 from prunesearch.space import (
     Choice,
     Interval,
-    check_space,
     combination,
     combinations,
     dimensions,
@@ -25,6 +24,7 @@ from prunesearch.space import (
     suggest,
     uid_of,
 )
+from prunesearch.space_problems import space_problems
 
 
 class RandomTrial:
@@ -58,7 +58,7 @@ SPACES = {
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_candidates_lie_in_the_space_and_come_back_from_their_schedule(space: SpaceConfig) -> None:
-    assert check_space(space, SHAPE) == []
+    assert space_problems(space, SHAPE) == []
     drawn = set()
     for seed in range(200):
         trial = RandomTrial(seed)
@@ -188,13 +188,13 @@ def test_a_finite_space_can_be_counted() -> None:
     ],
 )
 def test_mistakes_are_named_with_their_field(changes: dict[str, Any], says: str) -> None:
-    problems = check_space(replace(SPACE, **changes), SHAPE)
+    problems = space_problems(replace(SPACE, **changes), SHAPE)
     assert says in "\n".join(problems)
     assert len(problems) == len(set(problems))
 
 
 def test_all_mistakes_come_at_once_and_a_missing_class_token_is_one() -> None:
-    problems = check_space(replace(SPACE, blocks=(9, 9), keep=(2.0,), score=("x",)), SHAPE)
+    problems = space_problems(replace(SPACE, blocks=(9, 9), keep=(2.0,), score=("x",)), SHAPE)
     assert len(problems) == 5
     headless = replace(SHAPE, class_tokens=0, prefix_tokens=0)
-    assert "has no class token" in check_space(SPACE, headless)[0]
+    assert "has no class token" in space_problems(SPACE, headless)[0]

@@ -1,0 +1,55 @@
+"""Whether a study may be continued with these settings, and if not, what is different."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import StudyError
+from prunesearch.strict import from_mapping, to_mapping
+
+MAY_CHANGE = ("workers", "stop", "metrics", "plugins", "data.loaders", "data.in_memory")
+"""Settings that a continued study may have different; all others decide what its numbers mean."""
+
+
+def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Settings that decide what the numbers of a study mean and are not the same: "field: old -> new"."""
+    before, after = _flat(to_mapping(old, defaults=True)), _flat(to_mapping(new, defaults=True))
+    return [
+        f"{name}: {_json(before.get(name))} -> {_json(after.get(name))}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not _may_change(name)
+    ]
+
+
+def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any]) -> None:
+    """Raises StudyError with all differences that matter between a study file and what the study was made with."""
+    place = f"study {config.name!r}"
+    changed = differences(from_mapping(StudyConfig, saved, place), config)
+    if changed:
+        lines = "\n".join(f"  - {line}" for line in changed)
+        raise StudyError(
+            f"{place} exists with other settings:\n{lines}\n"
+            f"Possible to change in a study: {', '.join(MAY_CHANGE)}. "
+            f"Give the new search another name (--set name=...), or undo the change."
+        )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names; lists stay whole."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(_flat(item, f"{name}.{key}" if name else key))
+    return flat
+
+
+def _json(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value)

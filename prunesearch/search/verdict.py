@@ -1,0 +1,48 @@
+"""What the study makes of an evaluation: complete or failed, and whose."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from prunesearch.config import StudyConfig
+from prunesearch.evaluate.task import Cause, Evaluation, Task
+
+
+def judged(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
+    """The evaluation as the study takes it: complete only with a finite number for every objective and limit."""
+    if evaluation.status == "failed":
+        return evaluation
+    values = dict(evaluation.metrics)
+    needed = [objective.metric for objective in config.objectives] + [name for name, _ in config.limits]
+    for name in needed:
+        if name not in values:
+            return replace(evaluation, status="failed", cause="error", error=f"metric {name} was not measured")
+        if not math.isfinite(values[name]):
+            return replace(evaluation, status="failed", cause="nan", error=f"metric {name} is {values[name]}")
+    return evaluation
+
+
+def failed(task: Task, cause: Cause, error: str) -> Evaluation:
+    """The evaluation of a task that brought none."""
+    return Evaluation(task.uid, "failed", rung=task.rung, attempt=task.attempt, cause=cause, error=error)
+
+
+def same_work(task: Task, expected: Task) -> bool:
+    """Whether two tasks must give the same numbers; where and how fast they run does not matter."""
+
+    def work(task: Task) -> tuple[object, ...]:
+        data = replace(task.data, loaders=0, in_memory=True)
+        return (task.uid, task.seed, task.rung, task.model, data, task.budget, task.finetune, task.measure)
+
+    return work(task) == work(expected)
+
+
+def hopeless(failures: list[Evaluation]) -> str:
+    """What to say when every candidate of a run failed."""
+    last = failures[-1]
+    trace = f"\n{last.traceback}" if last.traceback else ""
+    return (
+        f"no candidate could be evaluated: {len(failures)} of {len(failures)} failed in this run. The last error "
+        f"({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
+    )

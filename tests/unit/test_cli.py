@@ -1,0 +1,160 @@
+"""The command line: exit codes, messages without tracebacks, and every verb on a small real study."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunesearch.cli import main
+from prunesearch.files import load_schedule
+
+STUDY = """
+version: 1
+name: small
+model: {name: vit_digits_patch1_8, pretrained: true}
+data: {name: digits, train_images: 60, val_images: 60}
+space: {blocks: [1, 3, 5], keep: [0.5, 0.7, 1.0], reduce: [drop, squeeze], start_from: [etps-0.7]}
+metrics: [agreement]
+finetune: {learning_rate: 1e-3, batch_size: 30}
+rungs: [{images: 60}]
+workers: {kind: serial}
+stop: {trials: 5}
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that was run from the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "small.yaml").write_text(STUDY)
+    assert main(["run", str(folder / "small.yaml"), "--output", str(folder / "outputs")]) == 0
+    return folder / "outputs" / "small"
+
+
+def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+def test_running_again_continues_and_more_trials_go_on(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(study.parents[1] / "small.yaml")
+    output = ["--output", str(study.parent)]
+    assert "continuing (5 of 5 done, 0 to run again, 0 recovered)" in out(capsys, "run", file, *output)
+    assert "6/6" in out(capsys, "run", file, *output, "--trials", "6")
+    assert "space.keep" in mistake(capsys, "run", file, *output, "--set", "space.keep=[0.25]")
+
+
+def test_status_and_front(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "small" in out(capsys, "status", str(study))
+    assert json.loads(out(capsys, "status", str(study), "--json"))["complete"] >= 5
+    rows = json.loads(out(capsys, "front", str(study), "--json"))
+    assert rows and {"trial", "metrics", "schedule", "tokens"} <= rows[0].keys()
+    table = list(csv.DictReader(out(capsys, "front", str(study), "--csv").splitlines()))
+    assert [int(row["trial"]) for row in table] == [row["trial"] for row in rows]
+    assert str(rows[0]["trial"]) in out(capsys, "front", str(study), "--plot", str(tmp_path / "front.png"))
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
+    by_url = out(capsys, "front", "--storage", f"sqlite:///{study / 'study.db'}", "--study", "small", "--json")
+    assert json.loads(by_url) == rows
+
+
+def test_export_and_evaluate(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    best = tmp_path / "best.yaml"
+    assert "best.safetensors" in out(
+        capsys, "export", str(study), "--at-most", "gmacs=0.009", "--weights", "-o", str(best)
+    )
+    measured = json.loads(out(capsys, "evaluate", str(best), "--metric", "top1", "--metric", "gmacs", "--json"))[
+        "pruned"
+    ]
+    assert measured["gmacs"] <= 0.009
+    assert f"top1: {measured['top1']}" in best.read_text()  # exactly what the search measured
+    out(capsys, "export", str(study), "--trial", "1", "-o", str(best))
+    assert load_schedule(best).stages[0].reduce == "squeeze"
+    assert "fine for vit_digits_patch1_8" in out(capsys, "check", str(best))
+    assert "--trial 99" in mistake(capsys, "export", str(study), "--trial", "99", "-o", str(best))
+    assert "nearest is trial" in mistake(capsys, "export", str(study), "--at-most", "gmacs=1e-9", "-o", str(best))
+    assert "gmacs=3.0" in mistake(capsys, "export", str(study), "--at-most", "gmacs", "-o", str(best))
+
+
+def test_everything_but_database_and_outbox_can_be_deleted(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = out(capsys, "front", str(study), "--json")
+    for path in sorted(study.rglob("*"), reverse=True):
+        if path.name not in ("study.db", "study.db-wal", "study.db-shm", "outbox"):
+            path.unlink() if path.is_file() else path.rmdir()
+    file = str(study.parents[1] / "small.yaml")
+    trials = str(json.loads(out(capsys, "status", str(study), "--json"))["complete"])
+    assert "continuing" in out(capsys, "run", file, "--output", str(study.parent), "--trials", trials)
+    assert (study / "study.yaml").exists()
+    assert out(capsys, "front", str(study), "--json") == before
+    assert "fine-tuning again" in _err(
+        capsys, "export", str(study), "--trial", "1", "--weights", "-o", str(study / "b.yaml")
+    )
+
+
+def _err(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().err
+
+
+def test_check_reports_every_mistake_of_a_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(STUDY.replace("[1, 3, 5]", "[1, 3, 50]").replace("drop", "dorp").replace("agreement", "agrement"))
+    text = mistake(capsys, "check", str(file))
+    assert "50" in text and 'Did you mean "drop"' in text and 'Did you mean "agreement"' in text
+    file.write_text(STUDY)
+    assert "fine" in out(capsys, "check", str(file))
+    file.write_text(STUDY.replace("vit_digits_patch1_8", "vit_digit_patch1_8"))
+    assert "does not know" in mistake(capsys, "check", str(file))
+    file.write_text("version: 1\nstages: [{block: 40, keep: 0.5}]\n")
+    assert "Give --model" in out(capsys, "check", str(file))
+    assert "blocks 0 to 7" in mistake(capsys, "check", str(file), "--model", "vit_digits_patch1_8")
+
+
+def test_studies_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no such file" in mistake(capsys, "run", str(tmp_path / "nowhere.yaml"))
+    assert "no such file" in mistake(capsys, "front", str(tmp_path))
+    assert "no study given" in mistake(capsys, "status")
+
+
+@pytest.mark.parametrize("what", ["scores", "reduces", "presets", "metrics", "samplers", "spaces"])
+def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {"scores": "class_attention", "reduces": "squeeze", "presets": "evit-0.7", "metrics": "top1",
+                "samplers": "tpe", "spaces": "file"}  # fmt: skip
+    assert expected[what] in out(capsys, "list", what)
+
+
+def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    text = out(capsys, "list", "models", "vit_digits*")
+    assert "vit_digits_patch1_8" in text and "0.0128" in text
+    assert "tome" not in out(capsys, "list", "presets", "evit-*")
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert json.loads(out(capsys, "schema"))["title"] == "StudyConfig"
+    assert json.loads(out(capsys, "schema", "schedule"))["title"] == "ScheduleFile"
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
+    code = "import sys; from prunesearch.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'rich', 'optuna', 'ray', 'yaml'} & set(sys.modules), sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "examples:" in result.stdout
+
+
+def test_unknown_verbs_and_flags_are_usage_errors() -> None:
+    for arguments in (["serch"], ["run"], ["list", "scorez"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
