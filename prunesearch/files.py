@@ -197,7 +197,7 @@ def _override(content: Any, override: str, lines: dict[FieldPath, int]) -> None:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-class _Row(dict):  # type: ignore[type-arg]
+class _Row(dict[str, Any]):
     """A mapping that is written on one line."""
 
 

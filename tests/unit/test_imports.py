@@ -16,7 +16,7 @@ TIERS = (
     ("cli", "__main__"),
     ("report", "plot", "export", "catalogue"),
     ("search", "front"),
-    ("space", "evaluate"),
+    ("space", "space_problems", "evaluate"),
     ("models", "presets"),
     ("cost",),
     ("tokens",),
@@ -101,7 +101,8 @@ from prunesearch import apply_schedule, estimate_cost, load_schedule, shape_of
 model = timm.create_model("test_vit").eval()
 schedule = load_schedule({str(tmp_path / "best.yaml")!r})
 before = estimate_cost(shape_of(model)).macs
-print(apply_schedule(model, schedule)(torch.zeros(1, 3, 160, 160)).shape, estimate_cost(shape_of(model), schedule).macs < before)
+after = estimate_cost(shape_of(model), schedule).macs
+print(apply_schedule(model, schedule)(torch.zeros(1, 3, 160, 160)).shape, after < before)
 """
     )
     assert output == "torch.Size([1, 1000]) True"

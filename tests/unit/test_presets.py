@@ -37,5 +37,5 @@ def test_find_schedule_takes_names_and_files(tmp_path: Path) -> None:
     save_schedule(schedule, tmp_path / "mine.yaml")
     assert find_schedule(str(tmp_path / "mine.yaml"), shape()) == schedule
     assert find_schedule("evit-0.7", shape()) == load_preset("evit-0.7", shape())
-    with pytest.raises(UnknownNameError, match="Did you mean .evit-0"):
+    with pytest.raises(UnknownNameError, match='Did you mean "evit-0'):
         find_schedule("evit0.7", shape())
