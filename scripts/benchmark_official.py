@@ -17,6 +17,7 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -81,90 +82,70 @@ def paired_ratio(a: Callable[[], object], b: Callable[[], object], pairs: int) -
     seconds(a), seconds(b)  # warm-up
     times = [(seconds(a), seconds(b)) for _ in range(pairs)]
     ratios = sorted(y / x for x, y in times)
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return (
-        statistics.median(x for x, _ in times),
-        statistics.median(y for _, y in times),
-        statistics.median(ratios),
-        high - low,
-    )
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(x for x, _ in times), statistics.median(y for _, y in times), middle, high - low
+
+
+def compare(name: str, mine: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, pairs: int) -> str:
+    """One row of the table."""
+    first, second = mine(images), theirs(images)
+    difference = float((first - second).abs().max() / second.abs().max())
+    fast, slow, ratio, spread = paired_ratio(partial(mine, images), partial(theirs, images), pairs)
+    speeds = f"{len(images) / fast:.1f} | {len(images) / slow:.1f}"
+    return f"| {name} | {speeds} | **{ratio:.2f}** ± {spread / 2:.2f} | {difference:.1e} |"
+
+
+PAGE = """\
+# Against the authors' released code
+
+DeiT-S, fp32, batch {batch}, {threads} CPU threads, torch {torch}, timm {timm}; both timed in turn, {pairs} pairs,
+median ± half the interquartile range.
+
+| schedule | ours, images/s | theirs, images/s | ours is faster by | largest difference of logits, relative |
+|---|---|---|---|---|
+{rows}
+
+EViT's released code builds the whole attention matrix to read one row; ours keeps attention fused and computes the row
+alone. ToMe's patch leaves fused attention too; the mean keys it needs are free with it. Logits agree to rounding, but for
+ToMe with several merging blocks: its second merge pairs tokens by the order the first one left them in, the authors put
+merged tokens behind the others, we keep image order, so the pairs differ by design. With one merging block they agree.
+
+Made with `python scripts/benchmark_official.py --tome ... --evit ... --batch {batch} --pairs {pairs}`.
+"""
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tome", type=Path, help="checkout of facebookresearch/ToMe")
-    parser.add_argument("--evit", type=Path, help="checkout of youweiliang/evit")
+    parser.add_argument("--tome", type=Path, required=True, help="checkout of facebookresearch/ToMe")
+    parser.add_argument("--evit", type=Path, required=True, help="checkout of youweiliang/evit")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="write the table to this file too")
+    parser.add_argument("--out", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    dense = timm.create_model("deit_small_patch16_224", init_values=None).eval()
+    dense = timm.create_model("deit_small_patch16_224").eval()
     for parameter in dense.parameters():  # attention of a fresh model is flat and its choices are all ties
         parameter.copy_(parameter + 0.05 * torch.randn_like(parameter))
     shape = shape_of(dense)
     images = torch.randn(arguments.batch, 3, 224, 224)
-
-    cases: list[tuple[str, Schedule, Callable[[], torch.nn.Module]]] = []
-    if arguments.evit:
-        for name, fuse in (("evit-0.7", False), ("evit-fuse-0.7", True), ("evit-fuse-0.5", True)):
-            keep = float(name.rsplit("-", 1)[1])
-            cases.append(
-                (
-                    name,
-                    load_preset(name, shape),
-                    lambda keep=keep, fuse=fuse: official_evit(arguments.evit, dense, keep, fuse),
-                )
-            )
-    if arguments.tome:
-        one = Schedule((Stage(5, tokens=146, reduce="merge"),))
-        cases.append(("ToMe, 50 pairs at block 5", one, lambda: official_tome(arguments.tome, dense, [0] * 5 + [50])))
-        for rate in (13, 16):
-            cases.append(
-                (
-                    f"tome-r{rate}",
-                    load_preset(f"tome-r{rate}", shape),
-                    lambda rate=rate: official_tome(arguments.tome, dense, rate),
-                )
-            )
     rows = []
-    for name, schedule, official in cases:
-        mine, theirs = ours(dense, schedule), official()
-        first, second = mine(images), theirs(images)
-        difference = float((first - second).abs().max() / second.abs().max())
-        fast, slow, ratio, spread = paired_ratio(lambda: mine(images), lambda: theirs(images), arguments.pairs)
-        rows.append(
-            f"| {name} | {arguments.batch / fast:.1f} | {arguments.batch / slow:.1f} | **{ratio:.2f}** ± {spread / 2:.2f} "
-            f"| {difference:.1e} |"
-        )
+
+    def row(name: str, schedule: Schedule, theirs: torch.nn.Module) -> None:
+        rows.append(compare(name, ours(dense, schedule), theirs, images, arguments.pairs))
         print(rows[-1], flush=True)
-    table = "\n".join(
-        [
-            "# Against the authors' released code",
-            "",
-            f"DeiT-S, fp32, batch {arguments.batch}, {arguments.threads} CPU threads, torch {torch.__version__}, "
-            f"timm {timm.__version__}; both timed in turn, {arguments.pairs} pairs, median ± half the interquartile range.",
-            "",
-            "| schedule | ours, images/s | theirs, images/s | ours is faster by | largest difference of logits, relative |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            "EViT's released code builds the whole attention matrix to read one row; ours keeps attention fused and computes",
-            "the row alone. Logits agree to rounding. ToMe's second merge pairs tokens by the order the first one left them in:",
-            "the authors put merged tokens behind the others, we keep image order, so with several merging blocks the pairs (and",
-            "the logits) differ by design; with one merging block they agree.",
-            "",
-            f"Made with `python scripts/benchmark_official.py --tome ... --evit ... --batch {arguments.batch} "
-            f"--pairs {arguments.pairs}`.",
-            "",
-        ]
-    )
+
+    for name, keep, fuse in (("evit-0.7", 0.7, False), ("evit-fuse-0.7", 0.7, True), ("evit-fuse-0.5", 0.5, True)):
+        row(name, load_preset(name, shape), official_evit(arguments.evit, dense, keep, fuse))
+    once = Schedule((Stage(5, tokens=146, reduce="merge"),))
+    row("ToMe, 50 pairs at block 5", once, official_tome(arguments.tome, dense, [0] * 5 + [50]))
+    for rate in (13, 16):
+        row(f"tome-r{rate}", load_preset(f"tome-r{rate}", shape), official_tome(arguments.tome, dense, rate))
     if arguments.out:
-        arguments.out.write_text(table)
+        about = dict(batch=arguments.batch, pairs=arguments.pairs, threads=torch.get_num_threads())
+        page = PAGE.format(rows="\n".join(rows), torch=torch.__version__, timm=timm.__version__, **about)
+        arguments.out.write_text(page)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole road as a stranger walks it: an image folder, a timm ViT, a study file, Ray, a schedule in a new process."""
+"""The whole road as a stranger walks it: an image folder, a timm ViT, a study file, Ray, a schedule, a new process."""
 
 from __future__ import annotations
 

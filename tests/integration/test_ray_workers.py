@@ -154,7 +154,7 @@ def wait_for(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
+        time.sleep(0.5)  # looking costs as much processor time as a candidate
 
 
 def processes() -> list[str]:
