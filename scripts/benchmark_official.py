@@ -106,9 +106,10 @@ median ± half the interquartile range.
 {rows}
 
 EViT's released code builds the whole attention matrix to read one row; ours keeps attention fused and computes the row
-alone. ToMe's patch leaves fused attention too; the mean keys it needs are free with it. Logits agree to rounding, but for
-ToMe with several merging blocks: its second merge pairs tokens by the order the first one left them in, the authors put
-merged tokens behind the others, we keep image order, so the pairs differ by design. With one merging block they agree.
+alone. ToMe's patch leaves fused attention too; the mean keys it needs are free with it. Logits agree to rounding, but
+for ToMe with several merging blocks: its second merge pairs tokens by the order the first one left them in, the authors
+put merged tokens behind the others, we keep image order, so the pairs differ by design. With one merging block they
+agree.
 
 Made with `python scripts/benchmark_official.py --tome ... --evit ... --batch {batch} --pairs {pairs}`.
 """
