@@ -56,8 +56,8 @@ PAGE = """\
 # What each score and each reduce verb costs and does
 
 The shipped digits ViT, keep {keep:g} at blocks 2, 4 and 6; top-1 in % on the held-out third, as it comes and after
-{images} training images with distillation (mean ± standard deviation over {seeds} seeds). Extra MACs: what the score and
-the verb cost by themselves on DeiT-S (4,599 M), one stage of keep 0.7 at block 3.
+{images} training images with distillation (mean ± standard deviation over {seeds} seeds). Extra MACs: what the score
+and the verb cost by themselves on DeiT-S (4,599 M), one stage of keep 0.7 at block 3.
 
 | score | reduce | extra MACs on DeiT-S, M | MACs of dense | top-1 as it comes | top-1 after the fine-tune |
 |---|---|---|---|---|---|
