@@ -92,27 +92,21 @@ def _check_study(config: StudyConfig) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
     from prunesearch.evaluate import model_shape
-    from prunesearch.presets import find_schedule
-    from prunesearch.search.driver import study_problems
+    from prunesearch.search.problems import anchors_of, study_problems
     from prunesearch.space import combinations, dimensions
 
     for plugin in config.plugins:
         importlib.import_module(plugin)
     problems = study_problems(config)
-    shape = model_shape(config.model)
-    costs = [("dense", estimate_cost(shape))]
-    for index, name in enumerate(config.space.start_from):
-        try:
-            costs.append((name, estimate_cost(shape, find_schedule(name, shape))))
-        except UserError as error:
-            problems.append(f"space.start_from[{index}]: {error}")
     if problems:
         raise FileError(f"study {config.name}", problems)
+    shape = model_shape(config.model)
     total = combinations(config.space)
     size = "continuous" if total is None else f"{total:,} combinations"
     print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
-    for name, cost in costs:
-        print(f"  {name:<20} {cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end")
+    for origin, schedule in anchors_of(config, shape):
+        cost = estimate_cost(shape, schedule)
+        print(f"  {origin.removeprefix('start: '):<20} {cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end")
     return 0
 
 
@@ -180,6 +174,7 @@ def _front(parsed: argparse.Namespace) -> int:
 
 def _export(parsed: argparse.Namespace) -> int:
     from prunesearch.export import export
+    from prunesearch.report import short
 
     reader = _open(parsed)
     record = _choose(parsed, reader.config, reader.records())
@@ -187,7 +182,7 @@ def _export(parsed: argparse.Namespace) -> int:
     evaluation = record.evaluation
     assert evaluation is not None  # export refuses those without
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
-    print(f"Trial {record.number}: {record.schedule}\n  {values}\n  -> {', '.join(map(str, written))}")
+    print(f"Trial {record.number}: {short(record.schedule)}\n  {values}\n  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:
         _say(f"measured after a fine-tune of {evaluation.images} images; --weights takes those weights along")
     return 0

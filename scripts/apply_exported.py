@@ -58,7 +58,8 @@ def main() -> None:
     gmacs = [estimate_cost(shape_of(dense)).gmacs, estimate_cost(shape_of(dense), schedule).gmacs]
     speed = images_per_second([dense, pruned])
     accuracy = [top1(dense), top1(pruned)]
-    table = Table(title=f"{path.name}: {schedule}", title_justify="left")
+    print(f"{path.name}: {schedule}")
+    table = Table()
     for name in ("", "top-1, %", "GMACs", "images/s"):
         table.add_column(name, justify="right" if name else "left")
     for index, name in enumerate(("dense", "pruned")):

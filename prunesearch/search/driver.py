@@ -29,8 +29,7 @@ from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.limits import computed_excess, excess
 from prunesearch.search.lock import only_driver
 from prunesearch.search.outbox import delivered, discard, set_aside
-from prunesearch.search.problems import anchors_of
-from prunesearch.search.problems import study_problems as study_problems
+from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, State
 from prunesearch.search.samplers import SAMPLERS, ModelStudy

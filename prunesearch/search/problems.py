@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import StudyError, UserError
+from prunesearch.errors import UserError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
@@ -25,7 +25,7 @@ def study_problems(config: StudyConfig) -> list[str]:
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    problems += _sampler_problems(config)
+    problems += _sampler_problems(config) + _start_problems(config, shape)
     if len(config.rungs) != 1:
         problems.append(f"rungs: there are {len(config.rungs)}; possible: one budget. Keep one of them.")
     return problems
@@ -44,14 +44,17 @@ def _sampler_problems(config: StudyConfig) -> list[str]:
     ]
 
 
-def anchors_of(config: StudyConfig, shape: ModelShape) -> list[tuple[str, Schedule]]:
-    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin."""
-    anchors = [("dense", Schedule())]
+def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    problems = []
     for index, name in enumerate(config.space.start_from):
         try:
-            schedule = find_schedule(name, shape)
-            resolve(schedule, shape)
+            resolve(find_schedule(name, shape), shape)
         except UserError as error:
-            raise StudyError(f"space.start_from[{index}] ({name}): {error}") from error
-        anchors.append((f"start: {name}", schedule))
-    return anchors
+            problems.append(f"space.start_from[{index}]: {error}")
+    return problems
+
+
+def anchors_of(config: StudyConfig, shape: ModelShape) -> list[tuple[str, Schedule]]:
+    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin."""
+    starts = [(f"start: {name}", find_schedule(name, shape)) for name in config.space.start_from]
+    return [("dense", Schedule()), *starts]

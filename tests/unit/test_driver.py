@@ -66,7 +66,7 @@ def test_dense_first_then_start_schedules_then_the_sampler(tmp_path: Path) -> No
 def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path) -> None:
     save_schedule(Schedule((Stage(11, keep=0.5),)), tmp_path / "deep.yaml")
     space = replace(SPACE, start_from=(str(tmp_path / "deep.yaml"),))
-    with pytest.raises(StudyError, match=r"space.start_from\[0\].*block 11.*blocks 0 to 7"):
+    with pytest.raises(FileError, match=r"space.start_from\[0\].*block 11.*blocks 0 to 7"):
         run(study(space=space), tmp_path)
     assert not EVALUATED
 
