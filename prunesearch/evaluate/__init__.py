@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from prunesearch.evaluate.build import build_model, model_shape
-from prunesearch.evaluate.data import DATASETS
+from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape
+from prunesearch.evaluate.data import DATASETS, check_paths
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
 from prunesearch.evaluate.run import evaluate
 from prunesearch.evaluate.task import Evaluation, Task
@@ -17,8 +18,16 @@ __all__ = [
     "Subject",
     "Task",
     "build_model",
+    "check_files",
     "computed_metric",
     "evaluate",
     "measured_metric",
     "model_shape",
 ]
+
+
+def check_files(model: ModelConfig, data: DataConfig) -> None:
+    """Raises ModelError or DataError when what a study reads is not there; a look at the paths, nothing is opened."""
+    if model.checkpoint is not None:
+        check_checkpoint(model.checkpoint)
+    check_paths(data)

@@ -92,10 +92,18 @@ def _check_name(name: str) -> None:
     )
 
 
-def _load_checkpoint(model: nn.Module, path: str) -> None:
-    place = f"model.checkpoint {path!r}"
+def check_checkpoint(path: str) -> None:
+    """Raises ModelError when there is no such file."""
     if not Path(path).is_file():
-        raise ModelError(f"{place}: there is no such file. Possible: .safetensors, or .pth of tensors. Check the path.")
+        raise ModelError(
+            f"model.checkpoint {path!r}: there is no such file. Possible: .safetensors, or .pth of tensors. "
+            f"Check the path."
+        )
+
+
+def _load_checkpoint(model: nn.Module, path: str) -> None:
+    check_checkpoint(path)
+    place = f"model.checkpoint {path!r}"
     try:
         state = load_state_dict(path, weights_only=True)
     except Exception as error:  # a damaged or foreign file raises anything

@@ -70,6 +70,14 @@ def _open(config: DataConfig, wanted: ImageInput, outputs: int) -> tuple[ImageSe
     )
 
 
+def check_paths(config: DataConfig) -> None:
+    """Raises DataError for an unknown data set, or a folder or tar that is not there; opens nothing."""
+    if config.name in ("", "folder"):
+        _folders(config)
+    elif config.name not in DATASETS:
+        _check_timm_name(config.name)
+
+
 def _open_split(config: DataConfig, split: Split) -> Opened:
     if config.name in DATASETS:
         return DATASETS[config.name](config, split)
@@ -78,17 +86,12 @@ def _open_split(config: DataConfig, split: Split) -> Opened:
 
 def open_with_timm(config: DataConfig, split: Split) -> Opened:
     """Folder, tar, torch/..., hfds/..., wds/... through timm.data.create_dataset."""
-    prefix, has_prefix, _ = config.name.partition("/")
     name = config.name
     root = config.val_root if split == "validation" and config.val_root is not None else config.root
     if name in ("", "folder"):
         name, root = "", _folders(config)[split]
-    elif not (has_prefix and prefix.lower() in TIMM_PREFIXES):
-        known = [*DATASETS, "folder", *(f"{name}/..." for name in TIMM_PREFIXES)]
-        raise DataError(
-            f"data.name: unknown data set {config.name!r}. Known: {', '.join(known)}."
-            f"{did_you_mean(config.name, known)} Correct the name."
-        )
+    else:
+        _check_timm_name(name)
     wanted = config.train_split if split == "train" else config.val_split
     try:
         images = create_dataset(name, root=root, split=wanted, search_split=name != "")
@@ -99,6 +102,16 @@ def open_with_timm(config: DataConfig, split: Split) -> Opened:
             f"timm.data.create_dataset opens. Check name, root and the split's name."
         ) from error
     return Opened(images, _class_names(images))
+
+
+def _check_timm_name(name: str) -> None:
+    prefix, has_prefix, _ = name.partition("/")
+    if not (has_prefix and prefix.lower() in TIMM_PREFIXES):
+        known = [*DATASETS, "folder", *(f"{prefix}/..." for prefix in TIMM_PREFIXES)]
+        raise DataError(
+            f"data.name: unknown data set {name!r}. Known: {', '.join(known)}."
+            f"{did_you_mean(name, known)} Correct the name."
+        )
 
 
 def _folders(config: DataConfig) -> dict[Split, str]:

@@ -10,8 +10,9 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.strict import from_mapping, to_mapping
 
-MAY_CHANGE = ("workers", "stop", "metrics", "plugins", "data.loaders", "data.in_memory")
-"""Settings that a continued study may have different; all others decide what its numbers mean."""
+MAY_CHANGE = ("workers", "stop", "metrics", "plugins", "data.root", "data.val_root", "data.loaders", "data.in_memory")
+"""Settings that a continued study may have different; all others decide what its numbers mean. The same images may lie
+elsewhere on another machine."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
@@ -33,7 +34,8 @@ def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any]) -> None
         raise StudyError(
             f"{place} exists with other settings:\n{lines}\n"
             f"Possible to change in a study: {', '.join(MAY_CHANGE)}. "
-            f"Give the new search another name (--set name=...), or undo the change."
+            f"Give the new search another name (--set name=...), undo the change, or delete the study if its results are "
+            f"not wanted."
         )
 
 

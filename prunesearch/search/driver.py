@@ -20,7 +20,7 @@ from pathlib import Path
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError
-from prunesearch.evaluate import model_shape
+from prunesearch.evaluate import check_files, model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
 from prunesearch.schedule import ModelShape, Schedule
@@ -65,6 +65,8 @@ def run_study(
     if problems:
         raise FileError(f"study {config.name}", problems)
     shape = model_shape(config.model)
+    if config.workers.address is None:  # else they are on other machines
+        check_files(config.model, config.data)
     anchors = anchors_of(config, shape)
     folder = folder.absolute()  # workers may have another working directory
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
@@ -252,8 +254,15 @@ class _Search:
             self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
         elif hours is not None and time.monotonic() - self.start >= 3600 * hours:
             self._stop("hours", f"stop.hours ({hours:g}) are over")
-        elif len(self.failures) >= HOPELESS and not self._count("complete"):
-            self._stop("hopeless", f"the first {len(self.failures)} candidates failed")
+        elif self._is_hopeless():
+            self._stop("hopeless", f"nothing but failures so far ({len(self.failures)})")
+
+    def _is_hopeless(self) -> bool:
+        """Only failures, and many; or an error of the dense model, which no candidate will do without."""
+        if self._count("complete"):
+            return False
+        dense = uid_of(Schedule(), self.shape)
+        return len(self.failures) >= HOPELESS or any((e.uid, e.cause) == (dense, "error") for e in self.failures)
 
     def _stop(self, reason: Reason, why: str) -> None:
         if self.reason in (None, "trials") and reason != self.reason:

@@ -38,9 +38,7 @@ class SerialWorkers:
         task = self._tasks.popleft()
         try:
             return [(task, evaluate_into(self._outbox, self._evaluate, task))]
-        except (
-            Exception
-        ) as error:  # it should have been an Evaluation; a worker elsewhere would not end the search either
+        except Exception as error:  # a worker elsewhere would not end the search either
             return [(task, Lost("error", f"{type(error).__name__}: {error}"))]
 
     def close(self) -> None:

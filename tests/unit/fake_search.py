@@ -84,6 +84,11 @@ def evaluate_in_vain(task: Task) -> Evaluation:
     return Evaluation(task.uid, "failed", cause="error", error="no such luck", traceback="Traceback: ...")
 
 
+def evaluate_without_memory(task: Task) -> Evaluation:
+    """Every candidate is too large."""
+    return Evaluation(task.uid, "failed", cause="oom", error="too large", traceback="Traceback: ...")
+
+
 def evaluate_to_infinity(task: Task) -> Evaluation:
     """Every third result is not a number that one could compare."""
     evaluation = evaluate(task)

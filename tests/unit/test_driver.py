@@ -13,8 +13,8 @@ import fake_search
 import pytest
 from fake_search import EVALUATED, SPACE, finished, records, run, study
 
-from prunesearch.config import Budget, Limit, Objective, SpaceConfig, StopConfig, WorkersConfig
-from prunesearch.errors import FileError, ResourceError, RunError, StudyError
+from prunesearch.config import Budget, DataConfig, Limit, ModelConfig, Objective, SpaceConfig, StopConfig, WorkersConfig
+from prunesearch.errors import DataError, FileError, ModelError, ResourceError, RunError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
@@ -177,11 +177,28 @@ def test_metrics_that_were_not_measured_fail(tmp_path: Path) -> None:
 
 
 def test_nobody_wants_two_hundred_identical_failures(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"5 of 5 failed.*no such luck.*\nTraceback"):
-        run(study(200), tmp_path, "evaluate_in_vain")
+    with pytest.raises(RunError, match=r"5 of 5 failed.*too large.*\nTraceback"):
+        run(study(200), tmp_path, "evaluate_without_memory")
     assert len(records(tmp_path)) == driver.HOPELESS
     done, _ = run(study(10), tmp_path)  # mended: it goes on
     assert (done.complete, done.failed) == (5, 5)
+
+
+def test_without_the_dense_model_there_is_nothing_to_search(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"1 of 1 failed.*no such luck"):
+        run(study(200), tmp_path, evaluate="evaluate_in_vain")
+    [dense] = records(tmp_path)
+    assert (dense.origin, dense.state) == ("dense", "failed")
+
+
+def test_files_that_are_not_there_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.root: '/nowhere' is not there"):
+        run(study(data=DataConfig("folder", root="/nowhere")), tmp_path / "a")
+    with pytest.raises(DataError, match=r"unknown data set 'digts'.*digits"):
+        run(study(data=DataConfig("digts")), tmp_path / "a")
+    with pytest.raises(ModelError, match=r"'gone.safetensors': there is no such file"):
+        run(study(model=ModelConfig("vit_digits_patch1_8", checkpoint="gone.safetensors")), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_first_interrupt_finishes_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
