@@ -34,8 +34,8 @@ def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any]) -> None
         raise StudyError(
             f"{place} exists with other settings:\n{lines}\n"
             f"Possible to change in a study: {', '.join(MAY_CHANGE)}. "
-            f"Give the new search another name (--set name=...), undo the change, or delete the study if its results are "
-            f"not wanted."
+            f"Give the new search another name (--set name=...), undo the change, or delete the study if its "
+            f"results are not wanted."
         )
 
 
