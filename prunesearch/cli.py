@@ -115,11 +115,10 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.evaluate import model_shape
     from prunesearch.files import load_schedule_file
-    from prunesearch.schedule import Schedule
     from prunesearch.strict import from_mapping
 
     file = load_schedule_file(parsed.file)
-    schedule = Schedule(file.stages)
+    schedule = file.schedule
     if parsed.model is not None:
         model = ModelConfig(parsed.model)
     elif file.model is not None:

@@ -10,10 +10,14 @@ biases and activations are not counted, as in the papers and in torch.utils.flop
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 from prunesearch.schedule import ModelShape, Schedule, Step, resolve
 from prunesearch.tokens import REDUCERS, SCORERS
+
+Number = TypeVar("Number", int, Any)
 
 
 @dataclass(frozen=True)
@@ -36,41 +40,55 @@ class Cost:
 
 
 def estimate_cost(shape: ModelShape, schedule: Schedule = Schedule()) -> Cost:
-    """What one image costs under a schedule (the dense model by default). Raises ScheduleError as `resolve`."""
+    """What one image costs under a schedule (the dense model by default); with thresholds, the most one can cost.
+
+    Raises ScheduleError as `resolve`.
+    """
     steps = [step for step in resolve(schedule, shape) if not step.is_idle]
-    prefix, present = shape.prefix_tokens, shape.patch_tokens
-    macs = shape.stem_macs + shape.head_macs
-    attention_tokens, mlp_tokens = [], []
-    for block in range(shape.depth):
-        for step in _at(steps, block, "pre"):
-            present = step.after
-        attention_tokens.append(present + prefix)
-        for step in _at(steps, block, "mid"):
-            present = step.after
-        mlp_tokens.append(present + prefix)
-        macs += block_macs(shape, attention_tokens[-1], mlp_tokens[-1])
-    macs += sum(_stage_macs(shape, step, attention_tokens) for step in steps)
-    last = present + prefix
-    macs += shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last**2
+    macs, attention_tokens, mlp_tokens = macs_of_counts(shape, steps, [step.after for step in steps])
     return Cost(macs, tuple(attention_tokens), tuple(mlp_tokens))
 
 
-def block_macs(shape: ModelShape, attention_tokens: int, mlp_tokens: int) -> int:
+def macs_of_counts(
+    shape: ModelShape, steps: Sequence[Step], after: Sequence[Number]
+) -> tuple[Number, list[Number], list[Number]]:
+    """MACs, and the tokens that each block's attention and MLP see, from the patch tokens after each step.
+
+    Counts may be tensors (one value for each image, also with gradients); so are the results then.
+    """
+    prefix, present = shape.prefix_tokens, cast(Number, shape.patch_tokens)
+    macs: Any = shape.stem_macs + shape.head_macs
+    attention_tokens, mlp_tokens = [], []
+    before = [present, *after]
+    position = 0
+    for block in range(shape.depth):
+        for place, tokens in (("pre", attention_tokens), ("mid", mlp_tokens)):
+            while position < len(steps) and (steps[position].stage.block, steps[position].stage.at) == (block, place):
+                position += 1
+            tokens.append(before[position] + prefix)
+        macs = macs + block_macs(shape, attention_tokens[-1], mlp_tokens[-1])
+    for index, step in enumerate(steps):
+        macs = macs + _stage_macs(shape, step, before[index], after[index], attention_tokens)
+    last = before[-1] + prefix
+    macs = macs + (shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last)
+    return macs, attention_tokens, mlp_tokens
+
+
+def block_macs(shape: ModelShape, attention_tokens: Number, mlp_tokens: Number) -> Number:
     """MACs of one transformer block."""
     projections = (4 * shape.dim * shape.attention_dim + shape.gate_macs) * attention_tokens
-    attention = 2 * shape.attention_dim * attention_tokens**2
+    attention = 2 * shape.attention_dim * attention_tokens * attention_tokens
     return projections + attention + shape.mlp_macs * mlp_tokens
 
 
-def _at(steps: list[Step], block: int, place: str) -> list[Step]:
-    return [step for step in steps if (step.stage.block, step.stage.at) == (block, place)]
-
-
-def _stage_macs(shape: ModelShape, step: Step, attention_tokens: list[int]) -> int:
+def _stage_macs(shape: ModelShape, step: Step, before: Any, after: Any, attention_tokens: list[Any]) -> Any:
+    stage, reducer = step.stage, REDUCERS[step.stage.reduce]
+    macs = reducer.macs(shape, before, after - reducer.extra_tokens)
+    if stage.score == "none":
+        return macs
+    scorer = SCORERS[stage.score]
+    if not scorer.needs_attention:
+        return macs + scorer.macs(shape, before)
     # a score comes from an attention, and that attention saw its own number of tokens: at mid this block's,
     # at pre the one of the block before
-    source = max(step.stage.block - (step.stage.at == "pre"), 0)
-    reducing = REDUCERS[step.stage.reduce].macs(shape, step.before, step.kept)
-    if step.stage.score == "none":
-        return reducing
-    return reducing + SCORERS[step.stage.score].macs(shape, attention_tokens[source])
+    return macs + scorer.macs(shape, attention_tokens[stage.block - (stage.at == "pre")])

@@ -70,5 +70,9 @@ class ResourceError(UserError):
     """More workers, CPUs or GPUs were asked for than there are."""
 
 
+class UntrainedWarning(UserWarning):
+    """A schedule whose scores or queries nobody has trained was applied."""
+
+
 class RunError(PruneSearchError):
     """The run failed although its input was fine."""

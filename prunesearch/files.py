@@ -35,11 +35,17 @@ class ScheduleFile:
 
     version: Literal[1]
     stages: tuple[Stage, ...]
+    target_gmacs: float | None = None
     model: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     weights: str | None = None
     measured: Mapping[str, Any] | None = None
     made_by: Mapping[str, Any] | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """What it says to do."""
+        return Schedule(self.stages, self.target_gmacs)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class PresetFile:
 
 def load_schedule(path: str | Path) -> Schedule:
     """Read a schedule file. Raises FileError with all mistakes; whether it fits a model is seen when it is applied."""
-    return Schedule(load_schedule_file(path).stages)
+    return load_schedule_file(path).schedule
 
 
 def load_any(path: str | Path) -> Schedule | StudyConfig:
@@ -80,7 +86,7 @@ def load_schedule_file(path: str | Path) -> ScheduleFile:
 
 def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
     """Write a schedule file; `about` are the other fields of `ScheduleFile` (model, weights, measured, made_by)."""
-    mapping = to_mapping(ScheduleFile(version=1, stages=schedule.stages, **about))
+    mapping = to_mapping(ScheduleFile(1, schedule.stages, schedule.target_gmacs, **about))
     mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in schedule.stages]
     write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=Path(path).name))
 

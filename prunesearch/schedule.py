@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal
 
@@ -13,6 +13,9 @@ from prunesearch.registry import did_you_mean
 
 Place = Literal["mid", "pre"]
 PLACES: tuple[Place, ...] = ("pre", "mid")
+AMOUNTS = ("keep", "tokens", "threshold")
+UNRANKED = ("merge", "pool")
+"""Verbs that do not rank tokens, so that their score is none when it is not written."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Stage:
     """Where tokens go, how many stay, by which score, and what becomes of the others.
 
     block: 0-based index. at: "mid" (between attention and MLP) or "pre" (on the block's input).
-    score: a registered scorer; "none" for verbs that pick by similarity. Exactly one of keep (fraction of the
-    patch tokens present, in (0, 1]) and tokens (absolute count of patch tokens that stay).
+    score: a registered scorer; "none" for verbs that do not rank. Exactly one of keep (fraction of the patch tokens
+    present, in (0, 1]), tokens (absolute count of patch tokens that stay) and threshold (adaptive: each image keeps
+    the tokens whose score is above it; for `merge`, pairs merge whose cosine is above it).
     reduce: a registered reducer. options: the few numbers a scorer or reducer takes.
     Raises ScheduleError when a value is impossible whatever the model.
     """
@@ -63,46 +67,85 @@ class Stage:
     score: str = ""
     keep: float | None = None
     tokens: int | None = None
+    threshold: float | None = None
     reduce: str = "drop"
     options: Options = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", as_options(self.options))
-        if not self.score:  # the verb knows whether it ranks tokens
-            object.__setattr__(self, "score", "none" if self.reduce == "merge" else "class_attention")
+        if not self.score:
+            object.__setattr__(self, "score", "none" if self.reduce in UNRANKED else "class_attention")
         problems = []
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 0:
             problems.append(f"block is {self.block!r}; possible: a whole number from 0. Count blocks from 0.")
         if self.at not in PLACES:
             problems.append(f"at is {self.at!r}; possible: {', '.join(PLACES)}.")
-        if (self.keep is None) == (self.tokens is None):
-            given = "neither keep nor tokens" if self.keep is None else "both keep and tokens"
-            problems.append(f"{given} given; write exactly one of them.")
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) != 1:
+            which = " and ".join(given) or f"none of {', '.join(AMOUNTS)}"
+            problems.append(f"{which} given; write exactly one of {', '.join(AMOUNTS)}.")
         if self.keep is not None and not (_is_number(self.keep) and 0 < self.keep <= 1):
             problems.append(f"keep is {self.keep!r}; possible: a fraction above 0, up to 1 (1 removes nothing).")
         if self.tokens is not None and not (type(self.tokens) is int and self.tokens >= 1):
             problems.append(f"tokens is {self.tokens!r}; possible: a whole number from 1 (patch tokens that stay).")
+        if self.threshold is not None and not (_is_number(self.threshold) and math.isfinite(self.threshold)):
+            problems.append(f"threshold is {self.threshold!r}; possible: a finite number, in units of the score.")
         if problems:
             raise ScheduleError(f"stage at block {self.block}", problems)
 
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the number of tokens that stay differs between images."""
+        return self.threshold is not None
+
+    @property
+    def learns_to_score(self) -> bool:
+        """Whether its scorer has weights of its own."""
+        from prunesearch.tokens import SCORERS
+
+        return self.score in SCORERS and SCORERS[self.score].part is not None
+
     def __str__(self) -> str:
-        amount = f"keep {self.keep:g}" if self.keep is not None else f"{self.tokens} tokens"
         score = "" if self.score == "none" else f" by {self.score}"
+        if self.threshold is not None:
+            return f"block {self.block} {self.at}: {self.reduce} at threshold {self.threshold:.3g}{score}"
+        amount = f"keep {self.keep:g}" if self.keep is not None else f"{self.tokens} tokens"
         return f"block {self.block} {self.at}: {self.reduce} to {amount}{score}"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages in the order they run: by block, `pre` before `mid`, else as given. Empty is the dense model."""
+    """Stages in the order they run: by block, `pre` before `mid`, else as given. Empty is the dense model.
+
+    target_gmacs: mean cost of an image, in GMACs, towards which thresholds are trained and calibrated; only for
+    schedules with a threshold. Raises ScheduleError when a target has nothing to move.
+    """
 
     stages: tuple[Stage, ...] = field(default=())
+    target_gmacs: float | None = None
 
     def __post_init__(self) -> None:
         ordered = sorted(self.stages, key=lambda stage: (stage.block, PLACES.index(stage.at)))  # stable
         object.__setattr__(self, "stages", tuple(ordered))
+        if self.target_gmacs is not None and not (_is_number(self.target_gmacs) and self.target_gmacs > 0):
+            raise ScheduleError("schedule", [f"target_gmacs is {self.target_gmacs!r}; possible: GMACs above 0."])
+        if self.target_gmacs is not None and not self.is_adaptive:
+            raise ScheduleError(
+                "schedule",
+                [
+                    "target_gmacs is given, but no stage has a threshold that could move towards it. "
+                    "Possible: thresholds. Leave it out, or give a stage a threshold."
+                ],
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether images keep different numbers of tokens."""
+        return any(stage.is_adaptive for stage in self.stages)
 
     def __str__(self) -> str:
-        return "; ".join(map(str, self.stages)) or "dense"
+        target = "" if self.target_gmacs is None else f" towards {self.target_gmacs:g} GMACs"
+        return ("; ".join(map(str, self.stages)) or "dense") + target
 
 
 @dataclass(frozen=True)
@@ -110,7 +153,8 @@ class Step:
     """A stage with its counts of patch tokens: `before` arrive, `kept` are selected, `after` go on.
 
     `after` is `kept` plus what the verb adds (one fused token). `before == after` and `kept == before`
-    means that the stage removes nothing here.
+    means that the stage removes nothing here. From the first stage with a threshold on, counts are the most that an
+    image can have.
     """
 
     stage: Stage
@@ -121,7 +165,7 @@ class Step:
     @property
     def is_idle(self) -> bool:
         """True when the stage removes nothing at its place; the runtime skips it and it costs nothing."""
-        return self.kept == self.before
+        return self.kept == self.before and not self.stage.is_adaptive
 
 
 def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
@@ -135,6 +179,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     problems: list[str] = []
     steps: list[Step] = []
     present = shape.patch_tokens
+    masked, pooled = False, -1
     for stage in schedule.stages:
         where = f"stage at block {stage.block} ({stage.at})"
         if stage.block >= shape.depth:
@@ -144,13 +189,28 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         if wrong:
             problems += [f"{where}: {text}" for text in wrong]
             continue
-        reducer, kept = REDUCERS[stage.reduce], _count(stage, present)
+        reducer, kept = REDUCERS[stage.reduce], count_of(stage, present)
+        masked = masked or stage.is_adaptive or stage.learns_to_score
+        if masked and reducer.masked is None:
+            possible = ", ".join(name for name, other in REDUCERS.items() if other.masked is not None)
+            problems.append(
+                f"{where}: {stage.reduce} cannot follow a stage that learns its decisions (a threshold or a learned "
+                f"score), as images then keep different numbers of tokens. Possible: {possible}. Choose one of those."
+            )
         if kept > present:
             problems.append(
                 f"{where}: tokens is {kept}, but only {present} patch tokens are present there. "
                 f"Possible: 1 to {present}. Lower tokens or move the stage to an earlier block."
             )
             kept = present
+        read = stage.block - (stage.at == "pre")  # the block whose attention decides
+        if pooled == read and reads_attention(stage):
+            problems.append(
+                f"{where}: the tokens that block {read}'s attention saw were pooled before. Possible: a stage from "
+                f"block {read + 1} (mid) on. Move it or the pool stage."
+            )
+        if stage.reduce == "pool" and kept < present:
+            pooled = read
         fewest = reducer.fewest_kept(present)
         if kept < fewest:
             problems.append(
@@ -158,7 +218,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
                 f"is {fewest}. Keep more, or spread the reduction over two blocks."
             )
             kept = fewest
-        after = kept if kept == present else kept + reducer.extra_tokens
+        after = kept if kept == present and not stage.is_adaptive else kept + reducer.extra_tokens
         steps.append(Step(stage, before=present, kept=kept, after=after))
         present = after
     if problems:
@@ -169,28 +229,26 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
 def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
     """The same schedule written in the one way that all its spellings share.
 
-    Stages that remove nothing are left out, fractions become counts, and options at their default are dropped;
-    two schedules that do the same to this model compare (and hash) equal.
+    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options at
+    their default are dropped; two schedules that do the same to this model compare (and hash) equal.
     """
-    return Schedule(
-        tuple(
-            Stage(
-                block=step.stage.block,
-                at=step.stage.at,
-                score=step.stage.score,
-                tokens=step.kept,
-                reduce=step.stage.reduce,
-                options=_given_options(step.stage),
-            )
-            for step in resolve(schedule, shape)
-            if not step.is_idle
-        )
-    )
+    stages: list[Stage] = []
+    for step in resolve(schedule, shape):
+        if step.is_idle:
+            continue
+        stage = replace(step.stage, options=_given_options(step.stage))
+        if not any(earlier.is_adaptive for earlier in (*stages, stage)):
+            stage = replace(stage, keep=None, tokens=step.kept)
+        stages.append(stage)
+    return Schedule(tuple(stages), schedule.target_gmacs if any(stage.is_adaptive for stage in stages) else None)
 
 
-def _count(stage: Stage, present: int) -> int:
+def count_of(stage: Stage, present: int) -> int:
+    """How many of `present` patch tokens a stage keeps; with a threshold, the most it can."""
     if stage.tokens is not None:
         return stage.tokens
+    if stage.threshold is not None:
+        return present
     # repr gives the shortest decimal that means this float, so 0.28 is 28/100 here and not 0.28000000000000003
     return math.ceil(Decimal(repr(float(stage.keep or 0))) * present)
 
@@ -216,8 +274,14 @@ def stage_problems(stage: Stage) -> list[str]:
         problems.append(f"{stage.reduce} needs a score, but score is none. Known: {known}. Name one of them.")
     if not reducer.ranks and stage.score != "none":
         problems.append(
-            f"{stage.reduce} picks tokens by similarity, so score {stage.score!r} would have no effect. "
+            f"{stage.reduce} does not rank tokens, so score {stage.score!r} would have no effect. "
             f"Write score: none, or leave it out."
+        )
+    if stage.is_adaptive and not reducer.takes_threshold:
+        possible = ", ".join(name for name, other in REDUCERS.items() if other.takes_threshold)
+        problems.append(
+            f"threshold is given, but {stage.reduce} keeps a fixed number of tokens. "
+            f"Possible: keep or tokens; with a threshold {possible}. Change one of them."
         )
     known_options = _default_options(stage)
     for name, value in stage.options:
@@ -259,9 +323,16 @@ def _fits(value: Scalar, default: Scalar) -> bool:
     return type(value) is type(default)
 
 
+def reads_attention(stage: Stage) -> bool:
+    """Whether a stage decides by what an attention layer left: scores or keys."""
+    from prunesearch.tokens import REDUCERS, SCORERS
+
+    return REDUCERS[stage.reduce].needs_keys or (stage.score != "none" and SCORERS[stage.score].needs_attention)
+
+
 def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
     """Why a stage whose names are right cannot run on this model."""
-    from prunesearch.tokens import REDUCERS, SCORERS
+    from prunesearch.tokens import SCORERS
 
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
@@ -271,8 +342,7 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
             f"score {stage.score} reads the class token's attention, but this model has no class token. "
             f"Possible: {possible}. Choose one of those."
         )
-    needs_attention = (scorer is not None and scorer.needs_attention) or REDUCERS[stage.reduce].needs_keys
-    if stage.at == "pre" and stage.block == 0 and needs_attention:
+    if stage.at == "pre" and stage.block == 0 and reads_attention(stage):
         what = stage.reduce if scorer is None else stage.score
         problems.append(
             f"{what} at pre reads the attention of the block before, and block 0 has none. "

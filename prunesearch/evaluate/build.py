@@ -11,11 +11,12 @@ import timm
 import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import Tensor, nn
+from torch import nn
 
 from prunesearch.config import ModelConfig
 from prunesearch.errors import ModelError
 from prunesearch.models import digits_vit, shape_of  # noqa: F401  (digits_vit registers its model with timm)
+from prunesearch.models.weights import misfits
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import ModelShape
 
@@ -113,27 +114,10 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
         ) from error
     if isinstance(model, VisionTransformer):
         state = checkpoint_filter_fn(state, model)  # also resizes position embeddings, as timm does for its own weights
-    problems = _misfits(state, model.state_dict())
+    problems = misfits(state, model.state_dict())
     if problems:
         raise ModelError(
             f"{place}: does not fit the model: {'; '.join(problems)}. Possible: the weights of exactly this "
             f"architecture. Check name, options, image_size and num_classes under model."
         )
     model.load_state_dict(state)
-
-
-def _misfits(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    def listed(text: str, names: list[str]) -> list[str]:
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        return [f"{text} {', '.join(names[:4])}{more}"] if names else []
-
-    shapes = [
-        f"{name} ({tuple(state[name].shape)}, not {tuple(value.shape)})"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    return (
-        listed("it lacks", [name for name in wanted if name not in state])
-        + listed("the model has no", [name for name in state if name not in wanted])
-        + listed("other shapes:", shapes)
-    )

@@ -1,36 +1,86 @@
-"""How a schedule gets into a model: `apply_schedule`, `remove_schedule`, `schedule_of`, `shape_of`.
+"""How a schedule gets into a model: `apply_schedule`, `remove_schedule`, `schedule_of`, `shape_of`, `trace`.
 
 One file per timm family. A family swaps the class of the *model* for an importable subclass with another
-`forward`; parameters, their names and the blocks themselves stay as they are.
+`forward`; parameters, their names and the blocks themselves stay as they are. What a schedule learns is attached as
+one module, `token_stages`.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch.nn as nn
+from torch import Tensor
 
-from prunesearch.errors import ModelError
+from prunesearch.errors import ModelError, UntrainedWarning
+from prunesearch.files import load_schedule_file
 from prunesearch.models import digits_vit, vision_transformer  # digits_vit registers the shipped model with timm
+from prunesearch.models.plan import PARTS
+from prunesearch.models.trace import Trace
+from prunesearch.models.weights import load_weights
 from prunesearch.schedule import ModelShape, Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["apply_schedule", "digits_vit", "remove_schedule", "schedule_of", "shape_of"]
+__all__ = ["Trace", "apply_schedule", "digits_vit", "remove_schedule", "schedule_of", "shape_of", "trace"]
 
 FAMILIES = (vision_transformer,)
 
 
-def apply_schedule(model: Model, schedule: Schedule) -> Model:
+def apply_schedule(
+    model: Model,
+    schedule: Schedule | str | Path,
+    *,
+    weights: str | Path | Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    untrained: bool = False,
+) -> Model:
     """Make `model` reduce its tokens as the schedule says, in place, and return it.
 
-    A schedule that was applied before is replaced. Parameters, buffers and `state_dict` keys do not change; an empty
-    schedule leaves the output bit-equal. Raises ModelError for a model that is not supported, ScheduleError for a
-    schedule that does not fit it.
+    schedule: a Schedule, or the path of a schedule file, whose weights (the file it names, in the same folder) are
+    then loaded too. weights: safetensors file or state_dict of the pruned model, as exported. A schedule that was
+    applied before is replaced. Parameters, buffers and `state_dict` keys of the model do not change; what a schedule
+    learns (a predictor, queries, thresholds) is added under `token_stages.`, drawn from `seed` when no weights are
+    given. Scores and queries that nobody trained are of no use, so that is warned of (UntrainedWarning), unless
+    `untrained` says that training follows. An empty schedule leaves the output bit-equal.
+
+    Raises ModelError for a model that is not supported or weights that do not fit, ScheduleError for a schedule that
+    does not fit it, FileError for a file that cannot be read.
     """
+    if not isinstance(schedule, Schedule):
+        path = Path(schedule)
+        file = load_schedule_file(path)
+        schedule = file.schedule
+        if weights is None and file.weights is not None:
+            weights = path.parent / file.weights
+    family = _family(model)
     remove_schedule(model)
-    _family(model).apply(model, schedule)
+    family.apply(model, schedule, seed)
+    if weights is not None:
+        load_weights(model, weights)
+    elif not untrained and learned_parts(model):
+        names = ", ".join(learned_parts(model))
+        warnings.warn(
+            f"apply_schedule: {names} of this schedule learn, and no weights were given, so they are random. "
+            f"Give weights=..., the file that was exported with the schedule, or train the model.",
+            UntrainedWarning,
+            stacklevel=2,
+        )
     return model
+
+
+def learned_parts(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that a schedule brought and that need training, for example token_stages.block3_pre.scorer.
+
+    A threshold is not among them: the schedule holds its value.
+    """
+    stages = getattr(model, PARTS, None)
+    if not isinstance(stages, nn.ModuleDict):
+        return ()
+    return tuple(f"{PARTS}.{key}.{name}" for key, stage in stages.items() for name, _ in stage.named_children())
 
 
 def remove_schedule(model: Model) -> Model:
@@ -41,13 +91,24 @@ def remove_schedule(model: Model) -> Model:
 
 
 def schedule_of(model: nn.Module) -> Schedule | None:
-    """The schedule that was applied to this model, or None."""
+    """The schedule that was applied to this model, with thresholds as they are now; or None."""
     return next((found for family in FAMILIES if (found := family.schedule_of(model)) is not None), None)
 
 
 def shape_of(model: nn.Module) -> ModelShape:
     """What the cost arithmetic needs to know of a model; also of one on the meta device. Raises ModelError."""
     return _family(model).shape_of(model)
+
+
+def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:
+    """Run a model that carries a schedule, and tell what became of the tokens beside the logits.
+
+    masked: keep every token in its slot from the first learned decision on (as training does, so by default when the
+    model is in training mode); else tokens that go are gone. Raises ModelError for a model without a schedule.
+    """
+    if schedule_of(model) is None:
+        raise ModelError("trace: the model carries no schedule. Possible: one after apply_schedule. Call that first.")
+    return _family(model).trace(model, images, model.training if masked is None else masked)
 
 
 def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package

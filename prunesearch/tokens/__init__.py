@@ -4,12 +4,16 @@ One file per scorer or reducer; importing it registers it. To add one, write its
 """
 
 from prunesearch.tokens import (
+    absorb,
     attention_received,
     class_attention,
     drop,
+    drop_or_merge,
     fuse,
     key_norm,
     merge,
+    pool,
+    predictor,
     random_score,
     squeeze,
 )
@@ -20,12 +24,16 @@ __all__ = [
     "SCORERS",
     "Reducer",
     "Scorer",
+    "absorb",
     "attention_received",
     "class_attention",
     "drop",
+    "drop_or_merge",
     "fuse",
     "key_norm",
     "merge",
+    "pool",
+    "predictor",
     "random_score",
     "reducer",
     "scorer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from prunesearch.schedule import ModelShape
 from prunesearch.tokens.registry import ScoreInput, scorer
@@ -23,4 +24,9 @@ def attention_received(scene: ScoreInput) -> Tensor:
     logits_BHNN = (attended.query_BHND.float() * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
     if attended.bias_B11N is not None:
         logits_BHNN = logits_BHNN + attended.bias_B11N.float()
-    return logits_BHNN.softmax(dim=-1).mean(dim=(1, 2))[:, attended.prefix_tokens :]
+    attention_BNN = logits_BHNN.softmax(dim=-1).mean(dim=1)
+    if attended.present_Bn is None:
+        return attention_BNN.mean(dim=1)[:, attended.prefix_tokens :]
+    asking_BN = F.pad(attended.present_Bn, (attended.prefix_tokens, 0), value=1.0)  # empty slots ask nothing
+    received_BN = (attention_BNN * (asking_BN / asking_BN.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)
+    return received_BN[:, attended.prefix_tokens :]

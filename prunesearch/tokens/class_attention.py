@@ -72,5 +72,5 @@ def value_weighted(scene: ScoreInput) -> Tensor:
     assert attended is not None
     value_BHnD = attended.value_BHND[:, :, attended.prefix_tokens :].float()
     norm_Bn = value_BHnD.square().sum(dim=(1, 3)).sqrt()  # over all heads concatenated
-    score_Bn = _patch_attention_BHn(attended).sum(dim=1) * norm_Bn
+    score_Bn = _patch_attention_BHn(attended).sum(dim=1) * norm_Bn  # empty slots get no attention
     return score_Bn / score_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

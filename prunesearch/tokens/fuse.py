@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunesearch.schedule import ModelShape
-from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
 from prunesearch.tokens.select import top_k
 
 
@@ -11,7 +11,19 @@ def _weighted_sum_macs(shape: ModelShape, before: int, kept: int) -> int:
     return (before - kept) * shape.dim
 
 
-@reducer("fuse", source="EViT (ICLR 2022, arXiv 2202.07800), eq. 4", extra_tokens=1, macs=_weighted_sum_macs)
+def _masked(scene: MaskedInput) -> Joining:
+    assert scene.stays_Bn is not None and scene.scores_Bn is not None
+    return Joining(scene.stays_Bn, guest_share_Bn=scene.scores_Bn * (scene.present_Bn - scene.stays_Bn))
+
+
+@reducer(
+    "fuse",
+    source="EViT (ICLR 2022, arXiv 2202.07800), eq. 4",
+    extra_tokens=1,
+    macs=_weighted_sum_macs,
+    masked=_masked,
+    takes_threshold=True,
+)
 def fuse(scene: ReduceInput) -> Grouping:
     """Sum the others, each times its score, into one token appended at the end.
 

@@ -18,4 +18,6 @@ def key_norm(scene: ScoreInput) -> Tensor:
     assert attended is not None
     key_BHnD = attended.key_BHND[:, :, attended.prefix_tokens :].float()
     norm_Bn = key_BHnD.square().sum(dim=(1, 3)).sqrt()
+    if attended.present_Bn is not None:
+        norm_Bn = norm_Bn * attended.present_Bn
     return norm_Bn / norm_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

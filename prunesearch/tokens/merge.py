@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from prunesearch.schedule import ModelShape
-from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.select import best, straight_through
 
 
 def _matching_macs(shape: ModelShape, before: int, kept: int) -> int:
@@ -17,6 +18,40 @@ def _half(present: int) -> int:
     return (present + 1) // 2
 
 
+def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
+    """The same matching among the tokens that are present, by counts or by a threshold on the cosine."""
+    keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
+    assert keys_BnD is not None and size_Bn is not None
+    # tokens that are there to the front, so that odd and even places are those of the image alone
+    order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
+    unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6).gather(
+        1, order_Bn[..., None].expand(-1, -1, keys_BnD.shape[-1])
+    )
+    there_Bn = present_Bn.detach().gather(1, order_Bn)
+    cosine_BAP = unit_BnD[:, 1::2] @ unit_BnD[:, 0::2].transpose(1, 2)
+    cosine_BAP = cosine_BAP.masked_fill(there_Bn[:, None, 0::2] == 0, -torch.inf)
+    best_BA, partner_BA = cosine_BAP.max(dim=-1)
+    candidate_BA = there_Bn[:, 1::2]
+    if scene.threshold is not None:
+        soft_BA = ((best_BA - scene.threshold) / scene.softness).sigmoid()
+        joins_BA = straight_through(best_BA > scene.threshold, soft_BA) * candidate_BA
+    else:
+        assert scene.kept_B is not None
+        joins_BA = best(best_BA, candidate_BA, there_Bn.sum(dim=1).round().to(torch.int64) - scene.kept_B)
+    guest_Bn = torch.zeros_like(present_Bn).scatter(1, order_Bn[:, 1::2], joins_BA) * present_Bn
+    slots_Bn = torch.arange(present_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
+    host_Bn = slots_Bn.scatter(1, order_Bn[:, 1::2], order_Bn[:, 0::2].gather(1, partner_BA))
+    moved_Bn = guest_Bn * size_Bn
+    total_Bn = size_Bn.scatter_add(1, host_Bn, moved_Bn)
+    return Joining(
+        present_Bn - guest_Bn,
+        guest_share_Bn=moved_Bn / total_Bn.gather(1, host_Bn),
+        host_Bn=host_Bn,
+        host_share_Bn=size_Bn / total_Bn,
+        size_share_Bn=guest_Bn,
+    )
+
+
 @reducer(
     "merge",
     source="ToMe (ICLR 2023, arXiv 2210.09461)",
@@ -25,6 +60,8 @@ def _half(present: int) -> int:
     merges=True,
     fewest_kept=_half,
     macs=_matching_macs,
+    masked=_masked,
+    takes_threshold=True,
     options={"proportional_attention": True},
 )
 def merge(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:

@@ -17,11 +17,16 @@ def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
     """
     patches_BnC = scene.patches_BnC
     images, tokens, _ = patches_BnC.shape
+    present_Bn = scene.present_Bn
     if scene.training:
         score_Bn = torch.rand(images, tokens, device=patches_BnC.device)
     else:
-        slot_n = torch.arange(tokens, device=patches_BnC.device)
-        score_Bn = _hash_n(slot_n + 1_000_003 * scene.block + 7_919 * seed).expand(images, tokens)
+        place_Bn = torch.arange(tokens, device=patches_BnC.device).expand(images, tokens)
+        if present_Bn is not None:  # the place among the tokens that are there
+            place_Bn = (present_Bn > 0).cumsum(dim=1) - 1
+        score_Bn = _hash_n(place_Bn + 1_000_003 * scene.block + 7_919 * seed)
+    if present_Bn is not None:
+        score_Bn = score_Bn * present_Bn
     return score_Bn / score_Bn.sum(dim=1, keepdim=True)
 
 

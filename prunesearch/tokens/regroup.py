@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunesearch.schedule import Stage, Step, options_of
-from prunesearch.tokens.registry import REDUCERS, SCORERS, Attended, Grouping, ReduceInput, ScoreInput
+from prunesearch.tokens.registry import REDUCERS, SCORERS, Attended, Grouping, Pooled, ReduceInput, ScoreInput
 
 
 class Evidence(NamedTuple):
@@ -21,31 +21,48 @@ class Evidence(NamedTuple):
 
 class TokenState(NamedTuple):
     """What flows from block to block. size_Bn: original tokens in each patch token, None while nothing has merged.
-    evidence: of the stages at the next block's `pre`, in their order."""
+    evidence: of the stages at the next block's `pre`, in their order. present_Bn: 1 for patch tokens that are there,
+    0 for empty slots, None when there are none of those. counts: patch tokens of each image after each step so far,
+    (B,) each, of schedules whose counts differ between images."""
 
     tokens_BNC: Tensor
     size_Bn: Tensor | None = None
     evidence: tuple[Evidence, ...] = ()
+    present_Bn: Tensor | None = None
+    counts: tuple[Tensor, ...] = ()
 
 
-def gather_evidence(stage: Stage, patches_BnC: Tensor, attended: Attended | None, training: bool) -> Evidence:
-    """Score the patch tokens for a stage, or take the keys it matches by."""
+def gather_evidence(
+    stage: Stage,
+    patches_BnC: Tensor,
+    attended: Attended | None,
+    training: bool,
+    present_Bn: Tensor | None = None,
+    part: nn.Module | None = None,
+) -> Evidence:
+    """Score the patch tokens for a stage, or take the keys it matches by. `part`: of a scorer that learns."""
     scores_Bn = keys_BnD = None
-    with _full_precision(patches_BnC):
+    with full_precision(patches_BnC):
         if REDUCERS[stage.reduce].needs_keys:
             assert attended is not None
             keys_BnD = attended.key_BHND[:, :, attended.prefix_tokens :].float().mean(dim=1)
         if stage.score != "none":
             entry, options = SCORERS[stage.score], options_of(stage)
-            scene = ScoreInput(patches_BnC, attended, stage.block, training)
+            scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
             scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
     return Evidence(scores_Bn, keys_BnD)
 
 
 def take_step(
-    step: Step, state: TokenState, prefix_tokens: int, own: Evidence, later: tuple[Evidence, ...]
+    step: Step,
+    state: TokenState,
+    prefix_tokens: int,
+    own: Evidence,
+    later: tuple[Evidence, ...],
+    part: nn.Module | None = None,
 ) -> tuple[TokenState, tuple[Evidence, ...]]:
-    """Reduce the patch tokens of `state` from step.before to step.after, by the evidence `own`.
+    """Reduce the patch tokens of `state` from step.before to step.after, by the evidence `own`. `part`: of a reducer
+    that learns.
 
     Returns the new state (without evidence) and `later`, the evidence of stages still to come, for the new tokens.
     """
@@ -55,13 +72,16 @@ def take_step(
     size_Bn = state.size_Bn
     if entry.merges and size_Bn is None:
         size_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
-    with _full_precision(patches_BnC):
-        scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept)
+    with full_precision(patches_BnC):
+        scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part)
         grouping = entry.function(scene, **{name: options[name] for name in entry.options})
-        patches_BnC = regroup(patches_BnC, grouping)
-        if size_Bn is not None:
-            size_Bn = add_up(size_Bn, grouping)
-        later = tuple(_follow(evidence, grouping) for evidence in later)
+        if isinstance(grouping, Pooled):
+            patches_BnC = grouping.patches_BKC.to(patches_BnC.dtype)
+            size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
+        else:
+            patches_BnC = regroup(patches_BnC, grouping)
+            size_Bn = None if size_Bn is None else add_up(size_Bn, grouping)
+            later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
     return TokenState(tokens_BNC, size_Bn), later
 
@@ -90,15 +110,22 @@ def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     if grouping.guests_BG is None:
         return kept_BK
     guests_BG = amount_Bn.gather(1, grouping.guests_BG)
+    if grouping.size_share_BG is not None:
+        guests_BG = guests_BG * grouping.size_share_BG
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.sum(dim=1, keepdim=True)], dim=1)
     return kept_BK.scatter_add(1, grouping.host_BG, guests_BG)
 
 
-def _full_precision(like: Tensor) -> AbstractContextManager[object]:
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """Leave mixed precision for a while: ranks, cosines and shares need fp32 (in fp16, near scores tie)."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def equal_sizes(size_Bn: Tensor, count: int) -> Tensor:
+    """Sizes of `count` tokens that stand for all that were there, each for as many: (B, n) to (B, count)."""
+    return (size_Bn.sum(dim=1, keepdim=True) / count).expand(-1, count)
 
 
 def _follow(evidence: Evidence, grouping: Grouping) -> Evidence:

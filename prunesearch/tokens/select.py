@@ -1,7 +1,8 @@
-"""Which tokens stay: the k best of each image."""
+"""Which tokens stay: the k best of each image, those above a threshold, or drawn by chance while training."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,46 @@ def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """
     order_Bn = scores_Bn.sort(dim=1, descending=True, stable=True).indices
     return order_Bn[:, :kept].sort(dim=1).values, order_Bn[:, kept:].sort(dim=1).values
+
+
+def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
+    """1 for the kept_B best of the tokens that are present, which may differ between images. No gradients."""
+    ranked_Bn = scores_Bn.detach().masked_fill(present_Bn == 0, -torch.inf)
+    order_Bn = ranked_Bn.sort(dim=1, descending=True, stable=True).indices
+    place_Bn = torch.arange(order_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
+    rank_Bn = torch.empty_like(order_Bn).scatter(1, order_Bn, place_Bn)
+    return (rank_Bn < kept_B[:, None]).to(present_Bn.dtype) * (present_Bn > 0)
+
+
+def above(scores_Bn: Tensor, threshold: Tensor, present_Bn: Tensor, softness: float) -> Tensor:
+    """1 for present tokens whose score is above the threshold; at least the best one stays.
+
+    The gradient is that of sigmoid((score - threshold) / softness) (straight-through; AS-ViT).
+    """
+    passed_Bn = straight_through(scores_Bn > threshold, ((scores_Bn - threshold) / softness).sigmoid())
+    return _at_least_one(passed_Bn * present_Bn, scores_Bn, present_Bn)
+
+
+def draw(probability_Bn: Tensor, present_Bn: Tensor) -> Tensor:
+    """1 for present tokens drawn to stay, each with its probability (hard Gumbel-softmax at temperature 1; DynamicViT).
+
+    The gradient is that of the relaxed draw. At least the most probable token stays.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    logit_Bn = probability_Bn.clamp_min(tiny).log() - (1 - probability_Bn).clamp_min(tiny).log()
+    uniform_Bn = torch.rand_like(logit_Bn).clamp(1e-7, 1 - 1e-7)
+    noise_Bn = uniform_Bn.log() - (1 - uniform_Bn).log()  # the difference of two Gumbel variables is logistic
+    soft_Bn = (logit_Bn + noise_Bn).sigmoid()
+    drawn_Bn = straight_through(soft_Bn > 0.5, soft_Bn)
+    return _at_least_one(drawn_Bn * present_Bn, probability_Bn, present_Bn)
+
+
+def straight_through(decision: Tensor, soft: Tensor) -> Tensor:
+    """The decision as 1.0 or 0.0, with the gradient of `soft`."""
+    return decision.to(soft.dtype) + (soft - soft.detach())
+
+
+def _at_least_one(stays_Bn: Tensor, scores_Bn: Tensor, present_Bn: Tensor) -> Tensor:
+    """An image without any patch token would leave later stages nothing to compare with."""
+    nothing_B = (stays_Bn.detach().sum(dim=1) == 0).to(torch.int64)
+    return stays_Bn + best(scores_Bn, present_Bn, nothing_B)

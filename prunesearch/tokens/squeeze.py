@@ -6,9 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from prunesearch.schedule import ModelShape
-from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
 from prunesearch.tokens.select import top_k
 
 
@@ -16,10 +17,36 @@ def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
     return kept * (before - kept) * shape.dim
 
 
+def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
+    """For each slot its most similar token that stays: cosine, slot; and 1 for guests, with gradients."""
+    assert scene.stays_Bn is not None
+    unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
+    cosine_Bnn = unit_BnC @ unit_BnC.transpose(1, 2)
+    cosine_Bn, host_Bn = cosine_Bnn.masked_fill(scene.stays_Bn[:, None] == 0, -torch.inf).max(dim=-1)
+    guest_Bn = scene.present_Bn - scene.stays_Bn
+    return cosine_Bn, host_Bn, guest_Bn
+
+
+def _masked(scene: MaskedInput, *, temperature: float) -> Joining:
+    assert scene.stays_Bn is not None
+    cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
+    guest_weight_Bn = (cosine_Bn / temperature).exp() * guest_Bn
+    own_weight = math.e
+    total_Bn = torch.full_like(guest_weight_Bn, own_weight).scatter_add(1, host_Bn, guest_weight_Bn)
+    return Joining(
+        scene.stays_Bn,
+        guest_share_Bn=guest_weight_Bn / total_Bn.gather(1, host_Bn),
+        host_Bn=host_Bn,
+        host_share_Bn=own_weight / total_Bn,
+    )
+
+
 @reducer(
     "squeeze",
     source="TPS (CVPR 2023, arXiv 2304.10716), eq. 3-5",
     macs=_similarity_macs,
+    masked=_masked,
+    takes_threshold=True,
     options={"temperature": 1.0},
 )
 def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:

@@ -58,7 +58,17 @@ def images(count: int = 3, size: int = 24, channels: int = 3) -> torch.Tensor:
 def pairs(has_class_token: bool = True) -> list[tuple[str, str]]:
     """Every (score, reduce) that makes sense, optionally without the scores that need a class token."""
     scores = [name for name, entry in SCORERS.items() if has_class_token or not entry.needs_class_token]
-    return [(score, verb) for verb, entry in REDUCERS.items() for score in (scores if entry.ranks else ["none"])]
+    return [
+        (score, verb)
+        for verb, entry in REDUCERS.items()
+        for score in (scores if entry.ranks else ["none"])
+        if entry.masked is not None or score == "none" or SCORERS[score].part is None
+    ]
+
+
+def some_pairs() -> list[tuple[str, str]]:
+    """Every score and every verb at least once, where all combinations would take minutes."""
+    return [pair for pair in pairs() if pair[1] == "drop" or pair[0] in ("class_attention", "none")]
 
 
 def two_stages(score: str, verb: str, at: str = "mid") -> Schedule:

@@ -13,6 +13,8 @@ from prunesearch.models import apply_schedule, shape_of
 from prunesearch.presets import load_preset
 from prunesearch.schedule import ModelShape, Schedule, Stage
 
+pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
+
 
 def shape(name: str) -> ModelShape:
     with torch.device("meta"):

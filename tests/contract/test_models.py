@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from small_models import LAYOUTS, images, pairs, small_model, two_stages
+from small_models import LAYOUTS, images, pairs, small_model, some_pairs, two_stages
 from timm.layers import Attention
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
@@ -15,14 +15,23 @@ from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import apply_schedule, remove_schedule, schedule_of, shape_of
 from prunesearch.models.vision_transformer import attend
 from prunesearch.schedule import Schedule, Stage, resolve
+from prunesearch.tokens import REDUCERS
 
 MERGE = Schedule((Stage(1, keep=0.6, reduce="merge"), Stage(2, keep=0.7, reduce="merge")))
 
+pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
+
 
 def verbs(layout: str) -> list[tuple[str, str]]:
-    """The pairs a layout supports: prr pooling has no room for sizes."""
-    no_class = LAYOUTS[layout].get("class_token") is False
-    return [(score, verb) for score, verb in pairs(not no_class) if not (layout == "prr" and verb == "merge")]
+    """The pairs a layout supports: prr pooling has no room for sizes, nor for tokens that are masked in training."""
+    possible = pairs(LAYOUTS[layout].get("class_token") is not False)
+    if layout == "prr":
+        return [(score, verb) for score, verb in possible if score != "predictor" and not REDUCERS[verb].merges]
+    return possible
+
+
+def learns(score: str, verb: str) -> bool:
+    return score == "predictor" or verb == "pool"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -50,12 +59,15 @@ def test_counts_are_as_resolved_and_removal_restores_the_model(layout: str, at: 
         schedule = two_stages(score, verb, at)
         apply_schedule(model, schedule)
         assert schedule_of(model) == schedule
-        assert list(model.state_dict()) == keys
+        learned = [key for key in model.state_dict() if key not in keys]
+        assert [key for key in model.state_dict() if key in keys] == keys
+        assert all(key.startswith("token_stages.") for key in learned) and bool(learned) == learns(score, verb)
         left = resolve(schedule, shape_of(model))[-1].after
         assert model.forward_features(x).shape[1] == left + model.num_prefix_tokens
         assert not torch.equal(model(x), before)
     remove_schedule(model)
     assert type(model).__module__.startswith("timm.") and schedule_of(model) is None
+    assert list(model.state_dict()) == keys
     assert torch.equal(model(x), before)
 
 
@@ -87,7 +99,7 @@ def test_pickle_deepcopy_and_checkpointing(score: str, verb: str) -> None:
 
 
 @pytest.mark.parametrize("at", ["mid", "pre"])
-@pytest.mark.parametrize(("score", "verb"), pairs())
+@pytest.mark.parametrize(("score", "verb"), some_pairs())
 def test_compile_fullgraph_and_export(score: str, verb: str, at: str) -> None:
     model, x = small_model("class"), images()
     apply_schedule(model, two_stages(score, verb, at))

@@ -1,0 +1,170 @@
+"""A schedule made ready to run: the steps of each block, and the learned parts of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from prunesearch.schedule import ModelShape, Schedule, Stage, Step, options_of, reads_attention, resolve
+from prunesearch.tokens import REDUCERS, SCORERS
+
+PARTS = "token_stages"
+"""The attribute of the model that holds what a schedule learns, and so the prefix of its names in a state_dict."""
+
+
+class StageParts(nn.Module):
+    """What one stage learns: the module of its scorer, the module of its reducer, its threshold; each may be absent."""
+
+    def __init__(self, scorer: nn.Module | None, reducer: nn.Module | None, threshold: float | None) -> None:
+        super().__init__()
+        self.scorer, self.reducer = scorer, reducer
+        # float32 whatever the model computes in: differences between thresholds are small
+        self.threshold = None if threshold is None else nn.Parameter(torch.tensor(threshold, dtype=torch.float32))
+
+
+class PlannedStep(NamedTuple):
+    """A step with the name of its stage's parts.
+
+    counts_differ: images have different counts from here on, as this or an earlier stage has a threshold.
+    decisions_learn: in training tokens stay in their slots from here on, as decisions must pass gradients.
+    softness: of the comparison with a threshold, in units of the score.
+    """
+
+    step: Step
+    key: str
+    counts_differ: bool
+    decisions_learn: bool
+    softness: float
+
+    @property
+    def stage(self) -> Stage:
+        """The stage."""
+        return self.step.stage
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block does besides its own work. `ahead`: the steps at the next block's `pre` that decide by what
+    this block's attention sees."""
+
+    pre: tuple[PlannedStep, ...] = ()
+    mid: tuple[PlannedStep, ...] = ()
+    ahead: tuple[PlannedStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule resolved for one number of patch tokens."""
+
+    schedule: Schedule
+    shape: ModelShape
+    blocks: tuple[BlockPlan, ...]
+    merges: bool
+    log_size_bias: bool
+
+    @property
+    def steps(self) -> tuple[PlannedStep, ...]:
+        """Every step, in the order they run."""
+        return tuple(step for block in self.blocks for step in (*block.pre, *block.mid))
+
+    @property
+    def counts_differ(self) -> bool:
+        """Whether images keep different numbers of tokens."""
+        return any(step.counts_differ for step in self.steps)
+
+    @property
+    def decisions_learn(self) -> bool:
+        """Whether training runs masked."""
+        return any(step.decisions_learn for step in self.steps)
+
+
+def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
+    """Resolve a schedule. Raises ScheduleError."""
+    planned = list(_planned(resolve(schedule, shape), shape))
+
+    def at(block: int, place: str) -> tuple[PlannedStep, ...]:
+        return tuple(step for step in planned if (step.stage.block, step.stage.at) == (block, place))
+
+    blocks = tuple(
+        BlockPlan(at(block, "pre"), at(block, "mid"), ahead=listeners(at(block + 1, "pre")))
+        for block in range(shape.depth)
+    )
+    merging = [step.stage for step in planned if REDUCERS[step.stage.reduce].merges]
+    log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
+    return Plan(schedule, shape, blocks, merges=bool(merging), log_size_bias=log_size_bias)
+
+
+def plan_for(plan: Plan, patch_tokens: int) -> Plan:
+    """The plan for images of another size (dynamic_img_size); itself for its own."""
+    if patch_tokens == plan.shape.patch_tokens:
+        return plan
+    return make_plan(plan.schedule, replace(plan.shape, patch_tokens=patch_tokens))
+
+
+def listeners(steps: Iterable[PlannedStep]) -> tuple[PlannedStep, ...]:
+    """Those that decide by what an attention layer leaves."""
+    return tuple(step for step in steps if reads_attention(step.stage))
+
+
+def threshold_unit(stage: Stage, shape: ModelShape) -> float:
+    """The size of a typical value that a stage's threshold is compared with: a score, or the cosine of a pair."""
+    return SCORERS[stage.score].unit(shape) if REDUCERS[stage.reduce].ranks else 1.0
+
+
+def make_parts(plan: Plan, seed: int) -> nn.ModuleDict | None:
+    """Fresh learned parts for a plan, on the CPU, drawn from the seed; None when it has nothing to learn."""
+    parts = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for planned in plan.steps:
+            stage, reducer = planned.stage, REDUCERS[planned.stage.reduce]
+            make_scorer = None if stage.score == "none" else SCORERS[stage.score].part
+            if make_scorer is None and reducer.part is None and stage.threshold is None:
+                continue
+            parts[planned.key] = StageParts(
+                None if make_scorer is None else make_scorer(plan.shape),
+                None if reducer.part is None else reducer.part(plan.shape, planned.step.kept),
+                stage.threshold,
+            )
+    return nn.ModuleDict(parts) if parts else None
+
+
+def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None) -> Schedule:
+    """The schedule with the thresholds that were learned."""
+    if parts is None:
+        return schedule
+    learned: dict[Stage, list[Tensor]] = {}
+    for planned in plan.steps:
+        if planned.stage.threshold is not None:
+            learned.setdefault(planned.stage, []).append(parts[planned.key].threshold)  # type: ignore[arg-type]
+    stages = [
+        replace(stage, threshold=_shortest(learned[stage].pop(0))) if learned.get(stage) else stage
+        for stage in schedule.stages
+    ]
+    return replace(schedule, stages=tuple(stages))
+
+
+def _shortest(value: Tensor) -> float:
+    """The shortest decimal that is this float32, so that a threshold of 0.001 is written as 0.001."""
+    return float(str(numpy.float32(value.item())))
+
+
+def _planned(steps: tuple[Step, ...], shape: ModelShape) -> Iterable[PlannedStep]:
+    counts_differ = decisions_learn = False
+    seen: dict[tuple[int, str], int] = {}
+    for step in steps:
+        stage, place = step.stage, (step.stage.block, step.stage.at)
+        index = seen[place] = seen.get(place, -1) + 1
+        if step.is_idle:
+            continue
+        counts_differ = counts_differ or stage.is_adaptive
+        decisions_learn = decisions_learn or stage.is_adaptive or stage.learns_to_score
+        key = f"block{stage.block}_{stage.at}" + (f"_{index}" if index else "")
+        # AS-ViT: 1e-4 for scores of about 1/196; LTMP: 0.1 for cosines
+        softness = 0.02 * threshold_unit(stage, shape) if REDUCERS[stage.reduce].ranks else 0.1
+        yield PlannedStep(step, key, counts_differ, decisions_learn, softness)

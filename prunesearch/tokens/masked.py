@@ -1,0 +1,162 @@
+"""Carry out one step on tokens that stay in their slots: for learned decisions, and where images keep different counts.
+
+What a slot holds after its token has gone does not matter: nothing attends to it, scores it or counts it. Counts
+that are compared with fixed ones come from the same arithmetic (`count_of`), so that with the same decisions the
+masked pass and the gathered one give the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunesearch.schedule import Stage, Step, count_of, options_of
+from prunesearch.tokens.registry import REDUCERS, Joining, MaskedInput, Pooled
+from prunesearch.tokens.regroup import Evidence, TokenState, equal_sizes, full_precision
+from prunesearch.tokens.select import above, best, draw
+
+
+def take_masked_step(
+    step: Step,
+    state: TokenState,
+    prefix_tokens: int,
+    own: Evidence,
+    later: tuple[Evidence, ...],
+    part: nn.Module | None,
+    threshold: Tensor | None,
+    softness: float,
+    sample: bool,
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """`take_step` in place. The state gets the mask and this step's count of tokens.
+
+    threshold: of the stage, if it has one. softness: of the comparison with it, in units of the score. sample: draw
+    the decisions of learned scores instead of taking the best.
+    """
+    stage, entry = step.stage, REDUCERS[step.stage.reduce]
+    options = options_of(stage)
+    patches_BnC = state.tokens_BNC[:, prefix_tokens:]
+    present_Bn = state.present_Bn
+    with full_precision(patches_BnC):
+        if present_Bn is None:
+            present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
+        size_Bn = state.size_Bn
+        if entry.merges and size_Bn is None:
+            size_Bn = torch.ones_like(present_Bn)
+        kept_B = kept_of_each(stage, present_Bn)
+        stays_Bn = None
+        if entry.ranks:
+            assert own.scores_Bn is not None
+            if threshold is not None:
+                stays_Bn = above(own.scores_Bn, threshold, present_Bn, softness)
+            elif sample and stage.learns_to_score:
+                stays_Bn = draw(own.scores_Bn, present_Bn)
+            else:
+                stays_Bn = best(own.scores_Bn, present_Bn, kept_B) * present_Bn
+        scene = MaskedInput(
+            patches_BnC,
+            own.scores_Bn,
+            own.keys_BnD,
+            size_Bn,
+            present_Bn,
+            stays_Bn,
+            kept_B,
+            threshold,
+            softness,
+            part,
+        )
+        assert entry.masked is not None, "resolve refuses it"
+        joining = entry.masked(scene, **{name: options[name] for name in entry.options})
+        if isinstance(joining, Pooled):
+            patches_BnC = joining.patches_BKC.to(patches_BnC.dtype)
+            if size_Bn is not None:
+                size_Bn = equal_sizes(size_Bn * present_Bn, patches_BnC.shape[1])
+            present_Bn, later = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32), ()
+        else:
+            patches_BnC = join(patches_BnC, joining)
+            size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
+            later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
+            present_Bn = _with_fused(joining, present_Bn)
+    tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
+    counts = (*state.counts, present_Bn.sum(dim=1))
+    return TokenState(tokens_BNC, size_Bn, present_Bn=present_Bn, counts=counts), later
+
+
+def compact(
+    state: TokenState, prefix_tokens: int, later: tuple[Evidence, ...]
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """Move the tokens that are there to the front, in order, and cut to the most that an image of the batch has.
+
+    Without a mask afterwards when all images have the same count. Waits for the device.
+    """
+    present_Bn = state.present_Bn
+    if present_Bn is None:
+        return state, later
+    count_B = (present_Bn > 0).sum(dim=1)
+    fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
+    order_BK = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices[:, :most]
+    patches_BKC = _gather(state.tokens_BNC[:, prefix_tokens:], order_BK)
+    return (
+        state._replace(
+            tokens_BNC=torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BKC], dim=1),
+            size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
+            present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
+        ),
+        tuple(
+            Evidence(
+                None if evidence.scores_Bn is None else evidence.scores_Bn.gather(1, order_BK),
+                None if evidence.keys_BnD is None else _gather(evidence.keys_BnD, order_BK),
+            )
+            for evidence in later
+        ),
+    )
+
+
+def kept_of_each(stage: Stage, present_Bn: Tensor) -> Tensor:
+    """How many tokens the stage keeps in each image, (B,), by the same arithmetic as in `resolve`."""
+    most = present_Bn.shape[1]
+    fewest = REDUCERS[stage.reduce].fewest_kept
+    kept = [max(min(count_of(stage, present), present), fewest(present)) for present in range(most + 1)]
+    table = torch.tensor(kept, dtype=torch.int64).to(present_Bn.device, non_blocking=True)
+    return table[(present_Bn > 0).sum(dim=1)]
+
+
+def join(values_BnC: Tensor, joining: Joining) -> Tensor:
+    """Apply a joining to what tokens hold. Keeps the dtype."""
+    if joining.guest_share_Bn is None:
+        return values_BnC
+    shared_BnC = values_BnC.float() * joining.guest_share_Bn[..., None]
+    if joining.host_Bn is None:
+        extra_B1C = shared_BnC.sum(dim=1, keepdim=True).to(values_BnC.dtype)
+        return torch.cat([values_BnC, extra_B1C], dim=1)
+    assert joining.host_share_Bn is not None
+    own_BnC = values_BnC.float() * joining.host_share_Bn[..., None]
+    host_BnC = joining.host_Bn[..., None].expand_as(shared_BnC)
+    return own_BnC.scatter_add(1, host_BnC, shared_BnC).to(values_BnC.dtype)
+
+
+def join_amounts(amount_Bn: Tensor, joining: Joining, present_Bn: Tensor) -> Tensor:
+    """Apply a joining to amounts, which add up where tokens join (sizes; attention received)."""
+    if joining.guest_share_Bn is None:
+        return amount_Bn
+    guest_Bn = present_Bn - joining.stays_Bn if joining.size_share_Bn is None else joining.size_share_Bn
+    if joining.host_Bn is None:
+        return torch.cat([amount_Bn, (amount_Bn * guest_Bn).sum(dim=1, keepdim=True)], dim=1)
+    return amount_Bn.scatter_add(1, joining.host_Bn, amount_Bn * guest_Bn)
+
+
+def _with_fused(joining: Joining, present_Bn: Tensor) -> Tensor:
+    if joining.guest_share_Bn is None or joining.host_Bn is not None:
+        return joining.stays_Bn
+    some_B1 = ((present_Bn - joining.stays_Bn).detach().sum(dim=1, keepdim=True) > 0).to(present_Bn.dtype)
+    return F.pad(joining.stays_Bn, (0, 1)) + F.pad(some_B1, (joining.stays_Bn.shape[1], 0))
+
+
+def _follow(evidence: Evidence, joining: Joining, present_Bn: Tensor) -> Evidence:
+    scores_Bn = None if evidence.scores_Bn is None else join_amounts(evidence.scores_Bn, joining, present_Bn)
+    keys_BnD = None if evidence.keys_BnD is None else join(evidence.keys_BnD, joining)
+    return Evidence(scores_Bn, keys_BnD)
+
+
+def _gather(values_BnC: Tensor, order_BK: Tensor) -> Tensor:
+    return values_BnC.gather(1, order_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))

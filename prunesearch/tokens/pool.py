@@ -1,0 +1,55 @@
+"""Reduce: learned queries attend over the tokens and produce new ones (PatchMerger)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens.registry import MaskedInput, Pooled, ReduceInput, reducer
+
+
+class Queries(nn.Module):
+    """LayerNorm of the tokens and K learned queries, drawn from a standard normal distribution."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.queries_KC = nn.Parameter(torch.randn(count, dim))
+
+    def forward(self, patches_BnC: Tensor, present_Bn: Tensor | None, scaled: bool) -> Tensor:
+        """softmax over tokens of (queries x normalised tokens), times normalised tokens: (B, n, C) to (B, K, C)."""
+        normed_BnC = self.norm(patches_BnC.to(self.queries_KC.dtype))
+        scale = patches_BnC.shape[-1] ** -0.5 if scaled else 1.0
+        logits_BKn = (self.queries_KC * scale) @ normed_BnC.transpose(1, 2)
+        if present_Bn is not None:
+            logits_BKn = logits_BKn.masked_fill(present_Bn[:, None] == 0, -torch.inf)
+        return logits_BKn.softmax(dim=-1) @ normed_BnC
+
+
+def _macs(shape: ModelShape, before: int, kept: int) -> int:
+    return 2 * kept * before * shape.dim
+
+
+def _masked(scene: MaskedInput, *, scaled: bool) -> Pooled:
+    assert scene.part is not None
+    return Pooled(scene.part(scene.patches_BnC, scene.present_Bn, scaled))
+
+
+@reducer(
+    "pool",
+    source="PatchMerger (arXiv 2202.12015)",
+    ranks=False,
+    macs=_macs,
+    masked=_masked,
+    part=lambda shape, kept: Queries(shape.dim, kept),
+    options={"scaled": True},
+)
+def pool(scene: ReduceInput, *, scaled: bool) -> Pooled:
+    """Replace all patch tokens by as many as asked for, each a learned query's mixture of the normalised tokens.
+
+    scaled: divide the logits by sqrt(C), as in vit-pytorch; other code does not, and the paper leaves it open. Prefix
+    tokens stand aside. Nothing of a token's place is left afterwards.
+    """
+    assert scene.part is not None
+    return Pooled(scene.part(scene.patches_BnC, None, scaled))
