@@ -147,6 +147,11 @@ def apply(model: Any, schedule: Schedule, seed: int) -> None:
             "model: global_pool='prr' attends over the final tokens without room for the sizes of merged ones or for "
             "masked ones. Possible: drop, fuse or squeeze, by scores that do not learn. Choose one of those."
         )
+    if plan.decisions_learn and not model.global_pool:
+        raise ModelError(
+            "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
+            "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
+        )
     parts = make_parts(plan, seed)
     if parts is not None:
         # half precision is for the model's own layers; scores and thresholds are compared in fp32

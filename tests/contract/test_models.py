@@ -23,10 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWar
 
 
 def verbs(layout: str) -> list[tuple[str, str]]:
-    """The pairs a layout supports: prr pooling has no room for sizes, nor for tokens that are masked in training."""
+    """The pairs a layout supports: prr pooling has no room for sizes; it and none at all not for masked tokens."""
     possible = pairs(LAYOUTS[layout].get("class_token") is not False)
+    if layout in ("prr", "no_pool"):
+        possible = [(score, verb) for score, verb in possible if score != "predictor"]
     if layout == "prr":
-        return [(score, verb) for score, verb in possible if score != "predictor" and not REDUCERS[verb].merges]
+        possible = [(score, verb) for score, verb in possible if not REDUCERS[verb].merges]
     return possible
 
 
