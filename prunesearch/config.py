@@ -140,6 +140,35 @@ class FinetuneConfig:
     clip_grad: float | None = _field("largest gradient norm", 1.0, above=0)
     augment: Literal["none", "flip"] = _field("none, or random horizontal flips", "none")
     amp: bool = _field("automatic mixed precision on GPUs", True)
+    learned_learning_rate: float = _field(
+        "peak learning rate of what a schedule learns: predictors, queries", 1.0e-3, low=0
+    )
+    threshold_learning_rate: float = _field(
+        "peak learning rate of thresholds, in units of a typical score (1/patch tokens; 1 for cosines)", 0.02, low=0
+    )
+    freeze_backbone: float = _field(
+        "share of the budget, from its start, during which only what a schedule learns is trained; 1 = all of it",
+        0.0,
+        low=0,
+        high=1,
+    )
+    ratio_weight: float = _field(
+        "weight of the loss that holds a predictor to its stage's keep (DynamicViT)", 2.0, low=0
+    )
+    budget_weight: float = _field("weight of the loss that holds thresholds to target_gmacs", 10.0, low=0)
+    budget_loss: Literal["absolute", "squared"] = _field(
+        "of the cost as a share of the dense model's: distance (AS-ViT) or its square (LTMP)", "absolute"
+    )
+    distill_tokens_weight: float = _field(
+        "weight of the distance between kept tokens and the dense model's, for schedules with a predictor (DynamicViT)",
+        0.5,
+        low=0,
+    )
+    calibration_images: int = _field(
+        "training images on which thresholds are moved onto target_gmacs after training; 0 = leave them as trained",
+        1024,
+        low=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from prunesearch.schedule import ModelShape, Schedule, Step, resolve
 from prunesearch.tokens import REDUCERS, SCORERS
 
-Number = TypeVar("Number", int, Any)
+Count = Any
+"""An int, or a tensor with one count for each image."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,17 @@ def estimate_cost(shape: ModelShape, schedule: Schedule = Schedule()) -> Cost:
 
 
 def macs_of_counts(
-    shape: ModelShape, steps: Sequence[Step], after: Sequence[Number]
-) -> tuple[Number, list[Number], list[Number]]:
+    shape: ModelShape, steps: Sequence[Step], after: Sequence[Count]
+) -> tuple[Count, list[Count], list[Count]]:
     """MACs, and the tokens that each block's attention and MLP see, from the patch tokens after each step.
 
     Counts may be tensors (one value for each image, also with gradients); so are the results then.
     """
-    prefix, present = shape.prefix_tokens, cast(Number, shape.patch_tokens)
-    macs: Any = shape.stem_macs + shape.head_macs
-    attention_tokens, mlp_tokens = [], []
-    before = [present, *after]
+    prefix = shape.prefix_tokens
+    macs: Count = shape.stem_macs + shape.head_macs
+    attention_tokens: list[Count] = []
+    mlp_tokens: list[Count] = []
+    before = [shape.patch_tokens, *after]
     position = 0
     for block in range(shape.depth):
         for place, tokens in (("pre", attention_tokens), ("mid", mlp_tokens)):
@@ -74,14 +76,14 @@ def macs_of_counts(
     return macs, attention_tokens, mlp_tokens
 
 
-def block_macs(shape: ModelShape, attention_tokens: Number, mlp_tokens: Number) -> Number:
+def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) -> Count:
     """MACs of one transformer block."""
     projections = (4 * shape.dim * shape.attention_dim + shape.gate_macs) * attention_tokens
     attention = 2 * shape.attention_dim * attention_tokens * attention_tokens
     return projections + attention + shape.mlp_macs * mlp_tokens
 
 
-def _stage_macs(shape: ModelShape, step: Step, before: Any, after: Any, attention_tokens: list[Any]) -> Any:
+def _stage_macs(shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: list[Count]) -> Count:
     stage, reducer = step.stage, REDUCERS[step.stage.reduce]
     macs = reducer.macs(shape, before, after - reducer.extra_tokens)
     if stage.score == "none":

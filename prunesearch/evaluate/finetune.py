@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -23,10 +23,20 @@ from prunesearch.config import Budget, FinetuneConfig
 from prunesearch.errors import UserError
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import autocast, half_precision
+from prunesearch.evaluate.schedule_loss import ScheduleLoss, learns_decisions
 from prunesearch.files import write_atomically
+from prunesearch.models import PARTS, schedule_of, shape_of, steps_of, threshold_of, threshold_unit, trace
 
-Teacher = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> dense logits (B, classes)."""
+
+class DenseOutput(NamedTuple):
+    """What the dense model makes of a batch: logits (B, classes), and final normalised patch tokens if they count."""
+
+    logits: Tensor
+    patches_BnC: Tensor | None = None
+
+
+Teacher = Callable[[Tensor, Tensor, Tensor], DenseOutput]
+"""(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> what the dense model says."""
 
 SCHEDULE_UNITS = 10_000  # timm's scheduler counts whole updates; ours is a fraction of the budget
 
@@ -66,7 +76,8 @@ def finetune(
         )
     if is_spent(budget, progress):
         return
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+    groups = parameter_groups(model, config)
+    optimizer = create_optimizer_v2(groups, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
     if progress.moments is not None:
         optimizer.load_state_dict({"state": progress.moments, "param_groups": optimizer.state_dict()["param_groups"]})
     warmup = min(round(config.warmup * SCHEDULE_UNITS), SCHEDULE_UNITS - 1)
@@ -76,26 +87,36 @@ def finetune(
     scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device, config.amp) is torch.float16)
     mirror = torch.Generator().manual_seed((seed + progress.images) % 2**63)
     mirror_share = 0.5 if config.augment == "flip" else 0.0
+    schedule_loss = ScheduleLoss(model, config) if learns_decisions(model) else None
     earlier, start = replace(progress), time.perf_counter()
     model.train()
     order = training_order(len(train), config.batch_size, seed, progress.images, budget.images)
     announced, to_read = itertools.tee(order)  # loading processes read ahead
     for indices, (images, labels) in zip(announced, train.batches(to_read, device), strict=False):
-        schedule.step_update(round(SCHEDULE_UNITS * _share(budget, progress, earlier)))
+        share = _share(budget, progress, earlier)
+        schedule.step_update(round(SCHEDULE_UNITS * share))
+        if share < config.freeze_backbone:
+            for group in optimizer.param_groups:
+                group["lr"] *= group["part"] != "backbone"
         mirrored = torch.rand(len(indices), generator=mirror) < mirror_share
         if mirrored.any():
             images = torch.where(mirrored.to(device).view(-1, 1, 1, 1), images.flip(-1), images)
-        target = None if teacher is None else teacher(images, indices, mirrored)
+        dense = None if teacher is None else teacher(images, indices, mirrored)
         with autocast(device, config.amp):
-            logits = model(images)
-        loss = distillation_loss(logits.float(), labels, target, config)
+            outcome = None if schedule_loss is None else trace(model, images)
+            logits = model(images) if outcome is None else outcome.logits
+        loss = distillation_loss(logits.float(), labels, None if dense is None else dense.logits, config)
+        if schedule_loss is not None and outcome is not None:
+            loss = loss + schedule_loss(outcome, None if dense is None else dense.patches_BnC)
         if not math.isfinite(loss.item()):
             raise LossNotFinite(f"the training loss became {loss.item()} after {progress.images} images")
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         if config.clip_grad is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            for part in ("backbone", "learned"):  # thresholds have a scale of their own, and their step is bounded
+                clipped = [p for group in optimizer.param_groups if group["part"] == part for p in group["params"]]
+                nn.utils.clip_grad_norm_(clipped, config.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         progress.images += len(indices)
@@ -104,6 +125,39 @@ def finetune(
             break
     progress.moments = optimizer.state_dict()["state"]
     model.eval()
+
+
+def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Parameters with their learning rates: the model's own, what the schedule learns, and each threshold by itself.
+
+    Biases, norms and what timm names so decay not; nor do thresholds. Thresholds without a target to move to, and with
+    freeze_backbone: 1 the model's own parameters, are set not to require gradients, and left out.
+    """
+    schedule = schedule_of(model)
+    moves = schedule is not None and schedule.target_gmacs is not None
+    thresholds = {
+        id(parameter): config.threshold_learning_rate * threshold_unit(step.stage, shape_of(model))
+        for step in steps_of(model)
+        if (parameter := threshold_of(model, step)) is not None
+    }
+    undecayed: set[str] = getattr(model, "no_weight_decay", set)()
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed else config.weight_decay
+        if id(parameter) in thresholds:
+            parameter.requires_grad_(moves)
+            key = ("threshold", thresholds[id(parameter)], 0.0)
+        elif name.startswith(f"{PARTS}."):
+            key = ("learned", config.learned_learning_rate, decay)
+        else:
+            parameter.requires_grad_(config.freeze_backbone < 1)
+            key = ("backbone", config.learning_rate, decay)
+        if parameter.requires_grad:
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "part": part, "lr": rate, "weight_decay": decay}
+        for (part, rate, decay), parameters in groups.items()
+    ]
 
 
 def is_spent(budget: Budget, progress: Progress) -> bool:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.config import MeasureConfig, ModelConfig
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import estimate_cost, macs_of_counts
 from prunesearch.errors import DataError
 from prunesearch.evaluate.build import model_shape, parameter_count
 from prunesearch.evaluate.images import ImageSet
-from prunesearch.evaluate.predict import predict
+from prunesearch.evaluate.predict import Predictions, predict
+from prunesearch.evaluate.schedule_loss import macs_by_counts
 from prunesearch.evaluate.speed import Timing, peak_memory, time_batches
+from prunesearch.models import learned_parameters, shape_of, steps_of
 from prunesearch.registry import Registry
 from prunesearch.schedule import Schedule
 
@@ -40,11 +42,12 @@ class Metric:
     goal: Goal
     summary: str
     measure: Callable[[Subject], float | Measured]
-    compute: Callable[[ModelConfig, Schedule], float] | None = None
+    compute: Callable[[ModelConfig, Schedule], float | None] | None = None
 
     @property
     def computed(self) -> bool:
-        """Whether the value is known before any training, so that limits on it cost nothing."""
+        """Whether the value is known before any training, so that limits on it cost nothing; with thresholds, where
+        cost depends on the images, `compute` gives None and the value is measured."""
         return self.compute is not None
 
 
@@ -65,29 +68,58 @@ class Subject:
     dense_logits: Callable[[], Tensor]
 
     @cached_property
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Logits (N, classes) in float32 and labels (N), on CPU, of all validation images in order."""
+    def outputs(self) -> Predictions:
+        """What the model says of all validation images, in their order."""
         return predict(self.model, self.validation, self.settings.batch_size, self.device, self.amp)
+
+    @cached_property
+    def gmacs(self) -> Tensor:
+        """GMACs of each validation image by its own token counts, (N), float64."""
+        logits, _, counts = self.outputs
+        return macs_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits)) / 1e9
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens after each block, prefix included: the mean over the validation images, rounded."""
+        steps, shape = steps_of(self.model), shape_of(self.model)
+        counts = [count.double().mean().item() for count in self.outputs.counts]
+        fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
+        _, _, tokens = macs_of_counts(shape, [step.step for step in steps], [*fixed, *counts])
+        return tuple(round(count) for count in tokens)
+
+    def batches(self, batch_size: int) -> list[Tensor]:
+        """A few batches of validation images on the device, for measuring speed and memory: with thresholds these
+        depend on what is in the picture."""
+        indices = torch.arange(SPEED_BATCHES * batch_size) % len(self.validation)
+        return [images for images, _ in self.validation.batches(indices.split(batch_size), self.device)]
 
     def time(self, batch_size: int) -> Timing:
         """Seconds of one forward pass."""
-        size, seconds = self.validation.input.size, self.settings.speed_seconds
-        return time_batches(self.model, size, batch_size, seconds, self.device, self.amp)
+        return time_batches(self.model, self.batches(batch_size), self.settings.speed_seconds, self.amp)
 
 
 METRICS: Registry[Metric] = Registry("metric")
+SPEED_BATCHES = 4
+"""Different batches that a speed measurement goes through in turn."""
+
+
+Compute = Callable[[ModelConfig, Schedule], "float | None"]
 
 
 def computed_metric(
-    name: str, *, unit: str, goal: Goal, summary: str
-) -> Callable[[Callable[[ModelConfig, Schedule], float]], Callable[[ModelConfig, Schedule], float]]:
-    """Register a function of model configuration and schedule alone."""
+    name: str, *, unit: str, goal: Goal, summary: str, measure: Callable[[Subject], float | Measured] | None = None
+) -> Callable[[Compute], Compute]:
+    """Register a function of model configuration and schedule alone. Where it gives None, `measure` is asked."""
 
-    def register(compute: Callable[[ModelConfig, Schedule], float]) -> Callable[[ModelConfig, Schedule], float]:
-        def measure(subject: Subject) -> float:
-            return compute(subject.config, subject.schedule)
+    def register(compute: Compute) -> Compute:
+        def value(subject: Subject) -> float | Measured:
+            computed = compute(subject.config, subject.schedule)
+            if computed is not None:
+                return computed
+            assert measure is not None, f"{name} gave None"
+            return measure(subject)
 
-        METRICS.add(name, Metric(name, unit, goal, summary, measure, compute))
+        METRICS.add(name, Metric(name, unit, goal, summary, value, compute))
         return compute
 
     return register
@@ -120,27 +152,60 @@ def top5(subject: Subject) -> float:
 @measured_metric("loss", unit="nats", goal="minimize", summary="cross entropy on the validation images")
 def loss(subject: Subject) -> float:
     """Mean over images, without label smoothing."""
-    logits, labels = subject.outputs
+    logits, labels, _ = subject.outputs
     return F.cross_entropy(logits, labels).item()
 
 
 @measured_metric("agreement", unit="%", goal="maximize", summary="validation images classified as the dense model does")
 def agreement(subject: Subject) -> float:
     """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model is below 100 too."""
-    same = subject.outputs[0].argmax(dim=1) == subject.dense_logits().argmax(dim=1)
+    same = subject.outputs.logits.argmax(dim=1) == subject.dense_logits().argmax(dim=1)
     return 100 * same.double().mean().item()
 
 
-@computed_metric("gmacs", unit="GMACs", goal="minimize", summary="multiply-accumulates of one image, closed form")
-def gmacs(model: ModelConfig, schedule: Schedule) -> float:
-    """10^9 multiply-accumulates; what papers call FLOPs."""
-    return estimate_cost(model_shape(model), schedule).gmacs
+def _mean_gmacs(subject: Subject) -> Measured:
+    low, high = subject.gmacs.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    return Measured(subject.gmacs.mean().item(), (high - low) / 2)
+
+
+@computed_metric(
+    "gmacs",
+    unit="GMACs",
+    goal="minimize",
+    summary="multiply-accumulates of one image, closed form; with thresholds the mean over validation images",
+    measure=_mean_gmacs,
+)
+def gmacs(model: ModelConfig, schedule: Schedule) -> float | None:
+    """10^9 multiply-accumulates; what papers call FLOPs. With thresholds the mean of each image's own, not the cost of
+    mean counts, which is less as attention is quadratic."""
+    return None if schedule.is_adaptive else estimate_cost(model_shape(model), schedule).gmacs
+
+
+@computed_metric(
+    "gmacs_p95",
+    unit="GMACs",
+    goal="minimize",
+    summary="what 95 % of the images do not exceed; differs from gmacs only with thresholds",
+    measure=lambda subject: subject.gmacs.quantile(0.95).item(),
+)
+def gmacs_p95(model: ModelConfig, schedule: Schedule) -> float | None:
+    """10^9 multiply-accumulates."""
+    return gmacs(model, schedule)
+
+
+@measured_metric(
+    "target_miss", unit="%", goal="minimize", summary="by how much gmacs misses the schedule's target_gmacs; 0 without"
+)
+def target_miss(subject: Subject) -> float:
+    """Percent of the target, above or below."""
+    target = subject.schedule.target_gmacs
+    return 0.0 if target is None else 100 * abs(subject.gmacs.mean().item() / target - 1)
 
 
 @computed_metric("parameters", unit="M", goal="minimize", summary="parameters of the model, in millions")
 def parameters(model: ModelConfig, schedule: Schedule) -> float:
-    """Millions. No schedule so far adds or removes any."""
-    return parameter_count(model) / 1e6
+    """Millions, with what the schedule learns."""
+    return (parameter_count(model) + learned_parameters(schedule, model_shape(model))) / 1e6
 
 
 @measured_metric("latency_ms", unit="ms", goal="minimize", summary="time of one image alone (batch 1), median")
@@ -161,12 +226,12 @@ def throughput(subject: Subject) -> Measured:
 @measured_metric("peak_memory_mb", unit="MB", goal="minimize", summary="memory of weights and one batch of activations")
 def peak_memory_mb(subject: Subject) -> float:
     """10^6 bytes of weights, input and activations at `measure.speed_batch_size`; see `speed.peak_memory`."""
-    size, batch_size = subject.validation.input.size, subject.settings.speed_batch_size
-    return peak_memory(subject.model, size, batch_size, subject.device, subject.amp) / 1e6
+    images = subject.batches(subject.settings.speed_batch_size)[0]
+    return peak_memory(subject.model, images, subject.amp) / 1e6
 
 
 def _top(subject: Subject, guesses: int) -> float:
-    logits, labels = subject.outputs
+    logits, labels, _ = subject.outputs
     classes = logits.shape[1]
     if classes <= guesses:
         raise DataError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prunesearch.evaluate.images import ImageSet
+from prunesearch.models import steps_of, trace
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.dtype | None:
@@ -43,19 +45,42 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+class Predictions(NamedTuple):
+    """Of N images, on the CPU: logits (N, classes) in float32, labels (N), and the patch tokens of each image after
+    each step whose counts differ between images, (N) each."""
+
+    logits: Tensor
+    labels: Tensor
+    counts: tuple[Tensor, ...]
+
+
 @torch.inference_mode()
 def predict(
-    model: nn.Module, images: ImageSet, batch_size: int, device: torch.device, amp: bool, flip: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in float32 and labels (N), both on CPU, in the order of the set.
+    model: nn.Module,
+    images: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    amp: bool,
+    flip: bool = False,
+    indices: Tensor | None = None,
+) -> Predictions:
+    """Run a model on a set of images, or on those with these `indices`, in their order.
 
     Sets the model to evaluation mode. `flip` mirrors the images left to right.
     """
     model.eval()
-    logits, labels = [], []
+    indices = torch.arange(len(images)) if indices is None else indices
+    traces = any(step.counts_differ for step in steps_of(model))
+    logits, labels, counts = [], [], []
     with reproducible(device):
-        for batch, their_labels in images.batches(torch.arange(len(images)).split(batch_size), device):
+        for batch, their_labels in images.batches(indices.split(batch_size), device):
+            batch = batch.flip(-1) if flip else batch
             with autocast(device, amp):
-                logits.append(model(batch.flip(-1) if flip else batch).float().cpu())
+                if traces:
+                    their_logits, _, _, their_counts = trace(model, batch)
+                    counts.append([count_B.cpu() for count_B in their_counts])
+                else:
+                    their_logits = model(batch)
+            logits.append(their_logits.float().cpu())
             labels.append(their_labels.cpu())
-    return torch.cat(logits), torch.cat(labels)
+    return Predictions(torch.cat(logits), torch.cat(labels), tuple(map(torch.cat, zip(*counts, strict=True))))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy
 import torch
@@ -22,8 +23,10 @@ from prunesearch.config import DataConfig, ModelConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.build import build_model, model_shape
+from prunesearch.evaluate.calibrate import calibrate
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.finetune import (
+    DenseOutput,
     LossNotFinite,
     Progress,
     Teacher,
@@ -35,8 +38,10 @@ from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.machine import describe, find_device, versions
 from prunesearch.evaluate.metrics import METRICS, Measured, Subject
 from prunesearch.evaluate.predict import autocast, predict, reproducible
+from prunesearch.evaluate.schedule_loss import distills_tokens
 from prunesearch.evaluate.task import Cause, Evaluation, Task
-from prunesearch.models import apply_schedule
+from prunesearch.models import apply_schedule, learned_parts, schedule_of
+from prunesearch.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,7 @@ class _Findings:
     tokens: tuple[int, ...] = ()
     device: str = ""
     checkpoint: str | None = None
+    schedule: Schedule | None = None
     data: tuple[tuple[str, str], ...] = ()
 
     @contextmanager
@@ -100,13 +106,15 @@ def evaluate(task: Task) -> Evaluation:
         host=socket.gethostname(),
         device=found.device,
         checkpoint=found.checkpoint,
+        schedule=found.schedule,
     )
 
 
 def _run(task: Task, found: _Findings) -> None:
     for plugin in task.plugins:
         importlib.import_module(plugin)
-    metrics = [METRICS[name] for name in task.metrics]
+    wanted = (*task.metrics, "target_miss") if task.schedule.target_gmacs is not None else task.metrics
+    metrics = [METRICS[name] for name in dict.fromkeys(wanted)]
     if task.threads is not None:
         torch.set_num_threads(task.threads)
     device = find_device(task.device)
@@ -118,17 +126,26 @@ def _run(task: Task, found: _Findings) -> None:
         train, validation = open_data(task.data, model)
         if train.in_memory:
             found.data = (("data", f"{train.fingerprint} {validation.fingerprint}"),)
+        apply_schedule(model, task.schedule, weights=task.weights, seed=task.seed, untrained=True)
         if task.resume_from is not None:
             found.progress = load_checkpoint(task.resume_from, model)
-        apply_schedule(model, task.schedule)
+        elif learned_parts(model) and task.budget.images == 0 and task.weights is None:
+            logger.warning("%s: measured without training, with a fresh %s", task.uid, learned_parts(model)[0])
     before = found.progress.images
     if task.budget.images != 0:
         with found.phase("load"):
-            teacher = _teacher(task, train, device) if task.finetune.distill else None
+            teacher = _teacher(task, train, device, distills_tokens(model, task.finetune))
         _seed(task.seed)
+        with found.phase("train"), reproducible(device):
+            finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress)
+    calibrates = task.schedule.target_gmacs is not None and task.finetune.calibration_images > 0
+    if calibrates and task.weights is None:
+        with found.phase("calibrate"):
+            calibrate(model, train, task.finetune.calibration_images, batch_size, device, amp)
+    if task.schedule.is_adaptive:
+        found.schedule = schedule_of(model)
+    if task.budget.images != 0:
         with found.phase("train"):
-            with reproducible(device):
-                finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress)
             if task.save_to is not None and found.progress.images > before:
                 save_checkpoint(task.save_to, model, found.progress)
                 found.checkpoint = task.save_to
@@ -143,6 +160,8 @@ def _run(task: Task, found: _Findings) -> None:
             if not math.isfinite(value):
                 raise MetricNotFinite(f"metric {metric.name} is {value}")
             found.metrics[metric.name] = float(value)
+        if task.schedule.is_adaptive:
+            found.tokens = subject.tokens
 
 
 @lru_cache(maxsize=6)
@@ -158,24 +177,32 @@ def dense_logits(
     """Logits of the dense model, as it comes, for all images of a split: computed once, then kept on the CPU."""
     dense = build_model(model, device)
     images = open_data(data, dense)[split == "validation"]
-    return predict(dense, images, batch_size, device, amp, flip)[0]
+    return predict(dense, images, batch_size, device, amp, flip).logits
 
 
-def _teacher(task: Task, train: ImageSet, device: torch.device) -> Teacher:
+def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bool) -> Teacher | None:
     """Images in memory: logits of the whole set, once per worker (and once mirrored, when training mirrors).
-    Streamed images: a forward pass of the dense model for each batch, as a set may be far larger than a budget."""
+    Streamed images, or when final tokens count too: a forward pass of the dense model for each batch, as a set may be
+    far larger than a budget, and tokens than logits."""
     amp, batch_size = task.finetune.amp, task.measure.batch_size
-    if train.in_memory:
+    if not task.finetune.distill:
+        return None
+    if train.in_memory and not gives_tokens:
         of_split = partial(dense_logits, task.model, task.data, "train", device, amp, batch_size)
         upright = of_split(flip=False)
         mirrored = of_split(flip=True) if task.finetune.augment == "flip" else upright
-        return lambda images, indices, mirror: torch.where(mirror[:, None], mirrored[indices], upright[indices])
-    dense = build_model(task.model, device)
+
+        def look_up(images: Tensor, indices: Tensor, mirror: Tensor) -> DenseOutput:
+            return DenseOutput(torch.where(mirror[:, None], mirrored[indices], upright[indices]))
+
+        return look_up
+    dense: Any = build_model(task.model, device)
 
     @torch.no_grad()
-    def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> Tensor:
+    def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> DenseOutput:
         with autocast(device, amp):
-            return dense(images).float()
+            tokens_BNC = dense.forward_features(images)
+            return DenseOutput(dense.forward_head(tokens_BNC).float(), tokens_BNC[:, dense.num_prefix_tokens :])
 
     return forward
 

@@ -1,10 +1,10 @@
 """How long a forward pass takes, and how much memory it needs: in evaluation mode, under inference_mode, with AMP
-where the evaluation uses it, on images of noise (what a schedule costs does not depend on what is in the picture)."""
+where the evaluation uses it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,22 +34,22 @@ class Timing(NamedTuple):
 
 
 @torch.inference_mode()
-def time_batches(
-    model: nn.Module, size: tuple[int, int, int], batch_size: int, seconds: float, device: torch.device, amp: bool
-) -> Timing:
-    """Repeat one forward pass for `seconds` (five times at least) after a warm-up, waiting for the device each time."""
+def time_batches(model: nn.Module, batches: Sequence[Tensor], seconds: float, amp: bool) -> Timing:
+    """Repeat one forward pass for `seconds` (five times at least) after a warm-up, waiting for the device each time.
+
+    The batches take turns."""
     model.eval()
-    images = _noise(size, batch_size, device)
-    _repeat(model, images, seconds * WARM_UP_SHARE, 2, amp)
-    times = torch.tensor(_repeat(model, images, seconds, FEWEST_REPETITIONS, amp), dtype=torch.float64)
+    _repeat(model, batches, seconds * WARM_UP_SHARE, 2, amp)
+    times = torch.tensor(_repeat(model, batches, seconds, FEWEST_REPETITIONS, amp), dtype=torch.float64)
     low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
     return Timing(median, low, high)
 
 
-def _repeat(model: nn.Module, images: Tensor, seconds: float, at_least: int, amp: bool) -> list[float]:
+def _repeat(model: nn.Module, batches: Sequence[Tensor], seconds: float, at_least: int, amp: bool) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < at_least or time.perf_counter() < end:
+        images = batches[len(times) % len(batches)]
         _wait(images.device)
         start = time.perf_counter()
         with autocast(images.device, amp):
@@ -60,15 +60,15 @@ def _repeat(model: nn.Module, images: Tensor, seconds: float, at_least: int, amp
 
 
 @torch.inference_mode()
-def peak_memory(model: nn.Module, size: tuple[int, int, int], batch_size: int, device: torch.device, amp: bool) -> int:
-    """Bytes of the weights, the input batch, and the most that one forward pass holds on top of them.
+def peak_memory(model: nn.Module, images: Tensor, amp: bool) -> int:
+    """Bytes of the weights, the input batch (B, C, H, W), and the most that one forward pass holds on top of them.
 
     CUDA: the allocator's peak, less what else was allocated before. Elsewhere: the largest sum of tensors that
     operators returned and that were still alive; scratch space inside an operator is not seen.
     """
     model.eval()
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    images = _noise(size, batch_size, device)
+    device = images.device
     if device.type == "cuda":
         with autocast(device, amp):
             model(images)  # the libraries take their workspaces at the first call
@@ -104,10 +104,6 @@ class _LiveTensors(TorchDispatchMode):
                     self._alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
-
-
-def _noise(size: tuple[int, int, int], batch_size: int, device: torch.device) -> Tensor:
-    return torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _wait(device: torch.device) -> None:

@@ -22,6 +22,7 @@ class Task:
     """Everything one evaluation needs, by name. Equal tasks give equal numbers on the same machine.
 
     uid: identity of the configuration (hash of its canonical schedule within the study).
+    weights: safetensors file of the model with this schedule, as exported, instead of the model's own weights.
     rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
     metrics: names of registered metrics to report. seed: of training order and of fresh weights.
     device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
@@ -46,6 +47,7 @@ class Task:
     threads: int | None = None
     resume_from: str | None = None
     save_to: str | None = None
+    weights: str | None = None
     plugins: tuple[str, ...] = ()
 
 
@@ -54,9 +56,11 @@ class Evaluation:
     """What came back. A failed evaluation has a cause and a traceback, and whatever metrics were finished.
 
     metrics: name -> value, in the metric's unit. spread: name -> spread of a measured metric (half the
-    interquartile range, same unit). tokens: patch + prefix tokens after each block. images: training images seen.
-    seconds: wall time by phase ("load", "train", "measure"). versions: of python, torch, timm, prunesearch, and
-    "data": counts and hashes. checkpoint: path without suffix of the weights that were written, or None.
+    interquartile range, same unit). tokens: patch + prefix tokens after each block, with thresholds the rounded mean
+    over the validation images. images: training images seen. seconds: wall time by phase ("load", "train",
+    "calibrate", "measure"). versions: of python, torch, timm, prunesearch, and "data": counts and hashes.
+    checkpoint: path without suffix of the weights that were written, or None. schedule: with the thresholds that
+    were learned, None for fixed counts.
     """
 
     uid: str
@@ -75,6 +79,7 @@ class Evaluation:
     host: str = ""
     device: str = ""
     checkpoint: str | None = None
+    schedule: Schedule | None = None
 
     def value(self, metric: str) -> float:
         """The value of one metric; KeyError when it was not measured."""

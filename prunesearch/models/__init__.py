@@ -12,20 +12,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import torch.nn as nn
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
 from prunesearch.models import digits_vit, vision_transformer  # digits_vit registers the shipped model with timm
-from prunesearch.models.plan import PARTS
+from prunesearch.models.plan import PARTS, Plan, PlannedStep, make_parts, make_plan, threshold_unit
 from prunesearch.models.trace import Trace
 from prunesearch.models.weights import load_weights
 from prunesearch.schedule import ModelShape, Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["Trace", "apply_schedule", "digits_vit", "remove_schedule", "schedule_of", "shape_of", "trace"]
+__all__ = [
+    "PARTS",
+    "PlannedStep",
+    "Trace",
+    "apply_schedule",
+    "digits_vit",
+    "learned_parameters",
+    "learned_parts",
+    "remove_schedule",
+    "schedule_of",
+    "shape_of",
+    "steps_of",
+    "threshold_of",
+    "threshold_unit",
+    "trace",
+]
 
 FAMILIES = (vision_transformer,)
 
@@ -81,6 +96,25 @@ def learned_parts(model: nn.Module) -> tuple[str, ...]:
     if not isinstance(stages, nn.ModuleDict):
         return ()
     return tuple(f"{PARTS}.{key}.{name}" for key, stage in stages.items() for name, _ in stage.named_children())
+
+
+def learned_parameters(schedule: Schedule, shape: ModelShape) -> int:
+    """How many parameters a schedule adds to a model of this shape. Raises ScheduleError when it does not fit."""
+    with torch.device("meta"):
+        parts = make_parts(make_plan(schedule, shape), seed=0)
+    return 0 if parts is None else sum(parameter.numel() for parameter in parts.parameters())
+
+
+def steps_of(model: nn.Module) -> tuple[PlannedStep, ...]:
+    """The steps that a model takes on images of its own size, in their order; none without a schedule."""
+    plan = getattr(model, "_plan", None)
+    return plan.steps if isinstance(plan, Plan) else ()
+
+
+def threshold_of(model: nn.Module, step: PlannedStep) -> nn.Parameter | None:
+    """The threshold of a step as a parameter, or None when its stage has none."""
+    stages = getattr(model, PARTS, None)
+    return None if stages is None or step.key not in stages else stages[step.key].threshold
 
 
 def remove_schedule(model: Model) -> Model:

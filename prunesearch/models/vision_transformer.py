@@ -240,7 +240,8 @@ def _run_block(block: Any, block_plan: BlockPlan, run: Run, state: TokenState) -
     learning = state.present_Bn is not None and run.training
     if not block_plan.mid and not listening and not learning:
         return state._replace(tokens_BNC=block(state.tokens_BNC, attn_mask=bias), evidence=())
-    x, evidence = state.tokens_BNC, ()
+    x = state.tokens_BNC
+    evidence: tuple[Evidence, ...] = ()
     if listening or learning:
         attention, attended = attend(block.attn, block.norm1(x), bias, run.plan.shape, state.present_Bn, learning)
         x = x + block.drop_path1(block.ls1(attention))

@@ -25,6 +25,7 @@ def computed_excess(config: StudyConfig, schedule: Schedule) -> dict[str, float]
     values = {}
     for name, _ in config.limits:
         compute = METRICS[name].compute
-        if compute is not None:
-            values[name] = compute(config.model, schedule)
+        value = None if compute is None else compute(config.model, schedule)
+        if value is not None:
+            values[name] = value
     return excess(config, values)

@@ -27,7 +27,7 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     assert scene.scores_Bn is not None and scene.size_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
     merged = merge(scene, proportional_attention=proportional_attention)
-    assert merged.guests_BG is not None and merged.host_BG is not None
+    assert isinstance(merged, Grouping) and merged.guests_BG is not None and merged.host_BG is not None
     assert merged.guest_share_BG is not None and merged.host_share_BK is not None
     alike_B1 = scene.scores_Bn.var(dim=1, keepdim=True) < variance
     shares_BG = merged.guest_share_BG

@@ -88,7 +88,7 @@ def test_with_thresholds_an_image_does_not_depend_on_its_batch(score: str, verb:
         torch.testing.assert_close(model(x.flip(0)).flip(0), together.logits, atol=1e-5, rtol=1e-4)
         for step, counts in enumerate(together.counts):
             assert counts.tolist() == [one.counts[step].item() for one in alone]
-        if score != "random":
+        if score not in ("random", "predictor"):  # the one knows no image, the other is untrained
             assert len(set(together.counts[0].tolist())) > 1, "the threshold should tell these images apart"
         masked = trace(model, x, masked=True)
         torch.testing.assert_close(masked.logits, together.logits, atol=1e-5, rtol=1e-4)

@@ -15,6 +15,7 @@ from prunesearch.evaluate import finetune as module
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.finetune import (
+    DenseOutput,
     LossNotFinite,
     Progress,
     distillation_loss,
@@ -45,7 +46,7 @@ def run(budget: Budget, progress: Progress | None = None, model: torch.nn.Module
 
     def teacher(images, indices, mirrored):  # called once in each step, after the scheduler
         rates.append(optimizers[-1].param_groups[0]["lr"])
-        return torch.zeros(len(images), 10)
+        return DenseOutput(torch.zeros(len(images), 10))
 
     optimizers = []
     create = module.create_optimizer_v2
@@ -153,7 +154,7 @@ def test_flips_mirror_some_images_and_tell_the_teacher():
         expected = torch.where(mirrored[:, None, None, None], straight.flip(-1), straight)
         assert torch.equal(images, expected)
         seen.append(mirrored)
-        return torch.zeros(len(images), 10)
+        return DenseOutput(torch.zeros(len(images), 10))
 
     for augment in ("none", "flip"):
         settings = FinetuneConfig(batch_size=50, augment=augment)

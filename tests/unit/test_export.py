@@ -54,7 +54,7 @@ def test_the_exported_file_reproduces_the_measured_top1(tmp_path: Path) -> None:
     model = timm.create_model("vit_digits_patch1_8")
     apply_schedule(model, load_schedule(written[0]))
     model.load_state_dict(load_file(written[1]))
-    logits, labels = predict(model, open_data(STUDY.data, model)[1], 128, torch.device("cpu"), amp=False)
+    logits, labels, _ = predict(model, open_data(STUDY.data, model)[1], 128, torch.device("cpu"), amp=False)
     assert 100 * (logits.argmax(1) == labels).double().mean().item() == record.evaluation.value("top1")
     # and as `prunesearch evaluate` does, from the file alone
     _, pruned = measure_again(file, written[0].parent, metrics=("top1", "gmacs"))

@@ -1,0 +1,85 @@
+"""What a schedule adds to the training loss: holding learned decisions to their budget, kept tokens to the dense ones.
+
+Letters in tensor names as in `tokens/registry.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.config import FinetuneConfig
+from prunesearch.cost import estimate_cost, macs_of_counts
+from prunesearch.models import PlannedStep, Trace, schedule_of, shape_of, steps_of
+from prunesearch.schedule import ModelShape
+from prunesearch.tokens import REDUCERS
+
+
+def learns_decisions(model: nn.Module) -> bool:
+    """Whether the model's schedule decides by learned scores or thresholds, so that training runs masked."""
+    return any(step.decisions_learn for step in steps_of(model))
+
+
+def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
+    """Whether the loss compares final tokens with the dense model's: with a predictor, unless tokens were pooled."""
+    steps = steps_of(model)
+    predicts = any(step.stage.learns_to_score for step in steps)
+    return predicts and config.distill_tokens_weight > 0 and all(step.stage.reduce != "pool" for step in steps)
+
+
+class ScheduleLoss:
+    """The terms of one model; called with each batch's trace. Zero for schedules that learn no decisions."""
+
+    def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
+        self._config, self._shape, self._steps = config, shape_of(model), steps_of(model)
+        schedule = schedule_of(model)
+        self._target = None if schedule is None else schedule.target_gmacs
+        self._dense_macs = estimate_cost(self._shape).macs
+
+    def __call__(self, trace: Trace, dense_patches_BnC: Tensor | None) -> Tensor:
+        """The weighted sum. `dense_patches_BnC`: final normalised patch tokens of the dense model, if they count."""
+        config = self._config
+        loss = config.ratio_weight * ratio_loss(trace, self._steps, self._shape)
+        if self._target is not None:
+            share = macs_of_images(trace, self._steps, self._shape).mean() / self._dense_macs
+            miss = share - 1e9 * self._target / self._dense_macs
+            loss = loss + config.budget_weight * (miss.abs() if config.budget_loss == "absolute" else miss.square())
+        if dense_patches_BnC is not None:
+            loss = loss + config.distill_tokens_weight * token_loss(trace, dense_patches_BnC)
+        return loss
+
+
+def ratio_loss(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
+    """DynamicViT, eq. 10: squared distance of each image's kept fraction to its stage's, mean over both."""
+    first = len(steps) - len(trace.counts)
+    losses = []
+    for step, count_B in zip(steps[first:], trace.counts, strict=True):
+        if step.stage.learns_to_score and not step.stage.is_adaptive:
+            kept_B = count_B - REDUCERS[step.stage.reduce].extra_tokens
+            losses.append(((kept_B - step.step.kept) / shape.patch_tokens).square().mean())
+    return torch.stack(losses).mean() if losses else trace.logits.new_zeros(())
+
+
+def token_loss(trace: Trace, dense_patches_BnC: Tensor) -> Tensor:
+    """DynamicViT, eq. 12: mean squared distance of the tokens kept to the end to the dense model's."""
+    tokens = dense_patches_BnC.shape[1]  # a fused token, in a slot behind, has no counterpart
+    distance_Bn = (trace.patches_BnC[:, :tokens].float() - dense_patches_BnC.float()).square().mean(dim=-1)
+    if trace.present_Bn is None:
+        return distance_Bn.mean()
+    kept_Bn = trace.present_Bn[:, :tokens].detach()
+    return (distance_Bn * kept_Bn).sum() / kept_Bn.sum()
+
+
+def macs_of_images(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
+    """MACs of each image, (B,), by its own counts; with gradients to the decisions while training."""
+    return macs_by_counts(trace.counts, steps, shape, trace.logits.shape[0])
+
+
+def macs_by_counts(counts: Sequence[Tensor], steps: Sequence[PlannedStep], shape: ModelShape, images: int) -> Tensor:
+    """The same from counts as in a `Trace`."""
+    fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
+    after = [*fixed, *(count_B.double() for count_B in counts)]
+    macs, _, _ = macs_of_counts(shape, [step.step for step in steps], after)
+    return macs if isinstance(macs, Tensor) else torch.full((images,), float(macs), dtype=torch.float64)
