@@ -85,7 +85,8 @@ def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) ->
 
 def _stage_macs(shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: list[Count]) -> Count:
     stage, reducer = step.stage, REDUCERS[step.stage.reduce]
-    macs = reducer.macs(shape, before, after - reducer.extra_tokens)
+    # the rounding in a reducer's own (small) share has no derivative
+    macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))
     if stage.score == "none":
         return macs
     scorer = SCORERS[stage.score]
@@ -94,3 +95,7 @@ def _stage_macs(shape: ModelShape, step: Step, before: Count, after: Count, atte
     # a score comes from an attention, and that attention saw its own number of tokens: at mid this block's,
     # at pre the one of the block before
     return macs + scorer.macs(shape, attention_tokens[stage.block - (stage.at == "pre")])
+
+
+def _constant(count: Count) -> Count:
+    return count if isinstance(count, (int, float)) else count.detach()
