@@ -27,9 +27,10 @@ def export(
 ) -> list[Path]:
     """Write a candidate's schedule to `path`, with what was measured and how it was made; returns the files written.
 
-    weights: also copy its fine-tuned weights to the same name with .safetensors. When the study's copy is gone, the
-    task is run again to make them anew, which `say` announces. Raises StudyError for a candidate without a result, or
-    without weights of its own; RunError when the weights cannot be made again.
+    weights: also copy its fine-tuned weights to the same name with .safetensors; always done for a schedule that
+    learned a score or queries, which is of no use without them. When the study's copy is gone, the task is run again to
+    make them anew, which `say` announces. Raises StudyError for a candidate without a result, or without weights of its
+    own; RunError when the weights cannot be made again.
     """
     evaluation = record.evaluation
     if evaluation is None or evaluation.status != "complete":
@@ -38,10 +39,13 @@ def export(
             f"See `prunesearch front` for those worth having."
         )
     written = [path]
+    if record.schedule.needs_weights and not weights:
+        say("this schedule learned its decisions, so its weights come along")
+        weights = True
     if weights:
         written.append(_export_weights(record, evaluation, config, path.with_suffix(".safetensors"), say))
     save_schedule(
-        record.schedule,
+        evaluation.schedule or record.schedule,
         path,
         model=to_mapping(config.model),
         data=to_mapping(config.data) or {"name": config.data.name},
@@ -66,6 +70,11 @@ def export(
 def _export_weights(
     record: Record, evaluation: Evaluation, config: StudyConfig, target: Path, say: Callable[[str], None]
 ) -> Path:
+    if evaluation.images == 0 and record.schedule.needs_weights:
+        raise StudyError(
+            f"trial {record.number}: its schedule learns scores or queries, but it was measured without training. "
+            f"Possible: a study whose rungs train. Raise rungs[0].images."
+        )
     if evaluation.images == 0:
         raise StudyError(
             f"trial {record.number}: it was measured as it comes, so its weights are the model's own. "
@@ -134,20 +143,19 @@ def measure_again(
         raise UserError(
             f"{place}: it names no {missing}. Possible: --study FOLDER, or --{missing} NAME. Give one of them."
         )
-    tuned = model
-    if file.weights is not None:
-        tuned = replace(model, pretrained=False, checkpoint=str(folder / file.weights))
+    weights = None if file.weights is None else str(folder / file.weights)
     results = []
-    for schedule, with_weights in ((Schedule(), model), (Schedule(file.stages), tuned)):
+    for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(
             uid="evaluate",
-            model=with_weights,
+            model=model,
             data=data,
             schedule=schedule,
             budget=Budget(images=0),
             metrics=metrics,
             measure=measure or (study.measure if study else MeasureConfig()),
             device=device,
+            weights=with_weights,
             plugins=study.plugins if study else (),
         )
         result = evaluate(task)

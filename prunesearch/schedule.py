@@ -143,6 +143,17 @@ class Schedule:
         """Whether images keep different numbers of tokens."""
         return any(stage.is_adaptive for stage in self.stages)
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a stage's score or verb learns, so that the schedule is of no use without its weights. A threshold
+        does not count: the schedule holds it."""
+        from prunesearch.tokens import REDUCERS
+
+        return any(
+            stage.learns_to_score or (stage.reduce in REDUCERS and REDUCERS[stage.reduce].part is not None)
+            for stage in self.stages
+        )
+
     def __str__(self) -> str:
         target = "" if self.target_gmacs is None else f" towards {self.target_gmacs:g} GMACs"
         return ("; ".join(map(str, self.stages)) or "dense") + target

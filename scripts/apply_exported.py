@@ -16,7 +16,6 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 import prunesearch.models.digits_vit  # registers the shipped model with timm
 from prunesearch import apply_schedule, estimate_cost, load_schedule, shape_of
@@ -50,10 +49,8 @@ def main() -> None:
     dense = timm.create_model("vit_digits_patch1_8", pretrained=True).eval()
     pruned = timm.create_model("vit_digits_patch1_8", pretrained=True).eval()
 
+    apply_schedule(pruned, path)  # with the weights beside it, if the file names any
     schedule = load_schedule(path)
-    apply_schedule(pruned, schedule)
-    if path.with_suffix(".safetensors").exists():  # written by `prunesearch export --weights`
-        pruned.load_state_dict(load_file(path.with_suffix(".safetensors")))
 
     gmacs = [estimate_cost(shape_of(dense)).gmacs, estimate_cost(shape_of(dense), schedule).gmacs]
     speed = images_per_second([dense, pruned])
