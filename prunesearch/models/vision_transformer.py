@@ -34,10 +34,12 @@ from prunesearch.models.trace import Trace
 from prunesearch.models.vit_shape import gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
 from prunesearch.schedule import ModelShape, Schedule, reads_attention
-from prunesearch.tokens.masked import compact, take_masked_step
+from prunesearch.tokens.masked import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.tokens.registry import Attended
 from prunesearch.tokens.regroup import Evidence, TokenState, gather_evidence, take_step
 
+MOST_GROUPS = 8
+"""Into which a batch is parted when its images have different counts; measured in benchmarks/adaptive.md."""
 SUPPORTS = "timm VisionTransformer and VisionTransformerDistilled with plain blocks"
 
 
@@ -111,12 +113,15 @@ class _Reduced:
         x = self.norm_pre(self.patch_drop(x))
         plan = plan_for(self._plan, x.shape[1] - self._plan.shape.prefix_tokens)
         run = Run(plan, getattr(self, PARTS, None), self.training, self.training if masked is None else masked)
-        state = TokenState(x)
-        for block, block_plan in zip(self.blocks, plan.blocks, strict=True):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                state = checkpoint(_run_block, block, block_plan, run, state, use_reentrant=False)
-            else:
-                state = _run_block(block, block_plan, run, state)
+        if plan.counts_differ and not run.masked:
+            state = _run_in_groups(self.blocks, run, TokenState(x))
+        else:
+            state = TokenState(x)
+            for block, block_plan in zip(self.blocks, plan.blocks, strict=True):
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    state = checkpoint(_run_block, block, block_plan, run, state, use_reentrant=False)
+                else:
+                    state = _run_block(block, block_plan, run, state)
         return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
 
 
@@ -231,6 +236,19 @@ def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor) -> Tensor:
     # what an absent key would get has no bound, and its gradient should have one
     weights_BHNN = (logits_BHNN - largest).clamp(max=0.0).exp() * present_B11N
     return weights_BHNN / weights_BHNN.sum(dim=-1, keepdim=True)
+
+
+def _run_in_groups(blocks: Any, run: Run, state: TokenState) -> TokenState:
+    """The blocks, with the batch parted wherever its images come to have different counts: images with few tokens do
+    not wait for padding that others need."""
+    prefix = run.plan.shape.prefix_tokens
+    groups = [Group(None, state)]
+    for block, block_plan in zip(blocks, run.plan.blocks, strict=True):
+        groups = [Group(group.places_B, _run_block(block, block_plan, run, group.state)) for group in groups]
+        if any(step.stage.is_adaptive for step in (*block_plan.pre, *block_plan.mid)):
+            most = MOST_GROUPS // len(groups)
+            groups = [part for group in groups for part in split_by_count(group, prefix, most)]
+    return join_groups(groups, prefix)
 
 
 def _run_block(block: Any, block_plan: BlockPlan, run: Run, state: TokenState) -> TokenState:

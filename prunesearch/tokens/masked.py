@@ -7,6 +7,10 @@ masked pass and the gathered one give the same tokens.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +19,9 @@ from prunesearch.schedule import Stage, Step, count_of, options_of
 from prunesearch.tokens.registry import REDUCERS, Joining, MaskedInput, Pooled
 from prunesearch.tokens.regroup import Evidence, TokenState, equal_sizes, full_precision
 from prunesearch.tokens.select import above, best, draw
+
+LEAST_SAVED = 0.05
+"""Share of a batch's slots that a further group must save."""
 
 
 def take_masked_step(
@@ -110,6 +117,85 @@ def compact(
             for evidence in later
         ),
     )
+
+
+class Group(NamedTuple):
+    """Some images of a batch, which run together: their places in the batch (None: all of it) and their state."""
+
+    places_B: Tensor | None
+    state: TokenState
+
+
+def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
+    """Part images with few tokens from those with many, into at most `most` groups, each padded to its own largest.
+
+    Images are sorted by count and the cuts put where they save most padding; a cut that saves less than LEAST_SAVED of
+    the slots is not made. Waits for the device.
+    """
+    state = group.state
+    if state.present_Bn is None or most < 2:
+        return [group]
+    count_B = (state.present_Bn > 0).sum(dim=1)
+    sorted_B, order_B = count_B.sort(stable=True)
+    cuts = _cuts([count + prefix_tokens for count in sorted_B.tolist()], most)
+    groups = []
+    for places_B in order_B.tensor_split(cuts):
+        part = TokenState(
+            state.tokens_BNC[places_B],
+            None if state.size_Bn is None else state.size_Bn[places_B],
+            tuple(Evidence(*(None if x is None else x[places_B] for x in evidence)) for evidence in state.evidence),
+            state.present_Bn[places_B],
+            tuple(count[places_B] for count in state.counts),
+        )
+        part, evidence = compact(part, prefix_tokens, part.evidence)
+        own = places_B if group.places_B is None else group.places_B[places_B]
+        groups.append(Group(own, part._replace(evidence=evidence)))
+    return groups
+
+
+def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
+    """One state for the whole batch again, in its order, padded to the largest count."""
+    if len(groups) == 1 and groups[0].places_B is None:
+        return groups[0].state
+    places_B = torch.cat([group.places_B for group in groups])  # type: ignore[misc]
+    back_B = places_B.argsort()
+    states = [group.state for group in groups]
+    most = max(state.tokens_BNC.shape[1] for state in states) - prefix_tokens
+
+    def padded(values: Sequence[Tensor], before: int) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, before + most - x.shape[1])) for x in values])[back_B]
+
+    present = [
+        torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0]) if state.present_Bn is None else state.present_Bn
+        for state in states
+    ]
+    sizes = [state.size_Bn for state in states if state.size_Bn is not None]
+    return TokenState(
+        padded([state.tokens_BNC for state in states], prefix_tokens),
+        padded(sizes, 0) if sizes else None,
+        present_Bn=padded(present, 0),
+        counts=tuple(torch.cat(count)[back_B] for count in zip(*(state.counts for state in states), strict=True)),
+    )
+
+
+def _cuts(counts: list[int], most: int) -> list[int]:
+    """Where to cut ascending counts: one cut after another, each where it saves most slots."""
+    cuts: list[int] = []
+    slots = len(counts) * counts[-1]
+    while len(cuts) < most - 1:
+        edges = [0, *sorted(cuts), len(counts)]
+        saved, where = max(
+            (
+                ((cut - low) * (counts[high - 1] - counts[cut - 1]), cut)
+                for low, high in itertools.pairwise(edges)
+                for cut in range(low + 1, high)
+            ),
+            default=(0, 0),
+        )
+        if saved < LEAST_SAVED * slots:
+            break
+        cuts.append(where)
+    return sorted(cuts)
 
 
 def kept_of_each(stage: Stage, present_Bn: Tensor) -> Tensor:

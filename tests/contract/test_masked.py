@@ -14,6 +14,7 @@ from prunesearch.models import apply_schedule, schedule_of, trace
 from prunesearch.models.vision_transformer import masked_softmax
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
+from prunesearch.tokens.masked import _cuts
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 
@@ -195,3 +196,29 @@ def test_the_schedule_of_a_model_has_its_thresholds_as_they_are() -> None:
 def test_what_cannot_be_combined_is_refused(stages: tuple[Stage, ...], says: str) -> None:
     with pytest.raises(ScheduleError, match=says):
         apply_schedule(small_model(), Schedule(stages))
+
+
+def test_groups_of_a_batch_compute_what_the_padded_batch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_model("avg"), images(8)
+    stages = (
+        Stage(1, score="attention_received", threshold=0.026, reduce="fuse"),
+        Stage(2, at="pre", score="value_weighted", threshold=0.05),
+        Stage(3, threshold=0.99, reduce="merge"),
+    )
+    apply_schedule(model, Schedule(stages))
+    outcomes = []
+    for most in (1, 2, 100):
+        monkeypatch.setattr("prunesearch.models.vision_transformer.MOST_GROUPS", most)
+        with torch.no_grad():
+            outcomes.append(trace(model, x))
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome.logits, outcomes[0].logits, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(outcome.present_Bn, outcomes[0].present_Bn)
+        for one, other in zip(outcome.counts, outcomes[0].counts, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_cuts_separate_few_tokens_from_many() -> None:
+    assert _cuts([5, 5, 5, 50, 50, 50], 8) == [3]
+    assert _cuts([5, 5, 50, 50], 1) == [] and _cuts([7, 7, 7], 4) == []
+    assert _cuts([1, 2, 30, 31, 90, 91], 3) == [2, 4]
