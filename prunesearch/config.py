@@ -79,6 +79,15 @@ class Range:
 
 
 @dataclass(frozen=True)
+class ThresholdRange:
+    """A range of thresholds, or of targets, to search over; continuous."""
+
+    low: float = _field("smallest value")
+    high: float = _field("largest value")
+    log: bool = _field("look at ratios, not at distances; low must be above 0", False)
+
+
+@dataclass(frozen=True)
 class BlockSpace:
     """The space of one block; what is absent is taken from the space around it."""
 
@@ -87,6 +96,9 @@ class BlockSpace:
     at: tuple[str, ...] | None = _field("places to choose from: mid, pre", None)
     score: tuple[str, ...] | None = _field("scores to choose from", None)
     reduce: tuple[str, ...] | None = _field("reduce verbs to choose from", None)
+    amount: tuple[str, ...] | None = _field("keep, threshold, none", None)
+    threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of scores to choose from", None)
+    merge_threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of cosines to choose from", None)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,20 @@ class SpaceConfig:
     at: tuple[str, ...] = _field("places to choose from: mid (after attention), pre (before the block)", ("mid",))
     score: tuple[str, ...] = _field("scores to choose from", ("class_attention",))
     reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",))
-    same: tuple[Literal["at", "score", "reduce", "keep"], ...] = _field(
+    amount: tuple[str, ...] = _field(
+        "how a stage says how many tokens stay: keep (a ratio), threshold (each image its own number), none (no stage)",
+        ("keep",),
+    )
+    threshold: tuple[float, ...] | ThresholdRange | None = _field(
+        "thresholds of scores to choose from; scores are shares, so 1/patch tokens is a typical one", None
+    )
+    merge_threshold: tuple[float, ...] | ThresholdRange | None = _field(
+        "thresholds of the cosine of a pair to choose from, for merge", None
+    )
+    target_gmacs: tuple[float, ...] | ThresholdRange | None = _field(
+        "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay", None
+    )
+    same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold"], ...] = _field(
         "choices that all stages of a schedule share", ()
     )
     max_stages: int | None = _field("most stages a schedule may have", None, low=1)
@@ -237,7 +262,12 @@ class StudyConfig:
     metrics: tuple[str, ...] = _field("further metrics to record", ())
     finetune: FinetuneConfig = _field("how candidates are trained", FinetuneConfig())
     measure: MeasureConfig = _field("how candidates are measured", MeasureConfig())
-    rungs: tuple[Budget, ...] = _field("budgets; one rung for now", (Budget(images=0),))
+    rungs: tuple[Budget, ...] = _field(
+        "budgets, the smallest first; every candidate gets the first one, the best of a rung go on to the next, and the "
+        "front is that of the last",
+        (Budget(images=0),),
+    )
+    promote: int = _field("one in so many candidates of a rung goes on to the next", 3, low=2)
     sampler: SamplerConfig = _field("who proposes candidates", SamplerConfig())
     workers: WorkersConfig = _field("where candidates are evaluated", WorkersConfig())
     stop: StopConfig = _field("when the search is done", StopConfig())

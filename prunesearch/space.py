@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Protocol, TypeVar, cast
 
-from prunesearch.config import BlockSpace, Range, SpaceConfig
+from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import ModelShape, Place, Schedule, Stage, canonical, resolve
-from prunesearch.tokens import REDUCERS
+from prunesearch.tokens import REDUCERS, SCORERS
 
 Value = float | str
+Values = tuple[Value, ...] | Range | ThresholdRange
+FIELDS = ("amount", "keep", "threshold", "merge_threshold", "at", "score", "reduce")
+"""What a stage of a search is made of; each is one parameter per block, or one for all (space.same)."""
 T = TypeVar("T")
 
 
@@ -32,11 +35,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number from low to high (inclusive); on a grid when it has a step, else continuous."""
+    """A number from low to high (inclusive); on a grid when it has a step, else continuous. log: of ratios."""
 
     low: float
     high: float
     step: float | None
+    log: bool = False
 
 
 Dimension = Choice | Interval
@@ -46,7 +50,9 @@ class Trial(Protocol):
     """What `suggest` needs of an Optuna trial."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
 
 
 def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
@@ -65,7 +71,8 @@ def suggest(trial: Trial, space: SpaceConfig, shape: ModelShape) -> Schedule:
         if isinstance(dimension, Choice):
             parameters[name] = trial.suggest_categorical(name, dimension.values)
         else:
-            parameters[name] = trial.suggest_float(name, dimension.low, dimension.high, step=dimension.step)
+            low, high, step, log = dimension.low, dimension.high, dimension.step, dimension.log
+            parameters[name] = trial.suggest_float(name, low, high, step=step, log=log)
     return schedule_from(parameters, space, shape)
 
 
@@ -86,22 +93,32 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
 
     Parameters without effect get their first choice.
     """
-    schedule = Schedule(tuple(stage for stage in schedule.stages if stage.keep != 1.0))
+    schedule = replace(schedule, stages=tuple(stage for stage in schedule.stages if stage.keep != 1.0))
     if space.max_stages is not None and len(schedule.stages) > space.max_stages:
         return None
     by_block = {stage.block: stage for stage in schedule.stages}
     parameters: dict[str, Value] = {}
+    if schedule.target_gmacs is not None:
+        parameters["target_gmacs"] = schedule.target_gmacs
     for block in blocks_of(space):
         stage = by_block.get(block.block)
-        keep = 1.0 if stage is None else stage.keep
-        if keep is None:
+        if stage is None:
+            parameters[_name("amount", block, space)] = "none" if "none" in block.amount else "keep"
+            if "none" not in block.amount:
+                parameters[_name("keep", block, space)] = 1.0
+            continue
+        if stage.keep is not None:
+            parameters[_name("amount", block, space)] = "keep"
+            parameters[_name("keep", block, space)] = stage.keep
+        elif stage.threshold is not None:
+            parameters[_name("amount", block, space)] = "threshold"
+            parameters[_name(_threshold_field(stage.reduce), block, space)] = stage.threshold
+        else:
             return None  # an absolute count
-        parameters[_name("keep", block, space)] = keep
-        if stage is not None:
-            parameters[_name("at", block, space)] = stage.at
-            parameters[_name("reduce", block, space)] = stage.reduce
-            if REDUCERS[stage.reduce].ranks:
-                parameters[_name("score", block, space)] = stage.score
+        parameters[_name("at", block, space)] = stage.at
+        parameters[_name("reduce", block, space)] = stage.reduce
+        if REDUCERS[stage.reduce].ranks:
+            parameters[_name("score", block, space)] = stage.score
     full: dict[str, Value] = {}
     for name, dimension in dimensions(space).items():
         value = parameters.get(name, _first(dimension))
@@ -135,10 +152,15 @@ def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
 
 def uid_of(schedule: Schedule, shape: ModelShape) -> str:
     """12 hexadecimal digits that all spellings of the same schedule share. Raises ScheduleError as `resolve`."""
-    stages = [
+    written = canonical(schedule, shape)
+    stages: list[object] = [
         (stage.block, stage.at, stage.score, stage.tokens, stage.reduce, stage.options)
-        for stage in canonical(schedule, shape).stages
+        if stage.tokens is not None
+        else (stage.block, stage.at, stage.score, stage.keep, stage.threshold, stage.reduce, stage.options)
+        for stage in written.stages
     ]
+    if written.target_gmacs is not None:
+        stages.append(written.target_gmacs)
     return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
 
 
@@ -154,6 +176,9 @@ class BlockChoices:
     at: tuple[str, ...]
     score: tuple[str, ...]
     reduce: tuple[str, ...]
+    amount: tuple[str, ...]
+    threshold: tuple[float, ...] | ThresholdRange | None
+    merge_threshold: tuple[float, ...] | ThresholdRange | None
 
 
 def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
@@ -170,6 +195,9 @@ def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
                 own_or_shared(own.at, space.at),
                 own_or_shared(own.score, space.score),
                 own_or_shared(own.reduce, space.reduce),
+                own_or_shared(own.amount, space.amount),
+                own_or_shared(own.threshold, space.threshold),
+                own_or_shared(own.merge_threshold, space.merge_threshold),
             )
         )
     return blocks
@@ -179,45 +207,69 @@ def _name(field: str, block: BlockChoices, space: SpaceConfig) -> str:
     return field if field in space.same else f"block{block.block}.{field}"
 
 
-def _fields(space: SpaceConfig) -> dict[str, tuple[Value, ...] | Range]:
-    """All fields of all blocks by parameter name, also those with a single value."""
-    fields: dict[str, tuple[Value, ...] | Range] = {}
+def _fields(space: SpaceConfig) -> dict[str, Values]:
+    """All fields of all blocks by parameter name, also those with a single value; without those nothing would read."""
+    fields: dict[str, Values] = {}
     for block in blocks_of(space):
-        fields[_name("keep", block, space)] = block.keep
-        fields[_name("at", block, space)] = block.at
-        fields[_name("reduce", block, space)] = block.reduce
-        if any(REDUCERS[verb].ranks for verb in block.reduce):  # no verb would read it otherwise
-            fields[_name("score", block, space)] = block.score
+        given: dict[str, Values | None] = {"amount": block.amount, "at": block.at, "reduce": block.reduce}
+        if "keep" in block.amount:
+            given["keep"] = block.keep
+        if "threshold" in block.amount:
+            given |= {_threshold_field(verb): getattr(block, _threshold_field(verb)) for verb in block.reduce}
+        if any(REDUCERS[verb].ranks for verb in block.reduce):
+            given["score"] = block.score
+        fields |= {_name(field, block, space): values for field, values in given.items() if values is not None}
+    if space.target_gmacs is not None:
+        fields["target_gmacs"] = space.target_gmacs
     return fields
 
 
 def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
     fields = _fields(space)
 
-    def value(field: str, block: BlockChoices) -> Value:
-        name = _name(field, block, space)
+    def value(name: str) -> Value:
         values = fields[name]
         given = parameters.get(name)
         if given is None:
-            return values.low if isinstance(values, Range) else values[0]
+            return values[0] if isinstance(values, tuple) else values.low
         return _exact(values, given)
 
     stages = []
     for block in blocks_of(space):
-        keep = float(value("keep", block))
-        if keep < 1.0:
-            reduce = str(value("reduce", block))
-            score = str(value("score", block)) if REDUCERS[reduce].ranks else "none"
-            at = cast(Place, value("at", block))
-            stages.append(Stage(block.block, at=at, score=score, keep=keep, reduce=reduce))
-    return Schedule(tuple(stages))
+        name = {field: _name(field, block, space) for field in FIELDS}
+        reduce = str(value(name["reduce"]))
+        score = str(value(name["score"])) if REDUCERS[reduce].ranks else "none"
+        amount = str(value(name["amount"]))
+        if amount == "threshold" and not takes_threshold(score, reduce) and "keep" in block.amount:
+            amount = "keep"
+        if amount == "none" or (amount == "keep" and value(name["keep"]) == 1.0):
+            continue
+        keep = float(value(name["keep"])) if amount == "keep" else None
+        threshold = float(value(name[_threshold_field(reduce)])) if amount == "threshold" else None
+        at = cast(Place, value(name["at"]))
+        stages.append(Stage(block.block, at=at, score=score, keep=keep, threshold=threshold, reduce=reduce))
+    adaptive = any(stage.is_adaptive for stage in stages)
+    target = float(value("target_gmacs")) if adaptive and "target_gmacs" in fields else None
+    return Schedule(tuple(stages), target)
+
+
+def takes_threshold(score: str, reduce: str) -> bool:
+    """Whether a search gives a stage a threshold: learned scores come with a count, to which they are trained."""
+    learns = score in SCORERS and SCORERS[score].part is not None
+    return REDUCERS[reduce].takes_threshold and not learns
+
+
+def _threshold_field(reduce: str) -> str:
+    return "threshold" if REDUCERS[reduce].ranks else "merge_threshold"
 
 
 # --- one parameter -----------------------------------------------------------------------------------------------
 
 
-def _dimension(values: tuple[Value, ...] | Range) -> Dimension | None:
+def _dimension(values: Values) -> Dimension | None:
     """None when there is nothing to choose."""
+    if isinstance(values, ThresholdRange):
+        return Interval(values.low, values.high, None, values.log) if values.low < values.high else None
     if isinstance(values, Range):
         return Interval(values.low, values.high, values.step) if values.low < values.high else None
     if len(values) < 2:
@@ -240,9 +292,9 @@ def grid_of(interval: Interval | Range) -> Iterator[float]:
     return (float(low + index * step) for index in range(int((high - low) / step) + 1))
 
 
-def _exact(values: tuple[Value, ...] | Range, given: Value) -> Value:
+def _exact(values: Values, given: Value) -> Value:
     """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid."""
-    if isinstance(given, str):
+    if isinstance(given, str) or isinstance(values, ThresholdRange):
         return given
     on_grid = values if not isinstance(values, Range) else tuple(grid_of(values)) if values.step is not None else None
     return given if on_grid is None else min(on_grid, key=lambda value: abs(float(value) - given))

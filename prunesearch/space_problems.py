@@ -5,31 +5,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import cast
 
-from prunesearch.config import BlockSpace, Range, SpaceConfig
+from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
+from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import PLACES, ModelShape, Place, Schedule, Stage, resolve
-from prunesearch.space import Value, blocks_of, grid_of
+from prunesearch.space import FIELDS, Value, blocks_of, grid_of, takes_threshold
 from prunesearch.tokens import REDUCERS, SCORERS
+
+AMOUNTS = ("keep", "threshold", "none")
 
 
 def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """Every mistake of a space for a model, one sentence or two for each, with its field. Empty when all is well."""
     problems = _block_problems(space, shape)
-    problems += _value_problems("space", space.keep, space.at, space.score, space.reduce)
+    problems += _value_problems("space", space)
     for index, own in enumerate(space.blocks):
         if isinstance(own, BlockSpace):
             place = f"space.blocks[{index}]"
-            problems += _value_problems(place, own.keep, own.at, own.score, own.reduce)
+            problems += _value_problems(place, own)
             problems += [
                 f"{place}.{field}: all blocks share {field} (space.same). Possible: no own choice here. "
                 f"Leave it out, or take {field} out of space.same."
                 for field in space.same
                 if getattr(own, field) is not None
             ]
-    return problems or _pair_problems(space, shape)
+    return problems or _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
@@ -49,16 +53,21 @@ def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     return problems
 
 
-def _value_problems(
-    place: str,
-    keep: tuple[float, ...] | Range | None,
-    at: tuple[str, ...] | None,
-    score: tuple[str, ...] | None,
-    reduce: tuple[str, ...] | None,
-) -> list[str]:
+def _value_problems(place: str, given: SpaceConfig | BlockSpace) -> list[str]:
     """Mistakes of the lists in themselves, whatever the block. None is not given."""
+    keep = given.keep
     problems = _range_problems(place, keep) if isinstance(keep, Range) else []
-    lists: dict[str, tuple[Value, ...]] = {"at": at or (), "score": score or (), "reduce": reduce or ()}
+    problems += _threshold_problems(f"{place}.threshold", given.threshold)
+    problems += _threshold_problems(f"{place}.merge_threshold", given.merge_threshold)
+    lists: dict[str, tuple[Value, ...]] = {
+        "at": given.at or (),
+        "score": given.score or (),
+        "reduce": given.reduce or (),
+        "amount": given.amount or (),
+    }
+    for field in ("threshold", "merge_threshold"):
+        if isinstance(getattr(given, field), tuple):
+            lists[field] = getattr(given, field)
     if isinstance(keep, tuple):
         lists["keep"] = keep
         problems += [
@@ -66,9 +75,11 @@ def _value_problems(
             for value in keep
             if not 0 < value <= 1
         ]
-    for field, given in (("keep", keep), ("at", at), ("score", score), ("reduce", reduce)):
-        if given == ():
-            problems.append(f"{place}.{field}: is empty. Possible: one value or more. Name one.")
+    problems += [
+        f"{place}.{field}: is empty. Possible: one value or more. Name one."
+        for field in FIELDS
+        if getattr(given, field) == ()
+    ]
     problems += [
         f"{place}.{field}: {value!r} is there {values.count(value)} times. Keep one of them."
         for field, values in lists.items()
@@ -80,6 +91,11 @@ def _value_problems(
             problems.append(
                 f"{place}.at: {name!r}; possible: {', '.join(PLACES)}.{did_you_mean(name, PLACES)} Choose one of those."
             )
+    problems += [
+        f"{place}.amount: {name!r}; possible: {', '.join(AMOUNTS)}.{did_you_mean(name, AMOUNTS)} Choose one of those."
+        for name in lists["amount"]
+        if name not in AMOUNTS
+    ]
     problems += [f"{place}.score: {SCORERS.unknown(name)}" for name in lists["score"] if not _known(name, SCORERS)]
     problems += [f"{place}.reduce: {REDUCERS.unknown(name)}" for name in lists["reduce"] if name not in REDUCERS]
     return problems
@@ -104,6 +120,73 @@ def _range_problems(place: str, keep: Range) -> list[str]:
     ]
 
 
+def _threshold_problems(place: str, given: tuple[float, ...] | ThresholdRange | None) -> list[str]:
+    if not isinstance(given, ThresholdRange):
+        return []
+    problems = []
+    if given.low > given.high:
+        problems.append(f"{place}: low {given.low:g} is above high {given.high:g}. Swap them.")
+    if given.log and given.low <= 0:
+        problems.append(f"{place}: low is {given.low:g}; possible with log: above 0. Raise it, or leave log out.")
+    return problems
+
+
+def _unread(space: SpaceConfig) -> list[str]:
+    """What is given but would have no effect, or is missing for what was asked."""
+    problems = []
+    blocks = blocks_of(space)
+    for field, ranks in (("threshold", True), ("merge_threshold", False)):
+        readers = [
+            block.block
+            for block in blocks
+            if "threshold" in block.amount
+            and any(REDUCERS[verb].takes_threshold and REDUCERS[verb].ranks == ranks for verb in block.reduce)
+        ]
+        lacking = [block.block for block in blocks if block.block in readers and getattr(block, field) is None]
+        example = "{low: 0.001, high: 0.05, log: true}" if ranks else "[0.7, 0.8, 0.9]"
+        if lacking:
+            problems.append(
+                f"space.{field}: amount threshold is possible at block {lacking[0]}, but no {field} is given. "
+                f"Possible: a list or a range. Write for example {field}: {example}."
+            )
+        if getattr(space, field) is not None and not readers:
+            problems.append(
+                f"space.{field}: no block can take it. Possible: amount: [threshold] with verbs that do. "
+                f"Leave it out, or add threshold to amount."
+            )
+    ranking = any(REDUCERS[verb].ranks for block in blocks for verb in block.reduce)
+    if not ranking and space.score != SpaceConfig.score:
+        problems.append("space.score: no verb here ranks tokens, so a score has no effect. Leave it out.")
+    for index, own in enumerate(space.blocks):
+        if isinstance(own, BlockSpace) and own.score is not None:
+            verbs = own.reduce or space.reduce
+            if not any(REDUCERS[verb].ranks for verb in verbs):
+                problems.append(
+                    f"space.blocks[{index}].score: {', '.join(verbs)} ranks no tokens, so a score has no effect. "
+                    f"Leave it out."
+                )
+    return problems
+
+
+def _target_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    target = space.target_gmacs
+    if target is None:
+        return []
+    if not any("threshold" in block.amount for block in blocks_of(space)):
+        return [
+            "space.target_gmacs: no stage can have a threshold that would move towards it. Possible: amount: "
+            "[threshold]. Leave it out, or add threshold to amount."
+        ]
+    problems = _threshold_problems("space.target_gmacs", target)
+    dense = estimate_cost(shape).gmacs
+    for value in target if isinstance(target, tuple) else (target.low, target.high):
+        if not 0 < value <= dense:
+            problems.append(
+                f"space.target_gmacs: {value:g}; possible: above 0, up to the dense model's {dense:.4g}. Correct it."
+            )
+    return problems
+
+
 def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """Combinations of choices that can never become a stage, whatever the keep ratio."""
     problems: dict[str, None] = {}
@@ -111,8 +194,17 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
         keeps = _sample(block.keep)
         scores = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
         scores += [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
-        for at, (verb, score) in itertools.product(block.at, scores):
-            stages = [Stage(block.block, at=cast(Place, at), score=score, keep=keep, reduce=verb) for keep in keeps]
+        for at, (verb, score), amount in itertools.product(block.at, scores, block.amount):
+            stage = partial(Stage, block.block, at=cast(Place, at), score=score, reduce=verb)
+            stages = [stage(keep=keep) for keep in keeps] if amount == "keep" else []
+            if amount == "threshold" and takes_threshold(score, verb):
+                stages = [stage(threshold=1.0)]
+            elif amount == "threshold" and "keep" not in block.amount:
+                what = verb if score == "none" else f"{verb} by {score}"
+                problems[
+                    f"space.blocks[{index}]: amount is threshold, but {what} takes a count. Possible: keep in amount, "
+                    f"or verbs and scores that take a threshold. Change one of them."
+                ] = None
             refusals = [_refusal(stage, shape) for stage in stages]
             if refusals and all(refusals):
                 problems[f"space.blocks[{index}]: {refusals[-1]}"] = None

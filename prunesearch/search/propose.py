@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def _mutated(parameters: dict[str, Value], space: dict[str, Dimension], generato
 def _any_value(dimension: Dimension, generator: random.Random) -> Value:
     if isinstance(dimension, Choice):
         return generator.choice(dimension.values)
+    if dimension.log:
+        return math.exp(generator.uniform(math.log(dimension.low), math.log(dimension.high)))
     if dimension.step is None:
         return generator.uniform(dimension.low, dimension.high)
     steps = round((dimension.high - dimension.low) / dimension.step)

@@ -184,7 +184,7 @@ def _with_fixed_space(sampler: BaseSampler, space: dict[str, BaseDistribution]) 
 def _distribution(dimension: Dimension) -> BaseDistribution:
     if isinstance(dimension, Choice):
         return CategoricalDistribution(dimension.values)
-    return FloatDistribution(dimension.low, dimension.high, step=dimension.step)
+    return FloatDistribution(dimension.low, dimension.high, step=dimension.step, log=dimension.log)
 
 
 @contextmanager

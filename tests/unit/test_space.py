@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from fake_search import SHAPE, SPACE
 
-from prunesearch.config import BlockSpace, Range, SpaceConfig
+from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.space import (
@@ -37,8 +38,12 @@ class RandomTrial:
         self.asked.add(name)
         return self.random.choice(choices)
 
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None) -> float:
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
         self.asked.add(name)
+        if log:
+            return math.exp(self.random.uniform(math.log(low), math.log(high)))
         if step is None:
             return self.random.uniform(low, high)
         return low + self.random.randint(0, round((high - low) / step)) * step
@@ -52,7 +57,25 @@ SPACES = {
     "same": replace(SPACE, same=("keep", "at", "score", "reduce"), at=("pre", "mid")),
     "few": replace(SPACE, max_stages=2),
     "own": replace(SPACE, blocks=(1, BlockSpace(2, keep=(0.7,), reduce=("drop",)), BlockSpace(4, reduce=("merge",)))),
-    "merge": replace(SPACE, reduce=("merge",)),
+    "merge": replace(SPACE, reduce=("merge",), score=("class_attention",)),
+    "adaptive": replace(
+        SPACE,
+        reduce=("drop",),
+        amount=("threshold", "none"),
+        threshold=ThresholdRange(1e-3, 0.05, log=True),
+        target_gmacs=ThresholdRange(0.004, 0.01),
+    ),
+    "everything": SpaceConfig(
+        blocks=(1, BlockSpace(2, amount=("threshold",), reduce=("merge", "drop"), score=("key_norm",)), 3, 4, 5, 6),
+        keep=(0.3, 0.5, 0.7, 1.0),
+        at=("mid", "pre"),
+        score=("class_attention", "predictor", "attention_received"),
+        reduce=("drop", "fuse", "squeeze", "merge", "absorb", "pool"),
+        amount=("keep", "threshold", "none"),
+        threshold=ThresholdRange(1e-3, 0.05, log=True),
+        merge_threshold=(0.7, 0.8, 0.9, 0.97),
+        target_gmacs=(0.005, 0.007, 0.01),
+    ),
 }
 
 
@@ -65,7 +88,7 @@ def test_candidates_lie_in_the_space_and_come_back_from_their_schedule(space: Sp
         try:
             schedule = suggest(trial, space, SHAPE)
         except ScheduleError:
-            assert space.max_stages is not None or "merge" in space.reduce
+            assert space.max_stages is not None or {"merge", "drop_or_merge"} & set(space.reduce)
             continue
         finally:
             assert trial.asked == set(dimensions(space))  # every parameter, whatever the others are
@@ -184,7 +207,34 @@ def test_a_finite_space_can_be_counted() -> None:
         ({"blocks": (BlockSpace(2, at=("mid",)),), "same": ("at",)}, "space.blocks[0].at: all blocks share at"),
         ({"blocks": (0,), "at": ("pre", "mid")}, "space.blocks[0]: stage at block 0 (pre): class_attention at pre"),
         ({"score": ("none", "key_norm")}, "drop needs a score, but score is none"),
-        ({"keep": (0.1, 0.2), "reduce": ("merge",)}, "merge cannot go from 64 to 13 patch tokens"),
+        (
+            {"keep": (0.1, 0.2), "reduce": ("merge",), "score": ("class_attention",)},
+            "merge cannot go from 64 to 13 patch tokens",
+        ),
+        ({"reduce": ("pool",)}, "space.score: no verb here ranks tokens"),
+        (
+            {"blocks": (BlockSpace(2, reduce=("pool",), score=("key_norm",)), 3)},
+            "space.blocks[0].score: pool ranks no tokens",
+        ),
+        ({"amount": ("treshold",)}, "space.amount: 'treshold'; possible: keep, threshold, none. Did you mean \"thresh"),
+        (
+            {"amount": ("keep", "threshold")},
+            "space.threshold: amount threshold is possible at block 1",
+        ),
+        ({"amount": ("threshold",), "threshold": (0.1,)}, "but no merge_threshold is given"),
+        ({"threshold": (0.1,)}, "space.threshold: no block can take it"),
+        ({"threshold": ThresholdRange(0.2, 0.1)}, "space.threshold: low 0.2 is above high 0.1"),
+        ({"threshold": ThresholdRange(0.0, 0.1, log=True)}, "low is 0; possible with log: above 0"),
+        ({"target_gmacs": (0.005,)}, "space.target_gmacs: no stage can have a threshold"),
+        (
+            {"amount": ("threshold",), "threshold": (0.1,), "reduce": ("drop",), "target_gmacs": (5.0,)},
+            "space.target_gmacs: 5; possible: above 0, up to the dense model's 0.01",
+        ),
+        (
+            {"amount": ("threshold",), "threshold": (0.1,), "reduce": ("drop",), "score": ("predictor",)},
+            "amount is threshold, but drop by predictor takes a count",
+        ),
+        ({"score": ("predictor",), "reduce": ("drop_or_merge",)}, "drop_or_merge cannot follow a stage that learns"),
     ],
 )
 def test_mistakes_are_named_with_their_field(changes: dict[str, Any], says: str) -> None:
