@@ -5,7 +5,7 @@
 
 The images are noise whose contrast differs from patch to patch and from image to image, and a scorer of this script
 takes the length of a token, so that how much counts differ can be set. Thresholds keep 70 % of the tokens on average at
-blocks 3, 6 and 9. All ways run in turn, in one process, on the same images; that they compute the same is checked first.
+blocks 3, 6 and 9. All ways run in turn, in one process, on the same images; that they agree is checked first.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def rows_for(name: str, spread: float, batch: int, rounds: int, device: torch.de
     speed = {
         way: median(a / b for a, b in zip(times["dense model"], taken, strict=True)) for way, taken in times.items()
     }
+    share = macs / estimate_cost(shape).macs
     header = (
-        f"\n**{name}**: {macs / estimate_cost(shape).macs:.0%} of the dense MACs, {int(last.min())} to {int(last.max())} "
+        f"\n**{name}**: {share:.0%} of the dense MACs, {int(last.min())} to {int(last.max())} "
         f"patch tokens at the end, batch {batch}\n\n| way | speed, dense = 1 |\n|---|---|"
     )
     return [header, *(f"| {way} | {value:.2f} |" for way, value in speed.items())]
@@ -133,8 +134,8 @@ def main() -> None:
         "# Images with different numbers of tokens in one batch",
         "",
         f"`python scripts/benchmark_adaptive.py --batch {given.batch} --rounds {given.rounds}` on {hardware}, torch "
-        f"{torch.__version__}. DeiT-T with random weights; median of {given.rounds} rounds in which all ways take turns. All "
-        "but the first two compute the same logits (checked).",
+        f"{torch.__version__}. DeiT-T with random weights; median of {given.rounds} rounds in which all ways take turns. "
+        "All but the first two compute the same logits (checked).",
     ]
     for name, spread in SPREADS.items():
         lines += rows_for(name, spread, given.batch, given.rounds, device)
