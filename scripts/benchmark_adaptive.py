@@ -134,8 +134,8 @@ def main() -> None:
         "# Images with different numbers of tokens in one batch",
         "",
         f"`python scripts/benchmark_adaptive.py --batch {given.batch} --rounds {given.rounds}` on {hardware}, torch "
-        f"{torch.__version__}. DeiT-T with random weights; median of {given.rounds} rounds in which all ways take turns. "
-        "All but the first two compute the same logits (checked).",
+        f"{torch.__version__}. DeiT-T with random weights; median of {given.rounds} rounds, all ways in turn. All "
+        "but the first two compute the same logits (checked).",
     ]
     for name, spread in SPREADS.items():
         lines += rows_for(name, spread, given.batch, given.rounds, device)

@@ -101,9 +101,7 @@ METHODS = (
     Method("ToMe", tome),
     Method("DiffRate's verbs", diffrate),
     Method("PatchMerger", patch_merger, trained=True),
-    Method(
-        "DynamicViT", "NeurIPS 21", lambda shape, x: three_stages(shape, x, "predictor", "drop", "pre"), trained=True
-    ),
+    Method("DynamicViT", lambda shape, x: three_stages(shape, x, "predictor", "drop", "pre"), trained=True),
     Method("dTPS", lambda shape, x: three_stages(shape, x, "predictor", "squeeze", "pre"), trained=True),
     Method("AS-ViT", as_vit),
     Method("LTMP", ltmp),
@@ -228,9 +226,9 @@ def report(rows: Sequence[Row], config: StudyConfig, images: int, seeds: int, co
         f"# Methods at the same cost: {config.name}",
         "",
         f"`{command}`. Model {config.model.name}; top-1 in %, as it comes (without any training; nothing to show for",
-        f"methods that learn a score or queries), and after {images} images of fine-tuning with distillation, {seeds} seeds,",
-        "mean ± standard deviation. MACs as a share of the dense model's. Thresholds start from keeping everything, are",
-        "trained towards the share and then calibrated on it.",
+        f"methods that learn a score or queries), and after {images} images of fine-tuning with distillation,",
+        f"{seeds} seeds, mean ± standard deviation. MACs as a share of the dense model's. Thresholds start from keeping",
+        "everything, are trained towards the share and then calibrated on it.",
         "",
         "| method | MACs | as it comes | fine-tuned |",
         "|---|---|---|---|",
