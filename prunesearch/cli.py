@@ -20,7 +20,9 @@ from prunesearch.errors import PruneSearchError, StudyError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prunesearch.config import StudyConfig
+    from prunesearch.config import DataConfig, ModelConfig, StudyConfig
+    from prunesearch.cost import Cost
+    from prunesearch.schedule import Schedule
     from prunesearch.search.record import Record
     from prunesearch.search.study import StudyReader
 
@@ -106,7 +108,7 @@ def _check_study(config: StudyConfig) -> int:
     print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
     for origin, schedule in anchors_of(config, shape):
         cost = estimate_cost(shape, schedule)
-        print(f"  {origin.removeprefix('start: '):<20} {cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end")
+        print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
     return 0
 
 
@@ -128,9 +130,18 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
         return 0
     cost, dense = estimate_cost(model_shape(model), schedule), estimate_cost(model_shape(model))
     print(f"{parsed.file}: fine for {model.name}. {schedule}")
-    print(f"  {cost.gmacs:.5g} GMACs, {cost.macs / dense.macs:.0%} of the dense model's {dense.gmacs:.5g}")
-    print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
+    print(f"  {_cost_in_words(schedule, cost)}; the dense model costs {dense.gmacs:.5g}")
+    if not schedule.is_adaptive:
+        print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
     return 0
+
+
+def _cost_in_words(schedule: Schedule, cost: Cost) -> str:
+    if not schedule.is_adaptive:
+        return f"{cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end"
+    if schedule.target_gmacs is not None:
+        return f"{schedule.target_gmacs:.5g} GMACs on average, which its thresholds are trained for"
+    return f"at most {cost.gmacs:.5g} GMACs; with thresholds it depends on the images"
 
 
 def _status(parsed: argparse.Namespace) -> int:
@@ -213,12 +224,9 @@ def _bounds(texts: Sequence[str]) -> dict[str, float]:
     return bounds
 
 
-def _evaluate(parsed: argparse.Namespace) -> int:
+def _sources(parsed: argparse.Namespace) -> tuple[StudyConfig | None, ModelConfig | None, DataConfig | None]:
+    """Study, model and data that the arguments name."""
     from prunesearch.config import DataConfig, ModelConfig
-    from prunesearch.evaluate import METRICS
-    from prunesearch.export import COMPARED, measure_again
-    from prunesearch.files import load_schedule_file
-    from prunesearch.report import comparison_table
 
     study = None
     if parsed.study_folder is not None:
@@ -227,6 +235,37 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         study = open_study_readonly(parsed.study_folder).config
     model = None if parsed.model is None else ModelConfig(parsed.model, pretrained=True)
     data = None if parsed.data is None else DataConfig(parsed.data, root=parsed.root, val_root=parsed.val_root)
+    return study, model, data
+
+
+def _freeze(parsed: argparse.Namespace) -> int:
+    from prunesearch.export import model_and_data
+    from prunesearch.files import load_schedule_file
+    from prunesearch.freeze import freeze
+
+    file = load_schedule_file(parsed.file)
+    model, data = model_and_data(file, *_sources(parsed))
+    frozen = freeze(
+        file,
+        parsed.file.parent,
+        parsed.output,
+        model=model,
+        data=data,
+        images=parsed.images,
+        device=parsed.device,
+    )
+    print(f"{', '.join(map(str, frozen.files))}: {frozen.schedule}")
+    print(f"  {frozen.gmacs:.5g} GMACs for every image; with thresholds {frozen.adaptive_gmacs:.5g} on average")
+    return 0
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from prunesearch.evaluate import METRICS
+    from prunesearch.export import COMPARED, measure_again
+    from prunesearch.files import load_schedule_file
+    from prunesearch.report import comparison_table
+
+    study, model, data = _sources(parsed)
     metrics = tuple(parsed.metric) or COMPARED
     for name in metrics:
         METRICS[name]  # an unknown one is said before anything is loaded
@@ -349,17 +388,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", action="store_true", help="the fine-tuned weights too, as safetensors")
 
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
-    again.add_argument("file", type=Path, help="schedule file")
-    again.add_argument(
-        "--study", dest="study_folder", type=Path, metavar="FOLDER", help="with this study's model and data"
-    )
-    again.add_argument("--model", metavar="NAME", help="with this timm model, pretrained")
-    again.add_argument("--data", metavar="NAME", help='"digits", "folder", torch/..., hfds/..., wds/...')
-    again.add_argument("--root", metavar="PATH", help="root of the data")
-    again.add_argument("--val-root", metavar="PATH", help="root of the validation data, when it is elsewhere")
+    _source_arguments(again)
     again.add_argument("--metric", action="append", default=[], metavar="NAME", help="default top1, gmacs, throughput")
-    again.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     again.add_argument("--json", action="store_true", help="as JSON")
+
+    fix = verb("freeze", _freeze, "turn the thresholds of a schedule file into fixed counts")
+    _source_arguments(fix)
+    fix.add_argument("--images", type=int, default=1024, metavar="N", help="training images to count on")
+    fix.add_argument(
+        "-o", "--output", type=Path, default=Path("frozen.yaml"), metavar="FILE", help="default frozen.yaml"
+    )
 
     listing = verb("list", _list, "what there is to choose from")
     kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]
@@ -369,6 +407,18 @@ def _parser() -> argparse.ArgumentParser:
     schema = verb("schema", _schema, "JSON schema of a file, for editors")
     schema.add_argument("what", choices=["study", "schedule"], nargs="?", default="study")
     return parser
+
+
+def _source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="schedule file")
+    parser.add_argument(
+        "--study", dest="study_folder", type=Path, metavar="FOLDER", help="with this study's model and data"
+    )
+    parser.add_argument("--model", metavar="NAME", help="with this timm model, pretrained")
+    parser.add_argument("--data", metavar="NAME", help='"digits", "folder", torch/..., hfds/..., wds/...')
+    parser.add_argument("--root", metavar="PATH", help="root of the data")
+    parser.add_argument("--val-root", metavar="PATH", help="root of the validation data, when it is elsewhere")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:

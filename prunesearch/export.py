@@ -116,6 +116,23 @@ def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
     )
 
 
+def model_and_data(
+    file: ScheduleFile, study: StudyConfig | None, model: ModelConfig | None, data: DataConfig | None
+) -> tuple[ModelConfig, DataConfig]:
+    """Those given, else the study's, else those the file names. Raises UserError when they are known from nowhere."""
+    place = "schedule file"
+    if model is None:
+        model = study.model if study else from_mapping(ModelConfig, file.model, place) if file.model else None
+    if data is None:
+        data = study.data if study else from_mapping(DataConfig, file.data, place) if file.data else None
+    if model is None or data is None:
+        missing = "model" if model is None else "data"
+        raise UserError(
+            f"{place}: it names no {missing}. Possible: --study FOLDER, or --{missing} NAME. Give one of them."
+        )
+    return model, data
+
+
 def measure_again(
     file: ScheduleFile,
     folder: Path,
@@ -133,16 +150,7 @@ def measure_again(
     `folder`) are used for the pruned model. Raises UserError when model or data are known from nowhere, RunError when
     an evaluation fails.
     """
-    place = "schedule file"
-    if model is None:
-        model = study.model if study else from_mapping(ModelConfig, file.model, place) if file.model else None
-    if data is None:
-        data = study.data if study else from_mapping(DataConfig, file.data, place) if file.data else None
-    if model is None or data is None:
-        missing = "model" if model is None else "data"
-        raise UserError(
-            f"{place}: it names no {missing}. Possible: --study FOLDER, or --{missing} NAME. Give one of them."
-        )
+    model, data = model_and_data(file, study, model, data)
     weights = None if file.weights is None else str(folder / file.weights)
     results = []
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):

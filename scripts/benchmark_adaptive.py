@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -94,7 +95,7 @@ def rows_for(name: str, spread: float, batch: int, rounds: int, device: torch.de
         "fixed counts, the means": lambda: fixed(images),
         "all slots, masked": lambda: trace(adaptive, images, masked=True).logits,
         "padded to the largest": lambda: in_groups(adaptive, images, 1),
-        **{f"up to {n} groups": (lambda n=n: in_groups(adaptive, images, n)) for n in (2, 4, 8)},
+        **{f"up to {n} groups": partial(in_groups, adaptive, images, n) for n in (2, 4, 8)},
         "one by one": lambda: one_by_one(adaptive, images),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}

@@ -1,0 +1,102 @@
+"""Thresholds into fixed counts: the same schedule for those who need every image alike (torch.compile, ONNX)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.cost import estimate_cost
+from prunesearch.errors import ScheduleError
+from prunesearch.evaluate import build_model
+from prunesearch.evaluate.data import open_data
+from prunesearch.evaluate.machine import find_device
+from prunesearch.evaluate.predict import predict
+from prunesearch.evaluate.schedule_loss import macs_by_counts
+from prunesearch.files import ScheduleFile, save_schedule, to_mapping, write_atomically
+from prunesearch.models import PARTS, apply_schedule, shape_of, steps_of
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.tokens import REDUCERS
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A schedule with fixed counts, its cost, the mean cost of the adaptive one, and the files written."""
+
+    schedule: Schedule
+    gmacs: float
+    adaptive_gmacs: float
+    files: tuple[Path, ...]
+
+
+def freeze(
+    file: ScheduleFile,
+    folder: Path,
+    target: Path,
+    *,
+    model: ModelConfig,
+    data: DataConfig,
+    images: int = 1024,
+    batch_size: int = 128,
+    device: str = "auto",
+) -> Frozen:
+    """Write a schedule file in which each threshold is the mean count that it gives on training images.
+
+    Weights beside the file (relative to `folder`) are written beside the target, without the thresholds. Costs of the
+    two differ a little: attention is quadratic, so images with unlike counts cost more than the mean count does.
+    Raises ScheduleError for a schedule without thresholds.
+    """
+    if not file.schedule.is_adaptive:
+        raise ScheduleError("schedule", ["it has no threshold, so its counts are fixed. Use it as it is."])
+    where = find_device(device)
+    weights = None if file.weights is None else folder / file.weights
+    adaptive = apply_schedule(build_model(model, where), file.schedule, weights=weights)
+    train, _ = open_data(data, adaptive)
+    counts = predict(adaptive, train, batch_size, where, amp=True, indices=torch.arange(min(images, len(train)))).counts
+    shape, steps = shape_of(adaptive), steps_of(adaptive)
+    mean_gmacs = macs_by_counts(counts, steps, shape, 1).mean().item() / 1e9
+    schedule = Schedule(_fixed_stages(adaptive, counts))
+    gmacs = estimate_cost(shape, schedule).gmacs
+    written = [target]
+    if weights is not None:
+        written.append(target.with_suffix(".safetensors"))
+        kept = {name: value.cpu() for name, value in adaptive.state_dict().items() if not _is_threshold(name)}
+        write_atomically(written[1], safetensors.torch.save(kept, metadata={"format": "pt"}))
+    save_schedule(
+        schedule,
+        target,
+        model=to_mapping(model),
+        data=to_mapping(data) or {"name": data.name},
+        weights=written[1].name if len(written) > 1 else None,
+        measured={"gmacs": gmacs},
+        made_by={**(file.made_by or {}), "frozen_on": f"{len(counts[0])} training images"},
+    )
+    return Frozen(schedule, gmacs, mean_gmacs, tuple(written))
+
+
+def _fixed_stages(model: nn.Module, counts: Sequence[Tensor]) -> tuple[Stage, ...]:
+    """The stages that still remove something when every image has the mean count."""
+    steps, stages = steps_of(model), []
+    means = [round(count.double().mean().item()) for count in counts]
+    first = len(steps) - len(means)
+    present = steps[first].step.before
+    for index, planned in enumerate(steps):
+        stage = planned.stage
+        if index < first:
+            stages.append(stage)
+            continue
+        entry, after = REDUCERS[stage.reduce], means[index - first]
+        kept = max(min(after - entry.extra_tokens, present), entry.fewest_kept(present))
+        if kept < present:
+            stages.append(replace(stage, keep=None, threshold=None, tokens=kept))
+            present = kept + entry.extra_tokens
+    return tuple(stages)
+
+
+def _is_threshold(name: str) -> bool:
+    return name.startswith(f"{PARTS}.") and name.endswith(".threshold")
