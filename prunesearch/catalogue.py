@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -40,8 +41,14 @@ def _presets(pattern: str) -> Iterator[Row]:
     from prunesearch.presets import presets
 
     for name, preset in presets().items():
-        numbers = "; ".join(f"{row['model']} {row['top1']} @ {row['gmacs']} G" for row in preset.published)
-        yield name, preset.summary, numbers, preset.source
+        yield name, preset.summary, "\n".join(_reported(row) for row in preset.published)
+
+
+def _reported(row: Mapping[str, Any]) -> str:
+    """One number of a paper, such as "deit_small 79.4 @ 3.0 G"."""
+    model = str(row["model"]).removesuffix("_patch16_224")
+    cost = f" @ {row['gmacs']} G" if "gmacs" in row else ""
+    return f"{model} {row['top1']}{cost}"
 
 
 def _models(pattern: str) -> Iterator[Row]:
@@ -96,7 +103,7 @@ def _spaces(pattern: str) -> Iterator[Row]:
 CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
     "scores": (("score", "class token", "what it is", "source"), _scores),
     "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
-    "presets": (("preset", "what it is", "published top-1", "source"), _presets),
+    "presets": (("preset", "what it is", "published top-1 @ MACs"), _presets),
     "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),
     "metrics": (("metric", "unit", "goal", "how", "what it is"), _metrics),
     "samplers": (("sampler", "what it is"), _samplers),

@@ -285,6 +285,18 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _import_diffrate(parsed: argparse.Namespace) -> int:
+    from prunesearch.files import save_schedule
+    from prunesearch.presets.diffrate import load_diffrate
+
+    schedule = load_diffrate(parsed.file, parsed.model, parsed.target)
+    output = parsed.output or Path(f"diffrate-{parsed.model}-{parsed.target}.yaml".lower().replace("/", "-"))
+    origin = {"diffrate": parsed.file.name, "model": parsed.model, "target": parsed.target}
+    save_schedule(schedule, output, made_by=origin)
+    print(f"{len(schedule.stages)} stages -> {output}\nNext: prunesearch check {output} --model NAME")
+    return 0
+
+
 def _list(parsed: argparse.Namespace) -> int:
     from prunesearch import catalogue
 
@@ -398,6 +410,12 @@ def _parser() -> argparse.ArgumentParser:
     fix.add_argument(
         "-o", "--output", type=Path, default=Path("frozen.yaml"), metavar="FILE", help="default frozen.yaml"
     )
+
+    diffrate = verb("import-diffrate", _import_diffrate, "make a schedule file from DiffRate's compression_rate.json")
+    diffrate.add_argument("file", type=Path, help="DiffRate's compression_rate.json")
+    diffrate.add_argument("--model", required=True, metavar="NAME", help="as in the file, for example ViT-S-DeiT")
+    diffrate.add_argument("--target", required=True, metavar="GMACS", help="as in the file, for example 2.9")
+    diffrate.add_argument("-o", "--output", type=Path, metavar="FILE", help="default diffrate-MODEL-TARGET.yaml")
 
     listing = verb("list", _list, "what there is to choose from")
     kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]

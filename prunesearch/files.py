@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import Options, StudyConfig
 from prunesearch.errors import FileError
-from prunesearch.schedule import Schedule, Stage
+from prunesearch.schedule import Place, Schedule, Stage
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
 
@@ -49,16 +49,44 @@ class ScheduleFile:
 
 
 @dataclass(frozen=True)
+class PresetStage:
+    """A stage whose place and amount are rules. The fields it shares with `Stage` mean the same.
+
+    block: written for the preset's `depth`, scaled to the model's; left out: every block. Exactly one amount:
+    keep (of the tokens present, rounded up), keep_of_original (of those at the input, rounded down), tokens (one
+    count, or one for each block; a count that is not below what arrives is no stage), remove (how many go, but never
+    more than the verb can take) and threshold (written for the preset's `patch_tokens`; scores that are shares of a
+    sum over the tokens scale with it). remove_last: `remove` goes linearly to this in the last block, truncated.
+    """
+
+    block: int | None = None
+    at: Place = "mid"
+    score: str = ""
+    keep: float | None = None
+    keep_of_original: float | None = None
+    tokens: tuple[int, ...] | None = None
+    remove: int | None = None
+    remove_last: int | None = None
+    threshold: float | None = None
+    reduce: str = "drop"
+    options: Options = ()
+
+
+@dataclass(frozen=True)
 class PresetFile:
-    """A published schedule as a rule: stages written for `depth` blocks, or a number of token pairs that merge in
-    every block (`merge_per_block`); and what its paper reports."""
+    """A published schedule as a rule, and what its paper reports (rows with model, gmacs, top1, trained).
+
+    depth, patch_tokens: of the model that blocks, thresholds and lists of counts are written for. target: share of
+    the dense model's MACs towards which thresholds are trained.
+    """
 
     version: Literal[1]
     summary: str
     source: str
+    stages: tuple[PresetStage, ...]
     depth: int = 12
-    stages: tuple[Stage, ...] = ()
-    merge_per_block: int | None = None
+    patch_tokens: int = 196
+    target: float | None = None
     published: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "prunesearch"
 # a module may import from its own tier and the ones after it
 TIERS = (
     ("cli", "__main__"),
-    ("report", "plot", "export", "catalogue"),
+    ("report", "plot", "export", "freeze", "catalogue"),
     ("search", "front"),
     ("space", "space_problems", "evaluate"),
     ("models", "presets"),
