@@ -169,7 +169,7 @@ class FinetuneConfig:
         "peak learning rate of what a schedule learns: predictors, queries", 1.0e-3, low=0
     )
     threshold_learning_rate: float = _field(
-        "peak learning rate of thresholds, in units of a typical score (1/patch tokens; 1 for cosines)", 0.02, low=0
+        "peak learning rate of thresholds, in units of a typical score (1/patch tokens; 1 for cosines)", 0.005, low=0
     )
     freeze_backbone: float = _field(
         "share of the budget, from its start, during which only what a schedule learns is trained; 1 = all of it",
