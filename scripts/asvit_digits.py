@@ -85,7 +85,7 @@ def main() -> None:
     lines = [
         "# AS-ViT on the digits: budgets that thresholds learn",
         "",
-        f"`python scripts/asvit_digits.py --images {given.images}`. Thresholds of 0 (everything stays) at blocks 2, 4, 6,",
+        f"`python scripts/asvit_digits.py --images {given.images}`. Thresholds of 0 (all stays) at blocks 2, 4, 6,",
         f"trained with the weights for {given.images} images towards a share of the dense MACs, then calibrated on",
         "1024 training images.",
         "MACs and accuracy on the 599 held-out images; MACs are the mean of each image's own.",

@@ -14,7 +14,9 @@ from prunesearch.config import ModelConfig
 from prunesearch.cost import block_macs, estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
+from prunesearch.files import PresetStage
 from prunesearch.presets import load_preset, presets
+from prunesearch.presets.rule import expand
 from prunesearch.schedule import ModelShape, Schedule, Stage
 
 NAMES = {letter: f"{family}_{size}_patch16_224" for letter, family, size in (
@@ -50,7 +52,7 @@ def bare(model: ModelShape, schedule: Schedule) -> int:
         ("etps-0.7", (139, 98, 69)),
         ("evit-fuse-0.7", (140, 100, 72)),
         ("evit-fuse-0.5", (100, 52, 28)),
-        # the third 50 of 97 tokens would be more than half: the released code clips it to 48
+        # the third 50 of 96 patch tokens would be more than half: the released code clips it to 48, so 49 stay, not 47
         ("ppt-50", (147, 97, 49)),
     ],
 )
@@ -109,6 +111,12 @@ DIFFRATE = [
     ("l-mae-42.3", 42.290, "197,197,196,194,193,192,187,183,181,173,154,146,137,127,123,114,105,98,87,75,43,39,32,32"),
 ]
 
+# after each block of ViT-H (MAE) at 103.4 G
+HUGE = (
+    "257,256,253,247,238,211,201,195,193,185,179,171,162,154,150,144,141,138,137,135,134,133,130,127,125,125,122,114,"
+    "101,90,53,53"
+)
+
 
 @pytest.mark.parametrize(("row", "gmacs", "counts"), DIFFRATE)
 def test_diffrate(row: str, gmacs: float, counts: str) -> None:
@@ -117,6 +125,16 @@ def test_diffrate(row: str, gmacs: float, counts: str) -> None:
     assert estimate_cost(model, schedule).tokens == tuple(map(int, counts.split(",")))
     embedding_of_class_token = model.stem_macs / model.patch_tokens  # the released code counts N + 1 patches
     assert round((bare(model, schedule) + embedding_of_class_token) / 1e9, 3) == gmacs
+
+
+def test_diffrate_of_a_huge_model() -> None:
+    """No preset, but a published figure; the largest model and patch size of the released file."""
+    model = model_shape(ModelConfig("vit_huge_patch14_224", num_classes=1000))  # timm's own has no classifier
+    counts = [int(count) - 1 for count in HUGE.split(",")]
+    row = PresetStage(score="class_attention", tokens=tuple(counts), reduce="absorb")
+    schedule = Schedule(expand([row], model.depth, model.patch_tokens))
+    assert [count - 1 for count in estimate_cost(model, schedule).tokens] == counts
+    assert round((bare(model, schedule) + model.stem_macs / model.patch_tokens) / 1e9, 3) == 103.337
 
 
 def test_diffrate_drops_then_absorbs() -> None:
@@ -136,6 +154,7 @@ def test_dense(letter: str, gmacs: float) -> None:
     ("letter", "without", "with_predictors"), [("s", 2.88, 2.98), ("b", 11.06, 11.48), ("256", 1.33, 1.37)]
 )
 def test_dynamicvit(letter: str, without: float, with_predictors: float) -> None:
+    """DynamicViT's own width 256: 1.3289 + 0.0457 = 1.3746; its parts rounded first (1.33 + 0.05) would add to 1.38."""
     small = shape("s")
     model = shape(letter) if letter in NAMES else replace(
         small, dim=256, heads=4, attention_dim=256, mlp_macs=8 * 256 * 256,
