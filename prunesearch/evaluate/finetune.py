@@ -123,6 +123,8 @@ def finetune(
         progress.seconds = earlier.seconds + time.perf_counter() - start
         if is_spent(budget, progress):
             break
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise LossNotFinite(f"a parameter is not finite after the last step, at {progress.images} images")
     progress.moments = optimizer.state_dict()["state"]
     model.eval()
 

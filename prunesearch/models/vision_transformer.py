@@ -311,17 +311,23 @@ def _parts_of(planned: PlannedStep, run: Run) -> StageParts | None:
 def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
     """What is added to the logits of each key, (B, 1, 1, N): ToMe's proportional attention, where a token that stands
     for s patches is attended to as s tokens would be; and -inf for empty slots."""
-    bias_Bn = None
-    if plan.log_size_bias and state.size_Bn is not None:
-        bias_Bn = state.size_Bn.log()
+    sizes = plan.log_size_bias and state.size_Bn is not None
     if state.present_Bn is not None:
-        empty_Bn = state.present_Bn == 0
-        bias_Bn = torch.zeros_like(state.present_Bn) if bias_Bn is None else bias_Bn
-        bias_Bn = bias_Bn.masked_fill(empty_Bn, -torch.inf)
-    if bias_Bn is None:
+        bias_Bn = _log_size(state.size_Bn if sizes else None, state.present_Bn)
+    elif state.size_Bn is not None and sizes:
+        bias_Bn = state.size_Bn.log()
+    else:
         return None
     bias_BN = F.pad(bias_Bn, (plan.shape.prefix_tokens, 0))  # prefix tokens stand for themselves: log 1
     return bias_BN[:, None, None, :].to(state.tokens_BNC.dtype)
+
+
+def _log_size(size_BN: Tensor | None, present_BN: Tensor) -> Tensor:
+    """log size of tokens that are there (0 without sizes), -inf of empty slots, whose size may be 0: taking its
+    logarithm would make every gradient NaN."""
+    empty_BN = present_BN == 0
+    bias_BN = torch.zeros_like(present_BN) if size_BN is None else size_BN.masked_fill(empty_BN, 1.0).log()
+    return bias_BN.masked_fill(empty_BN, -torch.inf)
 
 
 def _weighs_patches(model: Any) -> bool:
@@ -344,8 +350,7 @@ def _pool_by_size(model: Any, state: TokenState) -> Tensor:
         x_BNC = x_BNC[:, prefix:]
     empty_BN = present_BN == 0
     if model.global_pool == "map":
-        bias_BN = size_BN.log() if model._plan.log_size_bias else torch.zeros_like(size_BN)
-        bias_BN = bias_BN.masked_fill(empty_BN, -torch.inf)
+        bias_BN = _log_size(size_BN if model._plan.log_size_bias else None, present_BN)
         return model.attn_pool(x_BNC, attn_mask=bias_BN[:, None, None, :].to(x_BNC.dtype))
     largest_BC = x_BNC.masked_fill(empty_BN[..., None], -torch.inf).amax(dim=1)
     if model.global_pool == "max":

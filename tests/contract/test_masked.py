@@ -133,6 +133,24 @@ def test_gradients_reach_thresholds_predictors_queries_and_the_model() -> None:
         assert model.get_parameter(f"token_stages.{name}").grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("second", [verb for verb, entry in REDUCERS.items() if entry.takes_threshold])
+@pytest.mark.parametrize("first", [verb for verb, entry in REDUCERS.items() if entry.takes_threshold])
+def test_gradients_are_finite_whoever_goes(first: str, second: str) -> None:
+    """Also where nobody goes, where nearly all do, and where tokens have sizes."""
+    for threshold in (-1.0, 0.99, 2.0):
+        model, x = small_model("avg"), images(4)
+        stages = tuple(
+            Stage(block, score="none" if verb == "merge" else "key_norm", threshold=threshold, reduce=verb)
+            for block, verb in ((0, first), (1, second), (2, "absorb"))
+        )
+        apply_schedule(model, Schedule(stages, target_gmacs=0.001)).train()
+        outcome = trace(model, x)
+        (outcome.logits.square().sum() + sum(count.sum() for count in outcome.counts)).backward()
+        assert torch.isfinite(outcome.logits).all()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
 def test_counts_carry_gradients_to_the_thresholds() -> None:
     model, x = small_model(), images()
     apply_schedule(model, Schedule((Stage(1, threshold=0.02), Stage(2, threshold=0.5, reduce="merge")))).train()
