@@ -55,6 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `prunesearch list models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a path that cannot be written, a full disk
+        if parsed.debug or error.filename is None:
+            raise
+        print(
+            f"prunesearch: {error.filename}: {error.strerror}. Possible: a file in a folder that can be written, on a "
+            f"disk with space. Check the path; what a study has finished is safe.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 # --- verbs -------------------------------------------------------------------------------------------------------

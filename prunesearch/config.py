@@ -99,6 +99,7 @@ class BlockSpace:
     amount: tuple[str, ...] | None = _field("keep, threshold, none", None)
     threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of scores to choose from", None)
     merge_threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of cosines to choose from", None)
+    tokens: tuple[int, ...] | None = _field("counts to choose from, for pool", None)
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,14 @@ class SpaceConfig:
     merge_threshold: tuple[float, ...] | ThresholdRange | None = _field(
         "thresholds of the cosine of a pair to choose from, for merge", None
     )
+    tokens: tuple[int, ...] | None = _field(
+        "counts of patch tokens to choose from, for pool; when absent it takes keep as the other verbs do", None
+    )
     target_gmacs: tuple[float, ...] | ThresholdRange | None = _field(
         "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay", None
     )
-    same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold"], ...] = _field(
-        "choices that all stages of a schedule share", ()
+    same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold", "tokens"], ...] = (
+        _field("choices that all stages of a schedule share", ())
     )
     max_stages: int | None = _field("most stages a schedule may have", None, low=1)
     start_from: tuple[str, ...] = _field("schedules evaluated first: preset names or YAML files", ())
@@ -263,8 +267,8 @@ class StudyConfig:
     finetune: FinetuneConfig = _field("how candidates are trained", FinetuneConfig())
     measure: MeasureConfig = _field("how candidates are measured", MeasureConfig())
     rungs: tuple[Budget, ...] = _field(
-        "budgets, the smallest first; every candidate gets the first one, the best of a rung go on to the next, and the "
-        "front is that of the last",
+        "budgets, the smallest first: all candidates get the first one, the best of a rung go on to the next, and the "
+        "front is that of the last; several rungs are in images",
         (Budget(images=0),),
     )
     promote: int = _field("one in so many candidates of a rung goes on to the next", 3, low=2)

@@ -1,7 +1,8 @@
 """The Pareto front of a study, its hypervolume and its knee: pure functions over records and objectives.
 
 Inside, every objective is minimized: a maximized metric changes its sign once, in `points`. A record takes part when
-its last evaluation is complete and every objective is a finite number.
+its last evaluation is complete, every objective is a finite number, and no other record has a complete one at a higher
+rung: only equal budgets are compared.
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ _NOTHING = (
 
 
 def values_of(record: Record) -> dict[str, float]:
-    """What was measured of a complete candidate; empty for any other."""
+    """What was measured of a candidate at its highest rung so far; empty when there is nothing, or it failed."""
     evaluation = record.evaluation
-    return dict(evaluation.metrics) if record.state == "complete" and evaluation is not None else {}
+    return dict(evaluation.metrics) if evaluation is not None and evaluation.status == "complete" else {}
+
+
+def highest_rung(records: Sequence[Record]) -> int:
+    """The rung that records are compared at: the highest one where any of them is complete, 0 when none is anywhere."""
+    return max((record.rung_done for record in records if values_of(record)), default=0)
 
 
 def comparable(records: Sequence[Record], objectives: Sequence[Objective], limits: Limits = ()) -> list[Record]:
-    """The records that have a finite number for every objective and are within the limits."""
-    return [record for record in records if _takes_part(values_of(record), objectives, limits)]
+    """The records at the highest rung that have a finite number for every objective and are within the limits."""
+    rung = highest_rung(records)
+    there = [record for record in records if record.rung_done == rung]
+    return [record for record in there if _takes_part(values_of(record), objectives, limits)]
 
 
 def points(records: Sequence[Record], objectives: Sequence[Objective]) -> np.ndarray:
@@ -88,8 +96,9 @@ def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
 
 
 def dense_of(records: Sequence[Record]) -> Record | None:
-    """The evaluated dense model of a study, or None while there is no such result."""
-    return next((record for record in records if record.origin == "dense" and values_of(record)), None)
+    """The dense model of a study at the rung that records are compared at, or None while there is no such result."""
+    rung, dense = highest_rung(records), [record for record in records if record.origin == "dense"]
+    return next((record for record in dense if values_of(record) and record.rung_done == rung), None)
 
 
 def reference_point(dense: Record, objectives: Sequence[Objective]) -> np.ndarray:

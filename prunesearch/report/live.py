@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -17,7 +17,8 @@ from rich.text import Text
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.front import dense_of, front, normalised_hypervolume, values_of
+from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
+from prunesearch.report.rungs import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, front_table, said, short
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.record import Record
@@ -39,7 +40,7 @@ _WHY: dict[Reason, str] = {
 
 @dataclass
 class Progress:
-    """What is known of a running search. `records` are in the order in which they finished."""
+    """What is known of a running search. `records` are those with a result, in the order of their latest ones."""
 
     config: StudyConfig
     where: str
@@ -48,7 +49,7 @@ class Progress:
     total: int | None = None
     records: dict[int, Record] = field(default_factory=dict)
     running: dict[int, tuple[Record, int, float]] = field(default_factory=dict)
-    finished: int = 0
+    seconds: float = 0.0
     rejected: int = 0
     note: str = ""
     done: Done | None = None
@@ -60,7 +61,8 @@ class Progress:
         """Take in one event; `now` and `begun` are seconds of the same clock."""
         if isinstance(event, Started):
             self.begun, self.workers, self.total = now, event.workers, event.total
-            self.records = {record.number: record for record in event.records if record.state != "running"}
+            known = sorted((record for record in event.records if record.evaluations), key=_when)
+            self.records = {record.number: record for record in known}
             self._judge()
         elif isinstance(event, Submitted | Retrying):
             self.running[event.record.number] = (event.record, event.attempt, now)
@@ -68,8 +70,10 @@ class Progress:
                 self.note = f"trial {event.record.number} again: {event.why}"
         elif isinstance(event, Finished):
             self.running.pop(event.record.number, None)
+            self.records.pop(event.record.number, None)  # the order of a dict is that of insertion
             self.records[event.record.number] = event.record
-            self.finished, self.rejected = self.finished + 1, event.rejected
+            self.seconds += seconds_of(event.evaluation)
+            self.rejected = event.rejected
             if event.evaluation.status == "failed":
                 self.note = (
                     f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
@@ -83,7 +87,8 @@ class Progress:
 
     def _judge(self) -> None:
         records, config = list(self.records.values()), self.config
-        dense = dense_of(records)
+        rung, dense = highest_rung(records), dense_of(records)
+        records = [record for record in records if record.rung_done == rung]
         self.front = front(records, config.objectives, config.limits)
         self.volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
         before = normalised_hypervolume(records[:-WINDOW], config.objectives, dense, config.limits)
@@ -120,6 +125,11 @@ class LiveReport:
         text = line(self.progress, event)
         if self._live is None and text:
             self.console.print(Text(text), soft_wrap=True)
+        if self._live is None and isinstance(event, Done) and _several(self.progress):
+            records = list(self.progress.records.values())
+            self.console.print(rungs_table(records, self.progress.config))
+            for warning in warnings(records, self.progress.config):
+                self.console.print(Text(warning), soft_wrap=True)
 
     def _view(self) -> RenderableType:
         return view(self.progress, time.monotonic())
@@ -132,6 +142,9 @@ def view(progress: Progress, now: float) -> RenderableType:
         parts.append(Text(progress.note, style="yellow", no_wrap=True, overflow="ellipsis"))
     if progress.running:
         parts.append(_running(progress, now))
+    if _several(progress):
+        parts += [Text(), rungs_table(_all(progress), progress.config)]
+        parts += [Text(text, style="yellow") for text in warnings(list(progress.records.values()), progress.config)]
     if progress.front:
         parts.append(Text())
         parts.append(_front(progress))
@@ -162,9 +175,10 @@ def duration(seconds: float) -> str:
 def seconds_left(progress: Progress, now: float) -> float | None:
     """Until `stop` ends the search, from the pace of this run; None when that cannot be said yet."""
     bounds = []
-    if progress.total is not None and progress.finished:
-        remaining = max(progress.total - len(progress.records), 0)
-        bounds.append((now - progress.begun) / progress.finished * remaining)
+    records, total = list(progress.records.values()), progress.total
+    work = None if total is None else work_left(records, progress.config, total)
+    if work is not None and progress.seconds:
+        bounds.append(work * (now - progress.begun) / progress.seconds)
     if progress.config.stop.hours is not None:
         bounds.append(max(3600 * progress.config.stop.hours - (now - progress.begun), 0.0))
     return min(bounds, default=None)
@@ -183,7 +197,12 @@ def _header(progress: Progress, now: float) -> RenderableType:
     done = len(progress.records)
     failed = sum(record.state == "failed" for record in progress.records.values())
     total = f"/{progress.total}" if progress.total is not None else ""
-    counts = [f"{done}{total} done", f"{failed} failed" + (f" ({causes(progress.records.values())})" if failed else "")]
+    measured = sum(len(record.evaluations) for record in progress.records.values())
+    what = f"candidates, {measured} evaluations" if _several(progress) else "done"
+    counts = [
+        f"{done}{total} {what}",
+        f"{failed} failed" + (f" ({causes(progress.records.values())})" if failed else ""),
+    ]
     counts.append(f"{progress.rejected} rejected")
     left = seconds_left(progress, now)
     if left is not None:
@@ -203,7 +222,8 @@ def _running(progress: Progress, now: float) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     for record, attempt, since in progress.running.values():
-        again = f" (attempt {attempt + 1})" if attempt else ""
+        again = f", rung {record.rung}" if _several(progress) else ""
+        again += f" (attempt {attempt + 1})" if attempt else ""
         row = [f"trial {record.number}", duration(now - since), record.origin + again, short(record.schedule)]
         table.add_row(*map(Text, row))
     return table
@@ -211,9 +231,25 @@ def _running(progress: Progress, now: float) -> Table:
 
 def _front(progress: Progress) -> Table:
     found = progress.front
+    records = list(progress.records.values())
     size = f"front: {len(found)}" + (f" ({ROWS} shown)" if len(found) > ROWS else "")
-    title = ", ".join(part for part in (size, _volume(progress)) if part)
-    return front_table(found, progress.config.objectives, list(progress.records.values()), title=title, most=ROWS)
+    among = " ".join(part for part in (size, compared(records, progress.config)) if part)
+    title = ", ".join(part for part in (among, _volume(progress)) if part)
+    return front_table(found, progress.config.objectives, records, title=title, most=ROWS)
+
+
+def _several(progress: Progress) -> bool:
+    return len(progress.config.rungs) > 1
+
+
+def _all(progress: Progress) -> list[Record]:
+    """Records with a result, and those that run: as they run."""
+    running = {number: replace(record, state="running") for number, (record, _, _) in progress.running.items()}
+    return list({**progress.records, **running}.values())
+
+
+def _when(record: Record) -> tuple[int, int]:
+    return max(record.orders, default=0), record.number
 
 
 def _volume(progress: Progress) -> str:
@@ -239,7 +275,7 @@ def _result(progress: Progress, event: Finished) -> str:
     record, evaluation = event.record, event.evaluation
     total = "" if progress.total is None else f"/{progress.total}"
     head = f"{len(progress.records)}{total}  trial {record.number}"
-    seconds = f"{sum(value for _, value in evaluation.seconds):.1f} s"
+    seconds = f"{seconds_of(evaluation):.1f} s"
     if evaluation.status == "failed":
         return f"{head}  failed ({evaluation.cause}): {_first_line(evaluation)}  {seconds}"
     values = [values_of(other) for other in progress.records.values()]
@@ -249,7 +285,8 @@ def _result(progress: Progress, event: Finished) -> str:
         places = decimals(metric, [other[metric] for other in values if metric in other])
         shown.append(said(metric, evaluation.value(metric), places))
     star = "*" if any(other.number == record.number for other in progress.front) else " "
-    return f"{head}  complete  {'  '.join(shown)}  {seconds}  {star} {short(record.schedule)}"
+    what = f"rung {evaluation.rung}" if _several(progress) else "complete"
+    return f"{head}  {what}  {'  '.join(shown)}  {seconds}  {star} {short(record.schedule)}"
 
 
 def _first_line(evaluation: Evaluation) -> str:
@@ -258,5 +295,6 @@ def _first_line(evaluation: Evaluation) -> str:
 
 def _ended(event: Done) -> str:
     running = f", {event.running} running" if event.running else ""
-    counts = f"{event.complete} complete, {event.failed} failed{running}, {event.rejected} rejected"
+    paused = f", {event.paused} at lower rungs" if event.paused else ""
+    counts = f"{event.complete} complete{paused}, {event.failed} failed{running}, {event.rejected} rejected"
     return f"{counts} in {duration(event.seconds)}: {_WHY[event.reason]}"

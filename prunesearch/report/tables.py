@@ -10,27 +10,31 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from prunesearch.config import Objective, StudyConfig
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.front import dense_of, front, front_rows, knee, normalised_hypervolume, values_of
+from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
+from prunesearch.report.rungs import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.record import Record
 
 
 def short(schedule: Schedule) -> str:
-    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop 0.5". A score other than class attention is named:
-    once at the end when the stages share it, else with its stage."""
+    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold. A score other than
+    class attention is named: once at the end when the stages share it, else with its stage."""
     if not schedule.stages:
         return "dense"
     scores = {stage.score for stage in schedule.stages} - {"none"}
     shared = scores.pop() if len(scores) == 1 else "class_attention"
     alike = groupby(schedule.stages, key=lambda stage: _what(stage, unsaid=("none", "class_attention", shared)))
     stages = " · ".join(f"{', '.join(str(stage.block) for stage in group)} {what}" for what, group in alike)
-    return stages if shared == "class_attention" else f"{stages} ({shared})"
+    score = "" if shared == "class_attention" else f" ({shared})"
+    target = "" if schedule.target_gmacs is None else f", towards {schedule.target_gmacs:.3g} GMACs"
+    return stages + score + target
 
 
 def unit_of(metric: str) -> str:
@@ -89,7 +93,7 @@ def front_table(
             table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
     table.add_column("origin", overflow="fold", max_width=20)
     one_line = most is not None  # where rows are counted, their height is too
-    table.add_column("schedule", overflow="ellipsis" if one_line else "fold", no_wrap=one_line)
+    table.add_column("schedule", overflow="fold")
     compared = [values_of(record) for record in [*found, *([dense] if dense else [])]]
     places = {name: decimals(name, [values[name] for values in compared]) for name in names}
     bend = knee(found, objectives) if found else None
@@ -101,21 +105,29 @@ def front_table(
             row.append(f"{value:.{places[name]}f}")
             if dense is not None:
                 row.append(change(name, value, values_of(dense)[name]))
-        table.add_row(*row, Text(record.origin.removeprefix("start: ")), Text(short(record.schedule)))
+        # the cell and not its column: rich takes the room from other columns before it shortens one that never wraps
+        schedule = Text(short(record.schedule), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
+        table.add_row(*row, Text(record.origin.removeprefix("start: ")), schedule)
     if dense is not None and dense not in shown:
         values = values_of(dense)
         cells = [cell for name in names for cell in (f"{values[name]:.{places[name]}f}", "")]
         table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
-    if bend in shown:
-        table.caption = Text("* the knee: what export takes when nothing else is asked")
+    notes = ["* the knee: what export takes when nothing else is asked"] if bend in shown else []
+    if title is None and any(record.rung_done != highest_rung(records) for record in records if record.evaluations):
+        there = [record for record in records if values_of(record) and record.rung_done == highest_rung(records)]
+        notes.append(f"compared at rung {highest_rung(records)}, where {len(there)} of {len(records)} candidates are")
+    table.caption = Text("\n".join(notes)) if notes else None
     return table
 
 
-def status_view(records: Sequence[Record], config: StudyConfig) -> Text:
-    """How far a study is: counts, causes of failures, the best candidates, the front."""
+def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableType:
+    """How far a study is: counts, causes of failures, the best candidates, the front, the rungs."""
     states = Counter(record.state for record in records)
-    done, total = states["complete"] + states["failed"], config.stop.trials
-    lines = [(config.name, f"{done}{f' of {total}' if total is not None else ''} candidates done")]
+    done, total = sum(bool(record.evaluations) for record in records), config.stop.trials
+    several = len(config.rungs) > 1
+    evaluations = f", {sum(len(record.evaluations) for record in records)} evaluations" if several else " done"
+    counts = f"{done}{f' of {total}' if total is not None else ''} candidates{evaluations}"
+    lines = [(config.name, counts)]
     if states["running"]:
         lines.append(("running", f"{states['running']}"))
     if states["failed"]:
@@ -132,12 +144,16 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> Text:
         bend = knee(found, config.objectives)
         lines.append(("knee", f"{_values(bend, config.objectives)} (trial {bend.number})"))
     volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
-    lines.append(("front", f"{len(found)} candidates" + ("" if volume is None else f", hypervolume {volume:.4f}")))
+    among = f" {compared(records, config)}" if several else ""
+    hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
+    lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
     width = max(len(name) for name, _ in lines) + 2
     text = Text()
     for index, (name, value) in enumerate(lines):
         text.append(f"{name:<{width}}", style="bold").append(value + ("\n" if index + 1 < len(lines) else ""))
-    return text
+    if not several:
+        return text
+    return Group(text, Text(), rungs_table(records, config), *(Text(one) for one in warnings(records, config)))
 
 
 def causes(records: Iterable[Record]) -> str:
@@ -180,7 +196,10 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
 
 
 def _what(stage: Stage, unsaid: Collection[str]) -> str:
-    amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
+    if stage.threshold is not None:
+        amount = f"> {stage.threshold:.2g}"
+    else:
+        amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
     score = "" if stage.score in unsaid else f" by {stage.score}"
     return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}"
 

@@ -3,19 +3,24 @@
 The order of the steps is what makes a kill at any moment harmless:
 
     a worker writes its result to the outbox, then returns it
-    1 tell the sampler   2 pick and submit the next candidate   (the worker is busy again)
-    3 write the result   4 write the new candidate as running   5 delete the result from the outbox
+    1 tell the sampler   2 pick and submit what is next   (the worker is busy again)
+    3 write the result   4 write what was picked as running   5 delete the result from the outbox
+
+What is next is a candidate that goes on to a larger budget, if one deserves it (`rungs.py`), else a new one.
 
 What is in the outbox but not in the storage is adopted on the next start, what is running there without a result is
-evaluated again, and a candidate that was not even written is drawn again, the same one, from the same seed.
+evaluated again, from its last checkpoint, and what was not even written is picked again, the same, from the same
+results and seed.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
@@ -26,22 +31,27 @@ from prunesearch.files import write_yaml
 from prunesearch.schedule import ModelShape, Schedule
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.limits import computed_excess, excess
+from prunesearch.search.lessons import Lessons
+from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import only_driver
 from prunesearch.search.outbox import delivered, discard, set_aside
 from prunesearch.search.problems import anchors_of, study_problems
+from prunesearch.search.promotions import Promotions
 from prunesearch.search.propose import propose, seed_of
-from prunesearch.search.record import Record, State
-from prunesearch.search.samplers import SAMPLERS, ModelStudy
+from prunesearch.search.record import Record, State, with_evaluation
+from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.study import Store, open_store, storage_url
 from prunesearch.search.verdict import failed, hopeless, judged, same_work
 from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
-from prunesearch.space import Value, parameters_of, uid_of
+from prunesearch.space import uid_of
 from prunesearch.strict import to_mapping
 
+logger = logging.getLogger(__name__)
+
 HOPELESS = 5
-"""So many failures without a single success end the run."""
+"""So many failures at a rung without a single success there end the run."""
+STOPPED_BY_HAND = ("interrupted", "cancelled")
 TICK_SECONDS = 0.5
 
 
@@ -103,13 +113,14 @@ class _Search:
         self.store, self.interrupt, self.on_event = store, interrupt, on_event
         self.anchors = deque(anchors)
         self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
-        self.model = ModelStudy(config.sampler, config.space, config.objectives)
-        self.known: list[dict[str, Value]] = []  # parameters of all candidates, from which mutations start
+        self.lessons, self.promotions = Lessons(config), Promotions(config)
+        self.last_rung = len(config.rungs) - 1
         self.records = {record.uid: record for record in store.records()}
         self.recovered = self._adopt_outbox() + self._close_half_closed()
         self.rerun: deque[Record] = deque()
         self.under_way: dict[str, Task] = {}
-        self.deaths: Counter[str] = Counter()
+        self.unrecorded: list[Record] = []  # submitted, and the storage does not know it yet
+        self.deaths: Counter[tuple[str, int]] = Counter()
         self.failures: list[Evaluation] = []
         self.rejected = 0
         self.reason: Reason | None = None
@@ -118,16 +129,17 @@ class _Search:
     def has_work(self) -> bool:
         """Whether anything is left to evaluate."""
         total = self.config.stop.trials
-        has_room = total is None or len(self.records) < total
-        return has_room or any(record.state == "running" for record in self.records.values())
+        if total is None or len(self.records) < total or self._count("running"):
+            return True
+        return Promotions(self.config, self.records.values()).next() is not None
 
     def run(self, workers: Workers) -> Done:
         self.workers = workers
         self.recovered += self._adopt_outbox()  # again: workers of a killed driver live on for a moment
         self._take_up()
         try:
-            for _ in range(self.workers.count):
-                self._record_new(self._submit_next())
+            self._fill()
+            self._record_submitted()
             while self.under_way:
                 for task, outcome in self.workers.wait(TICK_SECONDS):
                     self._handle(task, outcome)
@@ -135,8 +147,9 @@ class _Search:
         except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
             self.reason = "cancelled"
         done = self._done()
-        if done.complete == 0 and self.failures and done.reason not in ("interrupted", "cancelled"):
-            raise RunError(hopeless(self.failures))
+        nothing_works = not any(map(self._has_succeeded, range(len(self.config.rungs))))
+        if self.failures and (done.reason == "hopeless" or (nothing_works and done.reason not in STOPPED_BY_HAND)):
+            raise RunError(hopeless(self._hopeless_failures() or self.failures))
         self.on_event(done)
         return done
 
@@ -151,26 +164,53 @@ class _Search:
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         reached("result")
-        self._tell(task.uid, evaluation)
-        new = self._submit_next()
+        after = with_evaluation(record, evaluation, self.store.results, self.last_rung)
+        self._learn(after, evaluation)
+        self._fill()
         reached("submitted")
-        self.records[task.uid] = record = self.store.finish(record, evaluation)
+        self.store.finish(record, evaluation)
         reached("finished")
-        self._record_new(new)
+        self.on_event(Finished(after, evaluation, self.rejected))
+        self._record_submitted()
         reached("begun")
         discard(self.outbox, task.uid, task.rung)
         reached("discarded")
-        self.on_event(Finished(record, evaluation, self.rejected))
+
+    def _learn(self, record: Record, evaluation: Evaluation) -> None:
+        self.records[record.uid] = record
+        self.lessons.finish(record, evaluation, self.records)
+        self.promotions.add(record)
 
     # --- starting candidates ---
 
-    def _submit_next(self) -> Record | None:
-        """Give a free worker something to do. The result, if any, is a candidate that the storage does not know yet."""
+    def _fill(self) -> None:
+        """Give every free worker something to do, as long as there is something."""
+        while len(self.under_way) < self.workers.count and self._submit_next():
+            pass
+
+    def _submit_next(self) -> bool:
         self._look_for_a_reason_to_stop()
-        if self.reason is not None:
-            return None
+        if self.reason not in (None, "trials", "exhausted"):
+            return False
         if self.rerun:
             self._submit_again(self.rerun.popleft())
+            return True
+        record = self._next_promoted() or self._next_new()
+        if record is None:
+            return False
+        self.records[record.uid] = record
+        self.lessons.begin(record)
+        self.promotions.add(record)
+        self._submit(record, attempt=0)
+        self.unrecorded.append(record)
+        return True
+
+    def _next_promoted(self) -> Record | None:
+        best = self.promotions.next()
+        return None if best is None else replace(self.records[best.uid], state="running", rung=best.rung + 1)
+
+    def _next_new(self) -> Record | None:
+        if self.reason is not None:
             return None
         total = self.config.stop.trials
         if total is not None and len(self.records) >= total:
@@ -179,10 +219,6 @@ class _Search:
         record = self._next_candidate()
         if record is None:
             self._stop("exhausted", "there is no further candidate within the space and its limits")
-            return None
-        self.records[record.uid] = record
-        self._add_to_model(record)
-        self._submit(record, attempt=0)
         return record
 
     def _next_candidate(self) -> Record | None:
@@ -191,7 +227,8 @@ class _Search:
             if uid_of(schedule, self.shape) not in self.records:
                 return self._new_record(schedule)
         draws, index = SAMPLERS[self.config.sampler.name].draws, len(self.records)
-        proposal = propose(self.config, self.shape, self.model.draw, draws, self.known, self.records, index)
+        learned = self.lessons
+        proposal = propose(self.config, self.shape, learned.draw, draws, learned.known, self.records, index)
         self.rejected += proposal.rejected
         return None if proposal.schedule is None else self._new_record(proposal.schedule)
 
@@ -200,11 +237,18 @@ class _Search:
         seed = seed_of(self.config.sampler.seed, uid)
         return Record(-1, uid, schedule, "running", self.origins.get(uid, "sampler"), seed)
 
-    def _record_new(self, record: Record | None) -> None:
-        if record is not None:
+    def _record_submitted(self) -> None:
+        for record in self.unrecorded:
+            self._record_begun(record)
+            self.on_event(Submitted(self.records[record.uid], attempt=0))
+        self.unrecorded.clear()
+
+    def _record_begun(self, record: Record) -> None:
+        if record.rung == 0:
             record = self.store.begin(record, computed_excess(self.config, record.schedule))
-            self.records[record.uid] = record
-            self.on_event(Submitted(record, attempt=0))
+        else:
+            self.store.promote(record)
+        self.records[record.uid] = record
 
     def _submit_again(self, record: Record) -> None:
         attempt = self.store.begin_again(record.number)
@@ -217,7 +261,7 @@ class _Search:
         self.workers.submit(task)
 
     def _task(self, record: Record, attempt: int) -> Task:
-        budget, workers = self.config.rungs[0], self.config.workers
+        budget, workers = self.config.rungs[record.rung], self.config.workers
         return Task(
             uid=record.uid,
             model=self.config.model,
@@ -227,20 +271,32 @@ class _Search:
             metrics=self.config.metric_names,
             finetune=self.config.finetune,
             measure=self.config.measure,
+            rung=record.rung,
             attempt=attempt,
             seed=record.seed,
             device=workers.device,
             threads=max(1, int(workers.cpus_each)),
-            save_to=None if budget.images == 0 else str(self.folder / "weights" / record.uid),
+            resume_from=self._checkpoint_below(record),
+            save_to=None if budget.images == 0 else str(self.folder / "weights" / f"{record.uid}.{record.rung}"),
             plugins=self.config.plugins,
         )
 
+    def _checkpoint_below(self, record: Record) -> str | None:
+        below = record.at(record.rung - 1)
+        if below is None or below.checkpoint is None:
+            return None
+        if not Path(f"{below.checkpoint}.state").is_file():
+            logger.warning("%s.state is gone: rung %d trains from the start", below.checkpoint, record.rung)
+            return None
+        return below.checkpoint
+
     def _retry(self, record: Record, lost: Lost) -> bool:
         """Whether the candidate of a dead worker is left to be evaluated again, now or in the next run."""
-        self.deaths[record.uid] += 1
-        if self.deaths[record.uid] > self.config.workers.retries:
+        which = (record.uid, record.rung)
+        self.deaths[which] += 1
+        if self.deaths[which] > self.config.workers.retries:
             return False
-        self.on_event(Retrying(record, self.deaths[record.uid], lost.error))
+        self.on_event(Retrying(record, self.deaths[which], lost.error))
         self._look_for_a_reason_to_stop()
         if self.reason in (None, "trials", "exhausted"):
             self._submit_again(record)
@@ -254,18 +310,25 @@ class _Search:
             self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
         elif hours is not None and time.monotonic() - self.start >= 3600 * hours:
             self._stop("hours", f"stop.hours ({hours:g}) are over")
-        elif self._is_hopeless():
-            self._stop("hopeless", f"nothing but failures so far ({len(self.failures)})")
+        elif failures := self._hopeless_failures():
+            self._stop("hopeless", f"nothing but failures so far ({len(failures)})")
 
-    def _is_hopeless(self) -> bool:
-        """Only failures, and many; or an error of the dense model, which no candidate will do without."""
-        if self._count("complete"):
-            return False
+    def _hopeless_failures(self) -> list[Evaluation]:
+        """Of a rung where nothing succeeds: many, or one that is an error of the dense model, which none will do
+        without. Else none."""
         dense = uid_of(Schedule(), self.shape)
-        return len(self.failures) >= HOPELESS or any((e.uid, e.cause) == (dense, "error") for e in self.failures)
+        for rung in sorted({evaluation.rung for evaluation in self.failures}):
+            failures = [evaluation for evaluation in self.failures if evaluation.rung == rung]
+            is_common = any((one.uid, one.cause) == (dense, "error") for one in failures)
+            if (len(failures) >= HOPELESS or is_common) and not self._has_succeeded(rung):
+                return failures
+        return []
+
+    def _has_succeeded(self, rung: int) -> bool:
+        return any(record.at(rung) is not None for record in self.records.values())
 
     def _stop(self, reason: Reason, why: str) -> None:
-        if self.reason in (None, "trials") and reason != self.reason:
+        if self.reason in (None, "trials", "exhausted") and reason != self.reason:
             self.reason = reason
             self.on_event(Stopping(reason, len(self.under_way), why))
 
@@ -281,34 +344,17 @@ class _Search:
             running=self._count("running"),
             rejected=self.rejected,
             seconds=time.monotonic() - self.start,
+            paused=self._count("paused"),
         )
-
-    # --- what the sampler learns ---
-
-    def _add_to_model(self, record: Record) -> None:
-        parameters = parameters_of(record.schedule, self.config.space)
-        if parameters is not None:
-            self.model.add(record.uid, parameters)
-            self.known.append(parameters)
-
-    def _tell(self, uid: str, evaluation: Evaluation) -> None:
-        if evaluation.status == "failed":
-            self.model.tell(uid, None, {})
-            return
-        values = dict(evaluation.metrics)
-        objectives = [values[objective.metric] for objective in self.config.objectives]
-        self.model.tell(uid, objectives, excess(self.config, values))
 
     # --- continuing ---
 
     def _take_up(self) -> None:
-        """Teach the sampler what an earlier run found, in the order of the numbers, and say where the search stands."""
-        for record in sorted(self.records.values(), key=lambda record: record.number):
-            self._add_to_model(record)
-            if record.evaluation is not None:
-                self._tell(record.uid, record.evaluation)
-            if record.state == "running":
-                self.rerun.append(record)
+        """Teach the sampler what an earlier run found, and say where the search stands."""
+        self.lessons.take_up(self.records.values())
+        self.promotions = Promotions(self.config, self.records.values())
+        running = [record for record in self.records.values() if record.state == "running"]
+        self.rerun.extend(sorted(running, key=lambda record: record.number))
         self.on_event(
             Started(
                 records=tuple(self.records.values()),
@@ -324,21 +370,27 @@ class _Search:
         recovered = 0
         for path, task, evaluation in delivered(self.outbox):
             record = self.records.get(task.uid) or self._new_record(task.schedule)
-            if not same_work(task, self._task(record, task.attempt)):
+            begun = replace(record, rung=task.rung)
+            if task.rung > self.last_rung or not same_work(task, self._task(begun, task.attempt)):
                 set_aside(path, "it comes from a study with other settings")
                 continue
-            if record.number < 0:
-                record = self.store.begin(record, computed_excess(self.config, record.schedule))
-            if record.state == "running":
-                record = self.store.finish(record, judged(evaluation, self.config))
+            is_next = task.rung == record.rung + 1 and record.state == "paused"
+            if (record.number < 0 and task.rung == 0) or is_next:  # it was submitted, and the storage does not know
+                self._record_begun(begun)
+            elif record.number < 0:
+                set_aside(path, "its smaller budgets are not in the storage")
+                continue
+            record = self.records[task.uid]
+            if record.state == "running" and record.rung == task.rung:
+                self.records[task.uid] = self.store.finish(record, judged(evaluation, self.config))
                 recovered += 1
-            self.records[record.uid] = record
             discard(self.outbox, task.uid, task.rung)
         return recovered
 
     def _close_half_closed(self) -> int:
         """The result is there but the candidate is not closed: a kill between two commits, and no outbox."""
-        half = [record for record in self.records.values() if record.state == "running" and record.evaluation]
+        running = [record for record in self.records.values() if record.state == "running"]
+        half = [record for record in running if record.rung_done == record.rung]
         for record in half:
             assert record.evaluation is not None
             self.records[record.uid] = self.store.finish(record, record.evaluation)

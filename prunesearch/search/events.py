@@ -33,7 +33,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A candidate went to a worker; attempt 0 is the first time."""
+    """A candidate went to a worker, for the budget of `record.rung`; attempt 0 is the first time at that rung."""
 
     record: Record
     attempt: int
@@ -41,8 +41,8 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Finished:
-    """A candidate is in the storage, complete or failed. rejected: proposals of this run that arithmetic or identity
-    turned down so far."""
+    """An evaluation is in the storage; its candidate is complete, failed, or paused at a lower rung. rejected:
+    proposals of this run that arithmetic or identity turned down so far."""
 
     record: Record
     evaluation: Evaluation
@@ -77,6 +77,7 @@ class Done:
     running: int
     rejected: int
     seconds: float
+    paused: int = 0
 
 
 Event = Started | Submitted | Finished | Retrying | Stopping | Done

@@ -20,6 +20,16 @@ def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]
     return found
 
 
+def total_excess(config: StudyConfig, values: Mapping[str, float]) -> float:
+    """By how much all limits together are broken, each as a share of its bound; 0 is within all of them."""
+    total = 0.0
+    for name, amount in excess(config, values).items():
+        limit = dict(config.limits)[name]
+        bound = limit.at_most if limit.at_most is not None else limit.at_least
+        total += max(amount, 0.0) / (abs(bound or 0.0) or 1.0)
+    return total
+
+
 def computed_excess(config: StudyConfig, schedule: Schedule) -> dict[str, float]:
     """The same for the metrics that arithmetic gives. Raises ScheduleError when the schedule does not fit the model."""
     values = {}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from prunesearch.config import StudyConfig
+import itertools
+
+from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig
 from prunesearch.errors import UserError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
 from prunesearch.search.samplers import SAMPLERS
 from prunesearch.space_problems import space_problems
+from prunesearch.tokens import REDUCERS, SCORERS
 
 
 def study_problems(config: StudyConfig) -> list[str]:
@@ -26,9 +29,51 @@ def study_problems(config: StudyConfig) -> list[str]:
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
     problems += _sampler_problems(config) + _start_problems(config, shape)
-    if len(config.rungs) != 1:
-        problems.append(f"rungs: there are {len(config.rungs)}; possible: one budget. Keep one of them.")
+    return problems + _rung_problems(config)
+
+
+def _rung_problems(config: StudyConfig) -> list[str]:
+    rungs = config.rungs
+    if len(rungs) == 1:
+        if rungs[0] == Budget():
+            return ["rungs[0]: neither images nor seconds. Possible: either or both. For no training: images: 0."]
+        return []
+    if not rungs:
+        return ["rungs: there is none. Possible: one budget or more. For no training: [{images: 0}]."]
+    problems = []
+    for index, rung in enumerate(rungs):
+        if rung.images is None or rung.seconds is not None:
+            problems.append(
+                f"rungs[{index}]: {_said(rung)}, but seconds buy each candidate another training, so that "
+                f"several rungs could not be compared. Possible with several rungs: images alone. Give images."
+            )
+    images = [rung.images for rung in rungs if rung.images is not None]
+    if any(larger <= smaller for smaller, larger in itertools.pairwise(images)):
+        problems.append(
+            f"rungs: {', '.join(map(str, images))} images do not ascend. Possible: each budget larger than the one "
+            f"before, of which it is the continuation (0 = as it comes, first only). Put them in order."
+        )
+    learned = _learned_choices(config.space)
+    if rungs[0].images == 0 and learned:
+        problems.append(
+            f"rungs[0]: 0 images, but {', '.join(learned)} must be trained to be of use, so that the best of this rung "
+            f"would be the best without. Possible: a first budget that trains, or one rung. Raise images."
+        )
     return problems
+
+
+def _said(budget: Budget) -> str:
+    parts = [f"{value:g} {name}" for name, value in vars(budget).items() if value is not None]
+    return " and ".join(parts) or "no images"
+
+
+def _learned_choices(space: SpaceConfig) -> list[str]:
+    """What learns among the scores and verbs of a space."""
+    parts: list[SpaceConfig | BlockSpace] = [space]
+    parts += [block for block in space.blocks if isinstance(block, BlockSpace)]
+    scores = {name for part in parts for name in part.score or () if name in SCORERS and SCORERS[name].part}
+    verbs = {name for part in parts for name in part.reduce or () if name in REDUCERS and REDUCERS[name].part}
+    return sorted(scores | verbs)
 
 
 def _sampler_problems(config: StudyConfig) -> list[str]:

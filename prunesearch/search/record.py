@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 
-State = Literal["running", "complete", "failed"]
+State = Literal["running", "paused", "complete", "failed"]
+"""paused: evaluated at a lower rung, and waits for a promotion that may never come. complete: at the highest rung."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Record:
     """A candidate. `number` is its Optuna trial number; `uid` identifies the canonical schedule in the study.
 
     origin: "dense" (the model as it is, always evaluated first), "start: NAME" (from `start_from`) or
-    "sampler". seed: of its task. evaluations: the finished ones, one per rung, lowest rung first; the last one is
-    what the front shows.
+    "sampler". seed: of its tasks. evaluations: the finished ones, one per rung, lowest rung first. orders: for each
+    of them, how many evaluations the study had before it. rung: the one that runs, else the one that finished last.
     """
 
     number: int
@@ -27,8 +28,37 @@ class Record:
     origin: str
     seed: int
     evaluations: tuple[Evaluation, ...] = ()
+    orders: tuple[int, ...] = ()
+    rung: int = 0
 
     @property
     def evaluation(self) -> Evaluation | None:
         """The evaluation with the largest budget so far, or None."""
         return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def rung_done(self) -> int:
+        """The rung of `evaluation`; -1 when there is none."""
+        return self.evaluations[-1].rung if self.evaluations else -1
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
+        return self.origin != "sampler"
+
+    def at(self, rung: int) -> Evaluation | None:
+        """The complete evaluation at a rung, or None."""
+        found = (one for one in self.evaluations if one.rung == rung and one.status == "complete")
+        return next(found, None)
+
+
+def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_rung: int) -> Record:
+    """The record after an evaluation of its rung came back; once more for the same rung changes nothing but the
+    evaluation."""
+    before = [(one, place) for one, place in zip(record.evaluations, record.orders, strict=True)]
+    known = [place for one, place in before if one.rung == evaluation.rung]
+    before = [(one, place) for one, place in before if one.rung != evaluation.rung]
+    evaluations, orders = zip(*before, (evaluation, known[0] if known else order), strict=True)
+    state: State = "paused" if evaluation.rung < last_rung else "complete"
+    state = "failed" if evaluation.status == "failed" else state
+    return replace(record, state=state, evaluations=evaluations, orders=orders, rung=evaluation.rung)

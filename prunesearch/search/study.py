@@ -4,11 +4,15 @@ A trial of prunesearch carries, besides what Optuna knows (parameters, values, s
 
     uid        identity of the canonical schedule     origin    dense, "start: NAME" or sampler
     schedule   as in a schedule file                  seed      of its task
-    owner      host:pid of the driver that runs it    attempts  how often an evaluation was begun
-    rung:0     the Evaluation of rung 0, ...          error     why it failed: oom, crash, timeout, nan, ...
+    owner      host:pid of the driver that runs it    attempts  for each rung, how often it was begun
+    rung:0     the Evaluation of rung 0, ..., and in  error     why it failed: oom, crash, timeout, nan, ...
+               `order` how many came before it
 
-RUNNING becomes COMPLETE or FAIL when the evaluation of the last rung is there. `create_new_trial` and
-`set_trial_state_values` are storage methods that Optuna does not promise to keep, hence the pin `optuna < 6`.
+RUNNING becomes COMPLETE with the evaluation of the last rung, whose values Optuna shows, and FAIL when one fails. With
+an evaluation of a lower rung it becomes WAITING, that is for a promotion, and RUNNING again when that comes: as long as
+a study can be continued with more candidates, it is open who goes on. So COMPLETE ones all had the same budget.
+`create_new_trial` and `set_trial_state_values` are storage methods that Optuna does not promise to keep, hence the pin
+`optuna < 6`.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.search.differences import refuse_other_settings
 from prunesearch.search.limits import excess
-from prunesearch.search.record import Record, State
+from prunesearch.search.record import Record, State, with_evaluation
 from prunesearch.search.samplers import parameters_and_distributions, quiet_optuna
 from prunesearch.space import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
@@ -47,7 +51,7 @@ BUSY_SECONDS = 60
 """How long SQLite waits for another process to finish writing."""
 
 _STATES: dict[TrialState, State] = {
-    TrialState.WAITING: "running",
+    TrialState.WAITING: "paused",
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "complete",
     TrialState.FAIL: "failed",
@@ -82,14 +86,12 @@ class Store(StudyReader):
 
     def __init__(self, storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
         super().__init__(storage, study_id, config)
-        self._trial_ids = {trial.number: trial._trial_id for trial in storage.get_all_trials(study_id, deepcopy=False)}
-        self._attempts = {
-            trial.number: trial.user_attrs.get("attempts", 1) for trial in storage.get_all_trials(study_id)
-        }
-
-    def attempts(self, number: int) -> int:
-        """How often an evaluation of this candidate was begun."""
-        return self._attempts[number]
+        trials = storage.get_all_trials(study_id, deepcopy=False)
+        self._trial_ids = {trial.number: trial._trial_id for trial in trials}
+        self._attempts: dict[int, list[int]] = {trial.number: trial.user_attrs["attempts"] for trial in trials}
+        self._last_rung = len(config.rungs) - 1
+        self.results = sum(len(_rung_keys(trial)) for trial in trials)
+        """Evaluations in the study so far."""
 
     def begin(self, record: Record, excess: Mapping[str, float]) -> Record:
         """Record a new running candidate, in one commit; the result has its number. `excess` is what arithmetic
@@ -106,47 +108,63 @@ class Store(StudyReader):
                 "origin": record.origin,
                 "seed": record.seed,
                 "owner": f"{socket.gethostname()}:{os.getpid()}",
-                "attempts": 1,
+                "attempts": [1],
             },
             constraints=dict(excess),
         )
         with _storage_errors():
             trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
             number = self._storage.get_trial_number_from_id(trial_id)
-        self._trial_ids[number], self._attempts[number] = trial_id, 1
+        self._trial_ids[number], self._attempts[number] = trial_id, [1]
         return replace(record, number=number)
 
     def begin_again(self, number: int) -> int:
-        """Count another attempt, by this process. Returns how many there were before."""
-        before = self._attempts[number]
-        self._attempts[number] = before + 1
-        with _storage_errors():
-            self._storage.set_trial_user_attr(self._trial_ids[number], "attempts", before + 1)
-            owner = f"{socket.gethostname()}:{os.getpid()}"
-            self._storage.set_trial_user_attr(self._trial_ids[number], "owner", owner)
+        """Count another attempt at its rung, by this process. Returns how many there were before."""
+        *earlier, before = self._attempts[number]
+        self._begin_at(number, [*earlier, before + 1])
         return before
 
+    def promote(self, record: Record) -> None:
+        """Record that a paused candidate runs again, at `record.rung`. The state comes last, as in `finish`."""
+        self._begin_at(record.number, [*self._attempts[record.number][: record.rung], 1])
+        with _storage_errors():
+            self._storage.set_trial_state_values(self._trial_ids[record.number], TrialState.RUNNING)
+
+    def _begin_at(self, number: int, attempts: list[int]) -> None:
+        self._attempts[number] = attempts
+        with _storage_errors():
+            self._storage.set_trial_user_attr(self._trial_ids[number], "attempts", attempts)
+            owner = f"{socket.gethostname()}:{os.getpid()}"
+            self._storage.set_trial_user_attr(self._trial_ids[number], "owner", owner)
+
     def finish(self, record: Record, evaluation: Evaluation) -> Record:
-        """Record what came back and close the candidate. The state comes last: whoever sees it closed sees it whole.
+        """Record what came back, and pause or close the candidate. The state comes last: whoever sees it closed sees
+        it whole.
 
         Doing it twice with the same evaluation is harmless as long as the first time was cut short.
         """
         trial_id = self._trial_ids[record.number]
         values = dict(evaluation.metrics)
+        record = with_evaluation(record, evaluation, self.results, self._last_rung)
+        self.results = max(self.results, record.orders[-1] + 1)
         with _storage_errors():
-            self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", to_mapping(evaluation))
+            about = {"order": record.orders[-1], **to_mapping(evaluation)}
+            self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", about)
+            if record.state == "paused":
+                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+                return record
+            known = self._storage.get_trial_system_attrs(trial_id)
             for name, amount in excess(self.config, values).items():
                 key = f"constraints:{name}"
-                if key not in self._storage.get_trial_system_attrs(trial_id):
+                if key not in known:  # those that arithmetic knows are there from the start
                     self._storage.set_trial_system_attr(trial_id, key, amount)
-            if evaluation.status == "complete":
+            if record.state == "complete":
                 objectives = [values[objective.metric] for objective in self.config.objectives]
                 self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, objectives)
             else:
                 self._storage.set_trial_user_attr(trial_id, "error", evaluation.cause)
                 self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        state: State = "complete" if evaluation.status == "complete" else "failed"
-        return replace(record, state=state, evaluations=(*_without(record, evaluation.rung), evaluation))
+        return record
 
 
 def open_store(config: StudyConfig, url: str) -> Store:
@@ -215,7 +233,10 @@ def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
 def _record(trial: FrozenTrial) -> Record:
     about = trial.user_attrs
     place = f"trial {trial.number}"
-    rungs = sorted((int(key.removeprefix("rung:")), key) for key in about if key.startswith("rung:"))
+    results = [dict(about[key]) for key in _rung_keys(trial)]
+    orders = tuple(result.pop("order") for result in results)
+    evaluations = tuple(from_mapping(Evaluation, result, place) for result in results)
+    runs = trial.state == TrialState.RUNNING or not evaluations
     return Record(
         number=trial.number,
         uid=about["uid"],
@@ -223,12 +244,16 @@ def _record(trial: FrozenTrial) -> Record:
         state=_STATES[trial.state],
         origin=about["origin"],
         seed=about["seed"],
-        evaluations=tuple(from_mapping(Evaluation, about[key], place) for _, key in rungs),
+        evaluations=evaluations,
+        orders=orders,
+        rung=len(about["attempts"]) - 1 if runs else evaluations[-1].rung,
     )
 
 
-def _without(record: Record, rung: int) -> tuple[Evaluation, ...]:
-    return tuple(evaluation for evaluation in record.evaluations if evaluation.rung != rung)
+def _rung_keys(trial: FrozenTrial) -> list[str]:
+    """Names of the attributes that hold its evaluations, lowest rung first."""
+    names = (name for name in trial.user_attrs if name.startswith("rung:"))
+    return sorted(names, key=lambda name: int(name.removeprefix("rung:")))
 
 
 # --- storages ----------------------------------------------------------------------------------------------------

@@ -40,10 +40,11 @@ def same_work(task: Task, expected: Task) -> bool:
 
 
 def hopeless(failures: list[Evaluation]) -> str:
-    """What to say when every candidate of a run failed."""
+    """What to say when every candidate of a run failed, at their rung."""
     last = failures[-1]
+    where = f" at rung {last.rung}" if last.rung else ""
     trace = f"\n{last.traceback}" if last.traceback else ""
     return (
-        f"no candidate could be evaluated: {len(failures)} of {len(failures)} failed in this run. The last error "
-        f"({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
+        f"no candidate could be evaluated{where}: {len(failures)} of {len(failures)} failed in this run. The last "
+        f"error ({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
     )

@@ -158,3 +158,15 @@ def test_unknown_verbs_and_flags_are_usage_errors() -> None:
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
+
+
+def test_a_path_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = str([197 - 10 * block for block in range(12)])
+    rates = {"ViT-T-DeiT": {"0.7": {"prune_kept_num": counts, "merge_kept_num": counts}}}
+    (tmp_path / "rates.json").write_text(json.dumps(rates))
+    arguments = ["import-diffrate", str(tmp_path / "rates.json"), "--model", "ViT-T-DeiT", "--target", "0.7"]
+    assert main([*arguments, "-o", str(tmp_path / "good.yaml")]) == 0
+    (tmp_path / "file").touch()
+    assert main([*arguments, "-o", str(tmp_path)]) == 1
+    assert main([*arguments, "-o", str(tmp_path / "file" / "below.yaml")]) == 1
+    assert capsys.readouterr().err.count("Check the path") == 2

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fake_search
 import pytest
-from fake_search import EVALUATED, SPACE, finished, records, run, study
+from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_study, study
+from optuna.storages import JournalStorage
 
 from prunesearch.config import Budget, DataConfig, Limit, ModelConfig, Objective, SpaceConfig, StopConfig, WorkersConfig
 from prunesearch.errors import DataError, FileError, ModelError, ResourceError, RunError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import driver
-from prunesearch.search.events import Done, Started, Stopping, Submitted
+from prunesearch.search import driver, lessons
+from prunesearch.search.events import Done, Finished, Started, Stopping, Submitted
+from prunesearch.search.record import Record
+from prunesearch.search.workers import Lost, Outcome
 
 
 class Killed(BaseException):
@@ -57,7 +62,7 @@ def test_dense_first_then_start_schedules_then_the_sampler(tmp_path: Path) -> No
     ]
     assert found[0].schedule == Schedule()
     assert (done.reason, done.complete, len(found), len(EVALUATED)) == ("trials", 6, 6, 6)
-    assert [type(event) for event in events[:3]] == [Started, Submitted, Submitted]
+    assert [type(event) for event in events[:4]] == [Started, Submitted, Finished, Submitted]
     assert [event.record.number for event in finished(events)] == list(range(6))
     assert load_study(tmp_path / "study.yaml") == study(6, space=space)
     assert not list((tmp_path / "outbox").iterdir())
@@ -71,15 +76,15 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
     assert not EVALUATED
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize(("sampler", "rungs"), [("random", 1), ("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3)])
 @pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun", "discarded"])
 def test_a_kill_at_any_step_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, step: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, rungs: int, step: str
 ) -> None:
     config = study(18, sampler)
-    config = replace(config, sampler=replace(config.sampler, startup=6))
+    config = replace(config, sampler=replace(config.sampler, startup=6)) if rungs == 1 else small_study(18, sampler)
     run(config, tmp_path / "whole")
-    expected = [(record.number, record.uid, record.schedule) for record in records(tmp_path / "whole")]
+    expected = [whole(record) for record in records(tmp_path / "whole")]
     EVALUATED.clear()
     for time in (3, 9):
         die_at(monkeypatch, step, time)
@@ -88,10 +93,16 @@ def test_a_kill_at_any_step_changes_nothing(
     monkeypatch.undo()
     run(config, tmp_path / "killed")
     found = records(tmp_path / "killed")
-    assert [(record.number, record.uid, record.schedule) for record in found] == expected
-    assert {record.state for record in found} == {"complete"}
-    assert sorted(EVALUATED) == sorted({record.uid for record in found})  # each once
+    assert [whole(record) for record in found] == expected
+    assert {record.state for record in found} == ({"complete"} if rungs == 1 else {"complete", "paused"})
+    assert sorted(EVALUATED) == sorted(record.uid for record in found for _ in record.evaluations)  # each once
     assert not list((tmp_path / "killed" / "outbox").iterdir())
+
+
+def whole(record: Record) -> tuple[object, ...]:
+    """What must be the same whatever happened: who, when, and what became of them at each rung."""
+    budgets = [(evaluation.rung, evaluation.metrics) for evaluation in record.evaluations]
+    return record.number, record.uid, record.schedule, record.state, record.orders, budgets
 
 
 def test_continuing_says_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +266,7 @@ def test_a_study_file_is_checked_before_anything_runs(tmp_path: Path) -> None:
         objectives=(Objective("accuracy", "maximize"),),
         limits=(("gmac", Limit(at_most=1)),),
         metrics=("latency",),
-        rungs=(Budget(images=0), Budget(images=1)),
+        rungs=(Budget(images=10), Budget(images=10), Budget(images=20, seconds=5.0)),
     )
     crooked = replace(crooked, sampler=replace(crooked.sampler, name="tpee"))
     with pytest.raises(FileError) as caught:
@@ -265,7 +276,8 @@ def test_a_study_file_is_checked_before_anything_runs(tmp_path: Path) -> None:
         "objectives[0].metric: unknown metric 'accuracy'",
         "limits.gmac: ",
         "metrics[0]",
-        "rungs: there are 2",
+        "rungs: 10, 10, 20 images do not ascend",
+        "rungs[2]: 20 images and 5 seconds, but seconds",
         'Did you mean "tpe"?',
     ):
         assert expected in str(caught.value)
@@ -310,5 +322,214 @@ def test_tasks_carry_what_the_study_says(tmp_path: Path, monkeypatch: pytest.Mon
     run(study(1, name="as it comes"), tmp_path)
     trained, _, as_it_comes = tasks
     assert (trained.threads, trained.device, trained.metrics) == (2, "cpu", ("top1", "gmacs", "latency_ms"))
-    assert trained.save_to == str(tmp_path / "weights" / trained.uid) and trained.budget == Budget(images=640)
+    assert trained.save_to == str(tmp_path / "weights" / f"{trained.uid}.0") and trained.budget == Budget(images=640)
     assert as_it_comes.save_to is None and as_it_comes.threads == 1
+
+
+# --- several rungs -----------------------------------------------------------------------------------------------
+
+
+def at_rung(found: list[Record], rung: int) -> list[Record]:
+    return [record for record in found if record.at(rung) is not None]
+
+
+def test_the_best_go_on_from_their_checkpoints_and_anchors_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Task] = []
+    original = fake_search.evaluate
+    monkeypatch.setattr(fake_search, "evaluate", lambda task: tasks.append(task) or original(task))
+    config = small_study(20)
+    config = replace(config, promote=3, space=replace(config.space, start_from=("evit-0.7",)))
+    done, events = run(config, tmp_path)
+    found = records(tmp_path)
+    counts = [len(at_rung(found, rung)) for rung in range(3)]
+    assert counts[0] == 20 and 7 <= counts[1] <= 11 and 3 <= counts[2] <= 6
+    assert [record.rung for record in found if record.is_anchor] == [2, 2]
+    assert (done.complete, done.paused, done.running) == (counts[2], 20 - counts[2], 0)
+    assert [task.rung for task in tasks[:6]] == [0, 1, 2] * 2  # dense and the start schedule, at once
+    for task in tasks:
+        assert task.budget == RUNGS[task.rung] and task.attempt == 0
+        weights = tmp_path / "weights" / task.uid
+        assert task.save_to == (f"{weights}.{task.rung}" if task.rung else None)
+        assert task.resume_from == (f"{weights}.1" if task.rung == 2 else None)  # rung 0 trains nothing
+    assert [event.record.rung for event in events if isinstance(event, Submitted)] == [task.rung for task in tasks]
+    assert all(event.record.state in ("paused", "complete") for event in finished(events))
+
+
+def test_weights_that_are_gone_are_trained_again_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    die_at(monkeypatch, "discarded", 2)
+    with pytest.raises(Killed):
+        run(small_study(1), tmp_path)
+    monkeypatch.undo()
+    for path in (tmp_path / "weights").iterdir():
+        path.unlink()
+    tasks: list[Task] = []
+    original = fake_search.evaluate
+    monkeypatch.setattr(fake_search, "evaluate", lambda task: tasks.append(task) or original(task))
+    run(small_study(1), tmp_path)
+    assert [(task.rung, task.resume_from) for task in tasks] == [(2, None)]
+    assert "rung 2 trains from the start" in caplog.text
+
+
+def test_a_study_with_more_trials_goes_on_with_those_that_waited(tmp_path: Path) -> None:
+    run(small_study(10), tmp_path)
+    before = {record.uid: record for record in records(tmp_path)}
+    done, events = run(small_study(10), tmp_path)
+    assert [type(event) for event in events] == [Started, Done]  # nobody is left who deserves it
+    assert done.reason == "trials" and done.paused > 0
+    EVALUATED.clear()
+    run(small_study(24), tmp_path)
+    after = {record.uid: record for record in records(tmp_path)}
+    assert any(before[uid].state == "paused" and after[uid].rung > before[uid].rung for uid in before)
+    assert all(after[uid].evaluations[: len(one.evaluations)] == one.evaluations for uid, one in before.items())
+    assert len(EVALUATED) == sum(len(record.evaluations) for record in after.values()) - sum(
+        len(record.evaluations) for record in before.values()
+    )
+
+
+def test_a_finished_search_that_still_owes_a_promotion_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(small_study(10), tmp_path / "whole")
+    total = len(EVALUATED)
+    die_at(monkeypatch, "finished", total - 1)
+    with pytest.raises(Killed):
+        run(small_study(10), tmp_path / "killed")
+    monkeypatch.undo()
+    EVALUATED.clear()
+    run(small_study(10), tmp_path / "killed")
+    assert len(EVALUATED) == 1
+    assert [whole(one) for one in records(tmp_path / "killed")] == [whole(one) for one in records(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("call", ["set_trial_user_attr", "set_trial_state_values", "create_new_trial"])
+def test_a_kill_between_two_commits_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    run(small_study(9), tmp_path / "whole")
+    EVALUATED.clear()
+    done = False
+    for time in itertools.count(2, 4):
+        with monkeypatch.context() as patch:
+            die_in_storage(patch, call, time)
+            try:
+                run(small_study(9), tmp_path / "killed")
+                done = True
+            except Killed:
+                continue
+        break
+    assert done
+    found = records(tmp_path / "killed")
+    assert [whole(one) for one in found] == [whole(one) for one in records(tmp_path / "whole")]
+    assert sorted(EVALUATED) == sorted(record.uid for record in found for _ in record.evaluations)
+
+
+def die_in_storage(monkeypatch: pytest.MonkeyPatch, call: str, time: int) -> None:
+    """Die instead of making the time-th call of a storage method for a trial."""
+    original, times = getattr(JournalStorage, call), 0
+
+    def counted(*arguments: object, **keywords: object) -> object:
+        nonlocal times
+        times += 1
+        if times == time:
+            raise Killed
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(JournalStorage, call, counted)
+
+
+def test_the_sampler_learns_from_one_rung_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[lessons.ModelStudy, str, float]] = []
+
+    class Spy(lessons.ModelStudy):
+        def tell(self, uid: str, values: Any, excess: Any) -> None:
+            if values is not None:
+                told.append((self, uid, values[0]))
+            super().tell(uid, values, excess)
+
+    monkeypatch.setattr(lessons, "ModelStudy", Spy)
+    run(small_study(24), tmp_path)
+    measured = {(record.uid, one.rung): one.value("top1") for record in records(tmp_path) for one in record.evaluations}
+    models = list(dict.fromkeys(model for model, *_ in told))
+    assert len(models) >= 2  # it started over
+    for rung, model in enumerate(models):
+        assert all(value == measured[uid, rung] for its, uid, value in told if its is model)
+
+
+def test_a_failure_at_a_higher_rung_is_that_candidates_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_later(task: Task) -> Evaluation:
+        if task.rung == 1 and len(EVALUATED) > 8:
+            return Evaluation(task.uid, "failed", 1, cause="oom", error="too large")
+        return original(task)
+
+    original = fake_search.evaluate
+    monkeypatch.setattr(fake_search, "evaluate", fail_later)
+    done, _ = run(small_study(14), tmp_path)
+    failed = [record for record in records(tmp_path) if record.state == "failed"]
+    assert len(failed) == done.failed > 0 and len(records(tmp_path)) == 14
+    for record in failed:
+        assert [one.status for one in record.evaluations] == ["complete", "failed"] and record.rung == 1
+
+
+def test_a_rung_where_nothing_works_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = fake_search.evaluate
+    broken = Evaluation("", "failed", 1, cause="error", error="no gradient")
+    monkeypatch.setattr(
+        fake_search, "evaluate", lambda task: replace(broken, uid=task.uid) if task.rung == 1 else original(task)
+    )
+    with pytest.raises(RunError, match=r"evaluated at rung 1: 1 of 1 failed.*no gradient"):  # the dense model
+        run(small_study(30), tmp_path)
+
+
+class Pool:
+    """Several workers that finish in an order of their own."""
+
+    count, description = 3, "three"
+
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.busy: list[int] = []
+
+    def submit(self, task: Task) -> None:
+        assert len(self.tasks) < self.count
+        self.tasks.append(task)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        self.busy.append(len(self.tasks))
+        task = self.tasks.pop(sum(self.busy) % len(self.tasks))
+        return [(task, fake_search.evaluate(task))]
+
+    def close(self) -> None:
+        return None
+
+
+def test_no_worker_waits_for_a_promotion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool()
+    monkeypatch.setattr(driver, "_start_workers", lambda *arguments: pool)
+    done, events = run(small_study(20), tmp_path)
+    found = records(tmp_path)
+    assert (len(found), done.running) == (20, 0)
+    assert [len(record.evaluations) - 1 for record in found] == [record.rung for record in found]
+    new = sum(isinstance(event, Submitted) and event.record.rung == 0 for event in events)
+    begun = [event for event in events if isinstance(event, Submitted)]
+    last_new = max(index for index, event in enumerate(begun) if event.record.rung == 0)
+    assert new == 20 and set(pool.busy[: last_new - 2]) == {3}  # as long as there are new ones, nobody is idle
+
+
+def test_a_dead_worker_costs_one_attempt_at_its_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying(Pool):
+        count = 1
+
+        def wait(self, seconds: float) -> list[Outcome]:
+            if [task.rung for task in self.tasks] == [1] and self.tasks[0].attempt == 0:
+                return [(self.tasks.pop(), Lost("crash", "killed"))]
+            tasks.extend(self.tasks)
+            return super().wait(seconds)
+
+    tasks: list[Task] = []
+    monkeypatch.setattr(driver, "_start_workers", lambda *arguments: Dying())
+    done, _ = run(small_study(1), tmp_path)
+    assert done.complete == 1
+    assert [(task.rung, task.attempt) for task in tasks] == [(0, 0), (1, 1), (2, 0)]
+    assert tasks[-1].resume_from == str(tmp_path / "weights" / f"{tasks[0].uid}.1")

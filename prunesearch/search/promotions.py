@@ -1,0 +1,42 @@
+"""Who goes on in a study: its records as the rows that `rungs.py` decides over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prunesearch.config import StudyConfig
+from prunesearch.search.agreement import cost_of
+from prunesearch.search.limits import total_excess
+from prunesearch.search.record import Record
+from prunesearch.search.rungs import Result, next_promotion
+
+
+class Promotions:
+    """The results of a study at all rungs, kept up to date record by record."""
+
+    def __init__(self, config: StudyConfig, records: Iterable[Record] = ()) -> None:
+        self._config = config
+        names, cost = [objective.metric for objective in config.objectives], cost_of(config)
+        self._cost = None if cost is None else names.index(cost)
+        self._results: dict[tuple[str, int], Result] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take in a new or a changed record."""
+        for evaluation in record.evaluations:
+            if evaluation.status != "complete":
+                continue
+            values, objectives = dict(evaluation.metrics), self._config.objectives
+            self._results[record.uid, evaluation.rung] = Result(
+                record.uid,
+                evaluation.rung,
+                tuple(values[one.metric] * (1 if one.goal == "minimize" else -1) for one in objectives),
+                total_excess(self._config, values),
+                record.is_anchor,
+                is_promoted=record.rung > evaluation.rung,
+            )
+
+    def next(self) -> Result | None:
+        """Who goes on now, and from which rung."""
+        return next_promotion(list(self._results.values()), len(self._config.rungs), self._config.promote, self._cost)

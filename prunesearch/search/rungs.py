@@ -1,0 +1,151 @@
+"""Which candidate goes on to a larger budget: successive halving by Pareto rank, as a pure function over results.
+
+Promotion-type and asynchronous (ASHA, Li et al. 2020): whenever a worker is free, the best candidate that deserves it
+goes on, and when there is none, a new one starts at the first rung. Candidates are ordered by how much they break the
+limits, then by non-dominated rank, then by spread along their front (epsilon-net, as in MO-ASHA, Schmucker et al.
+2021). The net grows from those of a front that went on already: built anew after each result, it would pick others
+each time, and in the end everybody. The same results give the same decision; ties go by uid.
+
+Objectives are losses here: all of them are minimized.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BANDS = 3
+"""Parts of the range of costs, each of which sends on at least one candidate."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A complete evaluation of a candidate at a rung.
+
+    losses: objectives, minimized. excess: by how much all limits together are broken, 0 is within them. is_anchor:
+    goes on in any case. is_promoted: it has gone on already, whatever became of it there.
+    """
+
+    uid: str
+    rung: int
+    losses: tuple[float, ...]
+    excess: float = 0.0
+    is_anchor: bool = False
+    is_promoted: bool = False
+
+
+def next_promotion(results: Sequence[Result], rungs: int, one_in: int, cost: int | None) -> Result | None:
+    """Who goes on to the next of so many rungs now, from the highest rung that has somebody; None is nobody.
+
+    Anchors go on at once. Others wait until a rung has 2 * one_in results; from then on those among its best
+    1/one_in, and the best one within the limits of each third of the range of costs (the column `cost` of the losses)
+    from which nobody went on yet, not even an anchor. Results with a loss that is not finite do not take part.
+    """
+    for rung in reversed(range(rungs - 1)):
+        finished = [one for one in results if one.rung == rung and all(map(math.isfinite, one.losses))]
+        found = _promotion(sorted(finished, key=lambda one: one.uid), one_in, cost)
+        if found is not None:
+            return found
+    return None
+
+
+def _promotion(finished: list[Result], one_in: int, cost: int | None) -> Result | None:
+    for result in finished:
+        if result.is_anchor and not result.is_promoted:
+            return result
+    if len(finished) < 2 * one_in:
+        return None
+    places = len(finished) // one_in
+    for layer in _layers(finished):
+        places -= sum(result.is_promoted for result in layer)
+        if places <= 0:
+            break
+        if not all(result.is_promoted for result in layer):
+            return _next_of(layer)
+    return None if cost is None else _of_an_empty_band(finished, cost)
+
+
+def _of_an_empty_band(finished: list[Result], cost: int) -> Result | None:
+    within = [result for result in finished if result.excess <= 0]
+    bands = bands_of([result.losses[cost] for result in within])
+    for band in range(BANDS):
+        members = [result for result, its in zip(within, bands, strict=True) if its == band]
+        if members and not any(result.is_promoted for result in members):
+            return _next_of(next(_layers(members)))
+    return None
+
+
+def bands_of(costs: Sequence[float]) -> list[int]:
+    """For each cost, in which third of their range it lies: 0 is the cheapest."""
+    if not costs:
+        return []
+    low, extent = min(costs), max(costs) - min(costs)
+    return [min(int(BANDS * (cost - low) / extent), BANDS - 1) if extent > 0 else 0 for cost in costs]
+
+
+def _layers(results: list[Result]) -> Iterator[list[Result]]:
+    """Best first: those that break the limits by the same amount (0 for most), front by front."""
+    for excess in sorted({max(result.excess, 0.0) for result in results}):
+        alike = [result for result in results if max(result.excess, 0.0) == excess]
+        ranks = nondominated_ranks(np.array([result.losses for result in alike], dtype=np.float64))
+        for rank in range(max(ranks) + 1):
+            yield [alike[index] for index in np.flatnonzero(ranks == rank)]
+
+
+def _next_of(front: list[Result]) -> Result:
+    losses = np.array([result.losses for result in front], dtype=np.float64)
+    return front[next_of_net(losses, np.array([result.is_promoted for result in front]))]
+
+
+def nondominated_ranks(losses: np.ndarray) -> np.ndarray:
+    """(n, objectives) -> (n,): 0 for the front, 1 for the front of what is left without it, and so on.
+
+    Equal points have the same rank. O(n log n) for one and two objectives, O(n^2) memory and time for more.
+    """
+    count, objectives = losses.shape
+    if objectives > 2:
+        return _ranks_by_pairs(losses)
+    first, second = losses[:, 0], losses[:, -1] if objectives == 2 else np.zeros(count)
+    ranks = np.zeros(count, dtype=int)
+    ends: list[float] = []  # of each front, the second loss of its last member so far: the smallest one, ascending
+    before: tuple[float, float] | None = None
+    rank = 0
+    for index in np.lexsort((second, first)):
+        point = float(first[index]), float(second[index])
+        if point != before:
+            rank = bisect_right(ends, point[1])
+            ends[rank : rank + 1] = [point[1]]
+            before = point
+        ranks[index] = rank
+    return ranks
+
+
+def _ranks_by_pairs(losses: np.ndarray) -> np.ndarray:
+    no_worse = np.ones((len(losses), len(losses)), dtype=bool)
+    for column in losses.T:
+        no_worse &= column[:, None] <= column[None, :]
+    dominates = no_worse & ~no_worse.T
+    ranks = np.full(len(losses), -1)
+    rank = 0
+    while (left := ranks < 0).any():
+        ranks[left & ~dominates[left].any(axis=0)] = rank
+        rank += 1
+    return ranks
+
+
+def next_of_net(losses: np.ndarray, taken: np.ndarray) -> int:
+    """(n, objectives) of one front, (n,) bool -> the point that spreads those taken so far best along the front.
+
+    That is the one farthest from all of them, each loss scaled to [0, 1] over the front; when none is taken, the best
+    compromise (the smallest sum of scaled losses). Ties go to the lower index.
+    """
+    extent = np.ptp(losses, axis=0)
+    scaled = (losses - losses.min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    if not taken.any():
+        return int(np.argmin(np.round(scaled.sum(axis=1), 9)))
+    distances = np.square(scaled[:, None] - scaled[taken][None]).sum(axis=2).min(axis=1)
+    return int(np.argmax(np.where(taken, -1.0, np.round(distances, 9))))
