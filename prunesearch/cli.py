@@ -201,7 +201,7 @@ def _export(parsed: argparse.Namespace) -> int:
     evaluation = record.evaluation
     assert evaluation is not None  # export refuses those without
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
-    print(f"Trial {record.number}: {short(record.schedule)}\n  {values}\n  -> {', '.join(map(str, written))}")
+    print(f"Trial {record.number}: {short(record.outcome)}\n  {values}\n  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:
         _say(f"measured after a fine-tune of {evaluation.images} images; --weights takes those weights along")
     return 0

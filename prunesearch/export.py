@@ -45,7 +45,7 @@ def export(
     if weights:
         written.append(_export_weights(record, evaluation, config, path.with_suffix(".safetensors"), say))
     save_schedule(
-        evaluation.schedule or record.schedule,
+        record.outcome,
         path,
         model=to_mapping(config.model),
         data=to_mapping(config.data) or {"name": config.data.name},
@@ -73,7 +73,7 @@ def _export_weights(
     if evaluation.images == 0 and record.schedule.needs_weights:
         raise StudyError(
             f"trial {record.number}: its schedule learns scores or queries, but it was measured without training. "
-            f"Possible: a study whose rungs train. Raise rungs[0].images."
+            f"Possible: a study whose rungs train. Give the last rung some images."
         )
     if evaluation.images == 0:
         raise StudyError(
@@ -86,11 +86,14 @@ def _export_weights(
         shutil.copyfile(source, target)
         return target
     say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
-    task = task_of(record, config, budget=Budget(images=evaluation.images))
-    again = evaluate(replace(task, save_to=str(target.with_suffix(""))))
+    again, stem = evaluation, str(target.with_suffix(""))
+    trained = [one.images for one in record.evaluations if one.images > 0]
+    for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
+        task = task_of(record, config, budget=Budget(images=images))
+        again = evaluate(replace(task, resume_from=stem if index else None, save_to=stem))
+        if again.status != "complete":
+            raise RunError(f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}")
     target.with_suffix(".state").unlink(missing_ok=True)
-    if again.status != "complete":
-        raise RunError(f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}")
     for name, before in evaluation.metrics:
         now = dict(again.metrics).get(name)
         if name in ("top1", "loss") and now != before:

@@ -196,7 +196,7 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "metrics": {name: values[name] for name in names},
                 "tokens": list(evaluation.tokens) if evaluation else [],
                 "finetuned_images": evaluation.images if evaluation else 0,
-                "schedule": to_mapping(record.schedule),
+                "schedule": to_mapping(record.outcome),
             }
         )
     return rows

@@ -286,7 +286,7 @@ def _result(progress: Progress, event: Finished) -> str:
         shown.append(said(metric, evaluation.value(metric), places))
     star = "*" if any(other.number == record.number for other in progress.front) else " "
     what = f"rung {evaluation.rung}" if _several(progress) else "complete"
-    return f"{head}  {what}  {'  '.join(shown)}  {seconds}  {star} {short(record.schedule)}"
+    return f"{head}  {what}  {'  '.join(shown)}  {seconds}  {star} {short(record.outcome)}"
 
 
 def _first_line(evaluation: Evaluation) -> str:

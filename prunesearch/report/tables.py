@@ -106,7 +106,7 @@ def front_table(
             if dense is not None:
                 row.append(change(name, value, values_of(dense)[name]))
         # the cell and not its column: rich takes the room from other columns before it shortens one that never wraps
-        schedule = Text(short(record.schedule), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
+        schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
         table.add_row(*row, Text(record.origin.removeprefix("start: ")), schedule)
     if dense is not None and dense not in shown:
         values = values_of(dense)
@@ -191,7 +191,7 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
         about = [row["trial"], row["uid"], row["origin"]]
         metrics = [row["metrics"].get(name, "") for name in names]
         tokens = " ".join(map(str, row["tokens"]))
-        writer.writerow([*about, *metrics, row["finetuned_images"], tokens, str(record.schedule)])
+        writer.writerow([*about, *metrics, row["finetuned_images"], tokens, str(record.outcome)])
     return text.getvalue()
 
 

@@ -37,6 +37,12 @@ class Record:
         return self.evaluations[-1] if self.evaluations else None
 
     @property
+    def outcome(self) -> Schedule:
+        """The schedule as it was measured: with the thresholds that were learned."""
+        learned = None if self.evaluation is None else self.evaluation.schedule
+        return learned or self.schedule
+
+    @property
     def rung_done(self) -> int:
         """The rung of `evaluation`; -1 when there is none."""
         return self.evaluations[-1].rung if self.evaluations else -1

@@ -74,6 +74,34 @@ def test_weights_that_are_gone_are_made_again_and_announced(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.glob("best*")) == ["best.safetensors", "best.yaml"]
 
 
+def test_weights_of_several_rungs_are_made_again_rung_by_rung(tmp_path: Path) -> None:
+    first = finished(tmp_path, 50)
+    stem = str(tmp_path / "weights" / "abc.1")
+    task = replace(task_of(first, STUDY, Budget(images=150)), resume_from=first.evaluation.checkpoint, save_to=stem)
+    as_it_comes = finished(tmp_path, 0).evaluation
+    record = replace(first, evaluations=(as_it_comes, first.evaluation, evaluate(task)))
+    kept = load_file(f"{stem}.safetensors")
+    for path in (tmp_path / "weights").iterdir():
+        path.unlink()
+    said: list[str] = []
+    written = export(record, STUDY, tmp_path / "best.yaml", weights=True, say=said.append)
+    assert len(said) == 1 and "fine-tuning again" in said[0]
+    again = load_file(written[1])
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_what_a_schedule_learned_always_comes_along(tmp_path: Path) -> None:
+    schedule = Schedule((Stage(1, at="pre", score="predictor", keep=0.6),))
+    record = replace(Record(7, "abc", SCHEDULE, "complete", "sampler", seed=3), schedule=schedule)
+    untrained = replace(record, evaluations=(evaluate(task_of(record, STUDY, Budget(images=0))),))
+    with pytest.raises(StudyError, match="learns scores or queries, but it was measured without training"):
+        export(untrained, STUDY, tmp_path / "best.yaml")
+    task = replace(task_of(record, STUDY, Budget(images=50)), save_to=str(tmp_path / "w"))
+    trained = replace(record, evaluations=(evaluate(task),))
+    assert [path.name for path in export(trained, STUDY, tmp_path / "best.yaml")] == ["best.yaml", "best.safetensors"]
+    assert any(name.startswith("token_stages.") for name in load_file(tmp_path / "best.safetensors"))
+
+
 def test_what_cannot_be_exported_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"trial 7: it is running"):
         export(Record(7, "abc", SCHEDULE, "running", "sampler", 0), STUDY, tmp_path / "best.yaml")
