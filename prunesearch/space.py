@@ -21,7 +21,7 @@ from prunesearch.tokens import REDUCERS, SCORERS
 
 Value = float | str
 Values = tuple[Value, ...] | Range | ThresholdRange
-FIELDS = ("amount", "keep", "threshold", "merge_threshold", "at", "score", "reduce")
+FIELDS = ("amount", "keep", "threshold", "merge_threshold", "tokens", "at", "score", "reduce")
 """What a stage of a search is made of; each is one parameter per block, or one for all (space.same)."""
 T = TypeVar("T")
 
@@ -103,9 +103,15 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
     for block in blocks_of(space):
         stage = by_block.get(block.block)
         if stage is None:
-            parameters[_name("amount", block, space)] = "none" if "none" in block.amount else "keep"
-            if "none" not in block.amount:
+            # what all stages share is said by those that there are; then only keep can leave one out
+            said = space.same if by_block else ()
+            leaves_out = "none" in block.amount and "amount" not in said
+            parameters[_name("amount", block, space)] = "none" if leaves_out else "keep"
+            if not leaves_out:
                 parameters[_name("keep", block, space)] = 1.0
+                readers = [verb for verb in block.reduce if not is_counted(verb, block)]
+                if readers and "reduce" not in said:
+                    parameters[_name("reduce", block, space)] = readers[0]
             continue
         if stage.keep is not None:
             parameters[_name("amount", block, space)] = "keep"
@@ -113,8 +119,11 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
         elif stage.threshold is not None:
             parameters[_name("amount", block, space)] = "threshold"
             parameters[_name(_threshold_field(stage.reduce), block, space)] = stage.threshold
+        elif is_counted(stage.reduce, block):
+            parameters[_name("amount", block, space)] = "keep"
+            parameters[_name("tokens", block, space)] = float(stage.tokens or 0)
         else:
-            return None  # an absolute count
+            return None
         parameters[_name("at", block, space)] = stage.at
         parameters[_name("reduce", block, space)] = stage.reduce
         if REDUCERS[stage.reduce].ranks:
@@ -179,6 +188,7 @@ class BlockChoices:
     amount: tuple[str, ...]
     threshold: tuple[float, ...] | ThresholdRange | None
     merge_threshold: tuple[float, ...] | ThresholdRange | None
+    tokens: tuple[int, ...] | None
 
 
 def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
@@ -198,6 +208,7 @@ def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
                 own_or_shared(own.amount, space.amount),
                 own_or_shared(own.threshold, space.threshold),
                 own_or_shared(own.merge_threshold, space.merge_threshold),
+                own_or_shared(own.tokens, space.tokens),
             )
         )
     return blocks
@@ -213,7 +224,9 @@ def _fields(space: SpaceConfig) -> dict[str, Values]:
     for block in blocks_of(space):
         given: dict[str, Values | None] = {"amount": block.amount, "at": block.at, "reduce": block.reduce}
         if "keep" in block.amount:
-            given["keep"] = block.keep
+            counted = [is_counted(verb, block) for verb in block.reduce]
+            given["keep"] = None if all(counted) else block.keep
+            given["tokens"] = tuple(map(float, block.tokens or ())) if any(counted) else None
         if "threshold" in block.amount:
             given |= {_threshold_field(verb): getattr(block, _threshold_field(verb)) for verb in block.reduce}
         if any(REDUCERS[verb].ranks for verb in block.reduce):
@@ -240,14 +253,24 @@ def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
         reduce = str(value(name["reduce"]))
         score = str(value(name["score"])) if REDUCERS[reduce].ranks else "none"
         amount = str(value(name["amount"]))
-        if amount == "threshold" and not takes_threshold(score, reduce) and "keep" in block.amount:
+        if amount == "threshold" and not takes_threshold(score, reduce):
+            if "amount" in space.same:
+                raise ScheduleError(
+                    f"block {block.block}",
+                    [f"all stages have a threshold, but {reduce} (score {score}) takes a count. Choose other ones."],
+                )
             amount = "keep"
-        if amount == "none" or (amount == "keep" and value(name["keep"]) == 1.0):
+        if amount == "none":
             continue
-        keep = float(value(name["keep"])) if amount == "keep" else None
-        threshold = float(value(name[_threshold_field(reduce)])) if amount == "threshold" else None
-        at = cast(Place, value(name["at"]))
-        stages.append(Stage(block.block, at=at, score=score, keep=keep, threshold=threshold, reduce=reduce))
+        stage = Stage(block.block, at=cast(Place, value(name["at"])), score=score, keep=1.0, reduce=reduce)
+        if amount == "threshold":
+            stage = replace(stage, keep=None, threshold=float(value(name[_threshold_field(reduce)])))
+        elif is_counted(reduce, block):
+            stage = replace(stage, keep=None, tokens=int(value(name["tokens"])))
+        else:
+            stage = replace(stage, keep=float(value(name["keep"])))
+        if stage.keep != 1.0:
+            stages.append(stage)
     adaptive = any(stage.is_adaptive for stage in stages)
     target = float(value("target_gmacs")) if adaptive and "target_gmacs" in fields else None
     return Schedule(tuple(stages), target)
@@ -257,6 +280,11 @@ def takes_threshold(score: str, reduce: str) -> bool:
     """Whether a search gives a stage a threshold: learned scores come with a count, to which they are trained."""
     learns = score in SCORERS and SCORERS[score].part is not None
     return REDUCERS[reduce].takes_threshold and not learns
+
+
+def is_counted(reduce: str, block: BlockChoices) -> bool:
+    """Whether the search gives this verb a count, and not a ratio: what is pooled has a number of its own."""
+    return reduce == "pool" and block.tokens is not None
 
 
 def _threshold_field(reduce: str) -> str:
@@ -293,9 +321,11 @@ def grid_of(interval: Interval | Range) -> Iterator[float]:
 
 
 def _exact(values: Values, given: Value) -> Value:
-    """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid."""
-    if isinstance(given, str) or isinstance(values, ThresholdRange):
+    """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid, nor exp(log(low)) below low."""
+    if isinstance(given, str):
         return given
+    if isinstance(values, ThresholdRange):
+        return min(max(given, values.low), values.high)
     on_grid = values if not isinstance(values, Range) else tuple(grid_of(values)) if values.step is not None else None
     return given if on_grid is None else min(on_grid, key=lambda value: abs(float(value) - given))
 

@@ -13,7 +13,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import PLACES, ModelShape, Place, Schedule, Stage, resolve
-from prunesearch.space import FIELDS, Value, blocks_of, grid_of, takes_threshold
+from prunesearch.space import FIELDS, BlockChoices, Value, blocks_of, grid_of, is_counted, takes_threshold
 from prunesearch.tokens import REDUCERS, SCORERS
 
 AMOUNTS = ("keep", "threshold", "none")
@@ -22,18 +22,21 @@ AMOUNTS = ("keep", "threshold", "none")
 def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """Every mistake of a space for a model, one sentence or two for each, with its field. Empty when all is well."""
     problems = _block_problems(space, shape)
-    problems += _value_problems("space", space)
+    problems += _value_problems("space", space, shape)
     for index, own in enumerate(space.blocks):
         if isinstance(own, BlockSpace):
             place = f"space.blocks[{index}]"
-            problems += _value_problems(place, own)
+            problems += _value_problems(place, own, shape)
             problems += [
                 f"{place}.{field}: all blocks share {field} (space.same). Possible: no own choice here. "
                 f"Leave it out, or take {field} out of space.same."
                 for field in space.same
                 if getattr(own, field) is not None
             ]
-    return problems or _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
+    if problems:
+        return problems
+    problems = _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
+    return problems or _order_problems(space)
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
@@ -53,7 +56,7 @@ def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     return problems
 
 
-def _value_problems(place: str, given: SpaceConfig | BlockSpace) -> list[str]:
+def _value_problems(place: str, given: SpaceConfig | BlockSpace, shape: ModelShape) -> list[str]:
     """Mistakes of the lists in themselves, whatever the block. None is not given."""
     keep = given.keep
     problems = _range_problems(place, keep) if isinstance(keep, Range) else []
@@ -68,6 +71,13 @@ def _value_problems(place: str, given: SpaceConfig | BlockSpace) -> list[str]:
     for field in ("threshold", "merge_threshold"):
         if isinstance(getattr(given, field), tuple):
             lists[field] = getattr(given, field)
+    if given.tokens is not None:
+        lists["tokens"] = given.tokens
+        problems += [
+            f"{place}.tokens: {count}; possible: 1 to {shape.patch_tokens} patch tokens in this model. Correct it."
+            for count in given.tokens
+            if not 1 <= count <= shape.patch_tokens
+        ]
     if isinstance(keep, tuple):
         lists["keep"] = keep
         problems += [
@@ -135,13 +145,18 @@ def _unread(space: SpaceConfig) -> list[str]:
     """What is given but would have no effect, or is missing for what was asked."""
     problems = []
     blocks = blocks_of(space)
+    readable = False
     for field, ranks in (("threshold", True), ("merge_threshold", False)):
         readers = [
             block.block
             for block in blocks
             if "threshold" in block.amount
-            and any(REDUCERS[verb].takes_threshold and REDUCERS[verb].ranks == ranks for verb in block.reduce)
+            and any(
+                takes_threshold(score, verb) and REDUCERS[verb].ranks == ranks
+                for verb, score in _verbs_and_scores(block)
+            )
         ]
+        readable = readable or bool(readers)
         lacking = [block.block for block in blocks if block.block in readers and getattr(block, field) is None]
         example = "{low: 0.001, high: 0.05, log: true}" if ranks else "[0.7, 0.8, 0.9]"
         if lacking:
@@ -154,6 +169,16 @@ def _unread(space: SpaceConfig) -> list[str]:
                 f"space.{field}: no block can take it. Possible: amount: [threshold] with verbs that do. "
                 f"Leave it out, or add threshold to amount."
             )
+    if not readable and any({"threshold", "keep"} <= set(block.amount) for block in blocks):
+        problems.append(
+            "space.amount: threshold is given, but every verb and score here takes a count. Possible: keep and none; "
+            "thresholds go with verbs and scores that take them. Take threshold out, or change verbs or scores."
+        )
+    if space.tokens is not None and not any("keep" in block.amount and "pool" in block.reduce for block in blocks):
+        problems.append(
+            "space.tokens: no block can pool to a count. Possible: pool in reduce and keep in amount. Leave it out, or "
+            "add what is missing."
+        )
     ranking = any(REDUCERS[verb].ranks for block in blocks for verb in block.reduce)
     if not ranking and space.score != SpaceConfig.score:
         problems.append("space.score: no verb here ranks tokens, so a score has no effect. Leave it out.")
@@ -192,11 +217,13 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     problems: dict[str, None] = {}
     for index, block in enumerate(blocks_of(space)):
         keeps = _sample(block.keep)
-        scores = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
-        scores += [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
-        for at, (verb, score), amount in itertools.product(block.at, scores, block.amount):
+        for at, (verb, score), amount in itertools.product(block.at, _verbs_and_scores(block), block.amount):
             stage = partial(Stage, block.block, at=cast(Place, at), score=score, reduce=verb)
-            stages = [stage(keep=keep) for keep in keeps] if amount == "keep" else []
+            stages = []
+            if amount == "keep" and is_counted(verb, block):
+                stages = [stage(tokens=count) for count in block.tokens or ()]
+            elif amount == "keep":
+                stages = [stage(keep=keep) for keep in keeps]
             if amount == "threshold" and takes_threshold(score, verb):
                 stages = [stage(threshold=1.0)]
             elif amount == "threshold" and "keep" not in block.amount:
@@ -209,6 +236,37 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
             if refusals and all(refusals):
                 problems[f"space.blocks[{index}]: {refusals[-1]}"] = None
     return list(problems)
+
+
+def _order_problems(space: SpaceConfig) -> list[str]:
+    """Verbs that no candidate can have, as a block before them always learns its decisions."""
+    learning: int | None = None
+    problems = []
+    for block in sorted(blocks_of(space), key=lambda block: block.block):
+        refused = [verb for verb in block.reduce if learning is not None and REDUCERS[verb].masked is None]
+        problems += [
+            f"space.blocks: {verb} at block {block.block} cannot follow a stage that learns its decisions (a threshold "
+            f"or a learned score), and block {learning} always has one. Possible: a choice without one there, or other "
+            f"verbs here. Change one of them."
+            for verb in refused
+        ]
+        if learning is None and _always_learns(block):
+            learning = block.block
+    return problems
+
+
+def _always_learns(block: BlockChoices) -> bool:
+    keeps = (block.keep.high,) if isinstance(block.keep, Range) else block.keep
+    if "none" in block.amount or ("keep" in block.amount and 1.0 in keeps):
+        return False
+    thresholds = block.amount == ("threshold",)
+    return thresholds or all(score in SCORERS and SCORERS[score].part for _, score in _verbs_and_scores(block))
+
+
+def _verbs_and_scores(block: BlockChoices) -> list[tuple[str, str]]:
+    """Which verb can go with which score; none for those that do not rank."""
+    ranked = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
+    return ranked + [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
 
 
 def _sample(keep: tuple[float, ...] | Range) -> list[float]:

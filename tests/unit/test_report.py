@@ -70,6 +70,11 @@ def test_short(stages: list[Stage], text: str) -> None:
     assert short(Schedule(tuple(stages))) == text
 
 
+def test_thresholds_and_their_target_are_said() -> None:
+    schedule = Schedule((Stage(2, threshold=0.00213), Stage(4, threshold=0.9, reduce="merge")), target_gmacs=0.00641)
+    assert short(schedule) == "2 drop > 0.0021 · 4 merge > 0.9, towards 0.00641 GMACs"
+
+
 def test_stages_that_share_a_score_name_it_once() -> None:
     stages = Stage(2, keep=0.5, score="key_norm"), Stage(4, keep=0.5, score="key_norm")
     assert short(Schedule(stages)) == "2, 4 drop 0.5 (key_norm)"

@@ -10,13 +10,14 @@ from typing import Any
 import optuna
 import pytest
 from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
+from optuna.distributions import FloatDistribution
 
-from prunesearch.config import Objective, Range, SamplerConfig
+from prunesearch.config import Objective, Range, SamplerConfig, SpaceConfig, ThresholdRange
 from prunesearch.errors import UnknownNameError
 from prunesearch.search import samplers
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
-from prunesearch.space import Value, dimensions, schedule_from, uid_of
+from prunesearch.space import Value, dimensions, parameters_of, schedule_from, uid_of
 
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 
@@ -70,6 +71,44 @@ def test_the_space_is_complete_and_exact_in_every_proposal() -> None:
         assert study.draw(7) == parameters, name  # asking leaves no trace
         if name != "gp":  # whose optimum hardly depends on the seed
             assert study.draw(8) != parameters, name
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_thresholds_are_looked_at_as_ratios(name: str) -> None:
+    space = SpaceConfig(
+        blocks=(2, 4),
+        amount=("threshold", "none"),
+        threshold=ThresholdRange(1e-4, 1.0, log=True),
+        score=("key_norm",),
+        target_gmacs=(0.005, 0.007, 0.01),
+    )
+    candidates = []
+    for _ in range(2):
+        study = ModelStudy(SamplerConfig(name, startup=8), space, OBJECTIVES)
+        assert study._distributions["block2.threshold"] == FloatDistribution(1e-4, 1.0, log=True)
+        drawn = []
+        for index in range(12 if name == "gp" else 24):
+            schedule = schedule_from(study.draw(seed_of(index)), space, SHAPE)
+            parameters = parameters_of(schedule, space)
+            assert parameters is not None
+            study.add(str(index), parameters)
+            study.tell(str(index), (float(len(schedule.stages)), sum(s.threshold or 0 for s in schedule.stages)), {})
+            drawn.append(schedule)
+        candidates.append(drawn)
+    assert candidates[0] == candidates[1]
+    found = [stage.threshold for schedule in candidates[0] for stage in schedule.stages if stage.threshold]
+    assert sum(threshold < 0.01 for threshold in found) >= len(found) / 4 and max(found) > 0.01
+
+
+def test_mutations_and_random_values_of_thresholds_are_ratios_too() -> None:
+    space = SpaceConfig(blocks=(2,), amount=("threshold",), threshold=ThresholdRange(1e-4, 1.0, log=True))
+    found: dict[str, float] = {}
+    for index in range(60):
+        proposal = propose(study(space=space), SHAPE, lambda seed: {}, 1, [], found, index)
+        assert proposal.schedule is not None
+        found[uid_of(proposal.schedule, SHAPE)] = proposal.schedule.stages[0].threshold or 0.0
+    assert 18 <= sum(threshold < 0.01 for threshold in found.values()) <= 42
+    assert len(set(found.values())) == 60 and min(found.values()) >= 1e-4
 
 
 def test_nsga2_sees_its_generations() -> None:

@@ -65,6 +65,15 @@ SPACES = {
         threshold=ThresholdRange(1e-3, 0.05, log=True),
         target_gmacs=ThresholdRange(0.004, 0.01),
     ),
+    "shared amount": replace(
+        SPACE,
+        reduce=("drop", "pool", "squeeze"),
+        score=("class_attention", "predictor"),
+        amount=("threshold", "none", "keep"),
+        threshold=(0.01, 0.02, 0.05),
+        same=("amount", "threshold", "reduce"),
+    ),
+    "counts": replace(SPACE, reduce=("pool", "fuse"), tokens=(4, 8, 16)),
     "everything": SpaceConfig(
         blocks=(1, BlockSpace(2, amount=("threshold",), reduce=("merge", "drop"), score=("key_norm",)), 3, 4, 5, 6),
         keep=(0.3, 0.5, 0.7, 1.0),
@@ -74,7 +83,9 @@ SPACES = {
         amount=("keep", "threshold", "none"),
         threshold=ThresholdRange(1e-3, 0.05, log=True),
         merge_threshold=(0.7, 0.8, 0.9, 0.97),
+        tokens=(4, 8, 16),
         target_gmacs=(0.005, 0.007, 0.01),
+        max_stages=4,
     ),
 }
 
@@ -88,7 +99,7 @@ def test_candidates_lie_in_the_space_and_come_back_from_their_schedule(space: Sp
         try:
             schedule = suggest(trial, space, SHAPE)
         except ScheduleError:
-            assert space.max_stages is not None or {"merge", "drop_or_merge"} & set(space.reduce)
+            assert space.max_stages is not None or {"merge", "drop_or_merge", "pool"} & set(space.reduce)
             continue
         finally:
             assert trial.asked == set(dimensions(space))  # every parameter, whatever the others are
@@ -139,6 +150,36 @@ def test_parameters_without_effect_are_at_their_first_choice() -> None:
     }
 
 
+def test_a_stage_that_goes_takes_its_threshold_and_the_target_along() -> None:
+    space = SPACES["adaptive"]
+    none: dict[str, Any] = {f"block{block}.amount": "none" for block in range(1, 6)}
+    assert schedule_from({**none, "block2.threshold": 0.02, "target_gmacs": 0.009}, space, SHAPE) == Schedule()
+    one = schedule_from({**none, "block2.amount": "threshold", "block2.threshold": 0.02}, space, SHAPE)
+    assert one == Schedule((Stage(2, threshold=0.02),), target_gmacs=0.004)
+    parameters = parameters_of(one, space)
+    assert parameters is not None and parameters["block3.threshold"] == 0.001  # the first choice
+
+
+def test_a_learned_score_and_pool_take_the_count_beside_a_threshold() -> None:
+    space = replace(SPACES["everything"], blocks=(2,))
+    values: dict[str, Any] = {"block2.amount": "threshold", "block2.keep": 0.5, "block2.at": "pre"}
+    (learned,) = schedule_from({**values, "block2.score": "predictor"}, space, SHAPE).stages
+    assert learned == Stage(2, at="pre", score="predictor", keep=0.5)
+    (pooled,) = schedule_from({**values, "block2.reduce": "pool", "block2.tokens": 8.0}, space, SHAPE).stages
+    assert pooled == Stage(2, at="pre", reduce="pool", tokens=8)
+    with pytest.raises(ScheduleError, match="all stages have a threshold, but pool"):
+        schedule_from({"amount": "threshold", "block2.reduce": "pool"}, replace(space, same=("amount",)), SHAPE)
+
+
+@pytest.mark.parametrize("low", [1e-3, 0.0021, 0.0049, 0.03])
+def test_a_logarithmic_range_ends_where_it_was_written(low: float) -> None:
+    space = replace(SPACES["adaptive"], threshold=ThresholdRange(low, 0.05, log=True), blocks=(2,), target_gmacs=None)
+    ends = [math.exp(math.log(end)) * factor for end in (low, 0.05) for factor in (1 - 1e-15, 1 + 1e-15)]
+    for end in ends:
+        schedule = schedule_from({"block2.amount": "threshold", "block2.threshold": end}, space, SHAPE)
+        assert parameters_of(schedule, space) is not None
+
+
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -178,6 +219,8 @@ def test_uid_is_the_identity_of_what_is_done_to_the_model() -> None:
     others = [Stage(2, keep=0.52), Stage(3, keep=0.5), Stage(2, keep=0.5, at="pre"), Stage(2, keep=0.5, reduce="fuse")]
     assert len({plain, *(uid_of(Schedule((stage,)), SHAPE) for stage in others)}) == 5
     assert len(plain) == 12 and int(plain, 16) >= 0
+    thresholds = [Schedule((Stage(2, threshold=t),), g) for t in (0.01, 0.02) for g in (None, 0.005, 0.006)]
+    assert len({uid_of(schedule, SHAPE) for schedule in thresholds}) == 6
     assert uid_of(Schedule(), SHAPE) == "f48212d320c4"  # they are stored in databases: must never change
     assert plain == "33753f82e1cd"
 
@@ -235,6 +278,20 @@ def test_a_finite_space_can_be_counted() -> None:
             "amount is threshold, but drop by predictor takes a count",
         ),
         ({"score": ("predictor",), "reduce": ("drop_or_merge",)}, "drop_or_merge cannot follow a stage that learns"),
+        (
+            {"amount": ("keep", "threshold"), "reduce": ("drop_or_merge",), "score": ("value_weighted",)},
+            "space.amount: threshold is given, but every verb and score here takes a count",
+        ),
+        (
+            {
+                "blocks": (2, BlockSpace(1, keep=(0.5,), score=("predictor",), reduce=("drop",))),
+                "reduce": ("drop", "drop_or_merge"),
+            },
+            "drop_or_merge at block 2 cannot follow a stage that learns its decisions",
+        ),
+        ({"tokens": (8,)}, "space.tokens: no block can pool to a count"),
+        ({"tokens": (8, 0), "reduce": ("pool", "drop")}, "space.tokens: 0; possible: 1 to 64 patch tokens"),
+        ({"tokens": (8, 65), "reduce": ("pool", "drop")}, "space.tokens: 65; possible: 1 to 64"),
     ],
 )
 def test_mistakes_are_named_with_their_field(changes: dict[str, Any], says: str) -> None:
