@@ -33,7 +33,8 @@ def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     candidate_BA = there_Bn[:, 1::2]
     if scene.threshold is not None:
-        soft_BA = ((best_BA - scene.threshold) / scene.softness).sigmoid()
+        # the threshold moves, not the keys: LTMP trains nothing else
+        soft_BA = ((best_BA.detach() - scene.threshold) / scene.softness).sigmoid()
         joins_BA = straight_through(best_BA > scene.threshold, soft_BA) * candidate_BA
     else:
         assert scene.kept_B is not None
