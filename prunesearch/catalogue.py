@@ -73,10 +73,11 @@ def _models(pattern: str) -> Iterator[Row]:
 
 
 def _may_be_plain(name: str) -> bool:
-    """Whether the file that defines a name builds VisionTransformers; building all of timm would take minutes."""
+    """Whether the file that defines a name builds supported classes; building all of timm would take minutes."""
     import timm
 
-    files = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit")
+    vits = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit")
+    files = (*vits, "swin_transformer", "convnext")
     return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in files
 
 

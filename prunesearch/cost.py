@@ -6,6 +6,9 @@ What papers call FLOPs are multiply-accumulates. Per block, with Na tokens in at
 
 plus the patch embedding, the classifier, and what scorers and reducers cost themselves. Normalisation, softmax,
 biases and activations are not counted, as in the papers and in torch.utils.flop_counter.
+
+Where a verb holds tokens (a model with a feature map), Na is always all positions, A is 0 and the mixing is gate_macs
+of each, and those that skip the MLP cost C C each, for the fast path.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Cost:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens that leave each block, prefix included."""
+        """Tokens that leave each block, prefix included; with a feature map, those that its MLP sees."""
         return self.mlp_tokens
 
 
@@ -61,26 +64,28 @@ def macs_of_counts(
     macs: Count = shape.stem_macs + shape.head_macs
     attention_tokens: list[Count] = []
     mlp_tokens: list[Count] = []
-    before = [shape.patch_tokens, *after]
+    left = [shape.patch_tokens, *after]
+    arriving = [shape.patch_tokens] * len(left) if shape.holds else left
     position = 0
     for block in range(shape.depth):
-        for place, tokens in (("pre", attention_tokens), ("mid", mlp_tokens)):
+        for place, counts, tokens in (("pre", arriving, attention_tokens), ("mid", left, mlp_tokens)):
             while position < len(steps) and (steps[position].stage.block, steps[position].stage.at) == (block, place):
                 position += 1
-            tokens.append(before[position] + prefix)
+            tokens.append(counts[position] + prefix)
         macs = macs + block_macs(shape, attention_tokens[-1], mlp_tokens[-1])
     for index, step in enumerate(steps):
-        macs = macs + _stage_macs(shape, step, before[index], after[index], attention_tokens)
-    last = before[-1] + prefix
+        macs = macs + _stage_macs(shape, step, arriving[index], after[index], attention_tokens)
+    last = left[-1] + prefix
     macs = macs + (shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last)
     return macs, attention_tokens, mlp_tokens
 
 
 def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) -> Count:
-    """MACs of one transformer block."""
+    """MACs of one block."""
     projections = (4 * shape.dim * shape.attention_dim + shape.gate_macs) * attention_tokens
     attention = 2 * shape.attention_dim * attention_tokens * attention_tokens
-    return projections + attention + shape.mlp_macs * mlp_tokens
+    fast_path = shape.dim**2 * (attention_tokens - mlp_tokens) if shape.holds else 0
+    return projections + attention + shape.mlp_macs * mlp_tokens + fast_path
 
 
 def _stage_macs(shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: list[Count]) -> Count:

@@ -27,6 +27,10 @@ class ModelShape:
     `pool_macs + pool_macs_per_token * N + pool_macs_per_pair * N^2` for N tokens. `prefix_tokens` counts class,
     distillation and register tokens; `class_tokens` those whose attention ranks patches: 1, or 2 with a
     distillation token, or 0.
+
+    Of a model with a feature map (`holds`), depth, dim and patch tokens are those of its third stage: blocks, width,
+    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, and `layer_scale`
+    whether its blocks scale what they add.
     """
 
     depth: int
@@ -43,6 +47,8 @@ class ModelShape:
     pool_macs: int = 0
     pool_macs_per_token: int = 0
     pool_macs_per_pair: int = 0
+    holds: bool = False
+    layer_scale: bool = False
 
     @property
     def has_class_token(self) -> bool:
@@ -165,7 +171,8 @@ class Step:
 
     `after` is `kept` plus what the verb adds (one fused token). `before == after` and `kept == before`
     means that the stage removes nothing here. From the first stage with a threshold on, counts are the most that an
-    image can have.
+    image can have. With a verb that holds, all positions arrive at every stage, and `after` is those that go through
+    the MLP.
     """
 
     stage: Stage
@@ -190,7 +197,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     problems: list[str] = []
     steps: list[Step] = []
     present = shape.patch_tokens
-    masked, pooled = False, -1
+    masked, pooled, scored, held = False, -1, -1, -1
     for stage in schedule.stages:
         where = f"stage at block {stage.block} ({stage.at})"
         if stage.block >= shape.depth:
@@ -208,12 +215,25 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
                 f"{where}: {stage.reduce} cannot follow a stage that learns its decisions (a threshold or a learned "
                 f"score), as images then keep different numbers of tokens. Possible: {possible}. Choose one of those."
             )
+        if stage.learns_to_score:
+            if scored == stage.block:
+                problems.append(
+                    f"{where}: {stage.score} is the second learned score of block {stage.block}. Possible: one in a "
+                    f"block. Move one of the two to another block, or give it a score that is computed."
+                )
+            scored = stage.block
         if kept > present:
             problems.append(
                 f"{where}: tokens is {kept}, but only {present} patch tokens are present there. "
                 f"Possible: 1 to {present}. Lower tokens or move the stage to an earlier block."
             )
             kept = present
+        if reducer.holds and held == stage.block:
+            problems.append(
+                f"{where}: a {stage.reduce} stage there chooses among all positions already, and the second would undo "
+                f"it. Possible: one per block. Remove one of them."
+            )
+        held = stage.block if reducer.holds else held
         read = stage.block - (stage.at == "pre")  # the block whose attention decides
         if pooled == read and reads_attention(stage):
             problems.append(
@@ -231,7 +251,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
             kept = fewest
         after = kept if kept == present and not stage.is_adaptive else kept + reducer.extra_tokens
         steps.append(Step(stage, before=present, kept=kept, after=after))
-        present = after
+        present = present if reducer.holds else after
     if problems:
         raise ScheduleError("schedule", problems)
     return tuple(steps)
@@ -343,10 +363,27 @@ def reads_attention(stage: Stage) -> bool:
 
 def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
     """Why a stage whose names are right cannot run on this model."""
-    from prunesearch.tokens import SCORERS
+    from prunesearch.tokens import REDUCERS, SCORERS
 
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
+    if REDUCERS[stage.reduce].holds != shape.holds:
+        why = (
+            "needs tokens that can go, but this model has a feature map, whose positions stay in place"
+            if shape.holds
+            else "needs a model with a feature map (Swin, ConvNeXt), but this one has none"
+        )
+        possible = ", ".join(name for name, other in REDUCERS.items() if other.holds == shape.holds)
+        return [f"{stage.reduce} {why}. Possible: {possible}. Choose one of those, or another model."]
+    if shape.holds and stage.at != "pre":
+        problems.append(f"{stage.reduce} decides on the block's input. Possible: at pre. Write at: pre.")
+    if shape.holds and scorer is not None and scorer.needs_attention:
+        possible = ", ".join(name for name, other in SCORERS.items() if not other.needs_attention)
+        return [
+            *problems,
+            f"score {stage.score} reads an attention over all tokens, but a model with a feature map mixes them in "
+            f"windows. Possible: {possible}. Choose one of those.",
+        ]
     if scorer is not None and scorer.needs_class_token and not shape.has_class_token:
         possible = ", ".join(name for name, other in SCORERS.items() if not other.needs_class_token)
         problems.append(

@@ -68,7 +68,7 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
     _check_name(config.name)
     keywords: dict[str, Any] = dict(config.options)
     if config.image_size is not None:
-        keywords["img_size"] = config.image_size
+        keywords |= _size_keywords(config)
     if config.num_classes is not None:
         keywords["num_classes"] = config.num_classes
     try:
@@ -81,6 +81,17 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
             f"{type(error).__name__}: {error}. Possible: options of timm.create_model, and pretrained: true where the "
             f"weights can be downloaded. Check options and image_size, or give a local checkpoint."
         ) from error
+
+
+def _size_keywords(config: ModelConfig) -> dict[str, Any]:
+    """How a model is told its input size. A ConvNeXt takes any, so that only its settings name it; images of that size
+    are then neither resized nor cropped."""
+    size = config.image_size
+    is_convnext = timm.is_model(config.name) and timm.model_entrypoint(config.name).__module__ == "timm.models.convnext"
+    if not is_convnext:
+        return {"img_size": size}
+    channels = dict(config.options).get("in_chans", 3)
+    return {"pretrained_cfg_overlay": {"input_size": (channels, size, size), "crop_pct": 1.0}}
 
 
 def _check_name(name: str) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
+from prunesearch.models import input_size
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ class ImageSet:
 
 def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
     """What the model's pretrained settings say, for the size it was built with; `config` wins. Raises DataError."""
-    embed: Any = model.patch_embed
-    size = (embed.proj.weight.shape[1], *embed.img_size)
+    size = input_size(model)
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     for name in ("mean", "std"):
         if given[name] is not None and len(given[name]) != size[0]:

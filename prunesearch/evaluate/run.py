@@ -40,7 +40,7 @@ from prunesearch.evaluate.metrics import METRICS, Measured, Subject
 from prunesearch.evaluate.predict import autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import distills_tokens
 from prunesearch.evaluate.task import Cause, Evaluation, Task
-from prunesearch.models import apply_schedule, learned_parts, schedule_of
+from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
 from prunesearch.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -201,8 +201,8 @@ def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bo
     @torch.no_grad()
     def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> DenseOutput:
         with autocast(device, amp):
-            tokens_BNC = dense.forward_features(images)
-            return DenseOutput(dense.forward_head(tokens_BNC).float(), tokens_BNC[:, dense.num_prefix_tokens :])
+            features = dense.forward_features(images)
+            return DenseOutput(dense.forward_head(features).float(), patches_of(dense, features))
 
     return forward
 

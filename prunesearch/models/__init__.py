@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
-from prunesearch.models import digits_vit, vision_transformer  # digits_vit registers the shipped model with timm
+from prunesearch.models import digits_vit, feature_map, vision_transformer  # digits_vit registers its model with timm
 from prunesearch.models.plan import PARTS, Plan, PlannedStep, make_parts, make_plan, threshold_unit
 from prunesearch.models.trace import Trace
 from prunesearch.models.weights import load_weights
@@ -31,8 +31,10 @@ __all__ = [
     "Trace",
     "apply_schedule",
     "digits_vit",
+    "input_size",
     "learned_parameters",
     "learned_parts",
+    "patches_of",
     "remove_schedule",
     "schedule_of",
     "shape_of",
@@ -42,7 +44,7 @@ __all__ = [
     "trace",
 ]
 
-FAMILIES = (vision_transformer,)
+FAMILIES = (vision_transformer, feature_map)
 
 
 def apply_schedule(
@@ -132,6 +134,17 @@ def schedule_of(model: nn.Module) -> Schedule | None:
 def shape_of(model: nn.Module) -> ModelShape:
     """What the cost arithmetic needs to know of a model; also of one on the meta device. Raises ModelError."""
     return _family(model).shape_of(model)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model was built for. Raises ModelError."""
+    return _family(model).input_size(model)
+
+
+def patches_of(model: nn.Module, features: Tensor) -> Tensor:
+    """The patch tokens (B, n, C) in what the dense model's `forward_features` returns; of a feature map, all
+    positions."""
+    return _family(model).patches_of(model, features)
 
 
 def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.schedule import ModelShape, Schedule, Stage, Step, options_of, reads_attention, resolve
-from prunesearch.tokens import REDUCERS, SCORERS
+from prunesearch.tokens import REDUCERS, SCORERS, Reducer
 
 PARTS = "token_stages"
 """The attribute of the model that holds what a schedule learns, and so the prefix of its names in a state_dict."""
@@ -121,17 +121,45 @@ def make_parts(plan: Plan, seed: int) -> nn.ModuleDict | None:
     parts = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for planned in plan.steps:
+        for planned, until in zip(plan.steps, _until(plan), strict=True):
             stage, reducer = planned.stage, REDUCERS[planned.stage.reduce]
             make_scorer = None if stage.score == "none" else SCORERS[stage.score].part
             if make_scorer is None and reducer.part is None and stage.threshold is None:
                 continue
             parts[planned.key] = StageParts(
                 None if make_scorer is None else make_scorer(plan.shape),
-                None if reducer.part is None else reducer.part(plan.shape, planned.step.kept),
+                _reducer_part(reducer, plan.shape, planned, until),
                 stage.threshold,
             )
     return nn.ModuleDict(parts) if parts else None
+
+
+def attach(model: nn.Module, plan: Plan, seed: int, classes: Mapping[type, type]) -> None:
+    """Give a model its plan, fresh parts, and the class that `classes` has for its own."""
+    parts = make_parts(plan, seed)
+    if parts is not None:
+        # half precision is for the model's own layers; scores and thresholds are compared in fp32
+        setattr(model, PARTS, parts.to(next(model.parameters()).device))
+    model._plan = plan  # type: ignore[assignment]
+    model.__class__ = classes[type(model)]
+
+
+def detach(model: nn.Module, classes: Mapping[type, type]) -> None:
+    """Undo `attach`; does nothing to a model of another class."""
+    for plain, reduced in classes.items():
+        if type(model) is reduced:
+            model.__class__ = plain
+            del model._plan
+            if hasattr(model, PARTS):
+                delattr(model, PARTS)
+
+
+def attached(model: nn.Module, classes: Mapping[type, type]) -> Schedule | None:
+    """The schedule that `attach` gave, with the thresholds as they are now, or None."""
+    if type(model) not in classes.values():
+        return None
+    plan: Plan = model._plan  # type: ignore[assignment]
+    return with_thresholds(plan.schedule, plan, getattr(model, PARTS, None))
 
 
 def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None) -> Schedule:
@@ -147,6 +175,25 @@ def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None)
         for stage in schedule.stages
     ]
     return replace(schedule, stages=tuple(stages))
+
+
+def block_key(block: int) -> str:
+    """The name of a block's part in the part of a verb that holds."""
+    return f"block{block}"
+
+
+def _reducer_part(reducer: Reducer, shape: ModelShape, planned: PlannedStep, until: int) -> nn.Module | None:
+    if reducer.part is None:
+        return None
+    if not reducer.holds:
+        return reducer.part(shape, planned.step.kept)
+    blocks = range(planned.stage.block, until)
+    return nn.ModuleDict({block_key(block): reducer.part(shape, planned.step.kept) for block in blocks})
+
+
+def _until(plan: Plan) -> list[int]:
+    """For each step, the block of the next one, or the number of blocks."""
+    return [*(planned.stage.block for planned in plan.steps[1:]), plan.shape.depth][: len(plan.steps)]
 
 
 def _shortest(value: Tensor) -> float:

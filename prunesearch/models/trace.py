@@ -9,8 +9,9 @@ from torch import Tensor
 
 class Trace(NamedTuple):
     """logits (B, classes). patches_BnC: the final normalised patch tokens, `present_Bn`: 1 where there is one, None
-    when all are. counts: patch tokens of each image after each step from the first on whose counts differ between
-    images or are learned, (B,) each; with gradients to the decisions while training."""
+    when all are (always with a feature map, whose patches are all its positions). counts: patch tokens of each image
+    after each step from the first on whose counts differ between images or are learned, (B,) each; with gradients to
+    the decisions while training."""
 
     logits: Tensor
     patches_BnC: Tensor

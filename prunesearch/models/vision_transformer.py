@@ -24,11 +24,12 @@ from prunesearch.models.plan import (
     Plan,
     PlannedStep,
     StageParts,
+    attach,
+    attached,
+    detach,
     listeners,
-    make_parts,
     make_plan,
     plan_for,
-    with_thresholds,
 )
 from prunesearch.models.trace import Trace
 from prunesearch.models.vit_shape import gate_of
@@ -157,35 +158,32 @@ def apply(model: Any, schedule: Schedule, seed: int) -> None:
             "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
             "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
         )
-    parts = make_parts(plan, seed)
-    if parts is not None:
-        # half precision is for the model's own layers; scores and thresholds are compared in fp32
-        setattr(model, PARTS, parts.to(next(model.parameters()).device))
-    model._plan = plan
-    model.__class__ = REDUCED[type(model)]
+    attach(model, plan, seed, REDUCED)
 
 
 def remove(model: nn.Module) -> None:
     """Swap the class back."""
-    for plain, reduced in REDUCED.items():
-        if type(model) is reduced:
-            model.__class__ = plain
-            del model._plan
-            if hasattr(model, PARTS):
-                delattr(model, PARTS)
+    detach(model, REDUCED)
 
 
 def schedule_of(model: nn.Module) -> Schedule | None:
     """The applied schedule with the thresholds as they are now, or None."""
-    if type(model) not in REDUCED.values():
-        return None
-    plan: Plan = model._plan  # type: ignore[assignment]
-    return with_thresholds(plan.schedule, plan, getattr(model, PARTS, None))
+    return attached(model, REDUCED)
 
 
 def trace(model: Any, images: Tensor, masked: bool) -> Trace:
     """See `prunesearch.models.trace`."""
     return model._traced(images, masked)
+
+
+def patches_of(model: Any, features: Tensor) -> Tensor:
+    """See `prunesearch.models.patches_of`."""
+    return features[:, model.num_prefix_tokens :]
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """See `prunesearch.models.input_size`."""
+    return (model.patch_embed.proj.weight.shape[1], *model.patch_embed.img_size)
 
 
 def attend(

@@ -50,6 +50,8 @@ def expand(rows: Sequence[PresetStage], depth: int, patch_tokens: int) -> tuple[
             if stage is None:
                 continue
             stages.append(stage)
+            if REDUCERS[stage.reduce].holds:
+                continue  # the next stage chooses among all again
             kept = count_of(stage, present)
             present = kept + (REDUCERS[stage.reduce].extra_tokens if kept < present else 0)
     return tuple(stages)
@@ -89,6 +91,11 @@ def _unit(row: PresetStage, preset: PresetFile, shape: ModelShape) -> float:
 
 
 def _misfits(preset: PresetFile, shape: ModelShape) -> Iterator[str]:
+    if any(REDUCERS[row.reduce].holds != shape.holds for row in preset.stages):
+        with_map, without = "models with a feature map (Swin, ConvNeXt)", "models whose tokens can go (ViT, DeiT)"
+        wanted, found = (without, "one with a feature map") if shape.holds else (with_map, "one without")
+        yield f"it is for {wanted}, and this is {found}. Possible: those. Choose another preset or another model."
+        return
     written = {row.block for row in preset.stages if row.block is not None}
     scaled = {_scaled(block, preset, shape) for block in written}
     if len(scaled) < len(written) or max(scaled, default=0) >= shape.depth:

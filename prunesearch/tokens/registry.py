@@ -159,7 +159,8 @@ class Reducer:
     ranks: needs a score. needs_keys: reads the attention's keys. merges: tokens get a size, which later attention
     and average pooling may weigh. extra_tokens: tokens it adds to the kept ones. masked: the same on tokens that stay
     in their slots, for training with learned decisions and for counts that differ between images; None: the verb is
-    refused there. takes_threshold: a stage may give a threshold.
+    refused there. takes_threshold: a stage may give a threshold. holds: tokens that do not stay keep their place and
+    go another way until the next stage, which chooses among all again; for models with a feature map only.
     """
 
     name: str
@@ -175,8 +176,10 @@ class Reducer:
     """(shape, patch tokens before, kept) -> MACs per image; also called with tensors of counts."""
     masked: ReduceMasked | None = None
     takes_threshold: bool = False
+    holds: bool = False
     part: Callable[[ModelShape, int], nn.Module] | None = None
-    """(shape, tokens kept) -> the learned module of one stage, for reducers that learn."""
+    """(shape, tokens kept) -> the learned module of one stage, for reducers that learn; of each block until the next
+    stage, for those that hold."""
     options: Mapping[str, Scalar] = field(default_factory=dict)
 
 

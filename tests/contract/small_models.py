@@ -56,13 +56,13 @@ def images(count: int = 3, size: int = 24, channels: int = 3) -> torch.Tensor:
 
 
 def pairs(has_class_token: bool = True) -> list[tuple[str, str]]:
-    """Every (score, reduce) that makes sense, optionally without the scores that need a class token."""
+    """Every (score, reduce) that makes sense for a ViT, optionally without the scores that need a class token."""
     scores = [name for name, entry in SCORERS.items() if has_class_token or not entry.needs_class_token]
     return [
         (score, verb)
         for verb, entry in REDUCERS.items()
         for score in (scores if entry.ranks else ["none"])
-        if entry.masked is not None or score == "none" or SCORERS[score].part is None
+        if not entry.holds and (entry.masked is not None or score == "none" or SCORERS[score].part is None)
     ]
 
 

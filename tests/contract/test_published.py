@@ -204,6 +204,7 @@ DIFFERENT = {
     ("diffrate-b-11.5", "deit_base_patch16_224"): 11.527,
     ("diffrate-b-mae-11.5", "vit_base_patch16_224"): 11.527,
     ("diffrate-l-mae-42.3", "vit_large_patch16_224"): 42.308,
+    ("dynswin-0.7", "swin_small_patch4_window7_224"): 6.85,  # the dense model is 8.74 here and by PyTorch's counter
 }
 
 
@@ -247,6 +248,10 @@ def test_asvit_target_is_close_to_its_own() -> None:
 def test_presets_fit_other_models_or_say_why_not(preset: str, model: str) -> None:
     other = model_shape(ModelConfig(model))
     searched = presets()[preset]
+    if any(stage.reduce == "hold" for stage in searched.stages):
+        with pytest.raises(ScheduleError, match="models with a feature map"):
+            load_preset(preset, other)
+        return
     if preset.startswith("diffrate") and (other.depth, other.patch_tokens) != (searched.depth, 196):
         with pytest.raises(ScheduleError, match="no rule makes them fit"):
             load_preset(preset, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from prunesearch.files import PresetFile, PresetStage, save_schedule
 from prunesearch.presets import FOLDER, find_schedule, load_preset, presets
 from prunesearch.presets.rule import fit
 from prunesearch.schedule import Schedule, Stage, resolve
+
+FOR_MAPS = ("dynswin", "dynconvnext")
+"""Presets for models with a feature map."""
 
 
 def fitted(*stages: PresetStage, patch_tokens: int = 64, depth: int = 4) -> tuple[Stage, ...]:
@@ -30,7 +34,7 @@ def test_every_preset_says_where_it_comes_from(name: str) -> None:
     assert ("No published numbers" in said) == (not presets()[name].published)
 
 
-@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("diffrate")])
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith(("diffrate", *FOR_MAPS))])
 def test_rules_fit_other_depths_and_sizes(name: str) -> None:
     for depth, tokens in ((12, 196), (24, 196), (12, 576), (8, 64)):
         assert resolve(load_preset(name, shape(tokens, depth)), shape(tokens, depth))
@@ -80,6 +84,18 @@ def test_a_preset_that_would_do_nothing_says_so() -> None:
     assert load_preset("patchmerger-8", shape(9)).stages
     with pytest.raises(ScheduleError, match="it removes nothing from 8 patch tokens"):
         load_preset("patchmerger-8", shape(8))
+
+
+def test_presets_of_models_with_and_without_a_map_refuse_each_other() -> None:
+    of_map = replace(shape(196, 18), prefix_tokens=0, class_tokens=0, holds=True)
+    with pytest.raises(ScheduleError, match=r"dynswin-0\.7: it is for models with a feature map"):
+        load_preset("dynswin-0.7", shape())
+    with pytest.raises(ScheduleError, match="it is for models whose tokens can go"):
+        load_preset("evit-0.7", of_map)
+    stages = [(stage.block, stage.tokens) for stage in load_preset("dynswin-0.7", of_map).stages]
+    assert stages == [(2, 137), (4, 98), (6, 58)]
+    with pytest.raises(ScheduleError, match="fall on the same blocks"):  # Swin-T's places are no share of the depth
+        load_preset("dynswin-0.7", replace(of_map, depth=6))
 
 
 def test_find_schedule_takes_names_and_files(tmp_path: Path) -> None:

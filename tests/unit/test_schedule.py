@@ -103,6 +103,13 @@ def test_all_mistakes_are_reported_at_once() -> None:
     assert len(caught.value.problems) == 3
 
 
+def test_two_learned_scores_in_one_block_are_refused() -> None:
+    learned = Stage(3, at="pre", score="predictor", keep=0.7), Stage(3, score="predictor", keep=0.7)
+    with pytest.raises(ScheduleError, match="second learned score of block 3"):
+        resolve(Schedule(learned), shape())
+    resolve(Schedule((learned[0], Stage(3, keep=0.7), Stage(4, score="predictor", keep=0.7))), shape())
+
+
 def test_canonical_joins_spellings_of_the_same_schedule() -> None:
     spellings = [
         Schedule((Stage(3, keep=0.7), Stage(6, keep=1.0))),

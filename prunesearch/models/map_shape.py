@@ -1,0 +1,127 @@
+"""What arithmetic needs to know of a timm Swin or ConvNeXt: the shape of its third stage, where tokens are held."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunesearch.errors import ModelError
+from prunesearch.schedule import ModelShape
+
+STAGE = 2
+"""The stage with most of the blocks; the published method leaves the others as they are."""
+
+
+def stages_of(model: Any) -> nn.Sequential:
+    """The stages, whatever timm calls them."""
+    return model.layers if isinstance(model, SwinTransformer) else model.stages
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images the model was built for. Raises ModelError."""
+    if isinstance(model, SwinTransformer):
+        embed: Any = model.patch_embed
+        return (embed.proj.weight.shape[1], *embed.img_size)
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if size is None:
+        raise ModelError(
+            "model: a ConvNeXt takes images of any size, and this one does not say which it is for. Possible: a model "
+            'of timm.create_model. Use that, or set model.pretrained_cfg = {"input_size": (3, 224, 224)}.'
+        )
+    return (model.stem[0].in_channels, size[1], size[2])
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain ones.
+
+    What the third stage's blocks do not account for is in `stem_macs`, so that the dense cost is that of one counted
+    pass; also the padding of windows that do not tile the map, which no schedule changes.
+    """
+    stages = stages_of(model)
+    if len(stages) <= STAGE:
+        raise ModelError(
+            f"model: {len(stages)} stages. Possible: {STAGE + 1} or more; tokens are held in the third. Choose another."
+        )
+    blocks: Any = stages[STAGE].blocks
+    for index, block in enumerate(blocks):
+        _check(index, block)
+    block = blocks[0]
+    if isinstance(block, SwinTransformerBlock):
+        attention = block.attn
+        dim, heads = attention.qkv.in_features, attention.num_heads
+        per_window = 2 * attention.proj.in_features * attention.window_area
+        mixing = attention.qkv.weight.numel() + attention.proj.weight.numel() + per_window
+    else:
+        dim, heads, mixing = block.conv_dw.out_channels, 0, block.conv_dw.weight.numel()
+    mlp = block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel()
+    head = sum(layer.weight.numel() for layer in model.head.modules() if isinstance(layer, nn.Linear))
+    macs, positions = _one_pass(model, dim)
+    return ModelShape(
+        depth=len(blocks),
+        dim=dim,
+        heads=heads,
+        attention_dim=0,
+        patch_tokens=positions,
+        prefix_tokens=0,
+        class_tokens=0,
+        mlp_macs=mlp,
+        stem_macs=macs - head - len(blocks) * positions * (mixing + mlp),
+        head_macs=head,
+        gate_macs=mixing,
+        holds=True,
+        layer_scale=getattr(block, "gamma", None) is not None,
+    )
+
+
+def _check(index: int, block: Any) -> None:
+    """Whether a block does what our own pass through it does."""
+    kinds: list[tuple[Any, tuple[type, ...]]] = [
+        (block, (SwinTransformerBlock, ConvNeXtBlock)),
+        (getattr(block, "mlp", None), (Mlp,)),
+    ]
+    if type(block) is SwinTransformerBlock:
+        kinds.append((block.attn, (WindowAttention,)))
+    for part, wanted in kinds:
+        if type(part) not in wanted:
+            found = f"{type(part).__module__}.{type(part).__qualname__}"
+            reason = (
+                "it normalises over all positions, so that an MLP on some of them computes something else"
+                if type(part).__name__ == "GlobalResponseNormMlp"
+                else "another class may compute something else"
+            )
+            raise ModelError(
+                f"model stage {STAGE}, block {index}: {found} is not supported: {reason}. Possible: timm's "
+                f"{' or '.join(kind.__name__ for kind in wanted)}, exactly. Choose a model with plain blocks."
+            )
+    if getattr(block, "use_conv_mlp", False):
+        raise ModelError(
+            f"model stage {STAGE}, block {index}: its MLP is made of 1x1 convolutions (conv_mlp=True), which need the "
+            f"whole map. Possible: conv_mlp=False, as in convnext_tiny and larger. Choose one of those."
+        )
+
+
+def _one_pass(model: Any, dim: int) -> tuple[int, int]:
+    """MACs of the dense model, and positions of the third stage's map: counted without data or memory."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    image = torch.empty(1, *input_size(model), device="meta", dtype=tensors[0][1].dtype)
+    positions: list[int] = []
+
+    def look(stage: nn.Module, inputs: Any, output: Tensor) -> None:
+        positions.append(output.numel() // dim)
+
+    hook = stages_of(model)[STAGE].register_forward_hook(look)
+    try:
+        # the counter's own bookkeeping needs gradients to be on
+        with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(model, on_meta, (image,))
+    finally:
+        hook.remove()
+    return counter.get_total_flops() // 2, positions[0]

@@ -1,0 +1,48 @@
+"""Reduce: the others keep their place, and a linear path replaces the MLP (dynamic spatial sparsification)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.select import top_k
+
+LAYER_SCALE = 1e-6
+"""What a fast path's scale starts at where the model has one: ConvNeXt's own start."""
+
+
+class FastPath(nn.Module):
+    """LayerNorm and one linear layer C -> C; with a layer scale, in models that have it."""
+
+    def __init__(self, dim: int, layer_scale: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear = nn.Linear(dim, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if layer_scale else None
+        # as both Swin and ConvNeXt start their own
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, held_BGC: Tensor) -> Tensor:
+        """What is added to the tokens, (B, G, C)."""
+        added_BGC = self.linear(self.norm(held_BGC.to(self.norm.weight.dtype)))
+        return added_BGC if self.gamma is None else added_BGC * self.gamma
+
+
+def _masked(scene: MaskedInput) -> Joining:
+    assert scene.stays_Bn is not None
+    return Joining(scene.stays_Bn)
+
+
+@reducer(
+    "hold",
+    source="Dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
+    masked=_masked,
+    holds=True,
+    part=lambda shape, kept: FastPath(shape.dim, shape.layer_scale),
+)
+def hold(scene: ReduceInput) -> Grouping:
+    """Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses among all."""
+    assert scene.scores_Bn is not None
+    return Grouping(*top_k(scene.scores_Bn, scene.kept))
