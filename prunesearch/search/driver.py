@@ -62,11 +62,13 @@ def run_study(
     storage: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     evaluate: str = EVALUATE,
+    make_workers: Callable[[StudyConfig, Path, str], Workers] | None = None,
 ) -> Done:
     """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) comes, or no candidate is left.
 
     folder: of the study, made when it is not there; the database goes there unless `storage` (any Optuna URL, or
-    journal:FILE) says otherwise. evaluate: "module:function" of Task -> Evaluation.
+    journal:FILE, memory:) says otherwise. evaluate: "module:function" of Task -> Evaluation. make_workers: of
+    (config, folder, evaluate), instead of those that `config.workers` describes.
     Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
     """
     for plugin in config.plugins:
@@ -86,7 +88,8 @@ def run_study(
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             with Interrupt() as interrupt:
                 search = _Search(config, shape, anchors, folder, store, interrupt, on_event)
-                workers = _start_workers(config, folder, evaluate) if search.has_work() else NoWorkers()
+                make = make_workers or _start_workers
+                workers = make(config, folder, evaluate) if search.has_work() else NoWorkers()
                 interrupt.listen()  # after Ray, which sets a handler of its own
                 try:
                     return search.run(workers)

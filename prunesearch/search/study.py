@@ -260,6 +260,8 @@ def _rung_keys(trial: FrozenTrial) -> list[str]:
 
 
 def _open_storage(url: str, *, writing: bool) -> BaseStorage:
+    if url == "memory:":  # for searches that are replayed: nothing stays
+        return optuna.storages.InMemoryStorage()
     if url.startswith("journal:"):
         path = Path(url.removeprefix("journal:"))
         if not writing and not path.exists():
