@@ -124,6 +124,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     return _load(StudyConfig, path, overrides)
 
 
+def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
+    """A study with single values replaced, as `load_study` does it. Raises FileError."""
+    content = to_mapping(config)
+    for override in overrides:
+        _override(content, override, {})
+    return from_mapping(StudyConfig, content, f"study {config.name}")
+
+
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
     """Write YAML with a comment on top, atomically: readers see the old file or the new one, never half of one."""
     text = "".join(f"# {line}\n" for line in header.splitlines())

@@ -11,6 +11,9 @@ What is next is a candidate that goes on to a larger budget, if one deserves it 
 What is in the outbox but not in the storage is adopted on the next start, what is running there without a result is
 evaluated again, from its last checkpoint, and what was not even written is picked again, the same, from the same
 results and seed.
+
+With a database that was named, several drivers may search together: then a candidate is written, and so claimed,
+before it is submitted, and what a dead driver ran is taken over (`team.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
@@ -29,11 +33,11 @@ from prunesearch.evaluate import check_files, model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
 from prunesearch.schedule import ModelShape, Schedule
-from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
+from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.limits import computed_excess
-from prunesearch.search.lock import only_driver
+from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.outbox import delivered, discard, set_aside
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.promotions import Promotions
@@ -41,7 +45,10 @@ from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, State, with_evaluation
 from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.study import Store, open_store, storage_url
+from prunesearch.search.storage import sqlite_file, storage_url
+from prunesearch.search.study import Store, open_store
+from prunesearch.search.tasks import task_of
+from prunesearch.search.team import Team
 from prunesearch.search.verdict import failed, hopeless, judged, same_work
 from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
 from prunesearch.space import uid_of
@@ -52,7 +59,11 @@ logger = logging.getLogger(__name__)
 HOPELESS = 5
 """So many failures at a rung without a single success there end the run."""
 STOPPED_BY_HAND = ("interrupted", "cancelled")
+GOES_ON = (None, "trials", "exhausted")
+"""As long as nothing else ended the search, what is begun is brought to an end, promotions included."""
 TICK_SECONDS = 0.5
+LOOK_SECONDS = 1.0
+"""How often the storage is asked what other drivers did."""
 
 
 def run_study(
@@ -63,12 +74,15 @@ def run_study(
     on_event: Callable[[Event], None] = lambda event: None,
     evaluate: str = EVALUATE,
     make_workers: Callable[[StudyConfig, Path, str], Workers] | None = None,
+    lease: float | None = None,
 ) -> Done:
     """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) comes, or no candidate is left.
 
     folder: of the study, made when it is not there; the database goes there unless `storage` (any Optuna URL, or
-    journal:FILE, memory:) says otherwise. evaluate: "module:function" of Task -> Evaluation. make_workers: of
-    (config, folder, evaluate), instead of those that `config.workers` describes.
+    journal:FILE, memory:) says otherwise. Several drivers may join a study in the same database, each with a folder of
+    its own or all with one on a shared disk. evaluate: "module:function" of Task -> Evaluation. make_workers: of
+    (config, folder, evaluate), instead of those that `config.workers` describes. lease: seconds of silence after which
+    another driver counts as dead.
     Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
     """
     for plugin in config.plugins:
@@ -82,20 +96,32 @@ def run_study(
     anchors = anchors_of(config, shape)
     folder = folder.absolute()  # workers may have another working directory
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    with only_driver(folder):
-        store = open_store(config, storage or storage_url(folder))
+    url = storage or storage_url(folder)
+    alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
+    with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place, Interrupt() as interrupt:
+
+        def wait_for_storage(why: str, waited: float) -> bool:
+            on_event(Waiting(why, waited))
+            return interrupt.count == 0
+
+        store = open_store(config, url, owner=place.name, alone=alone, on_wait=wait_for_storage)
+        team = None
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
-            with Interrupt() as interrupt:
-                search = _Search(config, shape, anchors, folder, store, interrupt, on_event)
-                make = make_workers or _start_workers
-                workers = make(config, folder, evaluate) if search.has_work() else NoWorkers()
-                interrupt.listen()  # after Ray, which sets a handler of its own
-                try:
-                    return search.run(workers)
-                finally:
-                    workers.close()
+            team = None if alone else Team(store, place, lease)
+            search = _Search(config, shape, anchors, folder, store, team, interrupt, on_event)
+            workers: Workers = NoWorkers()
+            if search.has_work():
+                make = make_workers or partial(_start_workers, search.outbox)
+                workers = make(config, folder, evaluate)
+            interrupt.listen()  # after Ray, which sets a handler of its own
+            try:
+                return search.run(workers)
+            finally:
+                workers.close()
         finally:
+            if team is not None:
+                team.close()
             store.close()
 
 
@@ -109,24 +135,30 @@ class _Search:
         anchors: list[tuple[str, Schedule]],
         folder: Path,
         store: Store,
+        team: Team | None,
         interrupt: Interrupt,
         on_event: Callable[[Event], None],
     ) -> None:
-        self.config, self.shape, self.folder, self.outbox = config, shape, folder, folder / "outbox"
-        self.store, self.interrupt, self.on_event = store, interrupt, on_event
+        self.config, self.shape, self.folder = config, shape, folder
+        self.store, self.team, self.interrupt, self.on_event = store, team, interrupt, on_event
+        self.outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
         self.anchors = deque(anchors)
         self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
         self.lessons, self.promotions = Lessons(config), Promotions(config)
         self.last_rung = len(config.rungs) - 1
         self.records = {record.uid: record for record in store.records()}
-        self.recovered = self._adopt_outbox() + self._close_half_closed()
+        self.recovered = self._adopt_outbox(self.outbox) + self._close_half_closed()
         self.rerun: deque[Record] = deque()
+        self.looked = 0.0
+        self.stray: dict[str, float] = {}  # running under this driver's name without it, since when
         self.under_way: dict[str, Task] = {}
         self.unrecorded: list[Record] = []  # submitted, and the storage does not know it yet
+        self.unwritten: set[str] = set()  # finished, and the storage does not know it yet
         self.deaths: Counter[tuple[str, int]] = Counter()
         self.failures: list[Evaluation] = []
         self.rejected = 0
         self.reason: Reason | None = None
+        self.why = ""
         self.start = time.monotonic()
 
     def has_work(self) -> bool:
@@ -138,21 +170,28 @@ class _Search:
 
     def run(self, workers: Workers) -> Done:
         self.workers = workers
-        self.recovered += self._adopt_outbox()  # again: workers of a killed driver live on for a moment
+        self.recovered += self._adopt_outbox(self.outbox)  # again: workers of a killed driver live on for a moment
         self._take_up()
         try:
             self._fill()
             self._record_submitted()
-            while self.under_way:
+            while self.under_way or self._others_run():
+                if not self.under_way:
+                    time.sleep(TICK_SECONDS)
                 for task, outcome in self.workers.wait(TICK_SECONDS):
                     self._handle(task, outcome)
                 self._look_for_a_reason_to_stop()
+                if self.team is not None:
+                    self._look_at_the_others()
+                    self._fill()
         except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
             self.reason = "cancelled"
         done = self._done()
         nothing_works = not any(map(self._has_succeeded, range(len(self.config.rungs))))
         if self.failures and (done.reason == "hopeless" or (nothing_works and done.reason not in STOPPED_BY_HAND)):
             raise RunError(hopeless(self._hopeless_failures() or self.failures))
+        if done.reason == "disk":
+            raise RunError(self.why)
         self.on_event(done)
         return done
 
@@ -163,21 +202,37 @@ class _Search:
             if outcome.cause == "crash" and self._retry(record, outcome):
                 return
             outcome = failed(task, outcome.cause, outcome.error)
+        if isinstance(outcome, Evaluation) and outcome.cause == "disk":  # no fault of the candidate
+            discard(self.outbox, task.uid, task.rung)
+            self.why = (
+                f"{self.folder}: a worker could not write ({outcome.error}). What is finished is saved. Free some "
+                f"space and run the study again to continue."
+            )
+            self._stop("disk", "no space is left for weights")
+            return
+        self.unwritten.add(task.uid)
         evaluation = judged(outcome, self.config)
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         reached("result")
         after = with_evaluation(record, evaluation, self.store.results, self.last_rung)
         self._learn(after, evaluation)
+        if self.team is not None:  # who else would promote it, must find it closed
+            self._write(record, evaluation)
         self._fill()
         reached("submitted")
-        self.store.finish(record, evaluation)
+        if self.team is None:
+            self._write(record, evaluation)
         reached("finished")
         self.on_event(Finished(after, evaluation, self.rejected))
         self._record_submitted()
         reached("begun")
         discard(self.outbox, task.uid, task.rung)
         reached("discarded")
+
+    def _write(self, record: Record, evaluation: Evaluation) -> None:
+        self.store.finish(record, evaluation)
+        self.unwritten.discard(record.uid)
 
     def _learn(self, record: Record, evaluation: Evaluation) -> None:
         self.records[record.uid] = record
@@ -193,7 +248,7 @@ class _Search:
 
     def _submit_next(self) -> bool:
         self._look_for_a_reason_to_stop()
-        if self.reason not in (None, "trials", "exhausted"):
+        if self.reason not in GOES_ON:
             return False
         if self.rerun:
             self._submit_again(self.rerun.popleft())
@@ -201,11 +256,19 @@ class _Search:
         record = self._next_promoted() or self._next_new()
         if record is None:
             return False
+        if self.team is not None:
+            if not self._record_begun(record):  # another driver was faster; with what it did in mind, pick again
+                self._look_at_the_others(at_once=True)
+                return True
+            record = self.records[record.uid]
         self.records[record.uid] = record
         self.lessons.begin(record)
         self.promotions.add(record)
         self._submit(record, attempt=0)
-        self.unrecorded.append(record)
+        if self.team is None:
+            self.unrecorded.append(record)
+        else:
+            self.on_event(Submitted(record, attempt=0))
         return True
 
     def _next_promoted(self) -> Record | None:
@@ -246,52 +309,29 @@ class _Search:
             self.on_event(Submitted(self.records[record.uid], attempt=0))
         self.unrecorded.clear()
 
-    def _record_begun(self, record: Record) -> None:
+    def _record_begun(self, record: Record) -> bool:
+        """Whether it is this driver's; alone it always is."""
+        begun: Record | None = record
         if record.rung == 0:
-            record = self.store.begin(record, computed_excess(self.config, record.schedule))
-        else:
-            self.store.promote(record)
-        self.records[record.uid] = record
+            excess = computed_excess(self.config, record.schedule)
+            begun = self.store.begin(record, excess, self.config.stop.trials)
+        elif not self.store.promote(record):
+            begun = None
+        if begun is not None:
+            self.records[record.uid] = replace(begun, owner=self.store.owner)
+        return begun is not None
 
     def _submit_again(self, record: Record) -> None:
         attempt = self.store.begin_again(record.number)
+        if attempt is None:
+            return
         self._submit(record, attempt)
         self.on_event(Submitted(record, attempt))
 
     def _submit(self, record: Record, attempt: int) -> None:
-        task = self._task(record, attempt)
+        task = task_of(record, attempt, self.config, self.folder)
         self.under_way[record.uid] = task
         self.workers.submit(task)
-
-    def _task(self, record: Record, attempt: int) -> Task:
-        budget, workers = self.config.rungs[record.rung], self.config.workers
-        return Task(
-            uid=record.uid,
-            model=self.config.model,
-            data=self.config.data,
-            schedule=record.schedule,
-            budget=budget,
-            metrics=self.config.metric_names,
-            finetune=self.config.finetune,
-            measure=self.config.measure,
-            rung=record.rung,
-            attempt=attempt,
-            seed=record.seed,
-            device=workers.device,
-            threads=max(1, int(workers.cpus_each)),
-            resume_from=self._checkpoint_below(record),
-            save_to=None if budget.images == 0 else str(self.folder / "weights" / f"{record.uid}.{record.rung}"),
-            plugins=self.config.plugins,
-        )
-
-    def _checkpoint_below(self, record: Record) -> str | None:
-        below = record.at(record.rung - 1)
-        if below is None or below.checkpoint is None:
-            return None
-        if not Path(f"{below.checkpoint}.state").is_file():
-            logger.warning("%s.state is gone: rung %d trains from the start", below.checkpoint, record.rung)
-            return None
-        return below.checkpoint
 
     def _retry(self, record: Record, lost: Lost) -> bool:
         """Whether the candidate of a dead worker is left to be evaluated again, now or in the next run."""
@@ -301,7 +341,7 @@ class _Search:
             return False
         self.on_event(Retrying(record, self.deaths[which], lost.error))
         self._look_for_a_reason_to_stop()
-        if self.reason in (None, "trials", "exhausted"):
+        if self.reason in GOES_ON:
             self._submit_again(record)
         return True
 
@@ -331,7 +371,7 @@ class _Search:
         return any(record.at(rung) is not None for record in self.records.values())
 
     def _stop(self, reason: Reason, why: str) -> None:
-        if self.reason in (None, "trials", "exhausted") and reason != self.reason:
+        if self.reason in GOES_ON and reason != self.reason:
             self.reason = reason
             self.on_event(Stopping(reason, len(self.under_way), why))
 
@@ -356,7 +396,7 @@ class _Search:
         """Teach the sampler what an earlier run found, and say where the search stands."""
         self.lessons.take_up(self.records.values())
         self.promotions = Promotions(self.config, self.records.values())
-        running = [record for record in self.records.values() if record.state == "running"]
+        running = [record for record in self.records.values() if record.state == "running" and self._is_mine(record)]
         self.rerun.extend(sorted(running, key=lambda record: record.number))
         self.on_event(
             Started(
@@ -369,12 +409,20 @@ class _Search:
             )
         )
 
-    def _adopt_outbox(self) -> int:
+    def _is_mine(self, record: Record) -> bool:
+        return self.team is None or record.owner == self.store.owner
+
+    def _adopt_outbox(self, outbox: Path) -> int:
+        """Finish what is in an outbox and not in the storage; returns how many. Alone, this includes the outboxes of
+        drivers that once were several."""
         recovered = 0
-        for path, task, evaluation in delivered(self.outbox):
+        for path, task, evaluation in delivered(outbox, deep=self.team is None):
             record = self.records.get(task.uid) or self._new_record(task.schedule)
             begun = replace(record, rung=task.rung)
-            if task.rung > self.last_rung or not same_work(task, self._task(begun, task.attempt)):
+            is_ours = task.rung <= self.last_rung and same_work(
+                task, task_of(begun, task.attempt, self.config, self.folder)
+            )
+            if not is_ours:
                 set_aside(path, "it comes from a study with other settings")
                 continue
             is_next = task.rung == record.rung + 1 and record.state == "paused"
@@ -383,30 +431,88 @@ class _Search:
             elif record.number < 0:
                 set_aside(path, "its smaller budgets are not in the storage")
                 continue
-            record = self.records[task.uid]
-            if record.state == "running" and record.rung == task.rung:
-                self.records[task.uid] = self.store.finish(record, judged(evaluation, self.config))
+            known = self.records.get(task.uid)
+            if known is not None and known.state == "running" and known.rung == task.rung:
+                self.records[task.uid] = self.store.finish(known, judged(evaluation, self.config))
                 recovered += 1
-            discard(self.outbox, task.uid, task.rung)
+            path.unlink(missing_ok=True)
         return recovered
 
     def _close_half_closed(self) -> int:
         """The result is there but the candidate is not closed: a kill between two commits, and no outbox."""
-        running = [record for record in self.records.values() if record.state == "running"]
+        running = [record for record in self.records.values() if record.state == "running" and self._is_mine(record)]
         half = [record for record in running if record.rung_done == record.rung]
         for record in half:
             assert record.evaluation is not None
             self.records[record.uid] = self.store.finish(record, record.evaluation)
         return len(half)
 
+    # --- together with other drivers ---
+
+    def _others_run(self) -> bool:
+        """Whether it is worth to wait for them: what they find may deserve a promotion, and they may die."""
+        if self.team is None or self.reason not in GOES_ON:
+            return False
+        return bool(self.rerun) or any(not self._is_here(record) for record in self.store.running())
+
+    def _is_here(self, record: Record) -> bool:
+        """Whether this driver is at work on it, or has its result in hand."""
+        queued = (waiting.uid for waiting in self.rerun)
+        return record.uid in self.under_way or record.uid in self.unwritten or record.uid in queued
+
+    def _look_at_the_others(self, at_once: bool = False) -> None:
+        """Learn what other drivers found, and take over what dead ones ran."""
+        if self.team is None or (time.monotonic() - self.looked < LOOK_SECONDS and not at_once):
+            return
+        self.looked = time.monotonic()
+        changed = self.store.changed()
+        for uid in self.store.voided:
+            self.lessons.forget(self.records.pop(uid))
+        for record in changed:
+            if not self._is_here(record):
+                self._learn_of(record)
+        self._take_over(self.team)
+
+    def _learn_of(self, record: Record) -> None:
+        known = self.records.get(record.uid)
+        self.records[record.uid] = record
+        if known is None:
+            self.lessons.begin(record)
+        for evaluation in record.evaluations[0 if known is None else len(known.evaluations) :]:
+            self.lessons.finish(record, evaluation, self.records)
+            self.on_event(Finished(record, evaluation, self.rejected))
+        self.promotions.add(record)
+
+    def _take_over(self, team: Team) -> None:
+        elsewhere = [record for record in self.store.running() if not self._is_here(record)]
+        dead = team.dead({record.owner for record in elsewhere if not self._is_mine(record)})
+        for owner in sorted(dead):
+            self.recovered += self._adopt_outbox(self.folder / "outbox" / owner)
+        # what runs under this driver's name and not here: who claimed its promotion died before it said so
+        self.stray = {one.uid: self.stray.get(one.uid, self.looked) for one in elsewhere if self._is_mine(one)}
+        for record in elsewhere:
+            is_stray = self.looked - self.stray.get(record.uid, self.looked) > team.lease
+            is_left = record.owner in dead and self.records[record.uid].state == "running"
+            if is_stray or (is_left and self.store.take_over(record)):
+                self._run_again(record)
+
+    def _run_again(self, record: Record) -> None:
+        """Queue what runs nowhere; when only its closing is missing, close it."""
+        record = replace(record, owner=self.store.owner)
+        if record.state == "running" and record.rung_done == record.rung and record.evaluation is not None:
+            record = self.store.finish(record, record.evaluation)
+        self.records[record.uid] = record
+        if record.state == "running":
+            self.rerun.append(record)
+
 
 def reached(step: str) -> None:
     """Does nothing; tests replace it to die at a step of the loop."""
 
 
-def _start_workers(config: StudyConfig, folder: Path, evaluate: str) -> Workers:
+def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> Workers:
     if config.workers.kind == "serial":
-        return SerialWorkers(config.workers, folder / "outbox", evaluate)
+        return SerialWorkers(config.workers, outbox, evaluate)
     from prunesearch.search.ray_workers import RayWorkers
 
-    return RayWorkers(config.workers, folder, evaluate)
+    return RayWorkers(config.workers, folder, outbox, evaluate)

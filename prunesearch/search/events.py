@@ -8,9 +8,10 @@ from typing import Literal
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.record import Record
 
-Reason = Literal["trials", "hours", "exhausted", "hopeless", "interrupted", "cancelled"]
+Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupted", "cancelled"]
 """trials, hours: the bound of `stop` was reached. exhausted: there is no further candidate within the limits.
-hopeless: the first ones all failed; `run_study` raises RunError once the running ones are back.
+hopeless: the first ones all failed; `run_study` raises RunError once the running ones are back. disk: a worker could
+not write its weights; what it evaluated runs again next time.
 interrupted: asked to stop, running candidates were waited for. cancelled: asked twice, they were not."""
 
 
@@ -59,6 +60,14 @@ class Retrying:
 
 
 @dataclass(frozen=True)
+class Waiting:
+    """The storage is away or full; the search waits for it, for `waited` seconds so far. Workers go on."""
+
+    why: str
+    waited: float
+
+
+@dataclass(frozen=True)
 class Stopping:
     """No further candidates are submitted; `running` are waited for. `why` is for people."""
 
@@ -80,4 +89,4 @@ class Done:
     paused: int = 0
 
 
-Event = Started | Submitted | Finished | Retrying | Stopping | Done
+Event = Started | Submitted | Finished | Retrying | Waiting | Stopping | Done

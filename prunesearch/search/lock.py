@@ -1,30 +1,106 @@
-"""One driver at a time for each study folder."""
+"""Who may write to a study, and under which name: one driver alone, or several that share a database.
+
+The kernel releases locks when a process ends, however it ends.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from prunesearch.errors import StudyError
 
 
+@dataclass(frozen=True)
+class Place:
+    """The name of a driver, and the file that it holds locked as long as it lives; None for the only driver."""
+
+    name: str
+    file: Path | None = None
+
+
 @contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The kernel releases it when this process ends, however it ends."""
+def only_driver(folder: Path) -> Iterator[Place]:
+    """Be the only driver of a study in its folder. Raises StudyError when there is another one."""
     with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by forked children
-        except OSError:
-            file.seek(0)
-            raise StudyError(
-                f"{folder}: another process ({file.read().strip() or 'unknown'}) runs this study. Possible: one at a "
-                f"time. Wait for it, stop it, or give this search another name."
-            ) from None
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}:{os.getpid()}")
-        file.flush()
-        yield
+        if not _lock(file, fcntl.LOCK_EX):
+            raise StudyError(_taken(folder, file))
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        _write(file, name)
+        yield Place(name)
+
+
+@contextmanager
+def one_of_several(folder: Path, database: Path | None) -> Iterator[Place]:
+    """Be one of several drivers. The name is that of the first free place of the folder: whoever is started again
+    after a crash has the name of before, and takes up what ran under it.
+
+    database: SQLite file, whose folder must not have a driver that takes itself for the only one; None for servers.
+    """
+    with ExitStack() as stack:
+        if database is not None:
+            file = stack.enter_context((database.parent / "lock").open("a+"))
+            if not _lock(file, fcntl.LOCK_SH):
+                raise StudyError(_taken(database.parent, file))
+        yield stack.enter_context(_place(folder))
+
+
+def is_held(path: Path, name: str) -> bool | None:
+    """Whether the driver with this name lives, by the lock of its file; None where there is no such file.
+
+    Not for one's own file: closing it would give up the lock.
+    """
+    try:
+        with path.open("r+") as file:
+            if file.read().strip() != name:
+                return None
+            return not _lock(file, fcntl.LOCK_EX)
+    except OSError:
+        return None
+
+
+@contextmanager
+def _place(folder: Path) -> Iterator[Place]:
+    (folder / "drivers").mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        path = folder / "drivers" / str(number)
+        with path.open("a+") as file:
+            if _lock(file, fcntl.LOCK_EX):
+                file.seek(0)
+                name = file.read().strip()
+                if not name:
+                    name = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+                    _write(file, name)
+                yield Place(name, path)
+                return
+
+
+def _lock(file: TextIO, kind: int) -> bool:
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)  # unlike flock, not inherited by forked children
+    except OSError:
+        return False
+    return True
+
+
+def _write(file: TextIO, text: str) -> None:
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def _taken(folder: Path, file: TextIO) -> str:
+    file.seek(0)
+    return (
+        f"{folder}: another process ({file.read().strip() or 'unknown'}) runs this study. Possible: one at a time, or "
+        f"several that are all started with the same --storage URL of a database. Wait for it, stop it, or give this "
+        f"search another name."
+    )

@@ -20,17 +20,22 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Task) -> Evaluation:
-    """Evaluate, and write the result to the outbox before returning it."""
+    """Evaluate, and write the result to the outbox before returning it. On a full disk it is returned all the same."""
     evaluation = evaluate(task)
     entry = {"task": to_mapping(task), "evaluation": to_mapping(evaluation)}
-    write_atomically(outbox / f"{task.uid}.{task.rung}.{task.attempt}.json", json.dumps(entry).encode())
+    try:
+        write_atomically(outbox / f"{task.uid}.{task.rung}.{task.attempt}.json", json.dumps(entry).encode())
+    except OSError as error:
+        logger.warning("outbox: %s is not written (%s); only the driver has this result", task.uid, error)
     return evaluation
 
 
-def delivered(outbox: Path) -> list[tuple[Path, Task, Evaluation]]:
-    """Everything in the outbox, oldest first. A file that cannot be read is set aside; its candidate will run again."""
+def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evaluation]]:
+    """Everything in the outbox, oldest first; deep: with its folders. A file that cannot be read is set aside; its
+    candidate will run again."""
     found = []
-    for path in sorted(outbox.glob("[!.]*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
+    files = (outbox.rglob if deep else outbox.glob)("[!.]*.json")
+    for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name)):
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
             task = from_mapping(Task, entry["task"], str(path))

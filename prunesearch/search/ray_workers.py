@@ -45,11 +45,11 @@ class _Slot:
 class RayWorkers:
     """A pool of actors, on this machine or on a cluster. Raises ResourceError when it has no room for them.
 
-    folder: of the study; the outbox and the workers' logs are there. On a cluster it should be on a shared disk.
+    folder: of the study, with the workers' logs. On a cluster it should be on a shared disk, and so the outbox.
     """
 
-    def __init__(self, config: WorkersConfig, folder: Path, evaluate: str = EVALUATE) -> None:
-        self._config, self._folder, self._evaluate = config, folder, evaluate
+    def __init__(self, config: WorkersConfig, folder: Path, outbox: Path, evaluate: str = EVALUATE) -> None:
+        self._config, self._folder, self._outbox, self._evaluate = config, folder, outbox, evaluate
         self._slots: list[_Slot] = []
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
@@ -123,7 +123,7 @@ class RayWorkers:
         )
         log = self._folder / "logs" / f"worker-{number}.log"
         actor = actor_class.remote(
-            self._folder / "outbox", self._evaluate, log, os.getcwd(), sys.path, hide_gpus=not config.gpus_each
+            self._outbox, self._evaluate, log, os.getcwd(), sys.path, hide_gpus=not config.gpus_each
         )
         return _Slot(number, actor, actor.ready.remote())
 

