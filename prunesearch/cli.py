@@ -37,6 +37,7 @@ then, in your own script:
 """
 
 INTERRUPTED = 130
+CONFIRM_SEEDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,17 +72,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(parsed: argparse.Namespace) -> int:
     from prunesearch.files import load_study
+
+    config = load_study(parsed.file, _overrides(parsed))
+    return _search(config, parsed.output / config.name, parsed)
+
+
+def _resume(parsed: argparse.Namespace) -> int:
+    from prunesearch.files import override_study
+
+    reader = _open(parsed)
+    reader.close()
+    config = override_study(reader.config, _overrides(parsed))
+    return _search(config, parsed.folder or parsed.output / config.name, parsed)
+
+
+def _confirm(parsed: argparse.Namespace) -> int:
+    from prunesearch.files import override_study
+
+    reader = _open(parsed)
+    reader.close()
+    seeds = parsed.seeds or reader.config.confirm.seeds or CONFIRM_SEEDS
+    config = override_study(reader.config, [*parsed.set, f"confirm.seeds={seeds}"])
+    return _search(config, parsed.folder or parsed.output / config.name, parsed, search=False)
+
+
+def _overrides(parsed: argparse.Namespace) -> list[str]:
+    return parsed.set + ([] if parsed.trials is None else [f"stop.trials={parsed.trials}"])
+
+
+def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, search: bool = True) -> int:
     from prunesearch.report import LiveReport
     from prunesearch.search.driver import run_study
 
-    overrides = list(parsed.set)
-    if parsed.trials is not None:
-        overrides.append(f"stop.trials={parsed.trials}")
-    config = load_study(parsed.file, overrides)
-    folder = parsed.output / config.name
     where = parsed.storage or folder
     with LiveReport(config, str(where), console=_console(), plain=parsed.no_progress) as report:
-        done = run_study(config, folder, storage=parsed.storage, on_event=report)
+        done = run_study(config, folder, storage=parsed.storage, on_event=report, search=search)
     if done.complete:
         print(f"Next: prunesearch front {_again(parsed, folder, config.name)}")
     return INTERRUPTED if done.reason in ("interrupted", "cancelled") else 0
@@ -306,6 +331,18 @@ def _import_diffrate(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _import_tune(parsed: argparse.Namespace) -> int:
+    from prunesearch.files import load_study
+    from prunesearch.search.tune_results import import_results
+
+    config = load_study(parsed.file, parsed.set)
+    folder = parsed.output / config.name
+    imported = import_results(parsed.results, config, folder, storage=parsed.storage)
+    where = _again(parsed, folder, config.name)
+    print(f"{imported} new candidate{'s' * (imported != 1)} -> {where}\nNext: prunesearch front {where}")
+    return 0
+
+
 def _list(parsed: argparse.Namespace) -> int:
     from prunesearch import catalogue
 
@@ -373,13 +410,23 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verb("run", _run, "start a search, or continue it where it was")
     run.add_argument("file", type=Path, help="study file")
-    run.add_argument("--trials", type=int, metavar="N", help="candidates in the whole study (stop.trials)")
-    run.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
     run.add_argument(
-        "--storage", metavar="URL", help="any Optuna storage, or journal:FILE; default OUTPUT/NAME/study.db"
+        "--storage",
+        metavar="URL",
+        help="any Optuna database, which several drivers may join, or journal:FILE; default OUTPUT/NAME/study.db",
     )
-    run.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
-    run.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
+    _search_arguments(run)
+
+    resume = verb("resume", _resume, "continue a study without its file: what it stores of itself is enough")
+    _study_arguments(resume)
+    _search_arguments(resume)
+
+    confirm = verb("confirm", _confirm, "measure the final front again, with fresh seeds and on test images if given")
+    _study_arguments(confirm)
+    confirm.add_argument("--seeds", type=int, metavar="N", help=f"default the study's own, else {CONFIRM_SEEDS}")
+    confirm.add_argument("--set", action="append", default=[], metavar="a.b=c", help="such as data.test_root=FOLDER")
+    confirm.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
+    confirm.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
 
     check = verb("check", _check, "check a study or schedule file and report every mistake at once")
     check.add_argument("file", type=Path)
@@ -426,6 +473,13 @@ def _parser() -> argparse.ArgumentParser:
     diffrate.add_argument("--target", required=True, metavar="GMACS", help="as in the file, for example 2.9")
     diffrate.add_argument("-o", "--output", type=Path, metavar="FILE", help="default diffrate-MODEL-TARGET.yaml")
 
+    from_tune = verb("import-tune", _import_tune, "put the trials of a Ray Tune experiment into a study")
+    from_tune.add_argument("results", type=Path, help="folder of the experiment (storage_path/name)")
+    from_tune.add_argument("file", type=Path, help="study file")
+    from_tune.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
+    from_tune.add_argument("--storage", metavar="URL", help="of the study; default OUTPUT/NAME/study.db")
+    from_tune.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
+
     listing = verb("list", _list, "what there is to choose from")
     kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]
     listing.add_argument("what", choices=kinds)
@@ -434,6 +488,13 @@ def _parser() -> argparse.ArgumentParser:
     schema = verb("schema", _schema, "JSON schema of a file, for editors")
     schema.add_argument("what", choices=["study", "schedule"], nargs="?", default="study")
     return parser
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trials", type=int, metavar="N", help="candidates in the whole study (stop.trials)")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
+    parser.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
 
 
 def _source_arguments(parser: argparse.ArgumentParser) -> None:

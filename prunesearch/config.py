@@ -51,6 +51,8 @@ class DataConfig:
     val_root: str | None = _field("folder or tar file of the validation images, when they are not under root", None)
     train_split: str = _field("name of the training split", "train")
     val_split: str = _field("name of the validation split", "validation")
+    test_root: str | None = _field("folder or tar file of test images, which the search never sees", None)
+    test_split: str | None = _field("name of the test split; there is none when this and test_root are absent", None)
     train_images: int | None = _field("use only this many training images (a fixed random subset)", None, low=1)
     val_images: int | None = _field("use only this many validation images (a fixed random subset)", None, low=1)
     mean: tuple[float, ...] | None = _field(
@@ -67,6 +69,11 @@ class DataConfig:
     )
     in_memory: bool = _field("decode once and keep uint8 images in memory; false decodes them each time", True)
     loaders: int = _field("processes that decode images; 0 decodes in the worker itself", 2, low=0)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test images besides those for validation."""
+        return self.test_root is not None or self.test_split is not None
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,11 @@ class SpaceConfig:
         _field("choices that all stages of a schedule share", ())
     )
     max_stages: int | None = _field("most stages a schedule may have", None, low=1)
-    start_from: tuple[str, ...] = _field("schedules evaluated first: preset names or YAML files", ())
+    start_from: tuple[str, ...] = _field(
+        "schedules evaluated first: preset names, YAML files, or sensitivity: what the effects of all stages, each "
+        "measured alone without training, predict to be good",
+        (),
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,12 @@ class Limit:
 
     at_most: float | None = _field("upper bound", None)
     at_least: float | None = _field("lower bound", None)
+
+    def excess(self, value: float) -> float:
+        """By how much a value breaks the bounds, in its unit; 0 or less is within."""
+        above = [] if self.at_most is None else [value - self.at_most]
+        below = [] if self.at_least is None else [self.at_least - value]
+        return max(above + below, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -209,6 +226,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class SupernetConfig:
+    """How shared weights are trained before the search; learning rate, batch size and loss are those of `finetune`."""
+
+    images: int = _field("training images seen, each of them by every schedule of its step", low=1)
+    schedules: int = _field("random schedules in each step, beside the dense model and the cheapest schedule", 2, low=0)
+
+
+@dataclass(frozen=True)
+class IsoBudget:
+    """What every candidate of the sampler costs: its keep ratios are moved until it does."""
+
+    gmacs: float = _field("GMACs of one image", above=0)
+
+
+@dataclass(frozen=True)
 class MeasureConfig:
     """How speed and accuracy are measured."""
 
@@ -221,9 +253,9 @@ class MeasureConfig:
 class SamplerConfig:
     """Which of Optuna's samplers proposes candidates."""
 
-    name: str = _field("tpe, nsga2, gp or random; see `prunesearch list samplers`", "tpe")
+    name: str = _field("auto, tpe, nsga2, gp or random; see `prunesearch list samplers`", "auto")
     seed: int = _field("seed of the whole study: proposals and training", 0)
-    startup: int | None = _field("random candidates before the model takes over", None, low=0)
+    startup: int | None = _field("candidates before the model takes over; with nsga2 the population", None, low=0)
 
 
 @dataclass(frozen=True)
@@ -251,6 +283,15 @@ class StopConfig:
 
 
 @dataclass(frozen=True)
+class ConfirmConfig:
+    """How the final front is measured again, as the best of many noisy results look better than they are."""
+
+    seeds: int = _field(
+        "fresh seeds with which each schedule of the final front is trained and measured again; 0 = not at all", 0, low=0
+    )
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """One study file."""
 
@@ -263,8 +304,17 @@ class StudyConfig:
         "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
     )
     limits: tuple[tuple[str, Limit], ...] = _field("bounds per metric, for example {gmacs: {at_most: 3.5}}", ())
+    budget: IsoBudget | None = _field(
+        "what all candidates of the sampler cost: their keep ratios are moved until they do", None
+    )
     metrics: tuple[str, ...] = _field("further metrics to record", ())
     finetune: FinetuneConfig = _field("how candidates are trained", FinetuneConfig())
+    evaluation: Literal["finetune", "supernet"] = _field(
+        "where candidates start: finetune: from the model's own weights, supernet: from weights that are trained once "
+        "for all schedules of the space, and then shared",
+        "finetune",
+    )
+    supernet: SupernetConfig | None = _field("how the shared weights of evaluation: supernet are trained", None)
     measure: MeasureConfig = _field("how candidates are measured", MeasureConfig())
     rungs: tuple[Budget, ...] = _field(
         "budgets, the smallest first: all candidates get the first one, the best of a rung go on to the next, and the "
@@ -275,6 +325,7 @@ class StudyConfig:
     sampler: SamplerConfig = _field("who proposes candidates", SamplerConfig())
     workers: WorkersConfig = _field("where candidates are evaluated", WorkersConfig())
     stop: StopConfig = _field("when the search is done", StopConfig())
+    confirm: ConfirmConfig = _field("how the final front is measured again", ConfirmConfig())
     plugins: tuple[str, ...] = _field("modules to import first; they may register scores, metrics, ...", ())
 
     @property

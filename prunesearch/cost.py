@@ -13,7 +13,7 @@ of each, and those that skip the MLP cost C C each, for the fast path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ def macs_of_counts(
             tokens.append(counts[position] + prefix)
         macs = macs + block_macs(shape, attention_tokens[-1], mlp_tokens[-1])
     for index, step in enumerate(steps):
-        macs = macs + _stage_macs(shape, step, arriving[index], after[index], attention_tokens)
+        macs = macs + stage_macs(shape, step, arriving[index], after[index], attention_tokens)
     last = left[-1] + prefix
     macs = macs + (shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last)
     return macs, attention_tokens, mlp_tokens
@@ -88,7 +88,10 @@ def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) ->
     return projections + attention + shape.mlp_macs * mlp_tokens + fast_path
 
 
-def _stage_macs(shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: list[Count]) -> Count:
+def stage_macs(
+    shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]
+) -> Count:
+    """MACs of a stage itself: its score and its verb. attention_tokens: of its own block, and of the one before."""
     stage, reducer = step.stage, REDUCERS[step.stage.reduce]
     # the rounding in a reducer's own (small) share has no derivative
     macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))

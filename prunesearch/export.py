@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig
+from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.errors import RunError, StudyError, UserError
 from prunesearch.evaluate import Evaluation, Task, evaluate
 from prunesearch.files import ScheduleFile, from_mapping, save_schedule, to_mapping
 from prunesearch.schedule import Schedule
+from prunesearch.search.again import again_row
 from prunesearch.search.record import Record
+from prunesearch.search.serial_workers import SerialWorkers
+from prunesearch.search.supernet import SupernetTrained, prepare_supernet
 
 COMPARED = ("top1", "gmacs", "throughput")
 
@@ -54,7 +59,9 @@ def export(
             **dict(evaluation.metrics),
             "tokens": list(evaluation.tokens),
             "finetuned_images": evaluation.images,
+            **({"supernet_images": config.supernet.images} if evaluation.start and config.supernet else {}),
             "device": evaluation.device,
+            **({"again": again_row(record)} if record.confirmations else {}),
         },
         made_by={
             "study": config.name,
@@ -75,30 +82,57 @@ def _export_weights(
             f"trial {record.number}: its schedule learns scores or queries, but it was measured without training. "
             f"Possible: a study whose rungs train. Give the last rung some images."
         )
-    if evaluation.images == 0:
+    if evaluation.images == 0 and evaluation.start is None:
         raise StudyError(
             f"trial {record.number}: it was measured as it comes, so its weights are the model's own. "
             f"Possible: exporting the schedule alone. Leave --weights out."
         )
     source = Path(f"{evaluation.checkpoint}.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
+    if evaluation.images == 0:
+        with _start_of(evaluation, config, target.parent, say) as start:
+            shutil.copyfile(str(start), target)
+        return target
     if evaluation.checkpoint is not None and source.is_file():
         shutil.copyfile(source, target)
         return target
     say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
     again, stem = evaluation, str(target.with_suffix(""))
     trained = [one.images for one in record.evaluations if one.images > 0]
-    for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
-        task = task_of(record, config, budget=Budget(images=images))
-        again = evaluate(replace(task, resume_from=stem if index else None, save_to=stem))
-        if again.status != "complete":
-            raise RunError(f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}")
+    with _start_of(evaluation, config, target.parent, say) as start:
+        for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
+            task = replace(task_of(record, config, budget=Budget(images=images)), start=start, save_to=stem)
+            again = evaluate(replace(task, resume_from=stem if index else None))
+            if again.status != "complete":
+                raise RunError(
+                    f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}"
+                )
     target.with_suffix(".state").unlink(missing_ok=True)
     for name, before in evaluation.metrics:
         now = dict(again.metrics).get(name)
         if name in ("top1", "loss") and now != before:
             say(f"{name} of the new weights is {now}, it was {before}: other versions or another machine")
     return target
+
+
+@contextmanager
+def _start_of(
+    evaluation: Evaluation, config: StudyConfig, near: Path, say: Callable[[str], None]
+) -> Iterator[str | None]:
+    """The file of shared weights that an evaluation began with, None when there were none; when it is gone, they are
+    trained again."""
+    if evaluation.start is None or Path(evaluation.start).is_file():
+        yield evaluation.start
+        return
+    say("the shared weights are not in the study any more; training them again with the same seed")
+    with TemporaryDirectory(dir=near) as name:
+        folder = Path(name).absolute()
+        workers = SerialWorkers(WorkersConfig(kind="serial"), folder)
+
+        def told(event: SupernetTrained) -> None:
+            say(f"shared weights: {event.images:,} of {event.total:,} images")
+
+        yield prepare_supernet(config, folder, folder, workers, told)
 
 
 def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:

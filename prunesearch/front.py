@@ -15,6 +15,7 @@ import numpy as np
 
 from prunesearch.config import Limit, Objective
 from prunesearch.errors import StudyError
+from prunesearch.search.again import again_row
 from prunesearch.search.record import Record
 from prunesearch.strict import to_mapping
 
@@ -197,6 +198,7 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "tokens": list(evaluation.tokens) if evaluation else [],
                 "finetuned_images": evaluation.images if evaluation else 0,
                 "schedule": to_mapping(record.outcome),
+                **({"again": again_row(record)} if record.confirmations else {}),
             }
         )
     return rows

@@ -17,6 +17,7 @@ from prunesearch.config import Objective
 from prunesearch.errors import StudyError, UserError
 from prunesearch.front import Limits, comparable, front, values_of
 from prunesearch.report.tables import evenly, unit_of
+from prunesearch.search.again import again_of
 from prunesearch.search.record import Record
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
     dense = [record for record in picture.records if record.origin == "dense"]
     searched = [record for record in picture.records if record.origin == "sampler" and record.number not in on_front]
     best = [record for record in picture.front if record.origin != "dense"]
+    _again(axis, picture, cost)
     draw(searched, 26, GREY, alpha=0.45, linewidths=0, label="candidate")
     if cost is not None and picture.front:
         axis.plot(*picture.staircase(cost).T, color=BLUE, linewidth=1.6, zorder=2)
@@ -172,6 +174,23 @@ def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
     axis.margins(0.07, 0.09)
     axis.set_ylabel(_axis_name(picture.quality.metric))
     axis.set_xlabel("trial" if cost is None else _axis_name(cost.metric))
+
+
+def _again(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
+    """What fresh seeds said, tied to the search's own number by a line."""
+    label: str | None = "measured again, with fresh seeds"
+    for record in picture.records:
+        again, quality = again_of(record), picture.quality.metric
+        if again is None:
+            continue
+        x, before = picture.places([record], cost)[0]
+        x_again = x if cost is None else again.mean[cost.metric]
+        axis.plot([x, x_again], [before, again.mean[quality]], color=GREY, linewidth=0.9, zorder=3)
+        axis.errorbar(
+            x_again, again.mean[quality], again.spread.get(quality), fmt="o", ms=5, color=INK, mfc="white", mew=1.1,
+            elinewidth=1.1, capsize=2, zorder=3, label=label,
+        )  # fmt: skip
+        label = None
 
 
 def _tokens(axis: Axes, picture: _Picture) -> None:

@@ -8,6 +8,8 @@ stage, are set to their first choice before a sampler learns from it.
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -157,6 +159,18 @@ def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
         index, position = divmod(index, len(values))
         parameters[name] = values[position]
     return parameters
+
+
+def any_value(dimension: Dimension, generator: random.Random) -> Value:
+    """A value at random, each as likely as any other."""
+    if isinstance(dimension, Choice):
+        return generator.choice(dimension.values)
+    if dimension.log:
+        return math.exp(generator.uniform(math.log(dimension.low), math.log(dimension.high)))
+    if dimension.step is None:
+        return generator.uniform(dimension.low, dimension.high)
+    steps = round((dimension.high - dimension.low) / dimension.step)
+    return dimension.low + generator.randint(0, steps) * dimension.step
 
 
 def uid_of(schedule: Schedule, shape: ModelShape) -> str:

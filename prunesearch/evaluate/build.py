@@ -11,12 +11,12 @@ import timm
 import torch
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from prunesearch.config import ModelConfig
 from prunesearch.errors import ModelError
 from prunesearch.models import digits_vit, shape_of  # noqa: F401  (digits_vit registers its model with timm)
-from prunesearch.models.weights import misfits
+from prunesearch.models.weights import load_weights, misfits, read_weights
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import ModelShape
 
@@ -24,12 +24,22 @@ FRESH_SEED = 0
 """Of weights that neither timm nor a checkpoint gives, so that every worker starts from the same ones."""
 
 
-def build_model(config: ModelConfig, device: torch.device | str = "cpu") -> nn.Module:
+def build_model(config: ModelConfig, device: torch.device | str = "cpu", start: str | None = None) -> nn.Module:
     """The dense model in evaluation mode. Yours to change: each call returns a copy of weights loaded once.
 
-    Raises ModelError for a name timm does not know, weights that are not there or do not fit, wrong options.
+    start: safetensors file of other weights for it. Raises ModelError for a name timm does not know, weights that are
+    not there or do not fit, wrong options.
     """
-    return copy.deepcopy(_dense_model(config)).to(device)
+    model = copy.deepcopy(_dense_model(config))
+    if start is not None:
+        load_weights(model, _weights(start, Path(start).stat().st_mtime_ns if Path(start).is_file() else 0))
+    return model.to(device)
+
+
+@lru_cache(maxsize=1)
+def _weights(path: str, modified: int) -> dict[str, Tensor]:
+    """Read once, and again when the file is another one."""
+    return read_weights(path)
 
 
 @lru_cache(maxsize=16)

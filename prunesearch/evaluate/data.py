@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
-from prunesearch.evaluate.digits import load_digits
+from prunesearch.evaluate.digits import PARTS, load_digits
 from prunesearch.evaluate.images import ImageInput, ImageSet, image_input
 from prunesearch.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "test"]
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 SUBSET_SEED = 0
 FEW_IMAGES = 5000
@@ -47,37 +47,65 @@ def open_digits(config: DataConfig, split: Split) -> Opened:
     """scikit-learn's handwritten digits; they need no root."""
     from PIL.Image import fromarray
 
-    images, labels = load_digits(split)
+    images, labels = load_digits(_digits_split(config, split))
     pairs = [(fromarray(image.numpy()), int(label)) for image, label in zip(images, labels, strict=True)]
     return Opened(pairs, tuple("0123456789"))
 
 
-def open_data(config: DataConfig, model: nn.Module) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images for a model. The last two data sets opened stay in memory.
+def _digits_split(config: DataConfig, split: Split) -> str:
+    name = _named_split(config, split)
+    if name not in PARTS or (split == "test" and {name, config.val_split} != {"first half", "second half"}):
+        field = {"train": "train_split", "validation": "val_split", "test": "test_split"}[split]
+        raise DataError(
+            f"data.{field}: {name!r}, with val_split {config.val_split!r}. Possible: train and validation; with a "
+            f"test, of which the search must not see anything, val_split: first half and test_split: second half. "
+            f"Change them."
+        )
+    return name
+
+
+def open_data(config: DataConfig, model: nn.Module, measured: Split = "validation") -> tuple[ImageSet, ImageSet]:
+    """The training images for a model and those to measure it on. The last four sets opened stay in memory.
 
     Raises DataError for what is not there, not readable, empty, or does not fit the model's classes.
     """
-    return _open(config, image_input(model, config), int(model.num_classes))  # type: ignore[arg-type]
+    wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
+    _check_classes(config, _open_split(config, "train").classes, _open_split(config, measured).classes, outputs)
+    return _open(config, wanted, outputs, "train"), _open(config, wanted, outputs, measured)
 
 
-@lru_cache(maxsize=2)
-def _open(config: DataConfig, wanted: ImageInput, outputs: int) -> tuple[ImageSet, ImageSet]:
-    train, validation = _open_split(config, "train"), _open_split(config, "validation")
-    _check_classes(config, train.classes, validation.classes, outputs)
-    return (
-        _image_set(config, wanted, outputs, train.images, "train", config.train_images),
-        _image_set(config, wanted, outputs, validation.images, "validation", config.val_images),
-    )
+def open_training(config: DataConfig, model: nn.Module) -> ImageSet:
+    """The training images alone. Raises DataError as `open_data`."""
+    wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
+    classes = _open_split(config, "train").classes
+    _check_classes(config, classes, classes, outputs)
+    return _open(config, wanted, outputs, "train")
+
+
+@lru_cache(maxsize=4)
+def _open(config: DataConfig, wanted: ImageInput, outputs: int, split: Split) -> ImageSet:
+    limit = {"train": config.train_images, "validation": config.val_images}.get(split)
+    return _image_set(config, wanted, outputs, _open_split(config, split).images, split, limit)
 
 
 def check_paths(config: DataConfig) -> None:
-    """Raises DataError for an unknown data set, or a folder or tar that is not there; opens nothing."""
+    """Raises DataError for an unknown data set, a folder or tar that is not there, or a test that the search would see;
+    opens nothing."""
     if config.name in ("", "folder"):
         _folders(config)
     elif config.name not in DATASETS:
         _check_timm_name(config.name)
+    if config.name == "digits" and config.has_test:
+        _digits_split(config, "test")
+    validation = (config.val_root or config.root, config.val_split)
+    if config.has_test and (config.test_root or config.root, _named_split(config, "test")) == validation:
+        raise DataError(
+            f"data.test_split: {_named_split(config, 'test')!r} are the images for validation, which the search sees. "
+            f"Possible: another split, or another test_root. Change one of them, or leave the test out."
+        )
 
 
+@lru_cache(maxsize=4)
 def _open_split(config: DataConfig, split: Split) -> Opened:
     if config.name in DATASETS:
         return DATASETS[config.name](config, split)
@@ -87,12 +115,12 @@ def _open_split(config: DataConfig, split: Split) -> Opened:
 def open_with_timm(config: DataConfig, split: Split) -> Opened:
     """Folder, tar, torch/..., hfds/..., wds/... through timm.data.create_dataset."""
     name = config.name
-    root = config.val_root if split == "validation" and config.val_root is not None else config.root
+    root = {"validation": config.val_root, "test": config.test_root}.get(split) or config.root
     if name in ("", "folder"):
         name, root = "", _folders(config)[split]
     else:
         _check_timm_name(name)
-    wanted = config.train_split if split == "train" else config.val_split
+    wanted = _named_split(config, split)
     try:
         images = create_dataset(name, root=root, split=wanted, search_split=name != "")
     except Exception as error:  # readers raise anything: AssertionError, RuntimeError, ImportError, ...
@@ -116,19 +144,28 @@ def _check_timm_name(name: str) -> None:
 
 def _folders(config: DataConfig) -> dict[Split, str]:
     """Folder or tar of each split. Raises DataError when one is not there or when one contains the other."""
-    train = _folder("root", config.root, (config.train_split, "train", "training"))
-    names = (config.val_split, "validation", "val", "valid", "eval", "evaluation")
-    if config.val_root is not None:
-        validation = _folder("val_root", config.val_root, names)
-    else:
-        validation = _folder("root", config.root, names)
-    first, second = train.resolve(), validation.resolve()
-    if first.is_relative_to(second) or second.is_relative_to(first):
-        raise DataError(
-            f"data.root: training images ({str(train)!r}) and validation images ({str(validation)!r}) overlap. "
-            f"Possible: sub-folders train and validation in root, or two separate paths. Write root and val_root."
-        )
-    return {"train": str(train), "validation": str(validation)}
+    found: dict[Split, Path] = {"train": _folder("root", config.root, (config.train_split, "train", "training"))}
+    names: dict[Split, tuple[str, ...]] = {"validation": ("validation", "val", "valid", "eval", "evaluation")}
+    if config.has_test:
+        names["test"] = ("test", "testing")
+    roots = {"validation": ("val_root", config.val_root), "test": ("test_root", config.test_root)}
+    for split, usual in names.items():
+        field, root = roots[split] if roots[split][1] is not None else ("root", config.root)
+        found[split] = _folder(field, root, (_named_split(config, split), *usual))
+    for split, other in itertools.combinations(found, 2):
+        first, second = found[split].resolve(), found[other].resolve()
+        if first.is_relative_to(second) or second.is_relative_to(first):
+            what, field = ("training" if split == "train" else split), roots[other][0]
+            raise DataError(
+                f"data.root: {what} images ({str(found[split])!r}) and {other} images ({str(found[other])!r}) overlap. "
+                f"Possible: sub-folders {split} and {other} in root, or two separate paths. Write root and {field}."
+            )
+    return {split: str(path) for split, path in found.items()}
+
+
+def _named_split(config: DataConfig, split: Split) -> str:
+    """What the study file calls a split."""
+    return {"train": config.train_split, "validation": config.val_split, "test": config.test_split or "test"}[split]
 
 
 def _folder(field: str, root: str | None, splits: tuple[str, ...]) -> Path:

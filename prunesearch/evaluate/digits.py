@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
 
 import torch
 
 SPLIT_SEED = 0
 """Of the one split everything uses: a stratified third is held out for validation."""
+PARTS = {
+    "train": slice(None),
+    "validation": slice(None),
+    "first half": slice(None, 300),
+    "second half": slice(300, None),
+}
+"""Splits by name; the halves are those of what is held out, for a validation and a test of their own."""
 
 
-@lru_cache(maxsize=2)
-def load_digits(split: Literal["train", "validation"]) -> tuple[torch.Tensor, torch.Tensor]:
+@lru_cache(maxsize=4)
+def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, uint8 of shape (count, 8, 8) with 255 for full ink, and int64 labels: 1198 to train, 599 held out."""
     from sklearn.datasets import load_digits as read_digits
     from sklearn.model_selection import train_test_split
@@ -20,5 +26,6 @@ def load_digits(split: Literal["train", "validation"]) -> tuple[torch.Tensor, to
     images, labels = read_digits(return_X_y=True)
     parts = train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=SPLIT_SEED)
     pixels, targets = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    pixels, targets = pixels[PARTS[split]], targets[PARTS[split]]
     scaled = torch.from_numpy(pixels).reshape(-1, 8, 8) * (255 / 16)  # the source counts ink from 0 to 16
     return scaled.round().to(torch.uint8), torch.from_numpy(targets).to(torch.int64)

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,21 @@ class DenseOutput(NamedTuple):
 
 Teacher = Callable[[Tensor, Tensor, Tensor], DenseOutput]
 """(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> what the dense model says."""
+
+
+class Batch(NamedTuple):
+    """What a step learns from: images (B, C, H, W) as the student sees them, labels (B), and what the dense model
+    makes of them, when there is distillation."""
+
+    images: Tensor
+    labels: Tensor
+    dense: DenseOutput | None
+
+    @property
+    def target(self) -> Tensor | None:
+        """Logits of the dense model, (B, classes)."""
+        return None if self.dense is None else self.dense.logits
+
 
 SCHEDULE_UNITS = 10_000  # timm's scheduler counts whole updates; ours is a fraction of the budget
 
@@ -76,6 +91,42 @@ def finetune(
         )
     if is_spent(budget, progress):
         return
+    schedule_loss = ScheduleLoss(model, config) if learns_decisions(model) else None
+    earlier = replace(progress)
+
+    def losses(batch: Batch) -> Iterator[Tensor]:
+        with autocast(device, config.amp):
+            outcome = None if schedule_loss is None else trace(model, batch.images)
+            logits = model(batch.images) if outcome is None else outcome.logits
+        loss = distillation_loss(logits.float(), batch.labels, batch.target, config)
+        if schedule_loss is not None and outcome is not None:
+            loss = loss + schedule_loss(outcome, None if batch.dense is None else batch.dense.patches_BnC)
+        yield loss
+
+    def share() -> float:
+        return _share(budget, progress, earlier)
+
+    take_steps(model, train, budget, config, teacher, device, seed, progress, losses, share)
+
+
+def take_steps(
+    model: nn.Module,
+    train: ImageSet,
+    budget: Budget,
+    config: FinetuneConfig,
+    teacher: Teacher | None,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    losses: Callable[[Batch], Iterable[Tensor]],
+    share: Callable[[], float],
+) -> None:
+    """Train `model` in place until `progress`, which is kept up to date, has reached `budget`.
+
+    losses: of a batch. Each is differentiated before the next one is asked for, so that only one graph is in memory;
+    the gradients of all add up to one step. share: how far the learning rate is on its way, 0 to 1.
+    Raises LossNotFinite.
+    """
     groups = parameter_groups(model, config)
     optimizer = create_optimizer_v2(groups, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
     if progress.moments is not None:
@@ -87,31 +138,24 @@ def finetune(
     scaler = torch.amp.GradScaler(device.type, enabled=half_precision(device, config.amp) is torch.float16)
     mirror = torch.Generator().manual_seed((seed + progress.images) % 2**63)
     mirror_share = 0.5 if config.augment == "flip" else 0.0
-    schedule_loss = ScheduleLoss(model, config) if learns_decisions(model) else None
-    earlier, start = replace(progress), time.perf_counter()
+    before, start = progress.seconds, time.perf_counter()
     model.train()
     order = training_order(len(train), config.batch_size, seed, progress.images, budget.images)
     announced, to_read = itertools.tee(order)  # loading processes read ahead
     for indices, (images, labels) in zip(announced, train.batches(to_read, device), strict=False):
-        share = _share(budget, progress, earlier)
-        schedule.step_update(round(SCHEDULE_UNITS * share))
-        if share < config.freeze_backbone:
+        now = share()
+        schedule.step_update(round(SCHEDULE_UNITS * now))
+        if now < config.freeze_backbone:
             for group in optimizer.param_groups:
                 group["lr"] *= group["part"] != "backbone"
         mirrored = torch.rand(len(indices), generator=mirror) < mirror_share
         if mirrored.any():
             images = torch.where(mirrored.to(device).view(-1, 1, 1, 1), images.flip(-1), images)
-        dense = None if teacher is None else teacher(images, indices, mirrored)
-        with autocast(device, config.amp):
-            outcome = None if schedule_loss is None else trace(model, images)
-            logits = model(images) if outcome is None else outcome.logits
-        loss = distillation_loss(logits.float(), labels, None if dense is None else dense.logits, config)
-        if schedule_loss is not None and outcome is not None:
-            loss = loss + schedule_loss(outcome, None if dense is None else dense.patches_BnC)
-        if not math.isfinite(loss.item()):
-            raise LossNotFinite(f"the training loss became {loss.item()} after {progress.images} images")
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        for loss in losses(Batch(images, labels, None if teacher is None else teacher(images, indices, mirrored))):
+            if not math.isfinite(loss.item()):
+                raise LossNotFinite(f"the training loss became {loss.item()} after {progress.images} images")
+            scaler.scale(loss).backward()
         if config.clip_grad is not None:
             scaler.unscale_(optimizer)
             for part in ("backbone", "learned"):  # thresholds have a scale of their own, and their step is bounded
@@ -120,7 +164,7 @@ def finetune(
         scaler.step(optimizer)
         scaler.update()
         progress.images += len(indices)
-        progress.seconds = earlier.seconds + time.perf_counter() - start
+        progress.seconds = before + time.perf_counter() - start
         if is_spent(budget, progress):
             break
     if not all(parameter.isfinite().all() for parameter in model.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import math
@@ -24,13 +25,14 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.build import build_model, model_shape
 from prunesearch.evaluate.calibrate import calibrate
-from prunesearch.evaluate.data import open_data
+from prunesearch.evaluate.data import Split, open_data
 from prunesearch.evaluate.finetune import (
     DenseOutput,
     LossNotFinite,
     Progress,
     Teacher,
     finetune,
+    is_spent,
     load_checkpoint,
     save_checkpoint,
 )
@@ -39,7 +41,8 @@ from prunesearch.evaluate.machine import describe, find_device, versions
 from prunesearch.evaluate.metrics import METRICS, Measured, Subject
 from prunesearch.evaluate.predict import autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import distills_tokens
-from prunesearch.evaluate.task import Cause, Evaluation, Task
+from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
+from prunesearch.evaluate.task import Cause, Evaluation, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
 from prunesearch.schedule import Schedule
 
@@ -106,6 +109,7 @@ def evaluate(task: Task) -> Evaluation:
         host=socket.gethostname(),
         device=found.device,
         checkpoint=found.checkpoint,
+        start=task.start,
         schedule=found.schedule,
     )
 
@@ -119,13 +123,16 @@ def _run(task: Task, found: _Findings) -> None:
         torch.set_num_threads(task.threads)
     device = find_device(task.device)
     found.device = describe(device)
+    if task.supernet is not None:
+        _train_shared(task, task.supernet, device, found)
+        return
     amp, batch_size = task.finetune.amp, task.measure.batch_size
     with found.phase("load"):
         found.tokens = estimate_cost(model_shape(task.model), task.schedule).tokens
-        model = build_model(task.model, device)
-        train, validation = open_data(task.data, model)
+        model = build_model(task.model, device, task.start)
+        train, held_out = open_data(task.data, model, task.split)
         if train.in_memory:
-            found.data = (("data", f"{train.fingerprint} {validation.fingerprint}"),)
+            found.data = (("data", f"{train.fingerprint} {held_out.fingerprint}"),)
         apply_schedule(model, task.schedule, weights=task.weights, seed=task.seed, untrained=True)
         if task.resume_from is not None:
             found.progress = load_checkpoint(task.resume_from, model)
@@ -149,8 +156,8 @@ def _run(task: Task, found: _Findings) -> None:
             if task.save_to is not None and found.progress.images > before:
                 save_checkpoint(task.save_to, model, found.progress)
                 found.checkpoint = task.save_to
-    dense = partial(dense_logits, task.model, task.data, "validation", device, amp, batch_size)
-    subject = Subject(model, task.model, task.schedule, validation, task.measure, device, amp, dense)
+    dense = partial(dense_logits, task.model, task.data, task.split, device, amp, batch_size)
+    subject = Subject(model, task.model, task.schedule, held_out, task.measure, device, amp, dense)
     with found.phase("measure"):
         for metric in metrics:
             _seed(task.seed)  # a random score must not depend on what ran before
@@ -164,11 +171,26 @@ def _run(task: Task, found: _Findings) -> None:
             found.tokens = subject.tokens
 
 
+def _train_shared(task: Task, work: SupernetWork, device: torch.device, found: _Findings) -> None:
+    with found.phase("load"):
+        model = build_model(task.model, device)
+        train, _ = open_data(task.data, model)
+        found.progress = load_supernet(task, work, model)
+        found.checkpoint = task.save_to
+        if is_spent(task.budget, found.progress):
+            return
+        teacher = _teacher(task, train, device, gives_tokens=False)
+    _seed(task.seed + found.progress.images)
+    with found.phase("train"), reproducible(device):
+        train_supernet(model, train, task, work, teacher, device, found.progress)
+        save_supernet(task, work, model, found.progress)
+
+
 @lru_cache(maxsize=6)
 def dense_logits(
     model: ModelConfig,
     data: DataConfig,
-    split: str,
+    split: Split,
     device: torch.device,
     amp: bool,
     batch_size: int,
@@ -176,7 +198,7 @@ def dense_logits(
 ) -> Tensor:
     """Logits of the dense model, as it comes, for all images of a split: computed once, then kept on the CPU."""
     dense = build_model(model, device)
-    images = open_data(data, dense)[split == "validation"]
+    images = open_data(data, dense)[0] if split == "train" else open_data(data, dense, split)[1]
     return predict(dense, images, batch_size, device, amp, flip).logits
 
 
@@ -218,4 +240,6 @@ def _cause(problem: Exception) -> Cause:
         return "oom"
     if isinstance(problem, (LossNotFinite, MetricNotFinite)):
         return "nan"
+    if getattr(problem, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(problem):
+        return "disk"
     return "invalid" if isinstance(problem, ScheduleError) else "error"

@@ -8,13 +8,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prunesearch.config import Budget, DataConfig, FinetuneConfig, MeasureConfig, ModelConfig
+from prunesearch.config import (
+    Budget,
+    DataConfig,
+    FinetuneConfig,
+    Limit,
+    MeasureConfig,
+    ModelConfig,
+    SpaceConfig,
+)
 from prunesearch.schedule import Schedule
 
 Status = Literal["complete", "failed"]
-Cause = Literal["error", "oom", "nan", "timeout", "crash", "invalid"]
+Cause = Literal["error", "oom", "nan", "timeout", "crash", "invalid", "disk"]
 """error: an exception; oom: out of memory; nan: the loss was not finite; timeout: hung;
-crash: the worker or its node died; invalid: the schedule does not fit the model."""
+crash: the worker or its node died; invalid: the schedule does not fit the model; disk: no space for weights, which is
+no fault of the candidate and is not held against it."""
+
+
+@dataclass(frozen=True)
+class SupernetWork:
+    """What training shared weights needs beside a model, images and `Task.finetune`.
+
+    space, limits: which schedules are drawn, and which of them arithmetic turns down. schedules: so many random ones in
+    each step. images: training images in all; `Task.budget` says how far this task takes it.
+    """
+
+    space: SpaceConfig
+    schedules: int
+    images: int
+    limits: tuple[tuple[str, Limit], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,8 +46,13 @@ class Task:
 
     uid: identity of the configuration (hash of its canonical schedule within the study).
     weights: safetensors file of the model with this schedule, as exported, instead of the model's own weights.
+    start: safetensors file of the dense model's weights to begin with instead of its own. The model that `agreement`
+    and distillation compare with stays the original one.
+    supernet: train shared weights, and evaluate nothing. They go to `<save_to>.safetensors` when they are finished,
+    until then with what continuing needs to `<save_to>.state`.
     rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
     metrics: names of registered metrics to report. seed: of training order and of fresh weights.
+    split: the images that metrics are measured on.
     device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
     resume_from: checkpoint (.safetensors + .state) of an earlier budget to continue from.
     save_to: path without suffix; the fine-tuned weights go to `<save_to>.safetensors`, the optimiser state,
@@ -37,7 +65,7 @@ class Task:
     data: DataConfig
     schedule: Schedule
     budget: Budget
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
     finetune: FinetuneConfig = FinetuneConfig()
     measure: MeasureConfig = MeasureConfig()
     rung: int = 0
@@ -48,6 +76,9 @@ class Task:
     resume_from: str | None = None
     save_to: str | None = None
     weights: str | None = None
+    start: str | None = None
+    supernet: SupernetWork | None = None
+    split: Literal["validation", "test"] = "validation"
     plugins: tuple[str, ...] = ()
 
 
@@ -59,8 +90,8 @@ class Evaluation:
     interquartile range, same unit). tokens: patch + prefix tokens after each block, with thresholds the rounded mean
     over the validation images. images: training images seen. seconds: wall time by phase ("load", "train",
     "calibrate", "measure"). versions: of python, torch, timm, prunesearch, and "data": counts and hashes.
-    checkpoint: path without suffix of the weights that were written, or None. schedule: with the thresholds that
-    were learned, None for fixed counts.
+    checkpoint: path without suffix of the weights that were written, or None. start: as in the task. schedule: with the
+    thresholds that were learned, None for fixed counts.
     """
 
     uid: str
@@ -79,6 +110,7 @@ class Evaluation:
     host: str = ""
     device: str = ""
     checkpoint: str | None = None
+    start: str | None = None
     schedule: Schedule | None = None
 
     def value(self, metric: str) -> float:

@@ -8,7 +8,7 @@ one module, `token_stages`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,12 +30,14 @@ __all__ = [
     "PlannedStep",
     "Trace",
     "apply_schedule",
+    "block_inputs",
     "digits_vit",
     "input_size",
     "learned_parameters",
     "learned_parts",
     "patches_of",
     "remove_schedule",
+    "run_from",
     "schedule_of",
     "shape_of",
     "steps_of",
@@ -145,6 +147,20 @@ def patches_of(model: nn.Module, features: Tensor) -> Tensor:
     """The patch tokens (B, n, C) in what the dense model's `forward_features` returns; of a feature map, all
     positions."""
     return _family(model).patches_of(model, features)
+
+
+def block_inputs(model: nn.Module, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits of a dense VisionTransformer, and the tokens (B, N, C) that arrive at some of its blocks."""
+    return vision_transformer.block_inputs(model, images, blocks)
+
+
+def run_from(model: nn.Module, tokens_BNC: Tensor, first: int) -> Tensor:
+    """Logits of a VisionTransformer that carries a schedule, from the tokens that arrive at block `first`.
+
+    For fixed counts and scores that do not learn, with no stage before `first` and none at its `pre` that reads the
+    attention of the block before: then the same as from the images, to the last bit.
+    """
+    return vision_transformer.run_from(model, tokens_BNC, first)
 
 
 def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:

@@ -7,6 +7,8 @@ Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +127,13 @@ class _Reduced:
                     state = _run_block(block, block_plan, run, state)
         return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
 
+    def _run_from(self: Any, tokens_BNC: Tensor, first: int) -> Tensor:
+        plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
+        run, state = Run(plan, None, self.training, masked=False), TokenState(tokens_BNC)
+        for block, block_plan in zip(self.blocks[first:], plan.blocks[first:], strict=True):
+            state = _run_block(block, block_plan, run, state)
+        return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
+
 
 class ReducedVisionTransformer(_Reduced, VisionTransformer):
     """A VisionTransformer with a token schedule; made by `apply_schedule`, never constructed."""
@@ -174,6 +183,26 @@ def schedule_of(model: nn.Module) -> Schedule | None:
 def trace(model: Any, images: Tensor, masked: bool) -> Trace:
     """See `prunesearch.models.trace`."""
     return model._traced(images, masked)
+
+
+def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """See `prunesearch.models.block_inputs`."""
+    inputs: dict[int, Tensor] = {}
+
+    def keep(block: int, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs[block] = given[0]
+
+    hooks = [model.blocks[block].register_forward_pre_hook(partial(keep, block)) for block in blocks]
+    try:
+        return model(images), inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
+    """See `prunesearch.models.run_from`."""
+    return model._run_from(tokens_BNC, first)
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:

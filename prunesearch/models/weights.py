@@ -15,7 +15,7 @@ def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -
     """Load into a model with a schedule. Raises ModelError, with what is missing or does not fit, and then loads
     nothing."""
     if isinstance(weights, (str, Path)):
-        place, state = f"weights {str(weights)!r}", _read(weights)
+        place, state = f"weights {str(weights)!r}", read_weights(weights)
     else:
         place, state = "weights", dict(weights)
     problems = misfits(state, model.state_dict())
@@ -46,7 +46,8 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
     )
 
 
-def _read(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ModelError when it cannot be read."""
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a missing, damaged or foreign file raises anything

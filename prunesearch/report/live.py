@@ -20,8 +20,10 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
 from prunesearch.report.rungs import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, front_table, said, short
-from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
+from prunesearch.search.confirm import Confirmed
+from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted, Waiting
 from prunesearch.search.record import Record
+from prunesearch.search.supernet import SupernetTrained
 
 ROWS = 8
 """Records of the front in the live view."""
@@ -33,6 +35,7 @@ _WHY: dict[Reason, str] = {
     "hours": "stop.hours are over",
     "exhausted": "no candidate is left within the space and its limits",
     "hopeless": "every candidate failed",
+    "disk": "no space is left",
     "interrupted": "interrupted; run it again to continue",
     "cancelled": "cancelled; run it again to continue",
 }
@@ -79,6 +82,13 @@ class Progress:
                     f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
                 )
             self._judge()
+        elif isinstance(event, Waiting):
+            self.note = f"waiting for the storage ({event.why}), for {duration(event.waited)} so far"
+        elif isinstance(event, SupernetTrained):
+            self.note = f"shared weights: {event.images:,} of {event.total:,} images ({duration(now - self.begun)})"
+        elif isinstance(event, Confirmed):
+            value = "" if event.evaluation.status == "complete" else f" failed ({event.evaluation.cause})"
+            self.note = f"measured again: {event.done} of {event.total}, trial {event.record.number}{value}"
         elif isinstance(event, Stopping):
             self.note = f"stopping: {event.why}; {event.running} running are waited for"
         elif isinstance(event, Done):

@@ -20,6 +20,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
 from prunesearch.report.rungs import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
+from prunesearch.search.again import again_of, mean_drop, measured_objectives
 from prunesearch.search.record import Record
 
 
@@ -84,6 +85,8 @@ def front_table(
 ) -> Table:
     """A front, one record a row (at most `most`), beside the dense model of `records`; the knee has an asterisk."""
     dense, names = dense_of(records), [objective.metric for objective in objectives]
+    confirmed = any(record.confirmations for record in found)
+    again = {one.metric for one in measured_objectives(objectives)} if confirmed else set()
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
     for name in names:
@@ -91,6 +94,8 @@ def front_table(
         table.add_column(name + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
         if dense is not None:
             table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
+        if name in again:
+            table.add_column("again", justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
     one_line = most is not None  # where rows are counted, their height is too
     table.add_column("schedule", overflow="fold")
@@ -105,19 +110,58 @@ def front_table(
             row.append(f"{value:.{places[name]}f}")
             if dense is not None:
                 row.append(change(name, value, values_of(dense)[name]))
+            if name in again:
+                row.append(_again(record, name, places[name]))
         # the cell and not its column: rich takes the room from other columns before it shortens one that never wraps
         schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
         table.add_row(*row, Text(record.origin.removeprefix("start: ")), schedule)
     if dense is not None and dense not in shown:
         values = values_of(dense)
-        cells = [cell for name in names for cell in (f"{values[name]:.{places[name]}f}", "")]
+        cells = []
+        for name in names:
+            cells += [f"{values[name]:.{places[name]}f}", ""]
+            cells += [_again(dense, name, places[name])] if name in again else []
         table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
     notes = ["* the knee: what export takes when nothing else is asked"] if bend in shown else []
+    if title is None:
+        notes += _again_notes(found, objectives, dense)
     if title is None and any(record.rung_done != highest_rung(records) for record in records if record.evaluations):
         there = [record for record in records if values_of(record) and record.rung_done == highest_rung(records)]
         notes.append(f"compared at rung {highest_rung(records)}, where {len(there)} of {len(records)} candidates are")
     table.caption = Text("\n".join(notes)) if notes else None
     return table
+
+
+def _again(record: Record, metric: str, places: int) -> str:
+    again = again_of(record)
+    if again is None:
+        return ""
+    spread = again.spread.get(metric)
+    return f"{again.mean[metric]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
+
+
+def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense: Record | None) -> list[str]:
+    """What "again" is, and by how much the search's own numbers flatter."""
+    summaries = [again for record in found if (again := again_of(record)) is not None]
+    measured = measured_objectives(objectives)
+    if not summaries or not measured:
+        return []
+    metric, seeds = measured[0].metric, summaries[0].seeds
+    images = "test images" if summaries[0].split == "test" else "the same images"
+
+    def worse(records: Sequence[Record]) -> str:
+        drop = mean_drop(records, measured[0])
+        assert drop is not None
+        amount = f"{abs(drop):.2f} points" if unit_of(metric) == "%" else said(metric, abs(drop)).removeprefix(metric)
+        return f"{amount.strip()} {'worse' if drop >= 0 else 'better'}"
+
+    chosen = [record for record in found if record is not dense and record.confirmations]
+    text = f"again: trained and measured anew, {seeds} seed{'s' if seeds > 1 else ''}, {images}"
+    if chosen:
+        text += f"; {metric} is on average {worse(chosen)} than in the search, which chose by its own numbers"
+    if dense is not None and dense.confirmations:
+        text += f" (the dense model: {worse([dense])})"
+    return [text]
 
 
 def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableType:
@@ -184,14 +228,19 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
     """Records as CSV: trial, uid, origin, every metric, tokens after each block, the schedule in words."""
     rows = front_rows(found, objectives)
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    fresh = list(dict.fromkeys(name for row in rows for name in row.get("again", {}).get("metrics", ())))
+    columns = [f"{name}_{what}" for name in fresh for what in ("again", "again_spread")]
+    columns += ["again_split", "again_seeds"] if fresh else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "uid", "origin", *names, "finetuned_images", "tokens", "schedule"])
+    writer.writerow(["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"])
     for row, record in zip(rows, found, strict=True):
         about = [row["trial"], row["uid"], row["origin"]]
         metrics = [row["metrics"].get(name, "") for name in names]
-        tokens = " ".join(map(str, row["tokens"]))
-        writer.writerow([*about, *metrics, row["finetuned_images"], tokens, str(record.outcome)])
+        tokens, again = " ".join(map(str, row["tokens"])), row.get("again", {})
+        means = [again.get(what, {}).get(name, "") for name in fresh for what in ("metrics", "spread")]
+        means += [again.get(what, "") for what in ("split", "seeds")] if fresh else []
+        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, str(record.outcome)])
     return text.getvalue()
 
 

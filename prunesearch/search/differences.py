@@ -10,9 +10,10 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.strict import from_mapping, to_mapping
 
-MAY_CHANGE = ("workers", "stop", "metrics", "plugins", "data.root", "data.val_root", "data.loaders", "data.in_memory")
+_DATA = ("data.root", "data.val_root", "data.test_root", "data.test_split", "data.loaders", "data.in_memory")
+MAY_CHANGE = ("workers", "stop", "confirm", "metrics", "plugins", *_DATA)
 """Settings that a continued study may have different; all others decide what its numbers mean. The same images may lie
-elsewhere on another machine."""
+elsewhere on another machine, and those for the test have no part in the search."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:

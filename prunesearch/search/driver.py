@@ -33,6 +33,7 @@ from prunesearch.evaluate import check_files, model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
 from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.search.confirm import confirm, missing
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.lessons import Lessons
@@ -46,7 +47,8 @@ from prunesearch.search.record import Record, State, with_evaluation
 from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.storage import sqlite_file, storage_url
-from prunesearch.search.study import Store, open_store
+from prunesearch.search.study import Store, has_study, open_store
+from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.tasks import task_of
 from prunesearch.search.team import Team
 from prunesearch.search.verdict import failed, hopeless, judged, same_work
@@ -75,6 +77,7 @@ def run_study(
     evaluate: str = EVALUATE,
     make_workers: Callable[[StudyConfig, Path, str], Workers] | None = None,
     lease: float | None = None,
+    search: bool = True,
 ) -> Done:
     """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) comes, or no candidate is left.
 
@@ -82,22 +85,23 @@ def run_study(
     journal:FILE, memory:) says otherwise. Several drivers may join a study in the same database, each with a folder of
     its own or all with one on a shared disk. evaluate: "module:function" of Task -> Evaluation. make_workers: of
     (config, folder, evaluate), instead of those that `config.workers` describes. lease: seconds of silence after which
-    another driver counts as dead.
+    another driver counts as dead. search: False only measures the front again (`confirm`).
     Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
     """
     for plugin in config.plugins:
         importlib.import_module(plugin)
-    problems = study_problems(config)
+    folder = folder.absolute()  # workers may have another working directory
+    url = storage or storage_url(folder)
+    alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
+    problems = study_problems(config, starts=not has_study(url, config.name))
+    if config.evaluation == "supernet" and not alone:
+        problems.append("evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out.")
     if problems:
         raise FileError(f"study {config.name}", problems)
     shape = model_shape(config.model)
     if config.workers.address is None:  # else they are on other machines
         check_files(config.model, config.data)
-    anchors = anchors_of(config, shape)
-    folder = folder.absolute()  # workers may have another working directory
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    url = storage or storage_url(folder)
-    alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
     with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place, Interrupt() as interrupt:
 
         def wait_for_storage(why: str, waited: float) -> bool:
@@ -109,14 +113,21 @@ def run_study(
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             team = None if alone else Team(store, place, lease)
-            search = _Search(config, shape, anchors, folder, store, team, interrupt, on_event)
+            anchors = store.starts(lambda: anchors_of(config, shape, folder))
+            run = _Search(config, shape, anchors, folder, store, team, interrupt, on_event)
             workers: Workers = NoWorkers()
-            if search.has_work():
-                make = make_workers or partial(_start_workers, search.outbox)
+            if (search and run.has_work()) or missing(config, folder, store.records()):
+                make = make_workers or partial(_start_workers, run.outbox)
                 workers = make(config, folder, evaluate)
             interrupt.listen()  # after Ray, which sets a handler of its own
             try:
-                return search.run(workers)
+                if not isinstance(workers, NoWorkers):
+                    prepare_supernet(config, folder, run.outbox, workers, on_event, lambda: interrupt.count > 0)
+                done = run.run(workers) if search else run.look()
+                if done.reason not in STOPPED_BY_HAND:
+                    confirm(config, folder, run.outbox, store, workers, on_event, lambda: interrupt.count > 0)
+                on_event(done)
+                return done
             finally:
                 workers.close()
         finally:
@@ -158,6 +169,7 @@ class _Search:
         self.failures: list[Evaluation] = []
         self.rejected = 0
         self.reason: Reason | None = None
+        self.workers: Workers = NoWorkers()
         self.why = ""
         self.start = time.monotonic()
 
@@ -192,8 +204,13 @@ class _Search:
             raise RunError(hopeless(self._hopeless_failures() or self.failures))
         if done.reason == "disk":
             raise RunError(self.why)
-        self.on_event(done)
         return done
+
+    def look(self) -> Done:
+        """Where the study stands; nothing is submitted."""
+        self._take_up()
+        self.reason = "trials"
+        return self._done()
 
     def _handle(self, task: Task, outcome: Evaluation | Lost) -> None:
         record = self.records[task.uid]

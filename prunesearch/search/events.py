@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.search.confirm import Confirmed
 from prunesearch.search.record import Record
+from prunesearch.search.supernet import SupernetTrained
 
 Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupted", "cancelled"]
 """trials, hours: the bound of `stop` was reached. exhausted: there is no further candidate within the limits.
@@ -89,4 +91,4 @@ class Done:
     paused: int = 0
 
 
-Event = Started | Submitted | Finished | Retrying | Waiting | Stopping | Done
+Event = Started | SupernetTrained | Submitted | Finished | Retrying | Waiting | Stopping | Confirmed | Done

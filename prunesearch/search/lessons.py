@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import SamplerConfig, StudyConfig
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.limits import excess
 from prunesearch.search.record import Record
-from prunesearch.search.samplers import POPULATION, ModelStudy
+from prunesearch.search.samplers import POPULATION, ModelStudy, in_charge
 from prunesearch.space import Value, dimensions, parameters_of
 
 STARTUP = 10
@@ -33,6 +33,7 @@ class Lessons:
         self._counts = [0] * len(config.rungs)
         self.rung = 0
         """Whose results the sampler knows."""
+        self._sampler = self._in_charge()
         self.model = self._new_model()
 
     @property
@@ -42,7 +43,7 @@ class Lessons:
 
     def draw(self, seed: int) -> dict[str, Value]:
         """One proposal for a new candidate; the same results and seed give the same one."""
-        if self._config.sampler.name == "nsga2":
+        if self._sampler.name == "nsga2":
             # The parents of a generation come in one order when Optuna selects them, and in another whenever it
             # remembers them. A search that was continued selects anew, so the second answer is the one to rely on.
             self.model.draw(seed)
@@ -51,7 +52,7 @@ class Lessons:
     def begin(self, record: Record) -> None:
         """A candidate runs now, at its rung."""
         if record.uid not in self._parameters:
-            parameters = parameters_of(record.schedule, self._config.space)
+            parameters = self._parameters_of(record)
             if parameters is None:
                 return  # no sampler could have proposed it
             self._parameters[record.uid] = parameters
@@ -65,22 +66,36 @@ class Lessons:
         if evaluation.rung <= self.rung:
             self._tell(record.uid, evaluation)
         self._counts[evaluation.rung] += evaluation.status == "complete"
-        if self._best_rung() != self.rung:
+        if self._best_rung() != self.rung or self._in_charge() != self._sampler:
             self._start_over(records.values())
+
+    def forget(self, record: Record) -> None:
+        """It is no candidate after all."""
+        self._parameters.pop(record.uid, None)
+        self.model.tell(record.uid, None, {})
 
     def take_up(self, records: Iterable[Record]) -> None:
         """Learn all that an earlier run found."""
         records = sorted(records, key=lambda record: record.number)
         for record in records:
-            parameters = parameters_of(record.schedule, self._config.space)
+            parameters = self._parameters_of(record)
             if parameters is not None:
                 self._parameters[record.uid] = parameters
                 for evaluation in record.evaluations:
                     self._counts[evaluation.rung] += evaluation.status == "complete"
         self._start_over(records)
 
+    def _parameters_of(self, record: Record) -> dict[str, Value] | None:
+        """What a sampler says for this candidate. With a budget, none says what was not moved onto it."""
+        if self._config.budget is not None and record.origin != "sampler":
+            return None
+        if record.parameters is not None:
+            return dict(record.parameters)
+        return parameters_of(record.schedule, self._config.space)
+
     def _start_over(self, records: Iterable[Record]) -> None:
-        self.rung, self.model = self._best_rung(), self._new_model()
+        self.rung, self._sampler = self._best_rung(), self._in_charge()
+        self.model = self._new_model()
         inside = [record for record in records if record.uid in self._parameters]
         results = [
             (order, record.number, record.uid, evaluation)
@@ -107,5 +122,8 @@ class Lessons:
         enough = (rung for rung, count in enumerate(self._counts) if count >= self._enough)
         return max(enough, default=0)
 
+    def _in_charge(self) -> SamplerConfig:
+        return in_charge(self._config, len(self._parameters))
+
     def _new_model(self) -> ModelStudy:
-        return ModelStudy(self._config.sampler, self._config.space, self._config.objectives)
+        return ModelStudy(self._sampler, self._config.space, self._config.objectives)

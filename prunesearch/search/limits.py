@@ -14,9 +14,7 @@ def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]
     found: dict[str, float] = {}
     for name, limit in config.limits:
         if name in values:
-            above = [] if limit.at_most is None else [values[name] - limit.at_most]
-            below = [] if limit.at_least is None else [limit.at_least - values[name]]
-            found[name] = max(above + below, default=0.0)
+            found[name] = limit.excess(values[name])
     return found
 
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig
 from prunesearch.errors import UserError
 from prunesearch.evaluate import METRICS, model_shape
+from prunesearch.evaluate.sensitivity import nothing_to_measure, stages_of
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
+from prunesearch.search.iso_budget import budget_problems
+from prunesearch.search.record import SENSITIVITY
 from prunesearch.search.samplers import SAMPLERS
+from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
+from prunesearch.space import blocks_of
 from prunesearch.space_problems import space_problems
 from prunesearch.tokens import REDUCERS, SCORERS
 
 
-def study_problems(config: StudyConfig) -> list[str]:
+def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     """Everything in a study file that can be known to be wrong without weights or data; `run_study` starts with it.
 
-    Plugins must have been imported. Raises ModelError when the model cannot be built.
+    starts: look at the start schedules too; a study that was begun has them in its storage. Plugins must have been
+    imported. Raises ModelError when the model cannot be built.
     """
     shape = model_shape(config.model)
     problems = space_problems(config.space, shape)
+    problems = problems or budget_problems(config, shape)
     fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
     fields += [(f"limits.{name}", name) for name, _ in config.limits]
     fields += [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
@@ -28,8 +36,8 @@ def study_problems(config: StudyConfig) -> list[str]:
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    problems += _sampler_problems(config) + _start_problems(config, shape)
-    return problems + _rung_problems(config)
+    problems += _sampler_problems(config) + (_start_problems(config, shape) if starts else [])
+    return problems + _rung_problems(config) + _supernet_problems(config, shape)
 
 
 def _rung_problems(config: StudyConfig) -> list[str]:
@@ -58,6 +66,36 @@ def _rung_problems(config: StudyConfig) -> list[str]:
         problems.append(
             f"rungs[0]: 0 images, but {', '.join(learned)} must be trained to be of use, so that the best of this rung "
             f"would be the best without. Possible: a first budget that trains, or one rung. Raise images."
+        )
+    return problems
+
+
+def _supernet_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    if config.evaluation == "finetune":
+        if config.supernet is None:
+            return []
+        return ["supernet: given, but evaluation is finetune. Possible: evaluation: supernet. Write that, or leave it."]
+    if config.supernet is None:
+        return ["supernet: missing, but evaluation is supernet. Possible: supernet: {images: ...}. Write how many."]
+    why = "in a study whose candidates share all weights; what a schedule learns for itself would never be trained"
+    do = "Possible: scores and verbs that do not learn, without thresholds. Choose those, or evaluation: finetune."
+    problems = []
+    own = _learned_choices(config.space)
+    if any("threshold" in block.amount for block in blocks_of(config.space)):
+        own.append("thresholds")
+    if own:
+        problems.append(f"space: {', '.join(own)} {why}. {do}")
+    for index, name in enumerate(config.space.start_from):
+        try:
+            start = find_schedule(name, shape)
+        except UserError:
+            continue  # said with the other start schedules
+        if start.needs_weights or start.is_adaptive:
+            problems.append(f"space.start_from[{index}]: {name} learns, {why}. {do}")
+    if config.finetune.freeze_backbone > 0:
+        problems.append(
+            f"finetune.freeze_backbone: {config.finetune.freeze_backbone:g}, but with evaluation supernet nothing else "
+            f"learns. Possible: 0. Leave it out."
         )
     return problems
 
@@ -92,6 +130,10 @@ def _sampler_problems(config: StudyConfig) -> list[str]:
 def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     problems = []
     for index, name in enumerate(config.space.start_from):
+        if name == WORD:
+            stages, left_out = stages_of(config.space, shape)
+            problems += [] if stages else [f"space.start_from[{index}]: {nothing_to_measure(left_out)}"]
+            continue
         try:
             resolve(find_schedule(name, shape), shape)
         except UserError as error:
@@ -99,7 +141,17 @@ def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     return problems
 
 
-def anchors_of(config: StudyConfig, shape: ModelShape) -> list[tuple[str, Schedule]]:
-    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin."""
-    starts = [(f"start: {name}", find_schedule(name, shape)) for name in config.space.start_from]
+def anchors_of(config: StudyConfig, shape: ModelShape, folder: Path | None = None) -> list[tuple[str, Schedule]]:
+    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin.
+
+    folder: of the study, where its sensitivities are kept, and measured first if they are not there. Without one
+    nothing is measured, and what sensitivities would predict is left out.
+    """
+    starts: list[tuple[str, Schedule]] = []
+    for name in config.space.start_from:
+        if name != WORD:
+            starts.append((f"start: {name}", find_schedule(name, shape)))
+        elif folder is not None:
+            found = kept_sensitivities(config, folder / FILE)
+            starts += [(SENSITIVITY, point.schedule) for point in predicted_starts(config, shape, found)]
     return [("dense", Schedule()), *starts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,17 @@ from hashlib import blake2b
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.search.iso_budget import within_budget
 from prunesearch.search.limits import computed_excess
+from prunesearch.search.quasi_random import points
 from prunesearch.space import (
-    Choice,
     Dimension,
     Value,
+    any_value,
     combination,
     combinations,
     dimensions,
+    parameters_of,
     schedule_from,
     uid_of,
 )
@@ -31,10 +33,14 @@ COUNTABLE = 20_000
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate, or None when there is no further one, and how many were turned down on the way."""
+    """A candidate, or None when there is no further one, and how many were turned down on the way.
+
+    parameters: what the sampler has to learn of it. With a budget another schedule than this one stands for them.
+    """
 
     schedule: Schedule | None
     rejected: int
+    parameters: dict[str, Value] | None = None
 
 
 def seed_of(*parts: object) -> int:
@@ -62,13 +68,15 @@ def propose(
     repeated: list[dict[str, Value]] = []
     for parameters in _stream(config, draw, draws, repeated, known, index):
         try:
-            schedule = schedule_from(parameters, config.space, shape)
+            suggested = schedule_from(parameters, config.space, shape)
+            budget = config.budget
+            schedule = suggested if budget is None else within_budget(suggested, shape, budget.gmacs)
             if all(amount <= 0 for amount in computed_excess(config, schedule).values()):
                 if uid_of(schedule, shape) not in seen:
-                    return Proposal(schedule, rejected)
+                    return Proposal(schedule, rejected, parameters_of(suggested, config.space))
                 repeated.append(parameters)
         except ScheduleError:
-            pass  # these choices do not go together
+            pass  # these choices do not go together, or cannot come to the budget
         rejected += 1
     return Proposal(None, rejected)
 
@@ -83,6 +91,7 @@ def _stream(
 ) -> Iterator[dict[str, Value]]:
     space = dimensions(config.space)
     seed = config.sampler.seed
+    yield from points(config, len(known))
     for attempt in range(draws):
         yield draw(seed_of(seed, index, attempt))
     generator = random.Random(seed_of(seed, index, "neighbours"))
@@ -91,7 +100,7 @@ def _stream(
         for _ in range(MUTATIONS):
             yield _mutated(generator.choice(start), space, generator)
     for _ in range(RANDOM_DRAWS):
-        yield {name: _any_value(dimension, generator) for name, dimension in space.items()}
+        yield {name: any_value(dimension, generator) for name, dimension in space.items()}
     total = combinations(config.space)
     if total is not None and total <= COUNTABLE:
         for position in generator.sample(range(total), total):
@@ -100,15 +109,4 @@ def _stream(
 
 def _mutated(parameters: dict[str, Value], space: dict[str, Dimension], generator: random.Random) -> dict[str, Value]:
     names = generator.sample(list(space), k=min(len(space), generator.randint(1, 2)))
-    return {**parameters, **{name: _any_value(space[name], generator) for name in names}}
-
-
-def _any_value(dimension: Dimension, generator: random.Random) -> Value:
-    if isinstance(dimension, Choice):
-        return generator.choice(dimension.values)
-    if dimension.log:
-        return math.exp(generator.uniform(math.log(dimension.low), math.log(dimension.high)))
-    if dimension.step is None:
-        return generator.uniform(dimension.low, dimension.high)
-    steps = round((dimension.high - dimension.low) / dimension.step)
-    return dimension.low + generator.randint(0, steps) * dimension.step
+    return {**parameters, **{name: any_value(space[name], generator) for name in names}}

@@ -1,7 +1,8 @@
 """Workers on Ray: one actor for each slot, which keeps model and data between candidates. The only file that knows Ray.
 
 Ray retries nothing here: the driver counts attempts, so that every one of them is in the record. An actor whose process
-dies, hangs or runs out of memory is replaced by a new one; the others do not notice.
+dies, hangs or runs out of memory is replaced by a new one; the others do not notice. Tasks go to actors that have
+started: when a node is gone, its actors wait for another one while the rest do the work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,15 @@ from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate
 
 @dataclass
 class _Slot:
-    """An actor and what it does. `since` is when it began to work on the task, not when it was told to."""
+    """An actor and what it does, since when. `ready` is there as soon as it has started."""
 
     number: int
     actor: Any
     ready: Any
+    has_started: bool = False
     task: Task | None = None
     result: Any = None
-    since: float | None = None
+    since: float = 0.0
 
 
 class RayWorkers:
@@ -51,6 +54,7 @@ class RayWorkers:
     def __init__(self, config: WorkersConfig, folder: Path, outbox: Path, evaluate: str = EVALUATE) -> None:
         self._config, self._folder, self._outbox, self._evaluate = config, folder, outbox, evaluate
         self._slots: list[_Slot] = []
+        self._queue: deque[Task] = deque()
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _start_ray(config.address)
@@ -65,23 +69,46 @@ class RayWorkers:
             raise
 
     def submit(self, task: Task) -> None:
-        slot = next(slot for slot in self._slots if slot.task is None)
-        slot.task, slot.result, slot.since = task, slot.actor.evaluate.remote(task), None
+        self._queue.append(task)
+        self._hand_out()
 
     def wait(self, seconds: float) -> list[Outcome]:
         busy = {slot.result: slot for slot in self._slots if slot.task is not None}
-        if not busy:
+        if not busy and not self._queue:
             return []
-        done, _ = ray.wait(list(busy), num_returns=1, timeout=seconds)
-        done, _ = ray.wait(list(busy), num_returns=len(busy), timeout=0) if done else (done, _)
-        outcomes: list[Outcome] = [self._take(busy[result]) for result in done]
-        return outcomes + self._take_hung([slot for result, slot in busy.items() if result not in done])
+        starting = {slot.ready: slot for slot in self._slots if not slot.has_started}
+        news = [*busy, *starting]
+        done, _ = ray.wait(news, num_returns=1, timeout=seconds)
+        done, _ = ray.wait(news, num_returns=len(news), timeout=0) if done else (done, _)
+        outcomes: list[Outcome] = [self._take(busy[result]) for result in done if result in busy]
+        for ready in done:
+            if ready in starting:
+                outcomes += self._take_started(starting[ready])
+        outcomes += self._take_hung([slot for result, slot in busy.items() if result not in done])
+        self._hand_out()
+        return outcomes
 
     def close(self) -> None:
         for slot in self._slots:
             ray.kill(slot.actor, no_restart=True)
         if self._owns_ray:
             ray.shutdown()
+
+    def _hand_out(self) -> None:
+        for slot in self._slots:
+            if self._queue and slot.has_started and slot.task is None:
+                slot.task, slot.since = self._queue.popleft(), time.monotonic()
+                slot.result = slot.actor.evaluate.remote(slot.task)
+
+    def _take_started(self, slot: _Slot) -> list[Outcome]:
+        """When it died on the way, that is held against the task that it would have got."""
+        try:
+            ray.get(slot.ready)
+            slot.has_started = True
+        except ray.exceptions.RayError as error:
+            self._replace(slot)
+            return [(self._queue.popleft(), Lost("crash", _last_line(error)))] if self._queue else []
+        return []
 
     def _take(self, slot: _Slot) -> Outcome:
         task, slot.task = slot.task, None
@@ -102,12 +129,9 @@ class RayWorkers:
             return []
         hung: list[Outcome] = []
         for slot in working:
-            if slot.since is None and ray.wait([slot.ready], timeout=0)[0]:
-                slot.since = time.monotonic()
-            if slot.since is not None and time.monotonic() - slot.since > self._config.timeout:
+            if time.monotonic() - slot.since > self._config.timeout:
                 assert slot.task is not None
                 hung.append((slot.task, Lost("timeout", f"no result after {self._config.timeout:g} s")))
-                slot.task = None
                 self._replace(slot)
         return hung
 

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -20,13 +20,15 @@ from optuna.samplers import BaseSampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.config import Objective, SamplerConfig, SpaceConfig
+from prunesearch.config import Objective, SamplerConfig, SpaceConfig, StudyConfig
 from prunesearch.registry import Registry
 from prunesearch.space import Choice, Dimension, Value, dimensions
 
 WINDOW = 400
 """Finished candidates that TPE looks at, besides the front; its cost grows with their number."""
 POPULATION = 50
+MANY_CANDIDATES = 1000
+MANY_WORKERS = 16
 GENERATION_KEY = "NSGAIISampler:generation"
 
 
@@ -71,7 +73,8 @@ def _population(startup: int | None) -> int:
 
 
 for _sampler in (
-    Sampler("tpe", "tree-structured Parzen estimator over all parameters at once; the default", _tpe, WINDOW, draws=8),
+    Sampler("auto", "fills the space evenly, then tpe, and nsga2 for many candidates; the default", _tpe, WINDOW, 8),
+    Sampler("tpe", "tree-structured Parzen estimator over all parameters at once", _tpe, WINDOW, draws=8),
     Sampler("nsga2", "genetic algorithm, generations of 50 (or of sampler.startup)", _nsga2),
     Sampler(
         "gp",
@@ -83,6 +86,17 @@ for _sampler in (
     Sampler("random", "uniform, the baseline", _random),
 ):
     SAMPLERS.add(_sampler.name, _sampler)
+
+
+def in_charge(config: StudyConfig, known: int) -> SamplerConfig:
+    """Which sampler a study asks when it knows so many candidates: its own, unless that is auto.
+
+    The questions of TPE take longer with each candidate, and it learns too late for many workers.
+    """
+    if config.sampler.name != "auto":
+        return config.sampler
+    many = known >= MANY_CANDIDATES or (config.workers.count or 0) > MANY_WORKERS
+    return replace(config.sampler, name="nsga2" if many else "tpe", startup=None)
 
 
 class ModelStudy:
@@ -135,9 +149,9 @@ class ModelStudy:
 
     def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
         """The result of a candidate: None when it failed. `excess` above 0 breaks a limit. Others are ignored."""
-        if uid not in self._ids:
-            return  # it lies outside the space
-        number = self._ids[uid]
+        number = self._ids.get(uid)
+        if number not in self._running:
+            return  # it lies outside the space, or was told before
         self._running.discard(number)
         trial = optuna.trial.Trial(self._study, number)
         if values is None:

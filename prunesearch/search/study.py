@@ -35,7 +35,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import StudyError
+from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.search.differences import refuse_other_settings
@@ -80,6 +80,8 @@ class StudyReader:
 
     def __init__(self, storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
         self._storage, self._study_id, self.config = storage, study_id, config
+        self.has_begun = False
+        """Whether its start schedules are known."""
 
     def records(self) -> list[Record]:
         """Every candidate so far, in the order of their numbers."""
@@ -246,6 +248,15 @@ class Store(StudyReader):
         name, value = f"confirm:{uid}:{index}", to_mapping(evaluation)
         self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, value))
 
+    def starts(self, find: Callable[[], list[tuple[str, Schedule]]]) -> list[tuple[str, Schedule]]:
+        """What is evaluated first, by origin, as `find` said when the study began: it needs files and measurements
+        that a machine where the study is continued may not have."""
+        saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("starts")
+        if saved is None:
+            saved = [[origin, to_mapping(schedule)] for origin, schedule in find()]
+            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "starts", saved))
+        return [(origin, from_mapping(Schedule, schedule, origin)) for origin, schedule in saved]
+
     # --- drivers ---
 
     def beat(self, beat: Beat) -> None:
@@ -378,6 +389,16 @@ def open_store(
     return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait))
 
 
+def has_study(url: str, name: str) -> bool:
+    """Whether a study was begun there, so that its storage knows its start schedules."""
+    try:
+        reader = open_study_readonly(storage=url, name=name)
+    except (StudyError, RunError):
+        return False
+    reader.close()
+    return reader.has_begun
+
+
 def open_study_readonly(
     folder: Path | None = None, *, storage: str | None = None, name: str | None = None
 ) -> StudyReader:
@@ -401,7 +422,9 @@ def open_study_readonly(
         raise StudyError(f"{shown(storage)}: {what}. Possible: {known}. Give one of them as the study's name.")
     study = studies[name]
     config = from_mapping(StudyConfig, study.user_attrs["config"], f"study {name}")
-    return StudyReader(backend, study._study_id, config)
+    reader = StudyReader(backend, study._study_id, config)
+    reader.has_begun = "starts" in study.user_attrs
+    return reader
 
 
 def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Task
 from prunesearch.search.record import Record
+from prunesearch.search.supernet import shared_weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> 
         threads=max(1, int(workers.cpus_each)),
         resume_from=_checkpoint_below(record),
         save_to=None if budget.images == 0 else str(folder / "weights" / f"{record.uid}.{record.rung}"),
+        start=shared_weights(config, folder),
         plugins=config.plugins,
     )
 

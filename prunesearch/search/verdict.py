@@ -33,8 +33,9 @@ def same_work(task: Task, expected: Task) -> bool:
     matter, nor where the images lie."""
 
     def work(task: Task) -> tuple[object, ...]:
-        data = replace(task.data, root=None, val_root=None, loaders=0, in_memory=True)
-        return (task.uid, task.seed, task.rung, task.model, data, task.budget, task.finetune, task.measure)
+        data = replace(task.data, root=None, val_root=None, test_root=None, loaders=0, in_memory=True)
+        shares = task.start is not None
+        return (task.uid, task.seed, task.rung, task.model, data, task.budget, task.finetune, task.measure, shares)
 
     return work(task) == work(expected)
 

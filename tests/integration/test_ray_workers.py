@@ -93,7 +93,7 @@ def test_more_than_there_is_is_an_error_at_once(
 
 def test_as_many_workers_as_fit(tmp_path: Path, cluster: None) -> None:
     cpus = int(ray.cluster_resources()["CPU"])
-    workers = RayWorkers(WorkersConfig(cpus_each=2 * cpus / 3), tmp_path)
+    workers = RayWorkers(WorkersConfig(cpus_each=2 * cpus / 3), tmp_path, tmp_path / "outbox")
     workers.close()
     assert (workers.count, workers.description) == (1, f"1 Ray worker, {2 * cpus / 3:g} CPU each")
 

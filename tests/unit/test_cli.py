@@ -140,6 +140,13 @@ def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tome" not in out(capsys, "list", "presets", "evit-*")
 
 
+def test_confirm_measures_the_front_again(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "measured again: 1 of" in out(capsys, "confirm", str(study), "--seeds", "1")
+    rows = json.loads(out(capsys, "front", str(study), "--json"))
+    assert rows and all(row["again"]["seeds"] == 1 for row in rows)
+    assert "trained and measured anew, 1 seed" in " ".join(out(capsys, "front", str(study)).split())
+
+
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out(capsys, "schema"))["title"] == "StudyConfig"
     assert json.loads(out(capsys, "schema", "schedule"))["title"] == "ScheduleFile"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def no_cache():
     data._open.cache_clear()
+    data._open_split.cache_clear()
 
 
 def tiny_vit(size: int = 16, classes: int = 3, channels: int = 3) -> torch.nn.Module:
@@ -185,6 +187,40 @@ def test_a_plugin_adds_a_data_set(monkeypatch: pytest.MonkeyPatch):
 
     train, _ = open_data(DataConfig("two-greys"), tiny_vit(classes=2))
     assert everything(train)[1].tolist() == [0, 1]
+
+
+def test_test_images_are_others_than_those_for_validation(folder: Path, tmp_path: Path):
+    (folder / "val").rename(folder / "unseen")
+    for name, shade in (("val", 10), ("test", 90)):
+        for kind in ("ant", "bee", "cat"):
+            (folder / name / kind).mkdir(parents=True)
+            Image.new("RGB", (16, 16), (shade,) * 3).save(folder / name / kind / "0.png")
+    model, config = tiny_vit(), DataConfig("folder", root=str(folder), test_split="test")
+    assert config.has_test and not DataConfig("folder", root=str(folder)).has_test
+    means = [float(everything(open_data(config, model, split)[1])[0].mean()) for split in ("validation", "test")]
+    assert means[0] < means[1]
+    assert open_data(config, model)[0] is open_data(config, model, "test")[0]  # in memory once
+    elsewhere = replace(config, test_split=None, test_root=str(folder / "test"))
+    assert open_data(elsewhere, model, "test")[1].fingerprint == open_data(config, model, "test")[1].fingerprint
+    for wrong in (replace(config, test_root=str(folder / "val")), replace(config, test_split="val")):
+        with pytest.raises(DataError, match=r"validation images .* and test images .* overlap"):
+            data.check_paths(wrong)
+    with pytest.raises(DataError, match=r"data.test_split: 'val'.*which the search sees.*Possible"):
+        data.check_paths(DataConfig("hfds/some", val_split="val", test_split="val"))
+
+
+def test_digits_have_a_test_of_their_own():
+    model = timm.create_model("vit_digits_patch1_8")
+    halves = DataConfig("digits", val_split="first half", test_split="second half")
+    data.check_paths(halves)
+    validation, test = (open_data(halves, model, split)[1] for split in ("validation", "test"))
+    whole = open_data(DataConfig("digits"), model)[1]
+    assert (len(validation), len(test), len(whole)) == (300, 299, 599)
+    together = torch.cat([everything(validation)[1], everything(test)[1]])
+    assert torch.equal(together, everything(whole)[1])
+    for wrong in (replace(halves, val_split="validation"), replace(halves, test_split="test")):
+        with pytest.raises(DataError, match=r"data.test_split: .*Possible: train and validation; with a test"):
+            data.check_paths(wrong)
 
 
 def test_errors_say_what_to_do(folder: Path, tmp_path: Path):

@@ -92,6 +92,16 @@ def test_everything_is_reported():
     assert evaluation.checkpoint is None
 
 
+def test_the_test_split_is_measured_instead():
+    halves = DataConfig(train_images=64, val_split="first half", test_split="second half")
+    task = replace(SHIPPED, data=halves, budget=Budget(images=0), metrics=("loss", "agreement"))
+    dense = replace(task, schedule=Schedule())
+    found = [evaluate(replace(one, split=split)) for one in (task, dense) for split in ("validation", "test")]
+    assert len({one.value("loss") for one in found}) == 4
+    assert [one.value("agreement") for one in found[2:]] == [100, 100]  # with the dense model on the same images
+    assert found[0].versions != found[1].versions  # by the hash of the images
+
+
 def test_only_the_first_task_loads(monkeypatch: pytest.MonkeyPatch):
     counts = {"model": 0, "data": 0, "predict": 0}
 
@@ -102,7 +112,7 @@ def test_only_the_first_task_loads(monkeypatch: pytest.MonkeyPatch):
 
         return call
 
-    for cached in (_dense_model, data._open, run.dense_logits):
+    for cached in (_dense_model, data._open, data._open_split, run.dense_logits):
         cached.cache_clear()
     monkeypatch.setattr(timm, "create_model", counted("model", timm.create_model))
     monkeypatch.setitem(data.DATASETS._things, "digits", counted("data", data.DATASETS["digits"]))

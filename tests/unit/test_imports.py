@@ -27,11 +27,11 @@ TIERS = (
 )
 ROOMS = {
     "timm": ("models", "evaluate", "catalogue"),
-    "optuna": ("search.study", "search.samplers"),
-    "ray": ("search.ray_workers",),
+    "optuna": ("search.storage", "search.study", "search.samplers"),
+    "ray": ("search.ray_workers", "search.tune"),
     "rich": ("report", "cli", "catalogue"),
     "matplotlib": ("plot",),
-    "sklearn": ("evaluate.digits",),
+    "sklearn": ("evaluate.digits", "search.surrogate"),
 }
 # front.py knows `Record`, schedule.py asks the registries in tokens/ when a schedule is resolved
 UPWARD = {("schedule", "tokens")}

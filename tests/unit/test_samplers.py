@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
+from fake_search import EVALUATED, SHAPE, SPACE, records, run, small_study, study
 from optuna.distributions import FloatDistribution
 
-from prunesearch.config import Objective, Range, SamplerConfig, SpaceConfig, ThresholdRange
+from prunesearch.config import (
+    Limit,
+    Objective,
+    Range,
+    SamplerConfig,
+    SpaceConfig,
+    ThresholdRange,
+    WorkersConfig,
+)
 from prunesearch.errors import UnknownNameError
-from prunesearch.search import samplers
+from prunesearch.search import driver, quasi_random, samplers
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
-from prunesearch.space import Value, dimensions, parameters_of, schedule_from, uid_of
+from prunesearch.space import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
 
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 
@@ -175,6 +186,85 @@ def test_a_continuous_space_is_never_counted() -> None:
         assert proposal.schedule is not None
         seen.add(uid_of(proposal.schedule, SHAPE))
     assert propose(config, SHAPE, sampler.draw, 5, [], seen, 32).schedule is None
+
+
+def test_auto_begins_with_points_that_fill_the_space() -> None:
+    config = study(sampler="auto")
+    assert quasi_random.count_of(config) == len(dimensions(SPACE)) == 15
+    assert quasi_random.count_of(replace(config, space=SpaceConfig(blocks=(1, 2)))) == 10
+    config = replace(config, sampler=SamplerConfig("auto", startup=40))
+    first = [next(quasi_random.points(config, index)) for index in range(32)]
+    for name, dimension in dimensions(SPACE).items():
+        values = Counter(point[name] for point in first)
+        expected = 32 / (len(dimension.values) if isinstance(dimension, Choice) else 6)
+        assert all(abs(values[value] - expected) <= 2 for value in values), name  # chance alone is off by 5 and more
+    again = [str(point) for index in range(8) for point in quasi_random.points(config, index)]
+    assert len(again) == 8 * quasi_random.REDRAWS == len(set(again))
+    assert next(quasi_random.points(replace(config, sampler=SamplerConfig("auto", seed=1, startup=40)), 3)) != first[3]
+
+
+def test_auto_counts_what_the_study_has_and_then_asks_the_model() -> None:
+    config = replace(study(), sampler=SamplerConfig("auto", startup=5))
+    asked: list[int] = []
+
+    def draw(seed: int) -> dict[str, Value]:
+        asked.append(seed)
+        return {}
+
+    for known in range(5):
+        found = propose(config, SHAPE, draw, 8, [{}] * known, set(), 9)
+        assert found.schedule == schedule_from(next(quasi_random.points(config, known)), SPACE, SHAPE)
+    assert not asked
+    propose(config, SHAPE, draw, 8, [{}] * 5, set(), 9)
+    assert asked == [seed_of(0, 9, 0)]
+    assert quasi_random.count_of(study(sampler="tpe")) == 0
+
+
+def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None:
+    config = replace(study(sampler="auto"), limits=(("gmacs", Limit(at_most=0.0045)),))
+    proposal = propose(config, SHAPE, lambda seed: {}, 1, [], set(), 0)
+    assert proposal.schedule is not None and proposal.rejected > 0
+    impossible = replace(config, limits=(("gmacs", Limit(at_most=0.0)),))
+    proposal = propose(impossible, SHAPE, lambda seed: {}, 1, [], set(), 0)
+    assert proposal.schedule is None and proposal.rejected > quasi_random.REDRAWS
+
+
+def test_auto_hands_over_to_nsga2() -> None:
+    config = study(sampler="auto")
+    many = replace(config, workers=WorkersConfig(count=17))
+    assert [samplers.in_charge(config, known).name for known in (0, 999, 1000)] == ["tpe", "tpe", "nsga2"]
+    assert samplers.in_charge(many, 0).name == "nsga2"
+    assert samplers.in_charge(replace(config, workers=WorkersConfig(count=None)), 0).name == "tpe"
+    assert samplers.in_charge(study(sampler="gp"), 5000) == study(sampler="gp").sampler
+
+
+@pytest.mark.parametrize("rungs", [1, 3])
+def test_auto_finds_the_same_candidates_whatever_interrupts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rungs: int
+) -> None:
+    """Through all three of its samplers."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(samplers, "MANY_CANDIDATES", 9)
+    config = replace(small_study(13, "auto"), sampler=SamplerConfig("auto", startup=4))
+    if rungs == 1:
+        config = replace(config, rungs=config.rungs[:1])
+    run(config, tmp_path / "whole")
+    for time in (2, 3, 4, 5):  # of each run, so that all of the search is covered
+        times = iter(range(time))
+
+        def reached(step: str, times: Iterator[int] = times) -> None:
+            if step == "begun" and next(times, None) is None:
+                raise Killed
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(driver, "reached", reached)
+            run(config, tmp_path / "killed")
+    run(config, tmp_path / "killed")
+    whole, killed = ([(one.uid, one.orders) for one in records(tmp_path / name)] for name in ("whole", "killed"))
+    assert whole == killed and len(whole) == 13
 
 
 def test_seeds_are_stable_and_fit_every_generator() -> None:

@@ -1,0 +1,124 @@
+"""Schedules of a space that shared weights are trained with: any, and the cheapest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from prunesearch.config import ModelConfig
+from prunesearch.cost import estimate_cost
+from prunesearch.errors import ScheduleError, StudyError
+from prunesearch.evaluate.build import model_shape
+from prunesearch.evaluate.metrics import METRICS
+from prunesearch.evaluate.task import SupernetWork
+from prunesearch.schedule import Schedule
+from prunesearch.space import (
+    Choice,
+    Dimension,
+    Interval,
+    Value,
+    any_value,
+    dimensions,
+    grid_of,
+    parameters_of,
+    schedule_from,
+)
+
+MOST_DRAWS = 10_000
+STARTS = 32
+"""Random schedules, from the cheapest of which the search for the cheapest of all begins."""
+
+
+def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Random) -> Schedule:
+    """A schedule of the space whose parameters are each uniformly random, among those within the limits that
+    arithmetic knows; with more stages than `max_stages` allows, a random part of them.
+
+    Raises StudyError when none is found.
+    """
+    shape, space = model_shape(model), dimensions(work.space)
+    unbounded = replace(work.space, max_stages=None)
+    for _ in range(MOST_DRAWS):
+        parameters = {name: any_value(dimension, generator) for name, dimension in space.items()}
+        try:
+            schedule = _thinned(schedule_from(parameters, unbounded, shape), work, generator)
+            if schedule is not None and is_within(work, model, schedule):
+                return schedule
+        except ScheduleError:
+            pass  # these choices do not go together
+    raise StudyError(
+        f"space: none of {MOST_DRAWS} random schedules is within the limits, so shared weights cannot be trained. "
+        f"Possible: a space of which a good part is within them. Loosen limits, or narrow the space to what is."
+    )
+
+
+def is_within(work: SupernetWork, model: ModelConfig, schedule: Schedule) -> bool:
+    """Whether a schedule keeps the limits that arithmetic knows. Raises ScheduleError when it fits no such model."""
+    for name, limit in work.limits:
+        compute = METRICS[name].compute
+        value = None if compute is None else compute(model, schedule)
+        if value is not None and limit.excess(value) > 0:
+            return False
+    return True
+
+
+@lru_cache(maxsize=2)
+def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
+    """The schedule of fewest MACs that a local search finds: from a random one, changing one parameter at a time (also
+    two at once where `max_stages` makes a stage give way to another) as long as that makes it cheaper. Always the same.
+
+    Raises StudyError when the space has none within the limits.
+    """
+    shape, space = model_shape(model), dimensions(work.space)
+
+    def cost_of(parameters: Mapping[str, Value]) -> tuple[float, Schedule]:
+        try:
+            schedule = schedule_from(parameters, work.space, shape)
+            if is_within(work, model, schedule):
+                return estimate_cost(shape, schedule).macs, schedule
+        except ScheduleError:
+            pass
+        return math.inf, Schedule()
+
+    generator = random.Random(0)
+    drawn = [draw_schedule(work, model, generator) for _ in range(STARTS)]
+    best = min(drawn, key=lambda schedule: estimate_cost(shape, schedule).macs)
+    macs: float = estimate_cost(shape, best).macs
+    parameters = parameters_of(best, work.space)
+    assert parameters is not None, "it was drawn from the space"
+    improves = True
+    while improves:
+        improves = False
+        for change in _changes(space, pairs=work.space.max_stages is not None):
+            cost, schedule = cost_of({**parameters, **change})
+            if cost < macs:
+                macs, best, parameters, improves = cost, schedule, {**parameters, **change}, True
+    return best
+
+
+def _thinned(schedule: Schedule, work: SupernetWork, generator: random.Random) -> Schedule | None:
+    """The schedule, with a random part of its stages when it has too many; None when the space cannot leave them
+    out."""
+    most = work.space.max_stages
+    if most is None or len(schedule.stages) <= most:
+        return schedule
+    kept = sorted(generator.sample(range(len(schedule.stages)), generator.randint(1, most)))
+    thinned = replace(schedule, stages=tuple(schedule.stages[index] for index in kept))
+    return None if parameters_of(thinned, work.space) is None else thinned
+
+
+def _changes(space: Mapping[str, Dimension], pairs: bool) -> Iterator[dict[str, Value]]:
+    for name, dimension in space.items():
+        values: Iterable[Value] = _ends(dimension)
+        if isinstance(dimension, Interval) and dimension.step is not None:
+            values = grid_of(dimension)
+        yield from ({name: value} for value in values)
+    for one, other in itertools.combinations(space, 2) if pairs else ():
+        yield from ({one: a, other: b} for a in _ends(space[one]) for b in _ends(space[other]))
+
+
+def _ends(dimension: Dimension) -> tuple[Value, ...]:
+    return dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)

@@ -1,0 +1,213 @@
+"""Schedules on the predicted front of damage and cost, by dynamic programming over the blocks.
+
+The damage of a schedule is taken to be the sum of what its stages do alone (KL divergences, measured with all tokens
+present). Its cost is exact: it depends on the tokens present at each block, which are the state that goes from block
+to block, beside the tokens that the last attention saw (a score at `pre` reads it) and, where the space limits them,
+the number of stages. For each state only what no other schedule beats in both damage and cost is kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunesearch.config import Range, SpaceConfig
+from prunesearch.cost import block_macs, stage_macs
+from prunesearch.errors import ScheduleError
+from prunesearch.evaluate.sensitivity import Effect
+from prunesearch.schedule import ModelShape, Schedule, Stage, Step, resolve
+from prunesearch.space import BlockChoices, blocks_of, parameters_of
+
+MOST_POINTS = 256
+"""Of each state's front; what is between them is no more than a 256th of its range of costs away."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A schedule and what the additive model says of it. divergence: nats."""
+
+    schedule: Schedule
+    divergence: float
+    gmacs: float
+
+
+class State(NamedTuple):
+    """What the cost of later blocks depends on: patch tokens present, tokens that the last attention saw (prefix
+    included), stages so far (0 where their number does not matter)."""
+
+    present: int
+    attended: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """The front of one state: cost and damage so far, ascending in cost, and where each came from: the state before,
+    the place in its front, and the effect chosen (None: no stage)."""
+
+    macs: np.ndarray
+    damage: np.ndarray
+    before: np.ndarray
+    place: np.ndarray
+    choice: np.ndarray
+
+
+def predicted_front(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) -> list[Predicted]:
+    """The schedules of a space that no other beats in predicted damage and MACs, the cheapest first; the dense model is
+    among them where the space has it.
+
+    Exact as long as no state has more than MOST_POINTS on its front.
+    """
+    found = [point for group in _groups(effects, space) for point in _front_of(group, space, shape)]
+    found.sort(key=lambda point: (point.gmacs, point.divergence))
+    best: list[Predicted] = []
+    for point in found:
+        if not best or point.divergence < best[-1].divergence:
+            best.append(point)
+    return best
+
+
+def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effect]]:
+    """The effects that may stand together, for each set of values that all stages of a schedule share."""
+    values: dict[str, list[Any]] = {}
+    for field in ("at", "score", "reduce", "keep"):
+        if field in space.same:
+            given = dict.fromkeys(getattr(effect.stage, field) for effect in effects)
+            values[field] = [value for value in given if value != "none"] or ["none"]
+    for shared in itertools.product(*values.values()):
+        wanted = dict(zip(values, shared, strict=True))
+        # what does not rank has no score of its own, and goes with any
+        yield [
+            effect
+            for effect in effects
+            if all(getattr(effect.stage, field) in (value, "none") for field, value in wanted.items())
+        ]
+
+
+def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) -> list[Predicted]:
+    start = State(shape.patch_tokens, 0, 0)
+    nothing = np.zeros(1, dtype=np.int64)
+    first = shape.stem_macs + shape.head_macs
+    layers = [{start: _Paths(nothing + first, np.zeros(1), nothing, nothing, nothing)}]
+    by_block = {block.block: block for block in blocks_of(space)}
+    for index in range(shape.depth):
+        block = by_block.get(index)
+        can_skip = block is None or _can_skip(block, space)
+        options: list[tuple[int, Effect | None]] = [(-1, None)] if can_skip else []
+        options += [(place, effect) for place, effect in enumerate(effects) if effect.stage.block == index]
+        layers.append(_next_layer(layers[-1], options, index, can_skip, space.max_stages, shape))
+    points = []
+    for state, paths in layers[-1].items():
+        last = state.present + shape.prefix_tokens
+        pooling = shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last
+        rows = zip(paths.macs + pooling, paths.damage, itertools.count(), itertools.repeat(state))
+        points += [(int(macs), float(damage), place, state) for macs, damage, place, state in rows]
+    points.sort(key=lambda point: point[:2])
+    found: list[Predicted] = []
+    for macs, damage, place, state in points:
+        if found and damage >= found[-1].divergence:
+            continue
+        stages = _stages(layers, state, place, effects)
+        found.append(Predicted(Schedule(tuple(stages)), damage, macs / 1e9))
+    return [point for point in found if parameters_of(point.schedule, space) is not None]
+
+
+def _next_layer(
+    layer: dict[State, _Paths],
+    options: Sequence[tuple[int, Effect | None]],
+    block: int,
+    can_skip: bool,
+    max_stages: int | None,
+    shape: ModelShape,
+) -> dict[State, _Paths]:
+    arriving: defaultdict[State, list[_Paths]] = defaultdict(list)
+    for number, (state, paths) in enumerate(layer.items()):
+        for choice, effect in options:
+            moved = _move(state, effect, block, can_skip, max_stages, shape)
+            if moved is None:
+                continue
+            after, macs, damage = moved
+            size = len(paths.macs)
+            arriving[after].append(
+                _Paths(
+                    paths.macs + macs,
+                    paths.damage + damage,
+                    np.full(size, number),
+                    np.arange(size),
+                    np.full(size, choice),
+                )
+            )
+    return {state: _thinned(_joined(parts)) for state, parts in arriving.items()}
+
+
+def _move(
+    state: State, effect: Effect | None, block: int, can_skip: bool, max_stages: int | None, shape: ModelShape
+) -> tuple[State, int, float] | None:
+    """The state after a block, what the block adds to cost and damage; None when the stage cannot be there."""
+    prefix = shape.prefix_tokens
+    if effect is None:
+        tokens = state.present + prefix
+        return State(state.present, tokens, state.stages), int(block_macs(shape, tokens, tokens)), 0.0
+    step = _step(effect.stage, state.present, shape)
+    if step is None or (step.is_idle and can_skip):
+        return None
+    stages = state.stages if max_stages is None else state.stages + 1
+    if max_stages is not None and stages > max_stages:
+        return None
+    attended = (step.after if effect.stage.at == "pre" else state.present) + prefix
+    macs = block_macs(shape, attended, step.after + prefix)
+    if not step.is_idle:
+        macs += stage_macs(shape, step, state.present, step.after, {block: attended, block - 1: state.attended})
+    return State(step.after, attended, stages), int(macs), 0.0 if step.is_idle else effect.divergence
+
+
+@lru_cache(maxsize=100_000)
+def _step(stage: Stage, present: int, shape: ModelShape) -> Step | None:
+    try:
+        return resolve(Schedule((stage,)), replace(shape, patch_tokens=present))[0]
+    except ScheduleError:
+        return None
+
+
+def _joined(parts: Sequence[_Paths]) -> _Paths:
+    """The front of several, the first of equals."""
+    columns = [np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    damage = columns[1][order]
+    best = np.minimum.accumulate(damage)
+    is_better = np.concatenate([[True], damage[1:] < best[:-1]])
+    return _Paths(*(column[order[is_better]] for column in columns))
+
+
+def _thinned(paths: _Paths) -> _Paths:
+    """At most MOST_POINTS of a front, evenly along its costs: of each bin the least damage, and the cheapest of all."""
+    size = len(paths.macs)
+    if size <= MOST_POINTS:
+        return paths
+    bins = np.linspace(paths.macs[0], paths.macs[-1], MOST_POINTS)
+    chosen = np.unique(np.concatenate([[0], np.searchsorted(paths.macs, bins[1:], side="right") - 1]))
+    return _Paths(*(column[chosen] for column in vars(paths).values()))
+
+
+def _stages(layers: Sequence[dict[State, _Paths]], state: State, place: int, effects: Sequence[Effect]) -> list[Stage]:
+    stages: list[Stage] = []
+    for layer, before in zip(reversed(layers[1:]), reversed(layers[:-1]), strict=True):
+        paths = layer[state]
+        choice = int(paths.choice[place])
+        if choice >= 0:
+            stages.append(effects[choice].stage)
+        state, place = list(before)[int(paths.before[place])], int(paths.place[place])
+    return stages[::-1]
+
+
+def _can_skip(block: BlockChoices, space: SpaceConfig) -> bool:
+    """Whether a schedule may have other stages, but none at this block."""
+    has_full = block.keep.high == 1.0 if isinstance(block.keep, Range) else 1.0 in block.keep
+    by_keep = "keep" in block.amount and has_full and "keep" not in space.same
+    return by_keep or ("none" in block.amount and "amount" not in space.same)

@@ -1,0 +1,69 @@
+"""`start_from: [sensitivity]`: what the sensitivities of a study predict to be good, to be evaluated first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import FileError
+from prunesearch.evaluate.sensitivity import (
+    Sensitivities,
+    load_sensitivities,
+    measure_sensitivities,
+    save_sensitivities,
+)
+from prunesearch.schedule import ModelShape
+from prunesearch.search.limits import computed_excess
+from prunesearch.search.sensitivity_front import Predicted, predicted_front
+
+logger = logging.getLogger(__name__)
+
+WORD = "sensitivity"
+"""Its name among the start schedules."""
+FILE = "sensitivity.json"
+STARTS = 16
+
+
+def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivities) -> list[Predicted]:
+    """At most STARTS schedules of the predicted front that keep the limits arithmetic knows, the cheapest first.
+
+    Evenly along the cost; where the study has a budget, those next below it.
+    """
+    possible = [
+        point
+        for point in predicted_front(found.effects, config.space, shape)
+        if point.schedule.stages and all(amount <= 0 for amount in computed_excess(config, point.schedule).values())
+    ]
+    if config.budget is not None:
+        budget = config.budget.gmacs
+        return [point for point in possible if point.gmacs <= budget][-STARTS:]
+    return _evenly(possible, STARTS)
+
+
+def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
+    """The sensitivities in a file, or, where there are none or those of another model, data or space, measured and
+    written there. Raises as `measure_sensitivities`."""
+    if path.is_file():
+        try:
+            found = load_sensitivities(path)
+        except FileError as error:
+            logger.warning("%s: measured again", error)
+        else:
+            if found.fits(config):
+                return found
+            logger.warning("%s is of another model, data or space: measured again", path)
+    found = measure_sensitivities(config)
+    save_sensitivities(found, path)
+    return found
+
+
+def _evenly(front: Sequence[Predicted], most: int) -> list[Predicted]:
+    """Those nearest to equally spaced costs, both ends included."""
+    if len(front) <= most:
+        return list(front)
+    low, high = front[0].gmacs, front[-1].gmacs
+    targets = [low + (high - low) * index / (most - 1) for index in range(most)]
+    nearest = (min(range(len(front)), key=lambda place: abs(front[place].gmacs - target)) for target in targets)
+    return [front[place] for place in dict.fromkeys(nearest)]
