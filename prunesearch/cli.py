@@ -128,7 +128,9 @@ def _check_study(config: StudyConfig) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
     from prunesearch.evaluate import model_shape
+    from prunesearch.evaluate.sensitivity import stages_of
     from prunesearch.search.problems import anchors_of, study_problems
+    from prunesearch.search.sensitivity_start import STARTS, WORD
     from prunesearch.space import combinations, dimensions
 
     for plugin in config.plugins:
@@ -143,6 +145,48 @@ def _check_study(config: StudyConfig) -> int:
     for origin, schedule in anchors_of(config, shape):
         cost = estimate_cost(shape, schedule)
         print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
+    if WORD in config.space.start_from:
+        stages, _ = stages_of(config.space, shape)
+        print(f"  {WORD:<20} up to {STARTS} schedules, predicted from {len(stages)} stages that the run measures first")
+    return 0
+
+
+def _sensitivity(parsed: argparse.Namespace) -> int:
+    import importlib
+
+    from prunesearch.cost import estimate_cost
+    from prunesearch.errors import FileError
+    from prunesearch.evaluate import model_shape
+    from prunesearch.evaluate.sensitivity import IMAGES, measure_sensitivities, save_sensitivities
+    from prunesearch.files import load_study
+    from prunesearch.plot_sensitivity import plot_sensitivity
+    from prunesearch.report import predicted_table, sensitivity_table
+    from prunesearch.search.problems import study_problems
+    from prunesearch.search.sensitivity_start import predicted_starts
+    from prunesearch.strict import to_mapping
+
+    config = load_study(parsed.file, parsed.set)
+    for plugin in config.plugins:
+        importlib.import_module(plugin)
+    problems = study_problems(config)
+    if problems:
+        raise FileError(f"study {config.name}", problems)
+    if parsed.images is not None and parsed.images < 1:
+        raise UserError(f"--images {parsed.images}: possible: from 1; {IMAGES} are the default. Correct it.")
+    found = measure_sensitivities(config, parsed.images or IMAGES)
+    shape = model_shape(config.model)
+    starts = predicted_starts(config, shape, found)
+    if parsed.json:
+        print(json.dumps({**to_mapping(found), "predicted": to_mapping(starts)}, indent=2))
+    else:
+        _console().print(sensitivity_table(found))
+        _console().print(predicted_table(starts, estimate_cost(shape).gmacs))
+    if parsed.output is not None:
+        save_sensitivities(found, parsed.output)
+        print(f"Table: {parsed.output}", file=sys.stderr)
+    if parsed.plot is not None:
+        plot_sensitivity(found, parsed.plot)
+        print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 
 
@@ -432,6 +476,14 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path)
     check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of a study file")
     check.add_argument("--model", metavar="NAME", help="check a schedule against this timm model")
+
+    sensitivity = verb("sensitivity", _sensitivity, "what each stage alone does to the model's outputs, untrained")
+    sensitivity.add_argument("file", type=Path, help="study file")
+    sensitivity.add_argument("--images", type=int, metavar="N", help="training images to measure on; default 256")
+    sensitivity.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
+    sensitivity.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    sensitivity.add_argument("--json", action="store_true", help="as JSON, with the predicted schedules")
+    sensitivity.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the table to a file")
 
     status = verb("status", _status, "how far a study is; works while it runs")
     _study_arguments(status)

@@ -287,7 +287,7 @@ class ConfirmConfig:
     """How the final front is measured again, as the best of many noisy results look better than they are."""
 
     seeds: int = _field(
-        "fresh seeds with which each schedule of the final front is trained and measured again; 0 = not at all", 0, low=0
+        "fresh seeds with which each schedule of the final front is trained and measured again; 0 = none", 0, low=0
     )
 
 

@@ -122,7 +122,7 @@ def plot_front(
     widths = [1.0] * len(costs) + ([0.3 + 0.32 * len(costs)] if picture.curves else [])
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     for axis in axes:
-        _quiet(axis)
+        quiet(axis)
     for axis, cost in zip(axes, costs, strict=False):
         _scatter(axis, picture, cost)
     if picture.curves:
@@ -239,7 +239,8 @@ def _label(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
             text.remove()
 
 
-def _quiet(axis: Axes) -> None:
+def quiet(axis: Axes) -> None:
+    """Axes that do not compete with what is drawn."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GREY)
     axis.grid(color=FAINT, linewidth=0.6)

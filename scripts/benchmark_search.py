@@ -104,6 +104,8 @@ def study(*changes: str) -> StudyConfig:
 
 @cache
 def world_of(path: Path, luck: bool) -> World:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     config = study()
     table = read_table(path, model_shape(config.model))
     surrogate = Surrogate(table)
@@ -215,8 +217,6 @@ METHODS: dict[str, Search] = {
 
 def run_one(job: tuple[Path, bool, str, int]) -> list[Found]:
     path, luck, name, seed = job
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     return METHODS[name](world_of(path, luck), seed)
 
 
@@ -410,12 +410,13 @@ def error_table(surrogate: Surrogate) -> str:
 PAGE = """\
 # How good is the front after so many seconds of evaluation?
 
-{schedules} schedules of the digits ViT (`{table}`, made with `scripts/record_table.py`) were measured as they come, after
-599 and after 2396 training images. Searches of the same space replay on that table, through the real driver of
-prunesearch, or through `study.optimize` of Optuna; {seeds} seeds, one worker.
+{schedules} schedules of the digits ViT (`{table}`, made with `scripts/record_table.py`) were measured as they
+come, after 599 and after 2396 training images. Searches of the same space replay on that table, through the real driver
+of prunesearch, or through `study.optimize` of Optuna; {seeds} seeds, one worker.
 
 - **Cost**: seconds of evaluation, everything counted. Every run may spend {total:.0f} s, what random search needs for
-  {evaluations} evaluations at the full budget (2396 images). Impossible schedules cost nothing, repeated ones cost again.
+  {evaluations} evaluations at the full budget (2396 images). Impossible schedules cost nothing, repeated ones cost
+  again.
 - **Result**: schedules evaluated at the full budget; what is known of others is no result.
 - **Score**: hypervolume of top-1 error and GMACs up to ({reference:g}, {reference:g}), as a share of it, in a box whose
   corners are the ideal and the nadir of the front of everything that any run found: {box}.
@@ -446,8 +447,8 @@ Share of the cost after which the median is what random search ends with ({targe
 
 ![hypervolume against cost]({stem}_cost.png)
 
-What is attained at a tenth of the cost: median over the seeds with the quartiles, and dashed the front of everything that
-any run found.
+What is attained at a tenth of the cost: median over the seeds with the quartiles, and dashed the front of everything
+that any run found.
 
 ![attainment surfaces]({stem}_attainment.png)
 
@@ -470,9 +471,9 @@ top-1, and the mean of the six is within 0.5 of the regression (six schedules we
 Made with `python scripts/benchmark_search.py {arguments}`.
 """
 WITH_LUCK = (
-    "a search is told what one training gives: what was measured, or for schedules that were not measured the mean that "
-    "a regression predicts plus the residuals of one measured schedule, at all budgets. The front that it finds is "
-    "judged by what its schedules give on average, when they are trained again."
+    "a search is told what one training gives: what was measured, or for schedules that were not measured the mean "
+    "that a regression predicts plus the residuals of one measured schedule, at all budgets. The front that it finds "
+    "is judged by what its schedules give on average, when they are trained again."
 )
 WITHOUT_LUCK = "none: every schedule gives the mean of its trainings, which a regression of the table predicts."
 

@@ -21,6 +21,10 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 port=$((20000 + SLURM_JOB_ID % 10000)) # jobs of others may be on the same node
 export RAY_ADDRESS="${nodes[0]}:$port"
+# only this job may use its cluster: srun hands both on to the other nodes
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c "import secrets; print(secrets.token_hex(32))")
+export RAY_AUTH_TOKEN
 
 on_node() { # in the background; it has the CPUs and GPUs of this job on a node
     exec srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$1" "${@:2}"

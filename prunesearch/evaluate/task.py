@@ -15,6 +15,7 @@ from prunesearch.config import (
     Limit,
     MeasureConfig,
     ModelConfig,
+    Options,
     SpaceConfig,
 )
 from prunesearch.schedule import Schedule
@@ -53,6 +54,7 @@ class Task:
     rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
     metrics: names of registered metrics to report. seed: of training order and of fresh weights.
     split: the images that metrics are measured on.
+    parameters: what the sampler drew, where the schedule does not say it.
     device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
     resume_from: checkpoint (.safetensors + .state) of an earlier budget to continue from.
     save_to: path without suffix; the fine-tuned weights go to `<save_to>.safetensors`, the optimiser state,
@@ -79,6 +81,7 @@ class Task:
     start: str | None = None
     supernet: SupernetWork | None = None
     split: Literal["validation", "test"] = "validation"
+    parameters: Options = ()
     plugins: tuple[str, ...] = ()
 
 

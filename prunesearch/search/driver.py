@@ -22,7 +22,7 @@ import importlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from prunesearch.search.tasks import task_of
 from prunesearch.search.team import Team
 from prunesearch.search.verdict import failed, hopeless, judged, same_work
 from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
-from prunesearch.space import uid_of
+from prunesearch.space import Value, uid_of
 from prunesearch.strict import to_mapping
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ def run_study(
                 done = run.run(workers) if search else run.look()
                 if done.reason not in STOPPED_BY_HAND:
                     confirm(config, folder, run.outbox, store, workers, on_event, lambda: interrupt.count > 0)
+                    done = replace(done, reason="interrupted") if interrupt.count else done
                 on_event(done)
                 return done
             finally:
@@ -313,12 +314,12 @@ class _Search:
         learned = self.lessons
         proposal = propose(self.config, self.shape, learned.draw, draws, learned.known, self.records, index)
         self.rejected += proposal.rejected
-        return None if proposal.schedule is None else self._new_record(proposal.schedule)
+        return None if proposal.schedule is None else self._new_record(proposal.schedule, proposal.parameters)
 
-    def _new_record(self, schedule: Schedule) -> Record:
+    def _new_record(self, schedule: Schedule, parameters: Mapping[str, Value] | None = None) -> Record:
         uid = uid_of(schedule, self.shape)
         seed = seed_of(self.config.sampler.seed, uid)
-        return Record(-1, uid, schedule, "running", self.origins.get(uid, "sampler"), seed)
+        return Record(-1, uid, schedule, "running", self.origins.get(uid, "sampler"), seed, parameters=parameters)
 
     def _record_submitted(self) -> None:
         for record in self.unrecorded:
@@ -434,7 +435,9 @@ class _Search:
         drivers that once were several."""
         recovered = 0
         for path, task, evaluation in delivered(outbox, deep=self.team is None):
-            record = self.records.get(task.uid) or self._new_record(task.schedule)
+            if "." in task.uid:  # of the front measured again
+                continue
+            record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
             begun = replace(record, rung=task.rung)
             is_ours = task.rung <= self.last_rung and same_work(
                 task, task_of(begun, task.attempt, self.config, self.folder)

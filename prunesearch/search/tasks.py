@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import StudyConfig, as_options
 from prunesearch.evaluate.task import Task
 from prunesearch.search.record import Record
 from prunesearch.search.supernet import shared_weights
@@ -34,6 +34,7 @@ def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> 
         save_to=None if budget.images == 0 else str(folder / "weights" / f"{record.uid}.{record.rung}"),
         start=shared_weights(config, folder),
         plugins=config.plugins,
+        parameters=() if config.budget is None or record.parameters is None else as_options(record.parameters),
     )
 
 

@@ -12,6 +12,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.record import Record
@@ -29,17 +31,17 @@ space:
   start_from: [evit-0.7]
 sampler: {name: tpe, seed: 3}
 workers: {kind: serial, device: cpu}
-stop: {trials: 30}
+stop: {trials: TRIALS}
 """
-KILLS = 5
 
 
-def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    (tmp_path / "study.yaml").write_text(STUDY)
+@pytest.mark.parametrize(("kills", "trials"), [(4, 30), pytest.param(20, 120, marks=pytest.mark.slow)])
+def test_kills_lose_and_repeat_nothing(tmp_path: Path, kills: int, trials: int) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY.replace("TRIALS", str(trials)))
     folder = tmp_path / "outputs" / "kill"
     moments = random.Random(0)
     known: dict[str, Evaluation] = {}
-    for kill in range(KILLS):
+    for kill in range(kills):
         process = start(tmp_path)
         try:
             wait_for_more(process, folder, len(finished(folder)) + 1 + kill % 3)
@@ -48,14 +50,14 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             process.communicate()
         known |= delivered(folder) | finished(folder)
-    assert 5 <= len(known) < 30
+    assert kills <= len(known) < trials
     process = start(tmp_path)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     records = read(folder)
-    assert len(records) == len({record.uid for record in records}) == 30
+    assert len(records) == len({record.uid for record in records}) == trials
     assert {record.state for record in records} == {"complete"}
-    assert [record.number for record in records] == list(range(30))
+    assert [record.number for record in records] == list(range(trials))
     for record in records:
         # the same evaluation, down to its measured seconds: it was not made again
         assert record.uid not in known or record.evaluation == known[record.uid]

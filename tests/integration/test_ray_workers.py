@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mishaps import mishap
+from mishaps import KINDS, mishap
 
 from prunesearch.config import (
     ModelConfig,
@@ -54,14 +54,14 @@ def test_every_mishap_stays_with_its_candidate(
     tmp_path: Path, cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     events: list[Event] = []
-    done = run_study(CONFIG, tmp_path, evaluate="mishaps:evaluate", on_event=events.append)
+    config = replace(CONFIG, stop=StopConfig(trials=11))
+    done = run_study(config, tmp_path, evaluate="mishaps:evaluate", on_event=events.append)
     records = open_study_readonly(tmp_path).records()
     happened = Counter(mishap(record.uid) for record in records)
-    assert all(happened[kind] for kind in ("dies once", "dies always", "hangs", "raises", "runs out of memory")), (
-        happened
-    )
+    assert all(happened[kind] for kind in KINDS.values()), happened
     assert done.complete == happened["fine"] + happened["dies once"] and done.running == 0
     expected = {"dies always": "crash", "hangs": "timeout", "raises": "error", "runs out of memory": "oom"}
+    expected |= {"raises what cannot be pickled": "error", "reports NaN": "nan", "reports infinity": "nan"}
     for record in records:
         assert record.evaluation is not None
         assert record.evaluation.cause == expected.get(mishap(record.uid))

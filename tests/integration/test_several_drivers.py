@@ -20,6 +20,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield server.url
 
 
+@pytest.mark.slow
 def test_two_drivers_share_two_hundred_candidates(tmp_path: Path, url: str) -> None:
     config = fake_search.study(200, "tpe")
     end(*(start(tmp_path / name, url, config) for name in ("one", "two")))
@@ -30,6 +31,7 @@ def test_two_drivers_share_two_hundred_candidates(tmp_path: Path, url: str) -> N
     assert drivers(tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_three_drivers_share_promotions(tmp_path: Path, url: str) -> None:
     config = fake_search.small_study(60, space=fake_search.SPACE)
     end(*(start(tmp_path / name, url, config) for name in ("one", "two", "three")))
@@ -40,6 +42,7 @@ def test_three_drivers_share_promotions(tmp_path: Path, url: str) -> None:
     assert drivers(tmp_path) == 3
 
 
+@pytest.mark.slow
 def test_what_a_dead_driver_ran_is_taken_over(tmp_path: Path, url: str) -> None:
     config = fake_search.study(12)
     dying, other = (start(tmp_path / name, url, config, seconds=0.5) for name in ("dying", "other"))
@@ -65,6 +68,7 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, server: Server) -> None:
     process = start(tmp_path / "one", server.url, fake_search.study(20), seconds=0.2)
     wait_for(tmp_path, 5)

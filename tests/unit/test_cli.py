@@ -56,6 +56,15 @@ def test_running_again_continues_and_more_trials_go_on(study: Path, capsys: pyte
     assert "space.keep" in mistake(capsys, "run", file, *output, "--set", "space.keep=[0.25]")
 
 
+def test_resume_needs_only_the_storage(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    database = f"sqlite:///{study / 'study.db'}"
+    elsewhere = ["--output", str(tmp_path), "--no-progress"]
+    assert main(["resume", "--storage", database, "--study", "small", "--trials", "6", *elsewhere]) == 0
+    assert "continuing (5 of 6 done" in capsys.readouterr().out
+    assert main(["resume", "--storage", database, "--study", "other", *elsewhere]) == 2
+    assert "no study 'other'. Possible: small" in capsys.readouterr().err
+
+
 def test_status_and_front(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "small" in out(capsys, "status", str(study))
     assert json.loads(out(capsys, "status", str(study), "--json"))["complete"] >= 5

@@ -76,7 +76,9 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
     assert not EVALUATED
 
 
-@pytest.mark.parametrize(("sampler", "rungs"), [("random", 1), ("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3)])
+@pytest.mark.parametrize(
+    ("sampler", "rungs"), [("random", 1), ("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3), ("auto", 3)]
+)
 @pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun", "discarded"])
 def test_a_kill_at_any_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, rungs: int, step: str
@@ -301,6 +303,34 @@ def test_an_evaluation_that_raises_is_a_failed_candidate(tmp_path: Path, monkeyp
     done, events = run(study(3), tmp_path)
     assert (done.complete, done.failed) == (2, 1)
     assert finished(events)[1].evaluation.error == "ArithmeticError: oops"
+
+
+def test_a_full_disk_is_nobodys_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(task: Task) -> Evaluation:
+        if len(EVALUATED) == 3:
+            return Evaluation(task.uid, "failed", cause="disk", error="No space left on device")
+        return original(task)
+
+    original = fake_search.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_search, "evaluate", fill)
+        with pytest.raises(RunError, match=r"could not write .No space left on device.*Free some space"):
+            run(study(9), tmp_path)
+    assert [record.state for record in records(tmp_path)] == ["complete"] * 3 + ["running"]
+    done, _ = run(study(9), tmp_path)
+    assert (done.complete, done.failed) == (9, 0)
+
+
+def test_a_study_needs_its_start_files_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_schedule(Schedule((Stage(3, keep=0.5),)), tmp_path / "mine.yaml")
+    config = study(6, space=replace(SPACE, start_from=("evit-0.7", str(tmp_path / "mine.yaml"))))
+    die_at(monkeypatch, "begun", 1)
+    with pytest.raises(Killed):
+        run(config, tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "mine.yaml").unlink()
+    done, _ = run(config, tmp_path)
+    assert done.complete == 6 and records(tmp_path)[2].schedule == Schedule((Stage(3, keep=0.5),))
 
 
 def test_what_only_other_processes_can_do_is_refused_for_serial(tmp_path: Path) -> None:

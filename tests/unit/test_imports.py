@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "prunesearch"
 # a module may import from its own tier and the ones after it
 TIERS = (
     ("cli", "__main__"),
-    ("report", "plot", "export", "freeze", "catalogue"),
+    ("report", "plot", "plot_sensitivity", "export", "freeze", "catalogue"),
     ("search", "front"),
     ("space", "space_problems", "evaluate"),
     ("models", "presets"),
@@ -30,7 +30,7 @@ ROOMS = {
     "optuna": ("search.storage", "search.study", "search.samplers"),
     "ray": ("search.ray_workers", "search.tune"),
     "rich": ("report", "cli", "catalogue"),
-    "matplotlib": ("plot",),
+    "matplotlib": ("plot", "plot_sensitivity"),
     "sklearn": ("evaluate.digits", "search.surrogate"),
 }
 # front.py knows `Record`, schedule.py asks the registries in tokens/ when a schedule is resolved

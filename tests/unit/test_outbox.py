@@ -44,6 +44,19 @@ def recovered(events: list[Event]) -> int:
     return events[0].recovered
 
 
+def test_a_full_disk_does_not_cost_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("prunesearch.search.outbox.write_atomically", full)
+    config = study()
+    task = Task("abc", config.model, config.data, Schedule(), config.rungs[0], ("top1",))
+    assert evaluate_into(tmp_path, evaluate, task).uid == "abc"
+    assert "abc is not written" in caplog.text
+
+
 def test_it_holds_task_and_evaluation(tmp_path: Path) -> None:
     config = study()
     task = Task("abc", config.model, config.data, Schedule(), config.rungs[0], ("top1",), attempt=2)

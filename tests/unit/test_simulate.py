@@ -241,5 +241,5 @@ def test_its_errors_are_stated(surrogate: Surrogate) -> None:
 
 
 def test_verbs_that_the_table_lacks_are_refused(surrogate: Surrogate) -> None:
-    with pytest.raises(ScheduleError, match="the table.*has no reduce merge"):
+    with pytest.raises(ScheduleError, match=r"the table.*has no reduce merge"):
         surrogate.expected(Schedule((Stage(2, keep=0.5, reduce="merge"),)), 0)
