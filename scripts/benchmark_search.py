@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,16 +29,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
+import torch
 from scipy.stats import wilcoxon
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
-from prunesearch.evaluate import model_shape
+from prunesearch.evaluate import build_model, model_shape
+from prunesearch.evaluate.sensitivity import load_sensitivities, measure_sensitivities, save_sensitivities
+from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import load_study
 from prunesearch.front import hypervolume
 from prunesearch.plot import BLUE, FAINT, GREEN, GREY, INK, ORANGE
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
+from prunesearch.search.sensitivity_start import FILE, WORD
 from prunesearch.search.simulate import SimulatedWorkers, seconds_of
 from prunesearch.search.surrogate import Surrogate
 from prunesearch.search.table import Measured, Table, read_table
@@ -71,6 +77,8 @@ class World:
     surrogate: Surrogate
     luck: bool
     """Whether an evaluation has the luck of its training; without, it gives the mean of many trainings."""
+    sensitivities: Path
+    """File of the sensitivities of the space; its seconds are of CPU time, as those of the table."""
     total: float
     """Seconds that each run may spend: those of 300 full evaluations of random schedules."""
 
@@ -103,14 +111,14 @@ def study(*changes: str) -> StudyConfig:
 
 
 @cache
-def world_of(path: Path, luck: bool) -> World:
+def world_of(path: Path, luck: bool, sensitivities: Path) -> World:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     config = study()
     table = read_table(path, model_shape(config.model))
     surrogate = Surrogate(table)
     draws = _random_schedules(config, np.random.default_rng(0), 2000)
-    world = World(table, surrogate, luck, 0.0)
+    world = World(table, surrogate, luck, sensitivities, 0.0)
     mean = float(np.mean([world.seconds(schedule) for schedule in draws]))
     return replace(world, total=RANDOM_EVALUATIONS * mean)
 
@@ -186,20 +194,41 @@ def ours(*changes: str) -> Search:
     """`prunesearch run`, with the changes to the study file; one worker."""
 
     def search(world: World, seed: int) -> list[Found]:
-        config = study(f"sampler.seed={seed}", *changes)
-        workers = SimulatedWorkers(world.table, config, measured=world.measured, seconds=world.total)
-        with tempfile.TemporaryDirectory() as folder:
-            run_study(config, Path(folder), storage="memory:", make_workers=lambda *_: workers)
-        last = len(config.rungs) - 1
-        done = [one for one in workers.finished if one.task.rung == last]
-        return [world.found(one.ended, one.task.schedule) for one in done]
+        return _run_ours(world, study(f"sampler.seed={seed}", *changes), 0.0, world.total)
 
     return search
 
 
+def ours_in_turn(budgets: Sequence[float], *changes: str) -> Search:
+    """A study with an iso-budget after another, each with the same share of the time."""
+
+    def search(world: World, seed: int) -> list[Found]:
+        found, share = [], world.total / len(budgets)
+        for index, gmacs in enumerate(budgets):
+            config = study(f"sampler.seed={seed}", f"budget.gmacs={gmacs}", *changes)
+            found += _run_ours(world, config, index * share, (index + 1) * share)
+        return found
+
+    return search
+
+
+def _run_ours(world: World, config: StudyConfig, start: float, end: float) -> list[Found]:
+    workers = SimulatedWorkers(world.table, config, measured=world.measured, seconds=end)
+    workers.now = start
+    with tempfile.TemporaryDirectory() as folder:
+        if WORD in config.space.start_from:
+            workers.now += load_sensitivities(world.sensitivities).seconds
+            shutil.copy(world.sensitivities, Path(folder) / FILE)
+        run_study(config, Path(folder), storage="memory:", make_workers=lambda *_: workers)
+    last = len(config.rungs) - 1
+    done = [one for one in workers.finished if one.task.rung == last and isinstance(one.outcome, Evaluation)]
+    return [world.found(one.ended, one.task.schedule) for one in done]
+
+
 FULL = "rungs=[{images: 2396}]"
 RUNGS = "rungs=[{images: 0}, {images: 599}, {images: 2396}]"
-NOTHING = "space.start_from=[]"
+NOTHING, SENSITIVITY = "space.start_from=[]", "space.start_from=[sensitivity]"
+BUDGETS = (0.006, 0.0045, 0.008, 0.005, 0.007)
 METHODS: dict[str, Search] = {
     RANDOM: plain_optuna(lambda seed: optuna.samplers.RandomSampler(seed=seed)),
     "uniform grid": uniform_grid,
@@ -207,20 +236,37 @@ METHODS: dict[str, Search] = {
     "TPE": plain_optuna(lambda seed: optuna.samplers.TPESampler(seed=seed)),
     "GP": plain_optuna(lambda seed: optuna.samplers.GPSampler(seed=seed), most=MOST_OF_GP),
     "prunesearch, one rung": ours(FULL, NOTHING),
+    "prunesearch, one rung, sensitivity": ours(FULL, SENSITIVITY),
+    "prunesearch, iso-budgets": ours_in_turn(BUDGETS, FULL, NOTHING),
     "prunesearch, rungs": ours(RUNGS, NOTHING),
-    DEFAULT: ours(RUNGS, NOTHING),
+    DEFAULT: ours(RUNGS, SENSITIVITY),
 }
 
 
 # --- running them ------------------------------------------------------------------------------------------------
 
 
-def run_one(job: tuple[Path, bool, str, int]) -> list[Found]:
-    path, luck, name, seed = job
-    return METHODS[name](world_of(path, luck), seed)
+def sensitivities_in(folder: Path) -> Path:
+    """The file there, measured first if there is none."""
+    path = folder / FILE
+    if not path.is_file():
+        torch.set_num_threads(1)
+        config = study("workers.device=cpu")
+        build_model(config.model)  # imports and weights are no part of a measurement
+        start = time.process_time()
+        found = measure_sensitivities(config)
+        save_sensitivities(replace(found, seconds=time.process_time() - start), path)
+    return path
 
 
-def all_runs(path: Path, luck: bool, names: Sequence[str], seeds: int, kept: Path) -> dict[str, list[list[Found]]]:
+def run_one(job: tuple[Path, bool, Path, str, int]) -> list[Found]:
+    path, luck, sensitivities, name, seed = job
+    return METHODS[name](world_of(path, luck, sensitivities), seed)
+
+
+def all_runs(
+    path: Path, luck: bool, sensitivities: Path, names: Sequence[str], seeds: int, kept: Path
+) -> dict[str, list[list[Found]]]:
     """By method, the runs of all seeds; those that `kept` has are not made again."""
     about = blake2b(path.read_bytes() + bytes([luck]), digest_size=8).hexdigest()
     known: dict[tuple[str, int], list[Found]] = {}
@@ -229,10 +275,10 @@ def all_runs(path: Path, luck: bool, names: Sequence[str], seeds: int, kept: Pat
             entry = json.loads(line)
             if entry["about"] == about:
                 known[entry["method"], entry["seed"]] = [Found(*one) for one in entry["found"]]
-    jobs = [(path, luck, name, seed) for name in names for seed in range(seeds) if (name, seed) not in known]
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    missing = [(name, seed) for name in names for seed in range(seeds) if (name, seed) not in known]
+    jobs = [(path, luck, sensitivities, name, seed) for name, seed in missing]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool, kept.open("a") as file:
-        for (_, _, name, seed), found in zip(jobs, pool.map(run_one, jobs), strict=True):
+        for (*_, name, seed), found in zip(jobs, pool.map(run_one, jobs), strict=True):
             known[name, seed] = found
             entry = {"about": about, "method": name, "seed": seed, "found": [astuple(one) for one in found]}
             file.write(json.dumps(entry) + "\n")
@@ -428,8 +474,10 @@ of prunesearch, or through `study.optimize` of Optuna; {seeds} seeds, one worker
 | uniform grid | the same keep at blocks 2, 4 and 6, each verb and score, in random order |
 | NSGA-II, TPE, GP | `study.optimize` with Optuna's samplers as they come, full budget for all; GP stops at {gp} |
 | prunesearch, one rung | `rungs: [{{images: 2396}}]` |
+| prunesearch, one rung, sensitivity | the same with `start_from: [sensitivity]`, whose measurement takes {sensing:.1f} s |
+| prunesearch, iso-budgets | one rung, `budget: {{gmacs: ...}}` with {budgets} in turn, each a fifth of the time |
 | prunesearch, rungs | `rungs: [{{images: 0}}, {{images: 599}}, {{images: 2396}}]` |
-| prunesearch | the same and what else a study file has by default |
+| prunesearch | these rungs with `start_from: [sensitivity]` |
 
 ## Hypervolume
 
@@ -488,9 +536,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     arguments = parser.parse_args()
     luck = not arguments.without_luck
-    world = world_of(arguments.table, luck)
+    arguments.runs.parent.mkdir(parents=True, exist_ok=True)
+    sensitivities = sensitivities_in(arguments.runs.parent)
+    world = world_of(arguments.table, luck, sensitivities)
     names = list(dict.fromkeys([*COLOURS, *arguments.methods]))
-    runs = all_runs(arguments.table, luck, [name for name in METHODS if name in names], arguments.seeds, arguments.runs)
+    names = [name for name in METHODS if name in names]
+    runs = all_runs(arguments.table, luck, sensitivities, names, arguments.seeds, arguments.runs)
 
     seconds = world.total * np.geomspace(0.01, 1, 61)
     judge, measured = judge_of(runs, again=True), judge_of(runs, again=False)
@@ -516,6 +567,8 @@ def main() -> None:
             box=f"error {judge.low[0]:.2f} to {judge.high[0]:.2f} %, GMACs {judge.low[1]:.5f} to {judge.high[1]:.5f}",
             luck=WITH_LUCK if luck else WITHOUT_LUCK,
             gp=MOST_OF_GP,
+            sensing=load_sensitivities(sensitivities).seconds,
+            budgets=", ".join(map(str, BUDGETS)),
             checkpoints=checkpoint_table(volumes),
             pairs=pair_table(volumes),
             target=float(np.median(volumes[RANDOM], axis=0)[-1]),

@@ -46,6 +46,14 @@ class State(NamedTuple):
     stages: int
 
 
+class Move(NamedTuple):
+    """What a block with or without a stage leads to, and what it adds."""
+
+    state: State
+    macs: int
+    damage: float
+
+
 @dataclass(frozen=True)
 class _Paths:
     """The front of one state: cost and damage so far, ascending in cost, and where each came from: the state before,
@@ -128,11 +136,8 @@ def _next_layer(
 ) -> dict[State, _Paths]:
     arriving: defaultdict[State, list[_Paths]] = defaultdict(list)
     for number, (state, paths) in enumerate(layer.items()):
-        for choice, effect in options:
-            moved = _move(state, effect, block, can_skip, max_stages, shape)
-            if moved is None:
-                continue
-            after, macs, damage = moved
+        moves = [(_move(state, effect, block, can_skip, max_stages, shape), choice) for choice, effect in options]
+        for (after, macs, damage), choice in _undominated([(move, choice) for move, choice in moves if move]):
             size = len(paths.macs)
             arriving[after].append(
                 _Paths(
@@ -146,14 +151,24 @@ def _next_layer(
     return {state: _thinned(_joined(parts)) for state, parts in arriving.items()}
 
 
+def _undominated(moves: Sequence[tuple[Move, int]]) -> list[tuple[Move, int]]:
+    """Without those that another one beats, which leads to the same state."""
+    best: list[tuple[Move, int]] = []
+    for move, choice in sorted(moves):
+        last = best[-1][0] if best else None
+        if last is None or last.state != move.state or move.damage < last.damage:
+            best.append((move, choice))
+    return best
+
+
 def _move(
     state: State, effect: Effect | None, block: int, can_skip: bool, max_stages: int | None, shape: ModelShape
-) -> tuple[State, int, float] | None:
+) -> Move | None:
     """The state after a block, what the block adds to cost and damage; None when the stage cannot be there."""
     prefix = shape.prefix_tokens
     if effect is None:
         tokens = state.present + prefix
-        return State(state.present, tokens, state.stages), int(block_macs(shape, tokens, tokens)), 0.0
+        return Move(State(state.present, tokens, state.stages), int(block_macs(shape, tokens, tokens)), 0.0)
     step = _step(effect.stage, state.present, shape)
     if step is None or (step.is_idle and can_skip):
         return None
@@ -164,7 +179,7 @@ def _move(
     macs = block_macs(shape, attended, step.after + prefix)
     if not step.is_idle:
         macs += stage_macs(shape, step, state.present, step.after, {block: attended, block - 1: state.attended})
-    return State(step.after, attended, stages), int(macs), 0.0 if step.is_idle else effect.divergence
+    return Move(State(step.after, attended, stages), int(macs), 0.0 if step.is_idle else effect.divergence)
 
 
 @lru_cache(maxsize=100_000)

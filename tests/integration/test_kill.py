@@ -35,7 +35,7 @@ stop: {trials: TRIALS}
 """
 
 
-@pytest.mark.parametrize(("kills", "trials"), [(4, 30), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "trials"), [(5, 30), pytest.param(20, 120, marks=pytest.mark.slow)])
 def test_kills_lose_and_repeat_nothing(tmp_path: Path, kills: int, trials: int) -> None:
     (tmp_path / "study.yaml").write_text(STUDY.replace("TRIALS", str(trials)))
     folder = tmp_path / "outputs" / "kill"

@@ -56,7 +56,8 @@ def digits(space: SpaceConfig, images: int = 12) -> StudyConfig:
 
 def made_up(space: SpaceConfig, shape: ModelShape, seed: int = 0) -> list[Effect]:
     generator = random.Random(seed)
-    return [Effect(stage, generator.random(), 50.0) for stage in stages_of(space, shape)[0]]
+    stages, _ = stages_of(space, shape)
+    return [Effect(stage, (1 - (stage.keep or 0)) ** 2 * generator.uniform(0.5, 2), 50.0) for stage in stages]
 
 
 def table(config: StudyConfig, seed: int = 0) -> Sensitivities:
@@ -69,18 +70,18 @@ def table(config: StudyConfig, seed: int = 0) -> Sensitivities:
 
 def test_it_is_what_whole_forward_passes_give() -> None:
     space = SpaceConfig(
-        blocks=(0, 3, 7),
-        keep=(0.5, 0.7, 1.0),
+        blocks=(0, BlockSpace(7, reduce=("drop", "fuse", "merge"))),
+        keep=(0.5, 1.0),
         at=("mid", "pre"),
         score=("class_attention", "key_norm", "random"),
-        reduce=("drop", "fuse", "merge"),
+        reduce=("drop", "merge"),
     )
     config = digits(space)
-    found = measure_sensitivities(config, 10)
-    assert found.images == 10
+    found = measure_sensitivities(config, 5)
+    assert found.images == 5
     model = build_model(DIGITS)
-    train, _ = open_data(replace(config.data, train_images=10), model)
-    images, _ = next(train.batches([torch.arange(10)], torch.device("cpu")))
+    train, _ = open_data(replace(config.data, train_images=5), model)
+    images, _ = next(train.batches([torch.arange(5)], torch.device("cpu")))
     with torch.no_grad():
         dense = model(images).double().log_softmax(1)
         for effect in found.effects:
@@ -92,7 +93,7 @@ def test_it_is_what_whole_forward_passes_give() -> None:
             assert effect.agreement == pytest.approx(100 * same, rel=1e-5)
     assert found.confidence == pytest.approx(dense.exp().amax(1).mean().item(), rel=1e-5)
     places = {(effect.stage.block, effect.stage.at) for effect in found.effects if effect.stage.reduce == "merge"}
-    assert places == {(0, "mid"), (3, "mid"), (3, "pre"), (7, "mid"), (7, "pre")}  # 0 has no attention before it
+    assert places == {(0, "mid"), (7, "mid"), (7, "pre")}  # 0 has no attention before it
 
 
 def test_what_removes_nothing_changes_nothing_at_all() -> None:
@@ -118,7 +119,7 @@ def test_validation_images_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> No
     opened: list[str] = []
     real = data.DATASETS["digits"]
     spy = lambda config, split: (opened.append(split), real(config, split))[1]  # noqa: E731
-    monkeypatch.setitem(data.DATASETS._entries, "digits", spy)
+    monkeypatch.setitem(data.DATASETS._things, "digits", spy)
     data._open_split.cache_clear()
     data._open.cache_clear()
     measure_sensitivities(digits(SpaceConfig(blocks=(7,), keep=(0.5,))))
@@ -197,13 +198,14 @@ def brute_force(effects: list[Effect], space: SpaceConfig, shape: ModelShape) ->
 SPACES = {
     "free": SpaceConfig(blocks=(0, 2, 3), keep=(0.4, 0.7, 1.0), score=("class_attention", "key_norm")),
     "verbs": SpaceConfig(blocks=(2, 0, 3), keep=(0.45, 0.8, 1.0), reduce=("fuse", "merge")),
-    "places": SpaceConfig(blocks=(1, 2, 3), keep=(0.3, 0.6, 1.0), at=("mid", "pre"), reduce=("drop", "fuse")),
+    "places": SpaceConfig(blocks=(1, 2, 3), keep=(0.3, 0.6, 1.0), at=("mid", "pre")),
     "no skip": SpaceConfig(blocks=(0, 1, 3), keep=(0.5, 0.6, 0.9), reduce=("drop", "merge")),
     "own": SpaceConfig(blocks=(BlockSpace(1, keep=(0.5,)), 2, 3), keep=(0.4, 0.7, 1.0)),
     "same score": SpaceConfig(
-        blocks=(1, 2, 3), keep=(0.5, 1.0), score=("class_attention", "key_norm"), reduce=("drop", "merge"), same=("score",)
+        blocks=(1, 3), keep=(0.5, 0.6, 1.0), score=("class_attention", "key_norm"), reduce=("drop", "merge"),
+        same=("score",),
     ),
-    "same verb": SpaceConfig(blocks=(1, 2, 3), keep=(0.6, 1.0), reduce=("drop", "merge", "fuse"), same=("reduce", "at")),
+    "same verb": SpaceConfig(blocks=(1, 2, 3), keep=(0.6, 1.0), reduce=("drop", "merge", "fuse"), same=("reduce",)),
     "same keep": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.6, 0.8), reduce=("drop", "squeeze"), same=("keep",)),
     "same keep or none": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.6), amount=("keep", "none"), same=("keep",)),
 }  # fmt: skip
@@ -229,16 +231,16 @@ def test_a_stage_that_can_only_stand_behind_others_is_none_of_them() -> None:
 
 
 def test_long_fronts_are_thinned_with_little_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = replace(SPACE, score=("class_attention",), blocks=(1, 2, 3, 4))
+    space = replace(SPACE, score=("class_attention",), blocks=(1, 2, 3, 4), reduce=("drop", "merge"))
     effects = made_up(space, SHAPE)
     exact = predicted_front(effects, space, SHAPE)
-    monkeypatch.setattr(sensitivity_front, "MOST_POINTS", 10)
+    monkeypatch.setattr(sensitivity_front, "MOST_POINTS", 20)
     thinned = predicted_front(effects, space, SHAPE)
     assert (thinned[0].gmacs, thinned[-1].schedule) == (pytest.approx(exact[0].gmacs), Schedule())
     assert all(estimate_cost(SHAPE, point.schedule).gmacs == pytest.approx(point.gmacs) for point in thinned)
     for point in thinned:  # what the exact front has at no higher a cost
         best = min(other.divergence for other in exact if other.gmacs <= point.gmacs + 1e-12)
-        assert best - 1e-12 <= point.divergence <= best + 0.3
+        assert best - 1e-12 <= point.divergence <= 1.1 * best + 1e-12
 
 
 def test_starts_are_within_limits_and_spread_over_them() -> None:
@@ -257,7 +259,7 @@ def test_starts_are_within_limits_and_spread_over_them() -> None:
 def test_starts_of_a_budget_are_next_to_it() -> None:
     config = study(budget=IsoBudget(0.008))
     starts = predicted_starts(config, SHAPE, table(config))
-    assert len(starts) == STARTS and all(0.0075 < point.gmacs <= 0.008 for point in starts)
+    assert len(starts) == STARTS and all(0.9 * 0.008 < point.gmacs <= 0.008 for point in starts)
 
 
 # --- as start schedules ------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ from prunesearch.export import export, task_of
 from prunesearch.files import from_mapping, load_schedule_file, to_mapping
 from prunesearch.report.live import LiveReport
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import driver
 from prunesearch.search.driver import run_study
+from prunesearch.search.events import Event
 from prunesearch.search.problems import study_problems
 from prunesearch.search.record import Record
 from prunesearch.search.serial_workers import SerialWorkers
@@ -416,23 +416,12 @@ def finished(folder: Path, start: str, images: int) -> Record:
     return replace(record, evaluations=tuple(evaluations))
 
 
-def test_a_study_measures_all_with_them_and_trains_winners_from_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task_of = driver.task_of
-
-    def begun(record: Record, attempt: int, config: StudyConfig, folder: Path) -> Task:
-        return replace(task_of(record, attempt, config, folder), start=shared_weights(config, folder))
-
-    def workers(config: StudyConfig, folder: Path, evaluate: str) -> SerialWorkers:
-        made = SerialWorkers(config.workers, folder / "outbox", evaluate)
-        prepare_supernet(config, folder, folder / "outbox", made)
-        return made
-
-    monkeypatch.setattr(driver, "task_of", begun)
+def test_a_study_measures_all_with_them_and_trains_winners_from_them(tmp_path: Path) -> None:
     storage = f"journal:{tmp_path / 'study.log'}"
     config = replace(STUDY, stop=StopConfig(trials=7), promote=2, sampler=SamplerConfig("random"))
-    done = run_study(config, tmp_path, storage=storage, make_workers=workers)
+    events: list[Event] = []
+    done = run_study(config, tmp_path, storage=storage, on_event=events.append)
+    assert [event.images for event in events if isinstance(event, SupernetTrained)][-1] == 100
     reader = open_study_readonly(storage=storage)
     records = reader.records()
     reader.close()
