@@ -21,6 +21,7 @@ from typing import Any
 # kill counts as a crash, which the driver knows how to handle.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 os.environ.setdefault("RAY_task_oom_retries", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # evaluations are the work, and their speed is measured
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
@@ -194,7 +195,8 @@ def _start_ray(address: str | None) -> None:
     except ConnectionError as error:
         raise ResourceError(
             f"workers.address: no Ray cluster at {address!r}: {error}. Possible: the address of a running cluster, "
-            f"auto, or nothing (Ray is started on this machine). Check it, or leave it out."
+            f"auto, or nothing (Ray is started on this machine). Check it, or leave it out; when the cluster asks for "
+            f"a token, set RAY_AUTH_MODE=token."
         ) from error
 
 

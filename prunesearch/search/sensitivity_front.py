@@ -39,7 +39,7 @@ class Predicted:
 
 class State(NamedTuple):
     """What the cost of later blocks depends on: patch tokens present, tokens that the last attention saw (prefix
-    included), stages so far (0 where their number does not matter)."""
+    included; 0 where the next block does not ask), stages so far (0 where their number does not matter)."""
 
     present: int
     attended: int
@@ -109,7 +109,8 @@ def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) 
         can_skip = block is None or _can_skip(block, space)
         options: list[tuple[int, Effect | None]] = [(-1, None)] if can_skip else []
         options += [(place, effect) for place, effect in enumerate(effects) if effect.stage.block == index]
-        layers.append(_next_layer(layers[-1], options, index, can_skip, space.max_stages, shape))
+        is_read = any((effect.stage.block, effect.stage.at) == (index + 1, "pre") for effect in effects)
+        layers.append(_next_layer(layers[-1], options, can_skip, is_read, space.max_stages, shape))
     points = []
     for state, paths in layers[-1].items():
         last = state.present + shape.prefix_tokens
@@ -129,25 +130,19 @@ def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) 
 def _next_layer(
     layer: dict[State, _Paths],
     options: Sequence[tuple[int, Effect | None]],
-    block: int,
     can_skip: bool,
+    is_read: bool,
     max_stages: int | None,
     shape: ModelShape,
 ) -> dict[State, _Paths]:
     arriving: defaultdict[State, list[_Paths]] = defaultdict(list)
     for number, (state, paths) in enumerate(layer.items()):
-        moves = [(_move(state, effect, block, can_skip, max_stages, shape), choice) for choice, effect in options]
+        size = len(paths.macs)
+        places, before = np.arange(size), np.full(size, number)
+        moves = [(_move(state, effect, can_skip, is_read, max_stages, shape), choice) for choice, effect in options]
         for (after, macs, damage), choice in _undominated([(move, choice) for move, choice in moves if move]):
-            size = len(paths.macs)
-            arriving[after].append(
-                _Paths(
-                    paths.macs + macs,
-                    paths.damage + damage,
-                    np.full(size, number),
-                    np.arange(size),
-                    np.full(size, choice),
-                )
-            )
+            chosen = np.full(size, choice)
+            arriving[after].append(_Paths(paths.macs + macs, paths.damage + damage, before, places, chosen))
     return {state: _thinned(_joined(parts)) for state, parts in arriving.items()}
 
 
@@ -162,24 +157,27 @@ def _undominated(moves: Sequence[tuple[Move, int]]) -> list[tuple[Move, int]]:
 
 
 def _move(
-    state: State, effect: Effect | None, block: int, can_skip: bool, max_stages: int | None, shape: ModelShape
+    state: State, effect: Effect | None, can_skip: bool, is_read: bool, max_stages: int | None, shape: ModelShape
 ) -> Move | None:
-    """The state after a block, what the block adds to cost and damage; None when the stage cannot be there."""
+    """What one block with this stage (None: without one) does; None when the stage cannot be there."""
     prefix = shape.prefix_tokens
     if effect is None:
         tokens = state.present + prefix
-        return Move(State(state.present, tokens, state.stages), int(block_macs(shape, tokens, tokens)), 0.0)
-    step = _step(effect.stage, state.present, shape)
+        unchanged = State(state.present, tokens if is_read else 0, state.stages)
+        return Move(unchanged, int(block_macs(shape, tokens, tokens)), 0.0)
+    stage, step = effect.stage, _step(effect.stage, state.present, shape)
     if step is None or (step.is_idle and can_skip):
         return None
     stages = state.stages if max_stages is None else state.stages + 1
     if max_stages is not None and stages > max_stages:
         return None
-    attended = (step.after if effect.stage.at == "pre" else state.present) + prefix
+    attended = (step.after if stage.at == "pre" else state.present) + prefix
     macs = block_macs(shape, attended, step.after + prefix)
     if not step.is_idle:
-        macs += stage_macs(shape, step, state.present, step.after, {block: attended, block - 1: state.attended})
-    return Move(State(step.after, attended, stages), int(macs), 0.0 if step.is_idle else effect.divergence)
+        seen = {stage.block: attended, stage.block - 1: state.attended}
+        macs += stage_macs(shape, step, state.present, step.after, seen)
+    after = State(step.after, attended if is_read else 0, stages)
+    return Move(after, int(macs), 0.0 if step.is_idle else effect.divergence)
 
 
 @lru_cache(maxsize=100_000)
