@@ -4,9 +4,9 @@
     python scripts/record_table.py --schedules 1500 --out benchmarks/tables/digits.csv
 
 The space is that of the study file, with one verb for all stages; half of the schedules are drawn evenly from it, half
-have no stage in half of the blocks, so that gentle ones are there too. Each is evaluated at the first rung, continued to
-the second, and so on. Seconds are of CPU time (one thread each), so that a busy machine does not change them. What is
-in the table already is not measured again: a run that was stopped continues.
+have no stage in half of the blocks, so that gentle ones are there too. Each is evaluated at the first rung, continued
+to the second, and so on. Seconds are of CPU time (one thread each), so that a busy machine does not change them. What
+is in the table already is not measured again: a run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import Budget, StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import Task, evaluate, model_shape
 from prunesearch.files import load_study
@@ -127,10 +128,6 @@ def _warm(task: Task) -> None:
     """What only the first task of a process pays for belongs to no schedule."""
     global _is_warm
     if not _is_warm:
-        from dataclasses import replace
-
-        from prunesearch.config import Budget
-
         evaluate(replace(task, schedule=Schedule(), budget=Budget(images=64), resume_from=None, save_to=None))
         _is_warm = True
 
@@ -141,8 +138,7 @@ def _known(path: Path, rungs: int) -> set[str]:
         return set()
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    last = {row["uid"] for row in rows if row["rung"] == str(rungs - 1)}
-    return last
+    return {row["uid"] for row in rows if row["rung"] == str(rungs - 1)}
 
 
 if __name__ == "__main__":

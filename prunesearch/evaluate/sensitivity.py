@@ -178,7 +178,7 @@ def load_sensitivities(path: Path) -> Sensitivities:
 
 def _learns(name: str) -> bool:
     entries = [registry[name] for registry in (SCORERS, REDUCERS) if name in registry]
-    return any(entry.part is not None for entry in entries)  # type: ignore[attr-defined]
+    return any(entry.part is not None for entry in entries)
 
 
 def _keeps(block: BlockChoices) -> list[float]:
