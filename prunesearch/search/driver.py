@@ -121,12 +121,17 @@ def run_study(
                 workers = make(config, folder, evaluate)
             interrupt.listen()  # after Ray, which sets a handler of its own
             try:
-                if not isinstance(workers, NoWorkers):
-                    prepare_supernet(config, folder, run.outbox, workers, on_event, lambda: interrupt.count > 0)
+                is_stopped = partial(_has_come, interrupt)
+                try:
+                    if not isinstance(workers, NoWorkers):
+                        prepare_supernet(config, folder, run.outbox, workers, on_event, is_stopped)
+                except KeyboardInterrupt:
+                    search = False
                 done = run.run(workers) if search else run.look()
-                if done.reason not in STOPPED_BY_HAND:
-                    confirm(config, folder, run.outbox, store, workers, on_event, lambda: interrupt.count > 0)
-                    done = replace(done, reason="interrupted") if interrupt.count else done
+                if done.reason not in STOPPED_BY_HAND and not interrupt.count:
+                    confirm(config, folder, run.outbox, store, workers, on_event, is_stopped)
+                if interrupt.count and done.reason not in STOPPED_BY_HAND:
+                    done = replace(done, reason="interrupted")
                 on_event(done)
                 return done
             finally:
@@ -435,7 +440,7 @@ class _Search:
         drivers that once were several."""
         recovered = 0
         for path, task, evaluation in delivered(outbox, deep=self.team is None):
-            if "." in task.uid:  # of the front measured again
+            if "." in task.uid or task.supernet is not None:  # of the front measured again; shared weights are a file
                 continue
             record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
             begun = replace(record, rung=task.rung)
@@ -524,6 +529,10 @@ class _Search:
         self.records[record.uid] = record
         if record.state == "running":
             self.rerun.append(record)
+
+
+def _has_come(interrupt: Interrupt) -> bool:
+    return interrupt.count > 0
 
 
 def reached(step: str) -> None:

@@ -130,8 +130,8 @@ class RayWorkers:
             return []
         hung: list[Outcome] = []
         for slot in working:
-            if time.monotonic() - slot.since > self._config.timeout:
-                assert slot.task is not None
+            assert slot.task is not None
+            if slot.task.supernet is None and time.monotonic() - slot.since > self._config.timeout:
                 hung.append((slot.task, Lost("timeout", f"no result after {self._config.timeout:g} s")))
                 self._replace(slot)
         return hung

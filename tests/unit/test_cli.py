@@ -59,8 +59,9 @@ def test_running_again_continues_and_more_trials_go_on(study: Path, capsys: pyte
 def test_resume_needs_only_the_storage(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     database = f"sqlite:///{study / 'study.db'}"
     elsewhere = ["--output", str(tmp_path), "--no-progress"]
-    assert main(["resume", "--storage", database, "--study", "small", "--trials", "6", *elsewhere]) == 0
-    assert "continuing (5 of 6 done" in capsys.readouterr().out
+    assert main(["resume", "--storage", database, "--study", "small", "--trials", "8", *elsewhere]) == 0
+    said = capsys.readouterr().out
+    assert " of 8 done, 0 to run again" in said and "8/8" in said
     assert main(["resume", "--storage", database, "--study", "other", *elsewhere]) == 2
     assert "no study 'other'. Possible: small" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_search import SHAPE, SPACE, study
+from fake_search import RUNGS, SHAPE, SPACE, records, run, study
 
 from prunesearch.cli import main
 from prunesearch.config import (
@@ -22,6 +22,7 @@ from prunesearch.config import (
     ModelConfig,
     Range,
     SpaceConfig,
+    StopConfig,
     StudyConfig,
     ThresholdRange,
 )
@@ -289,6 +290,18 @@ def test_anchors_measure_once_and_in_a_folder_only(measured: list[StudyConfig], 
         point.schedule for point in predicted_starts(config, SHAPE, table(config))
     ]
     assert anchors_of(config, SHAPE, tmp_path) == first and len(measured) == 1
+
+
+def test_a_study_begins_with_them_and_they_earn_their_promotions(measured: list[StudyConfig], tmp_path: Path) -> None:
+    config = study(trials=20, rungs=RUNGS, space=replace(SPACE, start_from=("evit-0.7", "sensitivity")))
+    run(config, tmp_path)
+    found = sorted(records(tmp_path), key=lambda record: record.number)
+    origins = [record.origin for record in found]
+    assert origins == ["dense", "start: evit-0.7", *[SENSITIVITY] * STARTS, "sampler", "sampler"]
+    predicted = {record.rung_done for record in found if record.origin == SENSITIVITY}
+    assert [record.rung_done for record in found[:2]] == [2, 2] and 0 in predicted
+    run(replace(config, stop=StopConfig(trials=21)), tmp_path)
+    assert len(records(tmp_path)) == 21 and len(measured) == 1
 
 
 @pytest.mark.parametrize("why", ["space", "file"])
