@@ -7,6 +7,7 @@ depends on what was told and on the seed, and not on how often the process was r
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -182,8 +183,12 @@ class _Memory(InMemoryStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        trials = super().get_all_trials(study_id, deepcopy, states)
-        return trials if self.visible is None else [trial for trial in trials if trial.number in self.visible]
+        if self.visible is None:
+            return super().get_all_trials(study_id, deepcopy, states)
+        trials = super().get_all_trials(study_id, deepcopy=False)  # their numbers are their places
+        seen = (trials[number] for number in sorted(self.visible))
+        found = [trial for trial in seen if states is None or trial.state in states]
+        return copy.deepcopy(found) if deepcopy else found
 
 
 def _with_fixed_space(sampler: BaseSampler, space: dict[str, BaseDistribution]) -> BaseSampler:
