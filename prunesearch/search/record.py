@@ -11,7 +11,7 @@ from prunesearch.schedule import Schedule
 from prunesearch.space import Value
 
 SENSITIVITY = "start: sensitivity"
-"""Origin of what was predicted from sensitivities: evaluated early, but it must earn its promotions."""
+"""Origin of what was predicted from sensitivities."""
 State = Literal["running", "paused", "complete", "failed"]
 """paused: evaluated at a lower rung, and waits for a promotion that may never come. complete: at the highest rung."""
 
@@ -57,7 +57,7 @@ class Record:
     @property
     def is_anchor(self) -> bool:
         """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
-        return self.origin not in ("sampler", SENSITIVITY)
+        return self.origin != "sampler"
 
     def at(self, rung: int) -> Evaluation | None:
         """The complete evaluation at a rung, or None."""

@@ -292,14 +292,13 @@ def test_anchors_measure_once_and_in_a_folder_only(measured: list[StudyConfig], 
     assert anchors_of(config, SHAPE, tmp_path) == first and len(measured) == 1
 
 
-def test_a_study_begins_with_them_and_they_earn_their_promotions(measured: list[StudyConfig], tmp_path: Path) -> None:
+def test_a_study_begins_with_them_and_they_always_go_on(measured: list[StudyConfig], tmp_path: Path) -> None:
     config = study(trials=20, rungs=RUNGS, space=replace(SPACE, start_from=("evit-0.7", "sensitivity")))
     run(config, tmp_path)
     found = sorted(records(tmp_path), key=lambda record: record.number)
     origins = [record.origin for record in found]
     assert origins == ["dense", "start: evit-0.7", *[SENSITIVITY] * STARTS, "sampler", "sampler"]
-    predicted = {record.rung_done for record in found if record.origin == SENSITIVITY}
-    assert [record.rung_done for record in found[:2]] == [2, 2] and 0 in predicted
+    assert {record.rung_done for record in found[:-2]} == {2}
     run(replace(config, stop=StopConfig(trials=21)), tmp_path)
     assert len(records(tmp_path)) == 21 and len(measured) == 1
 
