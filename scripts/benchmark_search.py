@@ -474,7 +474,7 @@ of prunesearch, or through `study.optimize` of Optuna; {seeds} seeds, one worker
 | uniform grid | the same keep at blocks 2, 4 and 6, each verb and score, in random order |
 | NSGA-II, TPE, GP | `study.optimize` with Optuna's samplers as they come, full budget for all; GP stops at {gp} |
 | prunesearch, one rung | `rungs: [{{images: 2396}}]` |
-| prunesearch, one rung, sensitivity | the same with `start_from: [sensitivity]`, whose measurement takes {sensing:.1f} s |
+| prunesearch, one rung, sensitivity | and `start_from: [sensitivity]`, which takes {sensing:.1f} s to measure |
 | prunesearch, iso-budgets | one rung, `budget: {{gmacs: ...}}`: {budgets} in turn, a fifth of the time each |
 | prunesearch, rungs | `rungs: [{{images: 0}}, {{images: 599}}, {{images: 2396}}]` |
 | prunesearch | these rungs with `start_from: [sensitivity]` |
