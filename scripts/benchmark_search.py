@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -555,6 +556,7 @@ def main() -> None:
     used = [
         f"--table {arguments.table} --seeds {arguments.seeds} --out {arguments.out}",
         "" if luck else "--without-luck",
+        "" if set(names) == set(METHODS) else f"--methods {' '.join(shlex.quote(name) for name in names)}",
     ]
     arguments.out.write_text(
         PAGE.format(
@@ -576,7 +578,7 @@ def main() -> None:
             stem=stem,
             other=checkpoint_table(as_measured),
             errors=error_table(world.surrogate),
-            arguments=" ".join(used).strip(),
+            arguments=" ".join(filter(None, used)),
         )
     )
 
