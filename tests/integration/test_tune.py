@@ -161,7 +161,7 @@ def test_asha_searches_and_the_engine_continues(tmp_path: Path, cluster: None) -
     results = tune.Tuner(
         trainable(CONFIG, "tune_fake:evaluate"),
         param_space=param_space(CONFIG),
-        tune_config=tune.TuneConfig("top1", "max", num_samples=10, scheduler=scheduler, reuse_actors=True),
+        tune_config=tune.TuneConfig(metric="top1", mode="max", num_samples=10, scheduler=scheduler, reuse_actors=True),
         run_config=tune.RunConfig(name="experiment", storage_path=str(tmp_path), verbose=0),
     ).fit()
     assert not results.errors
