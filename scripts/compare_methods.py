@@ -301,7 +301,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     config = load_study(given.study, given.set)
-    command = f"python scripts/compare_methods.py --study {given.study} --images {given.images} --seeds {given.seeds}"
+    study = os.path.relpath(given.study)
+    command = f"python scripts/compare_methods.py --study {study} --images {given.images} --seeds {given.seeds}"
     rows = sweep(config, given.images, given.seeds, given.method)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     picture = given.out.with_suffix(".png")
