@@ -251,9 +251,9 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which of Optuna's samplers proposes candidates."""
+    """Who proposes candidates."""
 
-    name: str = _field("auto, tpe, nsga2, gp or random; see `prunesearch list samplers`", "auto")
+    name: str = _field("auto, token_gp, tpe, nsga2, gp or random; see `prunesearch list samplers`", "auto")
     seed: int = _field("seed of the whole study: proposals and training", 0)
     startup: int | None = _field("candidates before the model takes over; with nsga2 the population", None, low=0)
 

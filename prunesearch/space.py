@@ -173,6 +173,14 @@ def any_value(dimension: Dimension, generator: random.Random) -> Value:
     return dimension.low + generator.randint(0, steps) * dimension.step
 
 
+def mutated(
+    parameters: Mapping[str, Value], space: Mapping[str, Dimension], generator: random.Random
+) -> dict[str, Value]:
+    """A neighbour: one or two values drawn anew."""
+    names = generator.sample(list(space), k=min(len(space), generator.randint(1, 2)))
+    return {**parameters, **{name: any_value(space[name], generator) for name in names}}
+
+
 def uid_of(schedule: Schedule, shape: ModelShape) -> str:
     """12 hexadecimal digits that all spellings of the same schedule share. Raises ScheduleError as `resolve`."""
     written = canonical(schedule, shape)

@@ -8,12 +8,16 @@ with one worker both know exactly the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from prunesearch.config import SamplerConfig, StudyConfig
+from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.limits import excess
+from prunesearch.search.propose import build
 from prunesearch.search.record import Record
-from prunesearch.search.samplers import POPULATION, ModelStudy, in_charge
+from prunesearch.search.samplers import POPULATION, TOKEN_GP, ModelStudy, in_charge
+from prunesearch.search.token_gp import TokenModel
 from prunesearch.space import Value, dimensions, parameters_of
 
 STARTUP = 10
@@ -43,10 +47,6 @@ class Lessons:
 
     def draw(self, seed: int) -> dict[str, Value]:
         """One proposal for a new candidate; the same results and seed give the same one."""
-        if self._sampler.name == "nsga2":
-            # The parents of a generation come in one order when Optuna selects them, and in another whenever it
-            # remembers them. A search that was continued selects anew, so the second answer is the one to rely on.
-            self.model.draw(seed)
         return self.model.draw(seed)
 
     def begin(self, record: Record) -> None:
@@ -125,5 +125,8 @@ class Lessons:
     def _in_charge(self) -> SamplerConfig:
         return in_charge(self._config, len(self._parameters))
 
-    def _new_model(self) -> ModelStudy:
-        return ModelStudy(self._sampler, self._config.space, self._config.objectives)
+    def _new_model(self) -> ModelStudy | TokenModel:
+        if self._sampler.name != TOKEN_GP:
+            return ModelStudy(self._sampler, self._config.space, self._config.objectives)
+        shape = model_shape(self._config.model)
+        return TokenModel(self._config, shape, partial(build, self._config, shape), self._parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -14,12 +14,12 @@ from prunesearch.search.iso_budget import within_budget
 from prunesearch.search.limits import computed_excess
 from prunesearch.search.quasi_random import points
 from prunesearch.space import (
-    Dimension,
     Value,
     any_value,
     combination,
     combinations,
     dimensions,
+    mutated,
     parameters_of,
     schedule_from,
     uid_of,
@@ -67,18 +67,29 @@ def propose(
     rejected = 0
     repeated: list[dict[str, Value]] = []
     for parameters in _stream(config, draw, draws, repeated, known, index):
-        try:
-            suggested = schedule_from(parameters, config.space, shape)
-            budget = config.budget
-            schedule = suggested if budget is None else within_budget(suggested, shape, budget.gmacs)
-            if all(amount <= 0 for amount in computed_excess(config, schedule).values()):
-                if uid_of(schedule, shape) not in seen:
-                    return Proposal(schedule, rejected, parameters_of(suggested, config.space))
-                repeated.append(parameters)
-        except ScheduleError:
-            pass  # these choices do not go together, or cannot come to the budget
+        built = build(config, shape, parameters)
+        if built is not None:
+            uid, schedule = built
+            if uid not in seen:
+                suggested = schedule_from(parameters, config.space, shape)
+                return Proposal(schedule, rejected, parameters_of(suggested, config.space))
+            repeated.append(parameters)
         rejected += 1
     return Proposal(None, rejected)
+
+
+def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value]) -> tuple[str, Schedule] | None:
+    """Uid and schedule of the candidate that these values stand for; None when they do not go together, cannot come to
+    the budget, or break a limit that arithmetic knows."""
+    try:
+        schedule = schedule_from(parameters, config.space, shape)
+        if config.budget is not None:
+            schedule = within_budget(schedule, shape, config.budget.gmacs)
+        if any(amount > 0 for amount in computed_excess(config, schedule).values()):
+            return None
+        return uid_of(schedule, shape), schedule
+    except ScheduleError:
+        return None
 
 
 def _stream(
@@ -98,15 +109,10 @@ def _stream(
     start = tuple(repeated) or known
     if start and space:
         for _ in range(MUTATIONS):
-            yield _mutated(generator.choice(start), space, generator)
+            yield mutated(generator.choice(start), space, generator)
     for _ in range(RANDOM_DRAWS):
         yield {name: any_value(dimension, generator) for name, dimension in space.items()}
     total = combinations(config.space)
     if total is not None and total <= COUNTABLE:
         for position in generator.sample(range(total), total):
             yield combination(config.space, position)
-
-
-def _mutated(parameters: dict[str, Value], space: dict[str, Dimension], generator: random.Random) -> dict[str, Value]:
-    names = generator.sample(list(space), k=min(len(space), generator.randint(1, 2)))
-    return {**parameters, **{name: any_value(space[name], generator) for name in names}}

@@ -1,4 +1,5 @@
-"""The first candidates of sampler auto: points that fill the space evenly, by Sobol's sequence, scrambled by the seed.
+"""The first candidates of samplers auto and token_gp: points that fill the space evenly, by Sobol's sequence, scrambled
+by the seed.
 
 SciPy's, since the one in Optuna takes no choices without an order, and its next point depends on what a process asked
 before.
@@ -10,18 +11,19 @@ import math
 from collections.abc import Iterator
 
 from prunesearch.config import StudyConfig
+from prunesearch.search.samplers import TOKEN_GP
 from prunesearch.space import Choice, Dimension, Value, dimensions
 
 FEWEST = 10
-"""Candidates from here in small spaces; in others as many as there are parameters. With twice as many and more, TPE
-begins too late."""
+"""Candidates from here in small spaces; in others as many as there are parameters. With twice as many and more, the
+model begins too late."""
 REDRAWS = 64
 """Points for one candidate, when some are impossible or over the limits."""
 
 
 def count_of(config: StudyConfig) -> int:
     """How many candidates of a study come from here."""
-    if config.sampler.name != "auto":
+    if config.sampler.name not in ("auto", TOKEN_GP):
         return 0
     startup = config.sampler.startup
     return max(FEWEST, len(dimensions(config.space))) if startup is None else startup

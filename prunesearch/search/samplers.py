@@ -30,16 +30,18 @@ WINDOW = 400
 POPULATION = 50
 MANY_CANDIDATES = 1000
 MANY_WORKERS = 16
+TOKEN_GP = "token_gp"
 GENERATION_KEY = "NSGAIISampler:generation"
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A registered sampler. `make(seed, startup)` gives Optuna's object; `window` bounds what it sees, None is all."""
+    """A registered sampler. `make(seed, startup)` gives Optuna's object, None is what is not of Optuna (`token_gp.py`,
+    and auto, which leaves the work to others); `window` bounds what it sees, None is all."""
 
     name: str
     summary: str
-    make: Callable[[int, int | None], BaseSampler]
+    make: Callable[[int, int | None], BaseSampler] | None
     window: int | None = None
     draws: int = 25
     """Questions for one candidate before simpler ways take over; samplers repeat themselves once they are sure."""
@@ -74,9 +76,15 @@ def _population(startup: int | None) -> int:
 
 
 for _sampler in (
-    Sampler("auto", "fills the space evenly, then tpe, and nsga2 for many candidates; the default", _tpe, WINDOW, 8),
+    Sampler("auto", "token_gp, and nsga2 for many candidates or workers; the default", None),
+    Sampler(
+        TOKEN_GP,
+        "fills the space evenly, then a Gaussian process over the tokens in each block, by hypervolume",
+        None,
+        draws=4,
+    ),
     Sampler("tpe", "tree-structured Parzen estimator over all parameters at once", _tpe, WINDOW, draws=8),
-    Sampler("nsga2", "genetic algorithm, generations of 50 (or of sampler.startup)", _nsga2),
+    Sampler("nsga2", "genetic algorithm, generations of 50 (or of sampler.startup)", _nsga2, draws=8),
     Sampler(
         "gp",
         "Gaussian process with expected hypervolume; for up to 200 costly candidates",
@@ -92,12 +100,12 @@ for _sampler in (
 def in_charge(config: StudyConfig, known: int) -> SamplerConfig:
     """Which sampler a study asks when it knows so many candidates: its own, unless that is auto.
 
-    The questions of TPE take longer with each candidate, and it learns too late for many workers.
+    The questions of a Gaussian process take longer with each candidate, too long for many workers.
     """
     if config.sampler.name != "auto":
         return config.sampler
     many = known >= MANY_CANDIDATES or (config.workers.count or 0) > MANY_WORKERS
-    return replace(config.sampler, name="nsga2" if many else "tpe", startup=None)
+    return replace(config.sampler, name="nsga2" if many else TOKEN_GP, startup=None)
 
 
 class ModelStudy:
@@ -108,6 +116,9 @@ class ModelStudy:
 
     def __init__(self, config: SamplerConfig, space: SpaceConfig, objectives: Sequence[Objective]) -> None:
         self._config, self._sampler = config, SAMPLERS[config.name]
+        make = self._sampler.make
+        assert make is not None, "others have a model of their own"
+        self._make = make
         self._distributions = {name: _distribution(dimension) for name, dimension in dimensions(space).items()}
         self._memory = _Memory()
         with quiet_optuna():
@@ -116,27 +127,37 @@ class ModelStudy:
             )
         self._signs = tuple(1.0 if objective.goal == "minimize" else -1.0 for objective in objectives)
         self._ids: dict[str, int] = {}
+        self._candidates: list[int] = []
         self._recent: deque[int] = deque(maxlen=self._sampler.window)
         self._front: dict[int, tuple[float, ...]] = {}
         self._running: set[int] = set()
         self._generation_of: dict[int, int] = {}
         self._finished_in: Counter[int] = Counter()
+        self._asked: int | None = None
 
     def draw(self, seed: int) -> dict[str, Value]:
         """One proposal. It leaves no trace: `add` says which proposals become candidates."""
         if not self._distributions:
             return {}
+        if self._config.name == "nsga2" and self._asked != (generation := self._generation()):
+            # The parents of a generation come in one order when Optuna selects them, and in another whenever it
+            # remembers them. A search that was continued selects anew, so the second answer is the one to rely on.
+            self._asked = generation
+            self._ask(seed)
+        return self._ask(seed)
+
+    def _ask(self, seed: int) -> dict[str, Value]:
+        self._memory.visible = self._candidates  # and not what earlier questions left there
         if self._sampler.window is not None:
-            self._memory.visible = self._running | self._front.keys() | set(self._recent)
-        self._study.sampler = _with_fixed_space(self._sampler.make(seed, self._config.startup), self._distributions)
+            self._memory.visible = sorted(self._running | self._front.keys() | set(self._recent))
+        self._study.sampler = _with_fixed_space(self._make(seed, self._config.startup), self._distributions)
         trial = self._study.ask(fixed_distributions=self._distributions)
         self._study.tell(trial, state=TrialState.FAIL)
         return dict(trial.params)
 
     def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
         """A candidate that runs now. It has every parameter of the space."""
-        generation = max(self._finished_in, default=0)  # as NSGA-II counts: full when so many are complete
-        generation += self._finished_in[generation] >= _population(self._config.startup)
+        generation = self._generation()
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(parameters),
@@ -146,7 +167,13 @@ class ModelStudy:
         study_id = self._memory.get_study_id_from_name(self._study.study_name)
         self._ids[uid] = self._memory.create_new_trial(study_id, template_trial=trial)
         self._running.add(self._ids[uid])
+        self._candidates.append(self._ids[uid])
         self._generation_of[self._ids[uid]] = generation
+
+    def _generation(self) -> int:
+        """Of a candidate that is new now, as NSGA-II counts: one is full when so many of it are complete."""
+        last = max(self._finished_in, default=0)
+        return last + (self._finished_in[last] >= _population(self._config.startup))
 
     def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
         """The result of a candidate: None when it failed. `excess` above 0 breaks a limit. Others are ignored."""
@@ -178,7 +205,8 @@ class ModelStudy:
 class _Memory(InMemoryStorage):
     """Optuna's storage in memory that can hide trials from samplers."""
 
-    visible: set[int] | None = None
+    visible: Sequence[int] | None = None
+    """Their numbers, ascending; None is all."""
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -186,7 +214,7 @@ class _Memory(InMemoryStorage):
         if self.visible is None:
             return super().get_all_trials(study_id, deepcopy, states)
         trials = super().get_all_trials(study_id, deepcopy=False)  # their numbers are their places
-        seen = (trials[number] for number in sorted(self.visible))
+        seen = (trials[number] for number in self.visible)
         found = [trial for trial in seen if states is None or trial.state in states]
         return copy.deepcopy(found) if deepcopy else found
 

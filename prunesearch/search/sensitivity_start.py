@@ -6,14 +6,18 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
 from prunesearch.evaluate.sensitivity import (
+    IMAGES_FOR_A_START,
     Sensitivities,
     load_sensitivities,
     measure_sensitivities,
     save_sensitivities,
 )
+from prunesearch.front import hypervolume
 from prunesearch.schedule import ModelShape
 from prunesearch.search.limits import computed_excess
 from prunesearch.search.sensitivity_front import Predicted, predicted_front
@@ -27,9 +31,10 @@ STARTS = 16
 
 
 def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivities) -> list[Predicted]:
-    """At most STARTS schedules of the predicted front that keep the limits arithmetic knows, the cheapest first.
+    """At most STARTS schedules of the predicted front that keep the limits arithmetic knows.
 
-    Evenly along the cost; where the study has a budget, those next below it.
+    Evenly along the cost, those first that matter most, so that a search that is stopped soon has a front. Where the
+    study has a budget, those next below it.
     """
     possible = [
         point
@@ -39,7 +44,7 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     if config.budget is not None:
         budget = config.budget.gmacs
         return [point for point in possible if point.gmacs <= budget][-STARTS:]
-    return _evenly(possible, STARTS)
+    return _best_first(_evenly(possible, STARTS))
 
 
 def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
@@ -54,7 +59,7 @@ def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
             if found.fits(config):
                 return found
             logger.warning("%s is of another model, data or space: measured again", path)
-    found = measure_sensitivities(config)
+    found = measure_sensitivities(config, IMAGES_FOR_A_START)
     save_sensitivities(found, path)
     return found
 
@@ -67,3 +72,17 @@ def _evenly(front: Sequence[Predicted], most: int) -> list[Predicted]:
     targets = [low + (high - low) * index / (most - 1) for index in range(most)]
     nearest = (min(range(len(front)), key=lambda place: abs(front[place].gmacs - target)) for target in targets)
     return [front[place] for place in dict.fromkeys(nearest)]
+
+
+def _best_first(front: Sequence[Predicted]) -> list[Predicted]:
+    """Each one adds the most to what those before it dominate, of divergence and MACs as shares of their range."""
+    if not front:
+        return []
+    losses = np.array([(point.divergence, point.gmacs) for point in front])
+    extent = np.ptp(losses, axis=0)
+    scaled, reference = (losses - losses.min(axis=0)) / np.where(extent > 0, extent, 1.0), np.full(2, 1.1)
+    order: list[int] = []
+    while len(order) < len(front):
+        left = [index for index in range(len(front)) if index not in order]
+        order.append(max(left, key=lambda index: hypervolume(scaled[[*order, index]], reference)))
+    return [front[index] for index in order]
