@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from prunesearch.config import SamplerConfig, StudyConfig
 from prunesearch.evaluate import model_shape
@@ -17,8 +18,10 @@ from prunesearch.search.limits import excess
 from prunesearch.search.propose import build
 from prunesearch.search.record import Record
 from prunesearch.search.samplers import POPULATION, TOKEN_GP, ModelStudy, in_charge
-from prunesearch.search.token_gp import TokenModel
 from prunesearch.space import Value, dimensions, parameters_of
+
+if TYPE_CHECKING:
+    from prunesearch.search.token_gp import TokenModel
 
 STARTUP = 10
 """Random candidates before a model takes over, where the study file does not say."""
@@ -128,5 +131,7 @@ class Lessons:
     def _new_model(self) -> ModelStudy | TokenModel:
         if self._sampler.name != TOKEN_GP:
             return ModelStudy(self._sampler, self._config.space, self._config.objectives)
+        from prunesearch.search.token_gp import TokenModel  # scikit-learn's regressions take a second to import
+
         shape = model_shape(self._config.model)
         return TokenModel(self._config, shape, partial(build, self._config, shape), self._parameters)

@@ -31,7 +31,7 @@ ROOMS = {
     "ray": ("search.ray_workers", "search.tune"),
     "rich": ("report", "cli", "catalogue"),
     "matplotlib": ("plot", "plot_sensitivity"),
-    "sklearn": ("evaluate.digits", "search.surrogate"),
+    "sklearn": ("evaluate.digits", "search.surrogate", "search.token_gp"),
 }
 # front.py knows `Record`, schedule.py asks the registries in tokens/ when a schedule is resolved
 UPWARD = {("schedule", "tokens")}

@@ -283,7 +283,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
     """Studies whose sensitivities were "measured"."""
     calls: list[StudyConfig] = []
 
-    def measure(config: StudyConfig) -> Sensitivities:
+    def measure(config: StudyConfig, count: int) -> Sensitivities:
         calls.append(config)
         return table(config)
 
