@@ -163,7 +163,7 @@ class Limit:
     at_least: float | None = _field("lower bound", None)
 
     def excess(self, value: float) -> float:
-        """By how much a value breaks the bounds, in its unit; 0 or less is within."""
+        """By how much a value breaks the bounds, in its unit; 0 or less is within, and NaN, for NaN, is not."""
         above = [] if self.at_most is None else [value - self.at_most]
         below = [] if self.at_least is None else [self.at_least - value]
         return max(above + below, default=0.0)

@@ -214,14 +214,7 @@ def _margins(objectives: Sequence[Objective]) -> np.ndarray:
 
 def _takes_part(values: Mapping[str, float], objectives: Sequence[Objective], limits: Limits) -> bool:
     finite = all(math.isfinite(values.get(objective.metric, math.nan)) for objective in objectives)
-    return finite and all(_excess(values.get(name, math.nan), limit) <= 0 for name, limit in limits)
-
-
-def _excess(value: float, limit: Limit) -> float:
-    """By how much a value breaks a limit; NaN for a value that is NaN, which is within no limit."""
-    above = value - limit.at_most if limit.at_most is not None else -math.inf
-    below = limit.at_least - value if limit.at_least is not None else -math.inf
-    return math.nan if math.isnan(value) else max(above, below)
+    return finite and all(limit.excess(values.get(name, math.nan)) <= 0 for name, limit in limits)
 
 
 def _nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
@@ -229,7 +222,7 @@ def _nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
         total = 0.0
         for name, limit in bounds:
             bound = limit.at_most if limit.at_most is not None else limit.at_least
-            excess = _excess(values_of(record).get(name, math.nan), limit)
+            excess = limit.excess(values_of(record).get(name, math.nan))
             total += math.inf if math.isnan(excess) else max(excess, 0.0) / (abs(bound or 0.0) or 1.0)
         return total, record.number
 

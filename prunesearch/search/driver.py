@@ -1,71 +1,34 @@
-"""`run_study`: the loop between sampler, workers and storage. Running an existing study continues it.
+"""`run_study`: a study from its configuration to its end. Running an existing study continues it.
 
-The order of the steps is what makes a kill at any moment harmless:
-
-    a worker writes its result to the outbox, then returns it
-    1 tell the sampler   2 pick and submit what is next   (the worker is busy again)
-    3 write the result   4 write what was picked as running   5 delete the result from the outbox
-
-What is next is a candidate that goes on to a larger budget, if one deserves it (`rungs.py`), else a new one.
-
-What is in the outbox but not in the storage is adopted on the next start, what is running there without a result is
-evaluated again, from its last checkpoint, and what was not even written is picked again, the same, from the same
-results and seed.
-
-With a database that was named, several drivers may search together: then a candidate is written, and so claimed,
-before it is submitted, and what a dead driver ran is taken over (`team.py`).
+What happens between the first candidate and the last one is in `loop.py`; here are locks, storage and workers, the
+shared weights before the search and the front measured again after it.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import FileError, RunError
+from prunesearch.errors import FileError
 from prunesearch.evaluate import check_files, model_shape
-from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
-from prunesearch.schedule import ModelShape, Schedule
 from prunesearch.search.confirm import confirm, missing
-from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted, Waiting
+from prunesearch.search.events import Done, Event, Waiting
 from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.lessons import Lessons
-from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import one_of_several, only_driver
-from prunesearch.search.outbox import delivered, discard, set_aside
+from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.problems import anchors_of, study_problems
-from prunesearch.search.promotions import Promotions
-from prunesearch.search.propose import propose, seed_of
-from prunesearch.search.record import Record, State, with_evaluation
-from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.storage import sqlite_file, storage_url
-from prunesearch.search.study import Store, has_study, open_store
+from prunesearch.search.study import has_study, open_store
 from prunesearch.search.supernet import prepare_supernet
-from prunesearch.search.tasks import task_of
 from prunesearch.search.team import Team
-from prunesearch.search.verdict import failed, hopeless, judged, same_work
-from prunesearch.search.workers import EVALUATE, Lost, NoWorkers, Workers
-from prunesearch.space import Value, uid_of
+from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
 from prunesearch.strict import to_mapping
-
-logger = logging.getLogger(__name__)
-
-HOPELESS = 5
-"""So many failures at a rung without a single success there end the run."""
-STOPPED_BY_HAND = ("interrupted", "cancelled")
-GOES_ON = (None, "trials", "exhausted")
-"""As long as nothing else ended the search, what is begun is brought to an end, promotions included."""
-TICK_SECONDS = 0.5
-LOOK_SECONDS = 1.0
-"""How often the storage is asked what other drivers did."""
 
 
 def run_study(
@@ -114,7 +77,7 @@ def run_study(
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             team = None if alone else Team(store, place, lease)
             anchors = store.starts(lambda: anchors_of(config, shape, folder))
-            run = _Search(config, shape, anchors, folder, store, team, interrupt, on_event)
+            run = Search(config, shape, anchors, folder, store, team, interrupt, on_event)
             workers: Workers = NoWorkers()
             if (search and run.has_work()) or missing(config, folder, store.records()):
                 make = make_workers or partial(_start_workers, run.outbox)
@@ -142,401 +105,8 @@ def run_study(
             store.close()
 
 
-class _Search:
-    """The state of one run."""
-
-    def __init__(
-        self,
-        config: StudyConfig,
-        shape: ModelShape,
-        anchors: list[tuple[str, Schedule]],
-        folder: Path,
-        store: Store,
-        team: Team | None,
-        interrupt: Interrupt,
-        on_event: Callable[[Event], None],
-    ) -> None:
-        self.config, self.shape, self.folder = config, shape, folder
-        self.store, self.team, self.interrupt, self.on_event = store, team, interrupt, on_event
-        self.outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
-        self.anchors = deque(anchors)
-        self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
-        self.lessons, self.promotions = Lessons(config), Promotions(config)
-        self.last_rung = len(config.rungs) - 1
-        self.records = {record.uid: record for record in store.records()}
-        self.recovered = self._adopt_outbox(self.outbox) + self._close_half_closed()
-        self.rerun: deque[Record] = deque()
-        self.looked = 0.0
-        self.stray: dict[str, float] = {}  # running under this driver's name without it, since when
-        self.under_way: dict[str, Task] = {}
-        self.unrecorded: list[Record] = []  # submitted, and the storage does not know it yet
-        self.unwritten: set[str] = set()  # finished, and the storage does not know it yet
-        self.deaths: Counter[tuple[str, int]] = Counter()
-        self.failures: list[Evaluation] = []
-        self.rejected = 0
-        self.reason: Reason | None = None
-        self.workers: Workers = NoWorkers()
-        self.why = ""
-        self.start = time.monotonic()
-
-    def has_work(self) -> bool:
-        """Whether anything is left to evaluate."""
-        total = self.config.stop.trials
-        if total is None or len(self.records) < total or self._count("running"):
-            return True
-        return Promotions(self.config, self.records.values()).next() is not None
-
-    def run(self, workers: Workers) -> Done:
-        self.workers = workers
-        self.recovered += self._adopt_outbox(self.outbox)  # again: workers of a killed driver live on for a moment
-        self._take_up()
-        try:
-            self._fill()
-            self._record_submitted()
-            while self.under_way or self._others_run():
-                if not self.under_way:
-                    time.sleep(TICK_SECONDS)
-                for task, outcome in self.workers.wait(TICK_SECONDS):
-                    self._handle(task, outcome)
-                self._look_for_a_reason_to_stop()
-                if self.team is not None:
-                    self._look_at_the_others()
-                    self._fill()
-        except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
-            self.reason = "cancelled"
-        done = self._done()
-        nothing_works = not any(map(self._has_succeeded, range(len(self.config.rungs))))
-        if self.failures and (done.reason == "hopeless" or (nothing_works and done.reason not in STOPPED_BY_HAND)):
-            raise RunError(hopeless(self._hopeless_failures() or self.failures))
-        if done.reason == "disk":
-            raise RunError(self.why)
-        return done
-
-    def look(self) -> Done:
-        """Where the study stands; nothing is submitted."""
-        self._take_up()
-        self.reason = "trials"
-        return self._done()
-
-    def _handle(self, task: Task, outcome: Evaluation | Lost) -> None:
-        record = self.records[task.uid]
-        del self.under_way[task.uid]
-        if isinstance(outcome, Lost):
-            if outcome.cause == "crash" and self._retry(record, outcome):
-                return
-            outcome = failed(task, outcome.cause, outcome.error)
-        if isinstance(outcome, Evaluation) and outcome.cause == "disk":  # no fault of the candidate
-            discard(self.outbox, task.uid, task.rung)
-            self.why = (
-                f"{self.folder}: a worker could not write ({outcome.error}). What is finished is saved. Free some "
-                f"space and run the study again to continue."
-            )
-            self._stop("disk", "no space is left for weights")
-            return
-        self.unwritten.add(task.uid)
-        evaluation = judged(outcome, self.config)
-        if evaluation.status == "failed":
-            self.failures.append(evaluation)
-        reached("result")
-        after = with_evaluation(record, evaluation, self.store.results, self.last_rung)
-        self._learn(after, evaluation)
-        if self.team is not None:  # who else would promote it, must find it closed
-            self._write(record, evaluation)
-        self._fill()
-        reached("submitted")
-        if self.team is None:
-            self._write(record, evaluation)
-        reached("finished")
-        self.on_event(Finished(after, evaluation, self.rejected))
-        self._record_submitted()
-        reached("begun")
-        discard(self.outbox, task.uid, task.rung)
-        reached("discarded")
-
-    def _write(self, record: Record, evaluation: Evaluation) -> None:
-        self.store.finish(record, evaluation)
-        self.unwritten.discard(record.uid)
-
-    def _learn(self, record: Record, evaluation: Evaluation) -> None:
-        self.records[record.uid] = record
-        self.lessons.finish(record, evaluation, self.records)
-        self.promotions.add(record)
-
-    # --- starting candidates ---
-
-    def _fill(self) -> None:
-        """Give every free worker something to do, as long as there is something."""
-        while len(self.under_way) < self.workers.count and self._submit_next():
-            pass
-
-    def _submit_next(self) -> bool:
-        self._look_for_a_reason_to_stop()
-        if self.reason not in GOES_ON:
-            return False
-        if self.rerun:
-            self._submit_again(self.rerun.popleft())
-            return True
-        record = self._next_promoted() or self._next_new()
-        if record is None:
-            return False
-        if self.team is not None:
-            if not self._record_begun(record):  # another driver was faster; with what it did in mind, pick again
-                self._look_at_the_others(at_once=True)
-                return True
-            record = self.records[record.uid]
-        self.records[record.uid] = record
-        self.lessons.begin(record)
-        self.promotions.add(record)
-        self._submit(record, attempt=0)
-        if self.team is None:
-            self.unrecorded.append(record)
-        else:
-            self.on_event(Submitted(record, attempt=0))
-        return True
-
-    def _next_promoted(self) -> Record | None:
-        best = self.promotions.next()
-        return None if best is None else replace(self.records[best.uid], state="running", rung=best.rung + 1)
-
-    def _next_new(self) -> Record | None:
-        if self.reason is not None:
-            return None
-        total = self.config.stop.trials
-        if total is not None and len(self.records) >= total:
-            self.reason = "trials"
-            return None
-        record = self._next_candidate()
-        if record is None:
-            self._stop("exhausted", "there is no further candidate within the space and its limits")
-        return record
-
-    def _next_candidate(self) -> Record | None:
-        while self.anchors:
-            _, schedule = self.anchors.popleft()
-            if uid_of(schedule, self.shape) not in self.records:
-                return self._new_record(schedule)
-        draws, index = SAMPLERS[self.config.sampler.name].draws, len(self.records)
-        learned = self.lessons
-        proposal = propose(self.config, self.shape, learned.draw, draws, learned.known, self.records, index)
-        self.rejected += proposal.rejected
-        return None if proposal.schedule is None else self._new_record(proposal.schedule, proposal.parameters)
-
-    def _new_record(self, schedule: Schedule, parameters: Mapping[str, Value] | None = None) -> Record:
-        uid = uid_of(schedule, self.shape)
-        seed = seed_of(self.config.sampler.seed, uid)
-        return Record(-1, uid, schedule, "running", self.origins.get(uid, "sampler"), seed, parameters=parameters)
-
-    def _record_submitted(self) -> None:
-        for record in self.unrecorded:
-            self._record_begun(record)
-            self.on_event(Submitted(self.records[record.uid], attempt=0))
-        self.unrecorded.clear()
-
-    def _record_begun(self, record: Record) -> bool:
-        """Whether it is this driver's; alone it always is."""
-        begun: Record | None = record
-        if record.rung == 0:
-            excess = computed_excess(self.config, record.schedule)
-            begun = self.store.begin(record, excess, self.config.stop.trials)
-        elif not self.store.promote(record):
-            begun = None
-        if begun is not None:
-            self.records[record.uid] = replace(begun, owner=self.store.owner)
-        return begun is not None
-
-    def _submit_again(self, record: Record) -> None:
-        attempt = self.store.begin_again(record.number)
-        if attempt is None:
-            return
-        self._submit(record, attempt)
-        self.on_event(Submitted(record, attempt))
-
-    def _submit(self, record: Record, attempt: int) -> None:
-        task = task_of(record, attempt, self.config, self.folder)
-        self.under_way[record.uid] = task
-        self.workers.submit(task)
-
-    def _retry(self, record: Record, lost: Lost) -> bool:
-        """Whether the candidate of a dead worker is left to be evaluated again, now or in the next run."""
-        which = (record.uid, record.rung)
-        self.deaths[which] += 1
-        if self.deaths[which] > self.config.workers.retries:
-            return False
-        self.on_event(Retrying(record, self.deaths[which], lost.error))
-        self._look_for_a_reason_to_stop()
-        if self.reason in GOES_ON:
-            self._submit_again(record)
-        return True
-
-    # --- ending ---
-
-    def _look_for_a_reason_to_stop(self) -> None:
-        hours = self.config.stop.hours
-        if self.interrupt.count:
-            self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
-        elif hours is not None and time.monotonic() - self.start >= 3600 * hours:
-            self._stop("hours", f"stop.hours ({hours:g}) are over")
-        elif failures := self._hopeless_failures():
-            self._stop("hopeless", f"nothing but failures so far ({len(failures)})")
-
-    def _hopeless_failures(self) -> list[Evaluation]:
-        """Of a rung where nothing succeeds: many, or one that is an error of the dense model, which none will do
-        without. Else none."""
-        dense = uid_of(Schedule(), self.shape)
-        for rung in sorted({evaluation.rung for evaluation in self.failures}):
-            failures = [evaluation for evaluation in self.failures if evaluation.rung == rung]
-            is_common = any((one.uid, one.cause) == (dense, "error") for one in failures)
-            if (len(failures) >= HOPELESS or is_common) and not self._has_succeeded(rung):
-                return failures
-        return []
-
-    def _has_succeeded(self, rung: int) -> bool:
-        return any(record.at(rung) is not None for record in self.records.values())
-
-    def _stop(self, reason: Reason, why: str) -> None:
-        if self.reason in GOES_ON and reason != self.reason:
-            self.reason = reason
-            self.on_event(Stopping(reason, len(self.under_way), why))
-
-    def _count(self, state: State) -> int:
-        return sum(record.state == state for record in self.records.values())
-
-    def _done(self) -> Done:
-        assert self.reason is not None, "nothing runs, so something stopped it"
-        return Done(
-            self.reason,
-            complete=self._count("complete"),
-            failed=self._count("failed"),
-            running=self._count("running"),
-            rejected=self.rejected,
-            seconds=time.monotonic() - self.start,
-            paused=self._count("paused"),
-        )
-
-    # --- continuing ---
-
-    def _take_up(self) -> None:
-        """Teach the sampler what an earlier run found, and say where the search stands."""
-        self.lessons.take_up(self.records.values())
-        self.promotions = Promotions(self.config, self.records.values())
-        running = [record for record in self.records.values() if record.state == "running" and self._is_mine(record)]
-        self.rerun.extend(sorted(running, key=lambda record: record.number))
-        self.on_event(
-            Started(
-                records=tuple(self.records.values()),
-                total=self.config.stop.trials,
-                done=len(self.records) - len(self.rerun),
-                rerun=len(self.rerun),
-                recovered=self.recovered,
-                workers=self.workers.description,
-            )
-        )
-
-    def _is_mine(self, record: Record) -> bool:
-        return self.team is None or record.owner == self.store.owner
-
-    def _adopt_outbox(self, outbox: Path) -> int:
-        """Finish what is in an outbox and not in the storage; returns how many. Alone, this includes the outboxes of
-        drivers that once were several."""
-        recovered = 0
-        for path, task, evaluation in delivered(outbox, deep=self.team is None):
-            if "." in task.uid or task.supernet is not None:  # of the front measured again; shared weights are a file
-                continue
-            record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
-            begun = replace(record, rung=task.rung)
-            is_ours = task.rung <= self.last_rung and same_work(
-                task, task_of(begun, task.attempt, self.config, self.folder)
-            )
-            if not is_ours:
-                set_aside(path, "it comes from a study with other settings")
-                continue
-            is_next = task.rung == record.rung + 1 and record.state == "paused"
-            if (record.number < 0 and task.rung == 0) or is_next:  # it was submitted, and the storage does not know
-                self._record_begun(begun)
-            elif record.number < 0:
-                set_aside(path, "its smaller budgets are not in the storage")
-                continue
-            known = self.records.get(task.uid)
-            if known is not None and known.state == "running" and known.rung == task.rung:
-                self.records[task.uid] = self.store.finish(known, judged(evaluation, self.config))
-                recovered += 1
-            path.unlink(missing_ok=True)
-        return recovered
-
-    def _close_half_closed(self) -> int:
-        """The result is there but the candidate is not closed: a kill between two commits, and no outbox."""
-        running = [record for record in self.records.values() if record.state == "running" and self._is_mine(record)]
-        half = [record for record in running if record.rung_done == record.rung]
-        for record in half:
-            assert record.evaluation is not None
-            self.records[record.uid] = self.store.finish(record, record.evaluation)
-        return len(half)
-
-    # --- together with other drivers ---
-
-    def _others_run(self) -> bool:
-        """Whether it is worth to wait for them: what they find may deserve a promotion, and they may die."""
-        if self.team is None or self.reason not in GOES_ON:
-            return False
-        return bool(self.rerun) or any(not self._is_here(record) for record in self.store.running())
-
-    def _is_here(self, record: Record) -> bool:
-        """Whether this driver is at work on it, or has its result in hand."""
-        queued = (waiting.uid for waiting in self.rerun)
-        return record.uid in self.under_way or record.uid in self.unwritten or record.uid in queued
-
-    def _look_at_the_others(self, at_once: bool = False) -> None:
-        """Learn what other drivers found, and take over what dead ones ran."""
-        if self.team is None or (time.monotonic() - self.looked < LOOK_SECONDS and not at_once):
-            return
-        self.looked = time.monotonic()
-        changed = self.store.changed()
-        for uid in self.store.voided:
-            self.lessons.forget(self.records.pop(uid))
-        for record in changed:
-            if not self._is_here(record):
-                self._learn_of(record)
-        self._take_over(self.team)
-
-    def _learn_of(self, record: Record) -> None:
-        known = self.records.get(record.uid)
-        self.records[record.uid] = record
-        if known is None:
-            self.lessons.begin(record)
-        for evaluation in record.evaluations[0 if known is None else len(known.evaluations) :]:
-            self.lessons.finish(record, evaluation, self.records)
-            self.on_event(Finished(record, evaluation, self.rejected))
-        self.promotions.add(record)
-
-    def _take_over(self, team: Team) -> None:
-        elsewhere = [record for record in self.store.running() if not self._is_here(record)]
-        dead = team.dead({record.owner for record in elsewhere if not self._is_mine(record)})
-        for owner in sorted(dead):
-            self.recovered += self._adopt_outbox(self.folder / "outbox" / owner)
-        # what runs under this driver's name and not here: who claimed its promotion died before it said so
-        self.stray = {one.uid: self.stray.get(one.uid, self.looked) for one in elsewhere if self._is_mine(one)}
-        for record in elsewhere:
-            is_stray = self.looked - self.stray.get(record.uid, self.looked) > team.lease
-            is_left = record.owner in dead and self.records[record.uid].state == "running"
-            if is_stray or (is_left and self.store.take_over(record)):
-                self._run_again(record)
-
-    def _run_again(self, record: Record) -> None:
-        """Queue what runs nowhere; when only its closing is missing, close it."""
-        record = replace(record, owner=self.store.owner)
-        if record.state == "running" and record.rung_done == record.rung and record.evaluation is not None:
-            record = self.store.finish(record, record.evaluation)
-        self.records[record.uid] = record
-        if record.state == "running":
-            self.rerun.append(record)
-
-
 def _has_come(interrupt: Interrupt) -> bool:
     return interrupt.count > 0
-
-
-def reached(step: str) -> None:
-    """Does nothing; tests replace it to die at a step of the loop."""
 
 
 def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> Workers:

@@ -21,7 +21,7 @@ from prunesearch.errors import DataError, FileError, ModelError, ResourceError, 
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import driver, lessons
+from prunesearch.search import driver, lessons, loop
 from prunesearch.search.events import Done, Finished, Started, Stopping, Submitted
 from prunesearch.search.record import Record
 from prunesearch.search.workers import Lost, Outcome
@@ -46,7 +46,7 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: str, time: int) -> None:
         if times == time and here == step:
             raise Killed
 
-    monkeypatch.setattr(driver, "reached", reached)
+    monkeypatch.setattr(loop, "reached", reached)
 
 
 def test_dense_first_then_start_schedules_then_the_sampler(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_metrics_that_were_not_measured_fail(tmp_path: Path) -> None:
 def test_nobody_wants_two_hundred_identical_failures(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"5 of 5 failed.*too large.*\nTraceback"):
         run(study(200), tmp_path, "evaluate_without_memory")
-    assert len(records(tmp_path)) == driver.HOPELESS
+    assert len(records(tmp_path)) == loop.HOPELESS
     done, _ = run(study(10), tmp_path)  # mended: it goes on
     assert (done.complete, done.failed) == (5, 5)
 

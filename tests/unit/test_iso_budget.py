@@ -13,7 +13,7 @@ from prunesearch.config import BlockSpace, IsoBudget, Limit, Objective, SamplerC
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import ModelShape, Schedule, Stage, resolve
-from prunesearch.search import driver
+from prunesearch.search import loop
 from prunesearch.search.iso_budget import within_budget
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.problems import study_problems
@@ -157,7 +157,7 @@ def test_a_kill_loses_nothing_of_what_was_drawn(tmp_path: Path, monkeypatch: pyt
     config = replace(study(9, "tpe", budget=IsoBudget(BUDGET)), sampler=SamplerConfig("tpe", startup=3))
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(driver, "reached", reached)
+        patch.setattr(loop, "reached", reached)
         run(config, tmp_path / "killed")
     run(config, tmp_path / "killed")
     whole, killed = ([(one.uid, one.parameters) for one in records(tmp_path / name)] for name in ("whole", "killed"))

@@ -12,7 +12,7 @@ from fake_search import evaluate, finished, records, run, study
 
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.schedule import Schedule
-from prunesearch.search import driver
+from prunesearch.search import driver, loop
 from prunesearch.search.events import Event, Started
 from prunesearch.search.outbox import delivered, discard, evaluate_into
 from prunesearch.search.workers import Workers
@@ -33,7 +33,7 @@ def leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(driver, "reached", reached)
+        patch.setattr(loop, "reached", reached)
         run(study(6), tmp_path)
     (path,) = (tmp_path / "outbox").glob("*.json")
     return path

@@ -25,7 +25,7 @@ from prunesearch.config import (
     WorkersConfig,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.search import driver, quasi_random, samplers, token_gp
+from prunesearch.search import loop, quasi_random, samplers, token_gp
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
 from prunesearch.space import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
@@ -262,7 +262,7 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
                 raise Killed
 
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(driver, "reached", reached)
+            patch.setattr(loop, "reached", reached)
             run(config, tmp_path / "killed")
     run(config, tmp_path / "killed")
     whole, killed = ([(one.uid, one.orders) for one in records(tmp_path / name)] for name in ("whole", "killed"))
