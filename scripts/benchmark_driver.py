@@ -36,7 +36,7 @@ from prunesearch.search.table import Measured, Table
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 BUDGETS = (0, 599, 2396)
 RUNGS = {"one": "rungs=[{images: 0}]", "three": "rungs=[{images: 0}, {images: 599}, {images: 2396}]"}
-RUNS = [("random", "one"), ("nsga2", "one"), ("auto", "one"), ("auto", "three")]
+RUNS = [("random", "one"), ("auto", "one"), ("auto", "three")]
 PER_BLOCK = 1000
 
 

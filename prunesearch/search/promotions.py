@@ -8,7 +8,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.search.agreement import cost_of
 from prunesearch.search.limits import total_excess
 from prunesearch.search.record import Record
-from prunesearch.search.rungs import Result, next_promotion
+from prunesearch.search.rungs import Result, promotion
 
 
 class Promotions:
@@ -18,7 +18,8 @@ class Promotions:
         self._config = config
         names, cost = [objective.metric for objective in config.objectives], cost_of(config)
         self._cost = None if cost is None else names.index(cost)
-        self._results: dict[tuple[str, int], Result] = {}
+        self._results: list[dict[str, Result]] = [{} for _ in config.rungs]
+        self._settled: set[int] = set()  # rungs where nobody deserves it, as long as nothing changes there
         for record in records:
             self.add(record)
 
@@ -28,7 +29,7 @@ class Promotions:
             if evaluation.status != "complete":
                 continue
             values, objectives = dict(evaluation.metrics), self._config.objectives
-            self._results[record.uid, evaluation.rung] = Result(
+            result = Result(
                 record.uid,
                 evaluation.rung,
                 tuple(values[one.metric] * (1 if one.goal == "minimize" else -1) for one in objectives),
@@ -36,7 +37,16 @@ class Promotions:
                 record.is_anchor,
                 is_promoted=record.rung > evaluation.rung,
             )
+            if self._results[evaluation.rung].get(record.uid) != result:
+                self._results[evaluation.rung][record.uid] = result
+                self._settled.discard(evaluation.rung)
 
     def next(self) -> Result | None:
         """Who goes on now, and from which rung."""
-        return next_promotion(list(self._results.values()), len(self._config.rungs), self._config.promote, self._cost)
+        for rung in reversed(range(len(self._results) - 1)):
+            if rung not in self._settled:
+                found = promotion(list(self._results[rung].values()), self._config.promote, self._cost)
+                if found is not None:
+                    return found
+                self._settled.add(rung)
+        return None

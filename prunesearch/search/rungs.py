@@ -38,22 +38,14 @@ class Result:
     is_promoted: bool = False
 
 
-def next_promotion(results: Sequence[Result], rungs: int, one_in: int, cost: int | None) -> Result | None:
-    """Who goes on to the next of so many rungs now, from the highest rung that has somebody; None is nobody.
+def promotion(results: Sequence[Result], one_in: int, cost: int | None) -> Result | None:
+    """Who of one rung goes on now; None is nobody.
 
     Anchors go on at once. Others wait until a rung has 2 * one_in results; from then on those among its best
     1/one_in, and the best one within the limits of each third of the range of costs (the column `cost` of the losses)
     from which nobody went on yet, not even an anchor. Results with a loss that is not finite do not take part.
     """
-    for rung in reversed(range(rungs - 1)):
-        finished = [one for one in results if one.rung == rung and all(map(math.isfinite, one.losses))]
-        found = _promotion(sorted(finished, key=lambda one: one.uid), one_in, cost)
-        if found is not None:
-            return found
-    return None
-
-
-def _promotion(finished: list[Result], one_in: int, cost: int | None) -> Result | None:
+    finished = sorted((one for one in results if all(map(math.isfinite, one.losses))), key=lambda one: one.uid)
     for result in finished:
         if result.is_anchor and not result.is_promoted:
             return result

@@ -26,12 +26,21 @@ from prunesearch.search.agreement import agreements, kendall_tau
 from prunesearch.search.limits import total_excess
 from prunesearch.search.problems import study_problems
 from prunesearch.search.record import Record, with_evaluation
-from prunesearch.search.rungs import Result, bands_of, next_of_net, next_promotion, nondominated_ranks
+from prunesearch.search.rungs import Result, bands_of, next_of_net, nondominated_ranks, promotion
 from prunesearch.search.study import open_store, open_study_readonly, storage_url
 
 STAIRS = [(1.0, 9.0), (2.0, 6.0), (3.0, 4.0), (6.0, 2.0), (9.0, 1.0)]
 """A front: error and cost. (3, 4) is the best compromise."""
 BEHIND = [(5.0, 9.5), (7.0, 8.0), (9.5, 7.0), (9.5, 9.5)]
+
+
+def next_promotion(results: Sequence[Result], rungs: int, one_in: int, cost: int | None) -> Result | None:
+    """Who goes on to the next of so many rungs now, from the highest rung that has somebody; None is nobody."""
+    for rung in reversed(range(rungs - 1)):
+        found = promotion([one for one in results if one.rung == rung], one_in, cost)
+        if found is not None:
+            return found
+    return None
 
 
 def finished(losses: Sequence[tuple[float, ...]], rung: int = 0) -> list[Result]:
