@@ -501,12 +501,35 @@ def view_table(table: Table, config: StudyConfig) -> str:
     return "\n".join(lines)
 
 
+ABOUT = {
+    RANDOM: "independent draws (Optuna's RandomSampler)",
+    "uniform grid": "the same keep at blocks 2, 4 and 6, each verb and score, in random order",
+    "NSGA-II": "`study.optimize` with Optuna's NSGAIISampler as it comes, full budget for all",
+    "TPE": "the same with Optuna's TPESampler",
+    "GP": f"the same with Optuna's GPSampler, for {MOST_OF_GP} candidates",
+    DEFAULT: "sampler `auto`, one rung, `start_from: [sensitivity]`, which takes {sensing:.1f} s to measure",
+    "prunesearch, no start": "the same without the sensitivities",
+    "prunesearch, sampler tpe": "the same with Optuna's TPE, multivariate, in place of `auto`",
+    "prunesearch, iso-budgets": "without a start, `budget: {{gmacs: ...}}`: {budgets} in turn, a fifth of the time",
+    "prunesearch, rungs": "the default with `rungs: [{{images: 0}}, {{images: 599}}, {{images: 2396}}]`",
+}
+
+
+def methods_table(seeds: Mapping[str, int], sensing: float) -> str:
+    lines = ["| search | seeds | what it is |", "|---|---|---|"]
+    for name, about in ABOUT.items():
+        if name in seeds:
+            words = about.format(sensing=sensing, budgets=", ".join(map(str, BUDGETS)))
+            lines.append(f"| {name} | {seeds[name]} | {words} |")
+    return "\n".join(lines)
+
+
 PAGE = """\
 # How good is the front after so many seconds of evaluation?
 
 {schedules} schedules of the digits ViT (`{table}`, made with `scripts/record_table.py`) were measured as they
 come, after 599 and after 2396 training images. Searches of the same space replay on that table, through the real driver
-of prunesearch, or through `study.optimize` of Optuna; {seeds} seeds ({few} for {slow}), one worker.
+of prunesearch, or through `study.optimize` of Optuna, with paired seeds and one worker.
 
 - **Cost**: seconds of evaluation, everything counted but the questions of the samplers. Every run may spend
   {total:.0f} s, what random search needs for {evaluations} evaluations at the full budget (2396 images). Impossible
@@ -516,16 +539,7 @@ of prunesearch, or through `study.optimize` of Optuna; {seeds} seeds ({few} for 
   corners are the ideal and the nadir of the front of everything that any run found: {box}.
 - **Luck**: {luck}
 
-| | |
-|---|---|
-| random | independent draws (Optuna's RandomSampler) |
-| uniform grid | the same keep at blocks 2, 4 and 6, each verb and score, in random order |
-| NSGA-II, TPE, GP | `study.optimize` with Optuna's samplers as they come, full budget for all; GP stops at {gp} |
-| prunesearch | sampler `auto`, one rung, `start_from: [sensitivity]`, which takes {sensing:.1f} s to measure |
-| prunesearch, no start | the same without the sensitivities |
-| prunesearch, sampler tpe | the same with Optuna's TPE, multivariate, in place of `auto` |
-| prunesearch, iso-budgets | without a start, `budget: {{gmacs: ...}}`: {budgets} in turn, a fifth of the time each |
-| prunesearch, rungs | `rungs: [{{images: 0}}, {{images: 599}}, {{images: 2396}}]` |
+{methods}
 
 ## Hypervolume
 
@@ -620,17 +634,12 @@ def main() -> None:
         PAGE.format(
             schedules=len(world.table.rows),
             table=arguments.table,
-            seeds=arguments.seeds,
-            few=FEW,
-            slow=", ".join(SLOW),
+            methods=methods_table(seeds, load_sensitivities(sensitivities).seconds),
             total=world.total,
             evaluations=RANDOM_EVALUATIONS,
             reference=REFERENCE[0],
             box=f"error {judge.low[0]:.2f} to {judge.high[0]:.2f} %, GMACs {judge.low[1]:.5f} to {judge.high[1]:.5f}",
             luck=WITH_LUCK if luck else WITHOUT_LUCK,
-            gp=MOST_OF_GP,
-            sensing=load_sensitivities(sensitivities).seconds,
-            budgets=", ".join(map(str, BUDGETS)),
             checkpoints=checkpoint_table(volumes),
             pairs=pair_table(volumes),
             target=float(np.median(volumes[RANDOM], axis=0)[-1]),
