@@ -173,6 +173,11 @@ def any_value(dimension: Dimension, generator: random.Random) -> Value:
     return dimension.low + generator.randint(0, steps) * dimension.step
 
 
+def anything(space: Mapping[str, Dimension], generator: random.Random) -> dict[str, Value]:
+    """A value at random for each parameter."""
+    return {name: any_value(dimension, generator) for name, dimension in space.items()}
+
+
 def mutated(
     parameters: Mapping[str, Value], space: Mapping[str, Dimension], generator: random.Random
 ) -> dict[str, Value]:

@@ -21,7 +21,7 @@ from prunesearch.space import (
     Dimension,
     Interval,
     Value,
-    any_value,
+    anything,
     dimensions,
     grid_of,
     parameters_of,
@@ -42,7 +42,7 @@ def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Rand
     shape, space = model_shape(model), dimensions(work.space)
     unbounded = replace(work.space, max_stages=None)
     for _ in range(MOST_DRAWS):
-        parameters = {name: any_value(dimension, generator) for name, dimension in space.items()}
+        parameters = anything(space, generator)
         try:
             schedule = _thinned(schedule_from(parameters, unbounded, shape), work, generator)
             if schedule is not None and is_within(work, model, schedule):

@@ -15,7 +15,7 @@ from prunesearch.search.limits import computed_excess
 from prunesearch.search.quasi_random import points
 from prunesearch.space import (
     Value,
-    any_value,
+    anything,
     combination,
     combinations,
     dimensions,
@@ -111,7 +111,7 @@ def _stream(
         for _ in range(MUTATIONS):
             yield mutated(generator.choice(start), space, generator)
     for _ in range(RANDOM_DRAWS):
-        yield {name: any_value(dimension, generator) for name, dimension in space.items()}
+        yield anything(space, generator)
     total = combinations(config.space)
     if total is not None and total <= COUNTABLE:
         for position in generator.sample(range(total), total):

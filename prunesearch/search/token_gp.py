@@ -31,7 +31,7 @@ from prunesearch.evaluate import METRICS
 from prunesearch.front import hypervolume
 from prunesearch.schedule import ModelShape, Schedule, resolve
 from prunesearch.search.rungs import nondominated_ranks
-from prunesearch.space import Value, any_value, blocks_of, dimensions, mutated
+from prunesearch.space import Value, anything, blocks_of, dimensions, mutated
 
 POOL = 150
 FEWEST = 8
@@ -71,11 +71,15 @@ def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _Result:
-    """What was measured of a candidate. losses: objectives, minimized. excess: by measured limit, 0 is within it."""
-
+class _Candidate:
     parameters: dict[str, Value]
     schedule: Schedule
+
+
+@dataclass(frozen=True)
+class _Result(_Candidate):
+    """What was measured of a candidate. losses: objectives, minimized. excess: by measured limit, 0 is within it."""
+
     losses: tuple[float, ...]
     excess: Mapping[str, float]
 
@@ -106,7 +110,7 @@ class TokenModel:
         self._config, self._shape, self._build, self._seen = config, shape, build, seen
         self._space = dimensions(config.space)
         self._signs = [1.0 if one.goal == "minimize" else -1.0 for one in config.objectives]
-        self._running: dict[str, dict[str, Value]] = {}
+        self._running: dict[str, _Candidate] = {}
         self._results: dict[str, _Result] = {}
         self._kernels: dict[tuple[str, int], Any] = {}
         self._objectives = [one.metric for one in config.objectives]
@@ -118,44 +122,45 @@ class TokenModel:
 
     def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
         """A candidate that runs now."""
-        self._running[uid] = dict(parameters)
+        built = self._build(parameters)
+        if built is not None:
+            self._running[uid] = _Candidate(dict(parameters), built[1])
 
     def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
         """The result of a candidate: None when it failed. `excess` above 0 breaks a limit. Others are ignored."""
-        parameters = self._running.pop(uid, None)
-        built = None if parameters is None or values is None else self._build(parameters)
-        if parameters is not None and values is not None and built is not None:
+        candidate = self._running.pop(uid, None)
+        if candidate is not None and values is not None:
             losses = tuple(sign * value for sign, value in zip(self._signs, values, strict=True))
-            self._results[uid] = _Result(parameters, built[1], losses, dict(excess))
+            self._results[uid] = _Result(candidate.parameters, candidate.schedule, losses, dict(excess))
 
     def draw(self, seed: int) -> dict[str, Value]:
         """One proposal that is no candidate yet; anything at random while there are too few results."""
         generator = random.Random(seed)
         results = self._window()
         if len(results) < FEWEST:
-            return self._anything(generator)
+            return anything(self._space, generator)
         models = self._fitted(results)
         known = self._forecast(models, [one.schedule for one in results])
         within = np.flatnonzero(known.likely >= 0.5)
         if len(within) == 0:
             within = np.flatnonzero(known.likely == known.likely.max())
         front = within[nondominated_ranks(known.mean[within]) == 0]
-        pool = self._pool([results[index].parameters for index in front], generator)
+        pool = self._pool([results[index] for index in front], generator)
         if not pool:
-            return self._anything(generator)
+            return anything(self._space, generator)
         believed = known.mean[front]
-        pending = [built[1] for parameters in self._running.values() if (built := self._build(parameters))]
-        if pending:
+        if self._running:
+            pending = [one.schedule for one in self._running.values()]
             believed = np.concatenate([believed, self._forecast(models, pending).mean])
         extent = np.ptp(known.mean[front], axis=0)
         extent = np.where(extent > 0, extent, np.maximum(np.ptp(known.mean, axis=0), 1e-9))
         low = known.mean[front].min(axis=0)
-        new = self._forecast(models, [schedule for _, schedule in pool])
+        new = self._forecast(models, [one.schedule for one in pool])
         for optimism in OPTIMISM[generator.randrange(len(OPTIMISM)) :]:
             gains = _gains((new.mean - optimism * new.deviation - low) / extent, (believed - low) / extent)
             if (gains > 0).any():
-                return pool[int(np.argmax(gains * new.likely))][0]
-        return generator.choice(pool)[0]
+                return pool[int(np.argmax(gains * new.likely))].parameters
+        return generator.choice(pool).parameters
 
     def _window(self) -> list[_Result]:
         results = list(self._results.values())
@@ -165,21 +170,16 @@ class TokenModel:
         first = len(results) - max(WINDOW - int(best.sum()), WINDOW // 2)
         return [one for index, one in enumerate(results) if best[index] or index >= first]
 
-    def _anything(self, generator: random.Random) -> dict[str, Value]:
-        return {name: any_value(dimension, generator) for name, dimension in self._space.items()}
-
-    def _pool(
-        self, front: Sequence[dict[str, Value]], generator: random.Random
-    ) -> list[tuple[dict[str, Value], Schedule]]:
-        found: dict[str, tuple[dict[str, Value], Schedule]] = {}
+    def _pool(self, front: Sequence[_Result], generator: random.Random) -> list[_Candidate]:
+        found: dict[str, _Candidate] = {}
         for index in range(POOL):
             if index % 2 == 0:
-                parameters = mutated(generator.choice(front), self._space, generator)
+                parameters = mutated(generator.choice(front).parameters, self._space, generator)
             else:
-                parameters = self._anything(generator)
+                parameters = anything(self._space, generator)
             built = self._build(parameters)
             if built is not None and built[0] not in self._seen:
-                found[built[0]] = parameters, built[1]
+                found[built[0]] = _Candidate(parameters, built[1])
         return list(found.values())
 
     # --- the regressions ---
@@ -226,9 +226,9 @@ class Regression:
     def __init__(self, rows: Sequence[Mapping[str, float]], values: Sequence[float], kernel: Any) -> None:
         self._columns, self._scale = DictVectorizer(sparse=False), StandardScaler()
         inputs = self._scale.fit_transform(self._columns.fit_transform(rows))
-        self._process = GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True)
-        self._process.fit(inputs, _without_outliers(values))
-        self._noise = kernel.k2.noise_level * np.square(np.std(_without_outliers(values)))
+        targets = _without_outliers(values)
+        self._process = GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True).fit(inputs, targets)
+        self._noise = kernel.k2.noise_level * np.square(np.std(targets))
 
     def predict(self, rows: Sequence[Mapping[str, float]]) -> tuple[np.ndarray, np.ndarray]:
         """Means and standard deviations of the mean of many evaluations."""
