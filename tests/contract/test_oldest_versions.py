@@ -1,5 +1,5 @@
-"""What must work with the oldest supported versions and without Ray: import, apply and check. `scripts/test_oldest` runs
-this file and test_variants.py with them; the ordinary test run does so with the newest."""
+"""What must work with the oldest supported versions and without Ray: import, apply and check. `scripts/test_oldest`
+runs this file and test_variants.py with them; the ordinary test run does so with the newest."""
 
 from __future__ import annotations
 

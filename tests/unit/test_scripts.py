@@ -53,5 +53,16 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
     """What pyproject.toml promises is what is tested, major and minor version at least."""
     bounds = dict(re.findall(r'"([a-z-]+)(?:\[[a-z]+\])?>=([0-9.]+)', (ROOT / "pyproject.toml").read_text()))
     pins = dict(re.findall(r"^([a-z-]+)==([0-9.]+)", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
-    for name in ("torch", "timm", "pyyaml", "safetensors", "numpy", "optuna", "rich", "scikit-learn", "scipy", "matplotlib"):
+    for name in (
+        "torch",
+        "timm",
+        "pyyaml",
+        "safetensors",
+        "numpy",
+        "optuna",
+        "rich",
+        "scikit-learn",
+        "scipy",
+        "matplotlib",
+    ):
         assert pins[name].split(".")[: len(bounds[name].split("."))] == bounds[name].split("."), name

@@ -1,0 +1,86 @@
+"""The README: its promises have tests named after them, commands parse, code runs, links and numbers hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from prunesearch.cli import _parser
+from prunesearch.files import load_study
+from prunesearch.presets import presets
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [path.relative_to(ROOT) for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))]
+
+
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def promises() -> list[str]:
+    """What stands in bold at the start of each point."""
+    return re.findall(r"^- \*\*(.+?)\*\*", section("What you can rely on"), re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = (line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    prunesearch "))
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def names_of_tests() -> set[str]:
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py"))
+    return {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("promise", promises())
+def test_every_promise_has_a_test_named_after_it(promise: str, names_of_tests: set[str]) -> None:
+    words = re.sub(r"[^a-z0-9]+", "_", promise.lower().replace("'", "")).strip("_")
+    assert f"test_{words}" in names_of_tests
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command: str) -> None:
+    _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_the_study_file_is_one(tmp_path: Path) -> None:
+    (text,) = blocks("yaml")
+    (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
+    assert load_study(tmp_path / "study.yaml").name == yaml.safe_load(text)["name"]
+
+
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights in the place of those that a hub has."""
+    real = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real(name, depth=8).eval())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.yaml").write_text("version: 1\nstages: [{block: 1, keep: 0.5}]\n")
+    model = timm.create_model("deit_small_patch16_224", pretrained=False)
+    names = {"timm": timm, "model": model, "images": torch.zeros(1, 3, 224, 224)}
+    for block in blocks("python"):
+        exec("from prunesearch import *\n" + block, names)
+    assert names["logits"].shape == (1, 1000)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_presets_are_as_many_as_it_says() -> None:
+    assert f"All {len(presets())} (`prunesearch list presets`)" in README
