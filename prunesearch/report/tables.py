@@ -234,14 +234,15 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
     columns += ["again_split", "again_seeds"] if fresh else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"])
+    header = ["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"]
+    writer.writerow(map(printable, header))
     for row, record in zip(rows, found, strict=True):
-        about = [row["trial"], row["uid"], row["origin"]]
+        about = [row["trial"], row["uid"], printable(row["origin"])]
         metrics = [row["metrics"].get(name, "") for name in names]
         tokens, again = " ".join(map(str, row["tokens"])), row.get("again", {})
         means = [again.get(what, {}).get(name, "") for name in fresh for what in ("metrics", "spread")]
         means += [again.get(what, "") for what in ("split", "seeds")] if fresh else []
-        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, str(record.outcome)])
+        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, printable(str(record.outcome))])
     return text.getvalue()
 
 

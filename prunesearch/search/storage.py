@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -25,7 +25,9 @@ PATIENCE_SECONDS = 600.0
 """How long a search waits for a storage that is away or full."""
 PAUSE_SECONDS = 2.0
 T = TypeVar("T")
-_USER_AND_PASSWORD = re.compile(r"(://[^/:@?]*:).*@", re.DOTALL)
+_PASSWORD = re.compile(r"(://[^/:@?]*:).*@|^([^/:@?]*:)(?!//).*@", re.DOTALL)
+_NO_PORT = re.compile(r"(://[^/:@?]*:)(?!\d*(?:[/?]|$))[^@]*$", re.DOTALL)
+"""What stands where a port should, when the host was forgotten: the password."""
 _SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
@@ -53,7 +55,7 @@ def open_storage(url: str, *, writing: bool) -> BaseStorage:
                     f"--storage URL. Check the path, or run the study first."
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
-        is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        is_sqlite = _parsed(url).get_backend_name() == "sqlite"
         # pool_pre_ping: a connection that broke while the database was away is noticed and made anew
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {"pool_pre_ping": True}
         rdb = _connect(url, options, writing)
@@ -77,9 +79,20 @@ def sqlite_file(url: str) -> Path | None:
     """The file of an SQLite URL; None for every other storage."""
     if ":" not in url or url.startswith(("journal:", "memory:")):
         return None
-    parsed = make_url(url)
+    parsed = _parsed(url)
     is_file = parsed.get_backend_name() == "sqlite" and parsed.database
     return Path(parsed.database) if is_file and parsed.database else None
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (SQLAlchemyError, ValueError):  # their texts may hold a part of the password
+        raise StudyError(
+            f"storage {shown(url)} cannot be read as a URL. Possible: sqlite:///FILE, "
+            f"postgresql://USER:PASSWORD@HOST:PORT/DATABASE, mysql://..., journal:FILE, with %40, %3A and %2F for @, : "
+            f"and / in the password. Correct the URL."
+        ) from None
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -131,7 +144,7 @@ def shown(url: str) -> str:
     """
     if url.startswith(("journal:", "memory:")):
         return url
-    return _SECRET.sub(r"\1***", _USER_AND_PASSWORD.sub(r"\1***@", url))
+    return _SECRET.sub(r"\1***", _NO_PORT.sub(r"\1***", _PASSWORD.sub(r"\1\2***@", url)))
 
 
 def _connect(url: str, options: dict[str, Any], writing: bool) -> RDBStorage:

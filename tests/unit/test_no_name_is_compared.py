@@ -30,8 +30,9 @@ def names_in(node: ast.AST) -> set[str]:
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and part.value in NAMES:
             found.add(part.value)
-        if isinstance(part, ast.Name) and isinstance(CONSTANTS.get(part.id), ast.Constant | ast.Tuple | ast.Set | ast.List):
-            found |= {one.value for one in ast.walk(CONSTANTS[part.id]) if isinstance(one, ast.Constant)} & NAMES
+        constant = CONSTANTS.get(part.id) if isinstance(part, ast.Name) else None
+        if isinstance(constant, ast.Constant | ast.Tuple | ast.Set | ast.List):
+            found |= {one.value for one in ast.walk(constant) if isinstance(one, ast.Constant)} & NAMES
     return found
 
 

@@ -133,9 +133,7 @@ LOOKING = {
 
 
 @pytest.mark.parametrize("verb", LOOKING)
-def test_looking_imports_nothing(
-    verb: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_looking_imports_nothing(verb: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, expected = LOOKING[verb]
     assert main(placed(arguments, folder, tmp_path)) == 0
     assert expected in capsys.readouterr().out
@@ -272,7 +270,11 @@ def test_plugins_that_cannot_be_imported_are_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "their_broken.py").write_text("1 / 0")
-    for name, why in (("no_such_module", "No module named"), ("their_broken", "ZeroDivisionError"), (".x", "TypeError")):
+    for name, why in (
+        ("no_such_module", "No module named"),
+        ("their_broken", "ZeroDivisionError"),
+        (".x", "TypeError"),
+    ):
         study = tmp_path / "study.yaml"
         study.write_text(STUDY.replace(MODULE, name))
         for verb in (["run", str(study), "--output", str(tmp_path)], ["check", str(study)]):

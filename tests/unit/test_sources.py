@@ -95,7 +95,7 @@ def test_values_without_a_section_ask_for_it(given: Given, said: str, tmp_path: 
 
 
 def test_a_field_that_is_not_there_is_named(file: Path) -> None:
-    with pytest.raises(FileError, match='crop_pkt: unknown field.*Did you mean "crop_pct"'):
+    with pytest.raises(FileError, match=r'crop_pkt: unknown field.*Did you mean "crop_pct"'):
         model_and_data(load_schedule_file(file), None, Given(overrides=("data.crop_pkt=1",)))
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import pytest
 from fake_search import SHAPE
 
-from prunesearch.config import FinetuneConfig, SpaceConfig
+from prunesearch.config import FinetuneConfig, ModelConfig, SpaceConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import build_model
 from prunesearch.evaluate.schedule_loss import distills_tokens
-from prunesearch.config import ModelConfig
 from prunesearch.models import apply_schedule
 from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.space import dimensions, parameters_of, schedule_from
