@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from prunesearch.printable import printable
+
 Row = tuple[str, ...]
 
 
@@ -18,7 +20,7 @@ def table(what: str, pattern: str = "*") -> Table:
     shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
     for row in rows(pattern):
         if fnmatch(row[0], pattern):
-            shown.add_row(*row)
+            shown.add_row(printable(row[0]), *row[1:])
     return shown
 
 

@@ -7,21 +7,29 @@ Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (eve
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import logging
+import math
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from prunesearch import __version__
 from prunesearch.errors import PruneSearchError, StudyError, UserError
+from prunesearch.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from prunesearch.config import DataConfig, ModelConfig, StudyConfig
     from prunesearch.cost import Cost
+    from prunesearch.files import ScheduleFile
     from prunesearch.schedule import Schedule
     from prunesearch.search.record import Record
     from prunesearch.search.study import StudyReader
@@ -37,32 +45,42 @@ then, in your own script:
 """
 
 INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 CONFIRM_SEEDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parsed = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug, parsed = "--debug" in arguments, None
+    if logging.lastResort is not None:  # warnings of the library go to the terminal by it
+        logging.lastResort.setFormatter(_PrintableFormatter())
     try:
-        return int(parsed.verb(parsed) or 0)
+        parsed = _parser().parse_args(arguments)
+        code = int(parsed.verb(parsed) or 0)
+        sys.stdout.flush()  # so that a full disk or a closed pipe is noticed here
+        return code
     except PruneSearchError as error:
-        if parsed.debug:
+        if debug:
             raise
-        print(f"prunesearch: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print("prunesearch: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `prunesearch list models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if parsed is None or parsed.verb not in (_run, _resume, _confirm):
+            return 0
+        _complain("the reader of its output is gone, so the search stopped. What it finished is saved; run it again.")
+        return 1
     except OSError as error:  # a path that cannot be written, a full disk
-        if parsed.debug or error.filename is None:
+        if debug or (error.filename is None and error.errno not in _FULL):
             raise
-        print(
-            f"prunesearch: {error.filename}: {error.strerror}. Possible: a file in a folder that can be written, on a "
-            f"disk with space. Check the path; what a study has finished is safe.",
-            file=sys.stderr,
+        where = "output" if error.filename is None else error.filename
+        _complain(
+            f"{where}: {error.strerror}. Possible: a file in a folder that can be written, on a disk with space. Check "
+            f"the path; what a study has finished is safe."
         )
         return 1
 
@@ -74,6 +92,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from prunesearch.files import load_study
 
     config = load_study(parsed.file, _overrides(parsed))
+    _check_folder(parsed.output)
     return _search(config, parsed.output / config.name, parsed)
 
 
@@ -82,7 +101,7 @@ def _resume(parsed: argparse.Namespace) -> int:
 
     reader = _open(parsed)
     reader.close()
-    config = override_study(reader.config, _overrides(parsed))
+    config = _with_plugins(parsed, reader.config, override_study(reader.config, _overrides(parsed)))
     return _search(config, parsed.folder or parsed.output / config.name, parsed)
 
 
@@ -93,6 +112,7 @@ def _confirm(parsed: argparse.Namespace) -> int:
     reader.close()
     seeds = parsed.seeds or reader.config.confirm.seeds or CONFIRM_SEEDS
     config = override_study(reader.config, [*parsed.set, f"confirm.seeds={seeds}"])
+    config = _with_plugins(parsed, reader.config, config)
     return _search(config, parsed.folder or parsed.output / config.name, parsed, search=False)
 
 
@@ -103,48 +123,45 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, search: bool = True) -> int:
     from prunesearch.report import LiveReport
     from prunesearch.search.driver import run_study
+    from prunesearch.search.storage import shown
 
-    where = parsed.storage or folder
-    with LiveReport(config, str(where), console=_console(), plain=parsed.no_progress) as report:
+    where = shown(parsed.storage) if parsed.storage else str(folder)
+    with LiveReport(config, where, console=_console(), plain=parsed.no_progress) as report:
         done = run_study(config, folder, storage=parsed.storage, on_event=report, search=search)
     if done.complete:
-        print(f"Next: prunesearch front {_again(parsed, folder, config.name)}")
+        _print(f"Next: prunesearch front {_again(parsed, folder, config.name)}")
     return INTERRUPTED if done.reason in ("interrupted", "cancelled") else 0
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    from prunesearch.config import StudyConfig
-    from prunesearch.files import load_any, load_study
+    from prunesearch.files import is_schedule_file, load_study
 
-    content = load_any(parsed.file)
-    if isinstance(content, StudyConfig):
-        return _check_study(load_study(parsed.file, parsed.set))
-    return _check_schedule(parsed)
+    if is_schedule_file(parsed.file):
+        return _check_schedule(parsed)
+    return _check_study(load_study(parsed.file, parsed.set))
 
 
 def _check_study(config: StudyConfig) -> int:
-    import importlib
-
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
     from prunesearch.evaluate import model_shape
     from prunesearch.evaluate.sensitivity import stages_of
+    from prunesearch.plugins import import_plugins
     from prunesearch.search.problems import anchors_of, study_problems
     from prunesearch.search.sensitivity_start import STARTS, WORD
     from prunesearch.space import combinations, dimensions
 
-    for plugin in config.plugins:
-        importlib.import_module(plugin)
+    import_plugins(config.plugins)
     problems = study_problems(config)
     if problems:
         raise FileError(f"study {config.name}", problems)
     shape = model_shape(config.model)
     total = combinations(config.space)
     size = "continuous" if total is None else f"{total:,} combinations"
-    print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
+    _print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
     for origin, schedule in anchors_of(config, shape):
         cost = estimate_cost(shape, schedule)
-        print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
+        _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
         print(f"  {WORD:<20} up to {STARTS} schedules, predicted from {len(stages)} stages that the run measures first")
@@ -152,27 +169,28 @@ def _check_study(config: StudyConfig) -> int:
 
 
 def _sensitivity(parsed: argparse.Namespace) -> int:
-    import importlib
-
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
     from prunesearch.evaluate import model_shape
     from prunesearch.evaluate.sensitivity import IMAGES, measure_sensitivities, save_sensitivities
     from prunesearch.files import load_study
+    from prunesearch.plot import check_format
     from prunesearch.plot_sensitivity import plot_sensitivity
+    from prunesearch.plugins import import_plugins
     from prunesearch.report import predicted_table, sensitivity_table
     from prunesearch.search.problems import study_problems
     from prunesearch.search.sensitivity_start import predicted_starts
     from prunesearch.strict import to_mapping
 
     config = load_study(parsed.file, parsed.set)
-    for plugin in config.plugins:
-        importlib.import_module(plugin)
+    for path in (parsed.output, parsed.plot):
+        _check_output(path)
+    if parsed.plot is not None:
+        check_format(parsed.plot)
+    import_plugins(config.plugins)
     problems = study_problems(config)
     if problems:
         raise FileError(f"study {config.name}", problems)
-    if parsed.images is not None and parsed.images < 1:
-        raise UserError(f"--images {parsed.images}: possible: from 1; {IMAGES} are the default. Correct it.")
     found = measure_sensitivities(config, parsed.images or IMAGES)
     shape = model_shape(config.model)
     starts = predicted_starts(config, shape, found)
@@ -183,31 +201,28 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
         _console().print(predicted_table(starts, estimate_cost(shape).gmacs))
     if parsed.output is not None:
         save_sensitivities(found, parsed.output)
-        print(f"Table: {parsed.output}", file=sys.stderr)
+        _print(f"Table: {parsed.output}", file=sys.stderr)
     if parsed.plot is not None:
         plot_sensitivity(found, parsed.plot)
-        print(f"Plot: {parsed.plot}", file=sys.stderr)
+        _print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 
 
 def _check_schedule(parsed: argparse.Namespace) -> int:
-    from prunesearch.config import ModelConfig
     from prunesearch.cost import estimate_cost
     from prunesearch.evaluate import model_shape
-    from prunesearch.files import load_schedule_file
-    from prunesearch.strict import from_mapping
+    from prunesearch.files import load_schedule_file, plugins_named_in
+    from prunesearch.sources import Given, model_and_data
 
-    file = load_schedule_file(parsed.file)
+    plugins = [*parsed.plugin, *(plugins_named_in(parsed.file) if parsed.trust_plugins else ())]
+    file = load_schedule_file(parsed.file, plugins)
     schedule = file.schedule
-    if parsed.model is not None:
-        model = ModelConfig(parsed.model)
-    elif file.model is not None:
-        model = from_mapping(ModelConfig, file.model, f"{parsed.file}: model")
-    else:
-        print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
+    model, _ = model_and_data(file, given=Given(model=parsed.model, overrides=tuple(parsed.set)))
+    if model is None:
+        _print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
         return 0
     cost, dense = estimate_cost(model_shape(model), schedule), estimate_cost(model_shape(model))
-    print(f"{parsed.file}: fine for {model.name}. {schedule}")
+    _print(f"{parsed.file}: fine for {model.name}. {schedule}")
     print(f"  {_cost_in_words(schedule, cost)}; the dense model costs {dense.gmacs:.5g}")
     if not schedule.is_adaptive:
         print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
@@ -242,21 +257,22 @@ def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.plot import plot_front
     from prunesearch.report import front_csv, front_table
 
+    _check_output(parsed.plot)
     reader = _open(parsed)
     config, records = reader.config, reader.records()
     found = front(records, config.objectives, config.limits)
     if parsed.json:
         print(json.dumps(front_rows(found, config.objectives), indent=2))
     elif parsed.csv:
-        print(front_csv(found, config.objectives), end="")
+        print(printable(front_csv(found, config.objectives), lines=True), end="")
     elif not found:
-        print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
+        _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
         return 0
     else:
         _console().print(front_table(found, config.objectives, records))
     if parsed.plot is not None:
         plot_front(records, config.objectives, parsed.plot, limits=config.limits, title=config.name)
-        print(f"Plot: {parsed.plot}", file=sys.stderr)
+        _print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 
 
@@ -264,13 +280,16 @@ def _export(parsed: argparse.Namespace) -> int:
     from prunesearch.export import export
     from prunesearch.report import short
 
+    _check_output(parsed.output)
     reader = _open(parsed)
     record = _choose(parsed, reader.config, reader.records())
-    written = export(record, reader.config, parsed.output, weights=parsed.weights, say=_say)
+    written = export(
+        record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
+    )
     evaluation = record.evaluation
     assert evaluation is not None  # export refuses those without
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
-    print(f"Trial {record.number}: {short(record.outcome)}\n  {values}\n  -> {', '.join(map(str, written))}")
+    _print(f"Trial {record.number}: {short(record.outcome)}", f"  {values}", f"  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:
         _say(f"measured after a fine-tune of {evaluation.images} images; --weights takes those weights along")
     return 0
@@ -287,42 +306,51 @@ def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Recor
         possible = "none yet" if last is None else f"0 to {last}"
         raise StudyError(f"--trial {parsed.trial}: there is no such trial. Possible: {possible}. Choose one of them.")
     if parsed.at_most or parsed.at_least:
-        return best(records, config.objectives, _bounds(parsed.at_most), _bounds(parsed.at_least), config.limits)
+        return best(records, config.objectives, dict(parsed.at_most), dict(parsed.at_least), config.limits)
     return knee(front(records, config.objectives, config.limits), config.objectives)
 
 
-def _bounds(texts: Sequence[str]) -> dict[str, float]:
-    bounds = {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            bounds[name] = float(number)
-        except ValueError:
-            raise UserError(f"{text!r} is not of the form metric=number. Write for example gmacs=3.0.") from None
-    return bounds
+def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
+    """The study whose model and data are asked for."""
+    if parsed.study_folder is None:
+        return None
+    from prunesearch.search.study import open_study_readonly
+
+    reader = open_study_readonly(parsed.study_folder)
+    reader.close()
+    return reader.config
 
 
-def _sources(parsed: argparse.Namespace) -> tuple[StudyConfig | None, ModelConfig | None, DataConfig | None]:
-    """Study, model and data that the arguments name."""
-    from prunesearch.config import DataConfig, ModelConfig
+def _load_trusted(parsed: argparse.Namespace, study: StudyConfig | None) -> tuple[ScheduleFile, tuple[str, ...]]:
+    """The schedule file, and the plug-ins that it and the study need, which are imported now."""
+    from prunesearch.files import load_schedule_file, plugins_named_in
+    from prunesearch.plugins import all_plugins
 
-    study = None
-    if parsed.study_folder is not None:
-        from prunesearch.search.study import open_study_readonly
+    named = all_plugins(plugins_named_in(parsed.file), study.plugins if study else ())
+    plugins = _trusted(parsed, named, str(parsed.file))
+    return load_schedule_file(parsed.file, plugins), plugins
 
-        study = open_study_readonly(parsed.study_folder).config
-    model = None if parsed.model is None else ModelConfig(parsed.model, pretrained=True)
-    data = None if parsed.data is None else DataConfig(parsed.data, root=parsed.root, val_root=parsed.val_root)
-    return study, model, data
+
+def _sources(
+    parsed: argparse.Namespace, file: ScheduleFile, study: StudyConfig | None
+) -> tuple[ModelConfig, DataConfig]:
+    """Model and data of the file or the study, with what the arguments say instead; says what had to be guessed."""
+    from prunesearch.sources import Given, guessed_normalisation, model_and_data, needed
+
+    given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
+    model, data = needed(*model_and_data(file, study, given))
+    for text in guessed_normalisation(model_and_data(file, study), (model, data)):
+        _say(text)
+    return model, data
 
 
 def _freeze(parsed: argparse.Namespace) -> int:
-    from prunesearch.export import model_and_data
-    from prunesearch.files import load_schedule_file
     from prunesearch.freeze import freeze
 
-    file = load_schedule_file(parsed.file)
-    model, data = model_and_data(file, *_sources(parsed))
+    _check_output(parsed.output)
+    study = _study_of(parsed)
+    file, _ = _load_trusted(parsed, study)
+    model, data = _sources(parsed, file, study)
     frozen = freeze(
         file,
         parsed.file.parent,
@@ -332,7 +360,7 @@ def _freeze(parsed: argparse.Namespace) -> int:
         images=parsed.images,
         device=parsed.device,
     )
-    print(f"{', '.join(map(str, frozen.files))}: {frozen.schedule}")
+    _print(f"{', '.join(map(str, frozen.files))}: {frozen.schedule}")
     print(f"  {frozen.gmacs:.5g} GMACs for every image; with thresholds {frozen.adaptive_gmacs:.5g} on average")
     return 0
 
@@ -340,21 +368,23 @@ def _freeze(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from prunesearch.evaluate import METRICS
     from prunesearch.export import COMPARED, measure_again
-    from prunesearch.files import load_schedule_file
     from prunesearch.report import comparison_table
 
-    study, model, data = _sources(parsed)
+    study = _study_of(parsed)
+    file, plugins = _load_trusted(parsed, study)
     metrics = tuple(parsed.metric) or COMPARED
     for name in metrics:
         METRICS[name]  # an unknown one is said before anything is loaded
+    model, data = _sources(parsed, file, study)
     dense, pruned = measure_again(
-        load_schedule_file(parsed.file),
-        Path(parsed.file).parent,
+        file,
+        parsed.file.parent,
         study=study,
         model=model,
         data=data,
         metrics=metrics,
         device=parsed.device,
+        plugins=plugins,
     )
     if parsed.json:
         print(json.dumps({"dense": dict(dense.metrics), "pruned": dict(pruned.metrics)}, indent=2))
@@ -369,9 +399,11 @@ def _import_diffrate(parsed: argparse.Namespace) -> int:
 
     schedule = load_diffrate(parsed.file, parsed.model, parsed.target)
     output = parsed.output or Path(f"diffrate-{parsed.model}-{parsed.target}.yaml".lower().replace("/", "-"))
+    _check_output(output)
     origin = {"diffrate": parsed.file.name, "model": parsed.model, "target": parsed.target}
     save_schedule(schedule, output, made_by=origin)
-    print(f"{len(schedule.stages)} stages -> {output}\nNext: prunesearch check {output} --model NAME")
+    next_ = f"Next: prunesearch check {shlex.quote(str(output))} --model NAME"
+    _print(f"{len(schedule.stages)} stages -> {output}", next_)
     return 0
 
 
@@ -380,16 +412,19 @@ def _import_tune(parsed: argparse.Namespace) -> int:
     from prunesearch.search.tune_results import import_results
 
     config = load_study(parsed.file, parsed.set)
+    _check_folder(parsed.output)
     folder = parsed.output / config.name
     imported = import_results(parsed.results, config, folder, storage=parsed.storage)
     where = _again(parsed, folder, config.name)
-    print(f"{imported} new candidate{'s' * (imported != 1)} -> {where}\nNext: prunesearch front {where}")
+    _print(f"{imported} new candidate{'s' * (imported != 1)} -> {where}", f"Next: prunesearch front {where}")
     return 0
 
 
 def _list(parsed: argparse.Namespace) -> int:
     from prunesearch import catalogue
+    from prunesearch.plugins import import_plugins
 
+    import_plugins(parsed.plugin)
     console = _console()
     console.print(catalogue.table(parsed.what, parsed.pattern))
     return 0
@@ -416,21 +451,86 @@ def _open(parsed: argparse.Namespace) -> StudyReader:
 
 
 def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
-    return f"--storage {parsed.storage} --study {name}" if parsed.storage else str(_short_path(folder))
+    """The arguments that name a study, as a shell takes them; a password is left to the user."""
+    from prunesearch.search.storage import shown
+
+    if not parsed.storage:
+        return shlex.quote(str(_short_path(folder)))
+    url = shown(parsed.storage)
+    hint = "" if url == parsed.storage else "   (*** is your password)"
+    return f"--storage {shlex.quote(url)} --study {shlex.quote(name)}{hint}"
 
 
 def _short_path(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tuple[str, ...]:
+    """The plug-ins to import: those named by what came from elsewhere, and those of the command line. Raises StudyError
+    for one that the user did not say to trust."""
+    from prunesearch.plugins import all_plugins
 
-    return Console(highlight=False)
+    unknown = [name for name in named if name not in parsed.plugin]
+    if unknown and not parsed.trust_plugins:
+        flags = " ".join(f"--plugin {name}" for name in unknown)
+        raise StudyError(
+            f"{where}: it names plug-ins, whose code would run here: {', '.join(unknown)}. Possible, if it comes from "
+            f"somebody you trust: --trust-plugins, or {flags}. Give one of them."
+        )
+    return all_plugins(named, parsed.plugin)
+
+
+def _with_plugins(parsed: argparse.Namespace, stored: StudyConfig, config: StudyConfig) -> StudyConfig:
+    """A study that was read from a storage, with the plug-ins of the command line, if its own may be imported."""
+    from prunesearch.plugins import all_plugins
+
+    own = [name for name in config.plugins if name in stored.plugins]  # others come from --set
+    return replace(config, plugins=all_plugins(config.plugins, _trusted(parsed, own, f"study {config.name}")))
+
+
+def _check_output(path: Path | None) -> None:
+    """Raises UserError for a file that cannot be written, before the work that it is for."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path}: it is a folder. Possible: the name of a file. Write for example {path / 'best'}.")
+    _check_folder(path.absolute().parent)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UserError for a folder that is none and cannot be made."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is a file. Possible: a folder, which is made if needed. Change the path.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: nothing can be written to {there}. Possible: a folder of yours. Change the path.")
+
+
+def _console() -> Console:
+    from prunesearch.terminal import PlainConsole
+
+    return PlainConsole()
+
+
+def _print(*lines: str, file: TextIO | None = None) -> None:
+    """Print text that holds names or paths, each on one line whatever it contains."""
+    for text in lines:
+        print(printable(text), file=file)
 
 
 def _say(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    _print(f"note: {text}", file=sys.stderr)
+
+
+def _complain(text: str) -> None:
+    """Print an error. Further lines are indented, so that none of them looks like one of ours."""
+    indented = re.sub(r"\n(?=\S)", "\n  ", printable(f"prunesearch: {text}", lines=True))
+    print(indented, file=sys.stderr)
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
 
 
 # --- parsing -----------------------------------------------------------------------------------------------------
@@ -464,22 +564,29 @@ def _parser() -> argparse.ArgumentParser:
     resume = verb("resume", _resume, "continue a study without its file: what it stores of itself is enough")
     _study_arguments(resume)
     _search_arguments(resume)
+    _plugin_arguments(resume)
 
     confirm = verb("confirm", _confirm, "measure the final front again, with fresh seeds and on test images if given")
     _study_arguments(confirm)
-    confirm.add_argument("--seeds", type=int, metavar="N", help=f"default the study's own, else {CONFIRM_SEEDS}")
+    _plugin_arguments(confirm)
+    confirm.add_argument(
+        "--seeds", type=_whole("--seeds", 1), metavar="N", help=f"default the study's own, else {CONFIRM_SEEDS}"
+    )
     confirm.add_argument("--set", action="append", default=[], metavar="a.b=c", help="such as data.test_root=FOLDER")
     confirm.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
     confirm.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
 
     check = verb("check", _check, "check a study or schedule file and report every mistake at once")
     check.add_argument("file", type=Path)
-    check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of a study file")
+    check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
+    _plugin_arguments(check)
     check.add_argument("--model", metavar="NAME", help="check a schedule against this timm model")
 
     sensitivity = verb("sensitivity", _sensitivity, "what each stage alone does to the model's outputs, untrained")
     sensitivity.add_argument("file", type=Path, help="study file")
-    sensitivity.add_argument("--images", type=int, metavar="N", help="training images to measure on; default 256")
+    sensitivity.add_argument(
+        "--images", type=_whole("--images", 1), metavar="N", help="training images to measure on; default 256"
+    )
     sensitivity.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
     sensitivity.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
     sensitivity.add_argument("--json", action="store_true", help="as JSON, with the predicted schedules")
@@ -501,10 +608,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "-o", "--output", type=Path, default=Path("best.yaml"), metavar="FILE", help="default best.yaml"
     )
-    export.add_argument("--trial", type=int, metavar="N", help="this trial")
+    export.add_argument("--trial", type=_whole("--trial", 0), metavar="N", help="this trial")
     export.add_argument("--knee", action="store_true", help="the bend of the front (the default)")
-    export.add_argument("--at-most", action="append", default=[], metavar="m=v", help="best with metric m at most v")
-    export.add_argument("--at-least", action="append", default=[], metavar="m=v", help="best with metric m at least v")
+    for flag, words in (("--at-most", "at most"), ("--at-least", "at least")):
+        text = f"best with metric m {words} v"
+        export.add_argument(flag, type=_bound(flag), action="append", default=[], metavar="m=v", help=text)
     export.add_argument("--weights", action="store_true", help="the fine-tuned weights too, as safetensors")
 
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
@@ -514,7 +622,9 @@ def _parser() -> argparse.ArgumentParser:
 
     fix = verb("freeze", _freeze, "turn the thresholds of a schedule file into fixed counts")
     _source_arguments(fix)
-    fix.add_argument("--images", type=int, default=1024, metavar="N", help="training images to count on")
+    fix.add_argument(
+        "--images", type=_whole("--images", 1), default=1024, metavar="N", help="training images to count on"
+    )
     fix.add_argument(
         "-o", "--output", type=Path, default=Path("frozen.yaml"), metavar="FILE", help="default frozen.yaml"
     )
@@ -535,6 +645,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = verb("list", _list, "what there is to choose from")
     kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]
     listing.add_argument("what", choices=kinds)
+    listing.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="with what this one registers")
     listing.add_argument("pattern", nargs="?", default="*", help="only names like this, for example 'deit*'")
 
     schema = verb("schema", _schema, "JSON schema of a file, for editors")
@@ -543,7 +654,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trials", type=int, metavar="N", help="candidates in the whole study (stop.trials)")
+    parser.add_argument(
+        "--trials", type=_whole("--trials", 1), metavar="N", help="candidates in the whole study (stop.trials)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
     parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
     parser.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
@@ -554,11 +667,48 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study", dest="study_folder", type=Path, metavar="FOLDER", help="with this study's model and data"
     )
-    parser.add_argument("--model", metavar="NAME", help="with this timm model, pretrained")
+    parser.add_argument("--model", metavar="NAME", help="with this timm model, pretrained, if the file has another")
     parser.add_argument("--data", metavar="NAME", help='"digits", "folder", torch/..., hfds/..., wds/...')
     parser.add_argument("--root", metavar="PATH", help="root of the data")
     parser.add_argument("--val-root", metavar="PATH", help="root of the validation data, when it is elsewhere")
+    text = "replace a value of its model or data, such as data.crop_pct=0.9"
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help=text)
+    _plugin_arguments(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def _plugin_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-plugins", action="store_true", help="import the plug-ins that the study or file names")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import this one; may be repeated"
+    )
+
+
+def _whole(flag: str, low: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` on."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII) or int(text) < low:
+            raise UserError(f"{flag} {text}: possible: a whole number from {low}. Correct it.")
+        return int(text)
+
+    return parse
+
+
+def _bound(flag: str) -> Callable[[str], tuple[str, float]]:
+    """A parser of metric=number."""
+
+    def parse(text: str) -> tuple[str, float]:
+        name, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not name or not math.isfinite(value):
+            raise UserError(f"{flag} {text}: possible: metric=number. Write for example {flag} gmacs=3.0.")
+        return name, value
+
+    return parse
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+DEFAULT_SCORE = "class_attention"
+"""The score of a stage that names none, when its verb ranks."""
 Scalar = bool | int | float | str
 Options = tuple[tuple[str, Scalar], ...]
 """Named values in a hashable form, sorted by name. In YAML a mapping; `as_options` makes one from a dict."""
@@ -106,7 +108,7 @@ class BlockSpace:
     amount: tuple[str, ...] | None = _field("keep, threshold, none", None)
     threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of scores to choose from", None)
     merge_threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of cosines to choose from", None)
-    tokens: tuple[int, ...] | None = _field("counts to choose from, for pool", None)
+    tokens: tuple[int, ...] | None = _field("counts to choose from, for verbs that pool", None)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class SpaceConfig:
         "keep ratios to choose from; 1.0 = no stage at this block", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     )
     at: tuple[str, ...] = _field("places to choose from: mid (after attention), pre (before the block)", ("mid",))
-    score: tuple[str, ...] = _field("scores to choose from", ("class_attention",))
+    score: tuple[str, ...] = _field("scores to choose from", (DEFAULT_SCORE,))
     reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",))
     amount: tuple[str, ...] = _field(
         "how a stage says how many tokens stay: keep (a ratio), threshold (each image its own number), none (no stage)",
@@ -131,7 +133,7 @@ class SpaceConfig:
         "thresholds of the cosine of a pair to choose from, for merge", None
     )
     tokens: tuple[int, ...] | None = _field(
-        "counts of patch tokens to choose from, for pool; when absent it takes keep as the other verbs do", None
+        "counts of patch tokens to choose from, for verbs that pool; when absent they take keep as the others do", None
     )
     target_gmacs: tuple[float, ...] | ThresholdRange | None = _field(
         "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay", None

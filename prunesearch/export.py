@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +12,18 @@ from tempfile import TemporaryDirectory
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.errors import RunError, StudyError, UserError
 from prunesearch.evaluate import Evaluation, Task, evaluate
-from prunesearch.files import ScheduleFile, from_mapping, save_schedule, to_mapping
+from prunesearch.files import ScheduleFile, save_schedule, to_mapping
+from prunesearch.plugins import all_plugins, missing_plugins
 from prunesearch.schedule import Schedule
 from prunesearch.search.again import again_row
 from prunesearch.search.record import Record
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.supernet import SupernetTrained, prepare_supernet
+from prunesearch.search.vocabulary import Vocabulary, learns, written_out
+from prunesearch.sources import model_and_data, needed
 
 COMPARED = ("top1", "gmacs", "throughput")
+NO_VOCABULARY = Vocabulary()
 
 
 def export(
@@ -28,6 +32,7 @@ def export(
     path: Path,
     *,
     weights: bool = False,
+    vocabulary: Vocabulary = NO_VOCABULARY,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
     """Write a candidate's schedule to `path`, with what was measured and how it was made; returns the files written.
@@ -36,6 +41,10 @@ def export(
     learned a score or queries, which is of no use without them. When the study's copy is gone, the task is run again to
     make them anew, which `say` announces. Raises StudyError for a candidate without a result, or without weights of its
     own; RunError when the weights cannot be made again.
+
+    vocabulary: of the study, which says what the options of its scores and verbs are and which of them learn, also
+    where the plug-ins are not imported. They are never imported here: weights that only they could make again are
+    refused (StudyError).
     """
     evaluation = record.evaluation
     if evaluation is None or evaluation.status != "complete":
@@ -44,16 +53,17 @@ def export(
             f"See `prunesearch front` for those worth having."
         )
     written = [path]
-    if record.schedule.needs_weights and not weights:
+    needs_weights = learns(record.schedule, vocabulary)
+    if needs_weights and not weights:
         say("this schedule learned its decisions, so its weights come along")
         weights = True
     if weights:
-        written.append(_export_weights(record, evaluation, config, path.with_suffix(".safetensors"), say))
+        written.append(_export_weights(record, evaluation, config, path, needs_weights, say))
     save_schedule(
-        record.outcome,
+        written_out(record.outcome, vocabulary),
         path,
         model=to_mapping(config.model),
-        data=to_mapping(config.data) or {"name": config.data.name},
+        data={"name": config.data.name, **to_mapping(config.data)},
         weights=written[1].name if weights else None,
         measured={
             **dict(evaluation.metrics),
@@ -70,14 +80,23 @@ def export(
             "seed": record.seed,
             **dict(evaluation.versions),
         },
+        plugins=config.plugins,
     )
     return written
 
 
 def _export_weights(
-    record: Record, evaluation: Evaluation, config: StudyConfig, target: Path, say: Callable[[str], None]
+    record: Record,
+    evaluation: Evaluation,
+    config: StudyConfig,
+    path: Path,
+    needs_weights: bool,
+    say: Callable[[str], None],
 ) -> Path:
-    if evaluation.images == 0 and record.schedule.needs_weights:
+    target = path.with_suffix(".safetensors")
+    if target == path:
+        raise UserError(f"{path}: the weights go to this name. Possible: another suffix. Write for example best.yaml.")
+    if evaluation.images == 0 and needs_weights:
         raise StudyError(
             f"trial {record.number}: its schedule learns scores or queries, but it was measured without training. "
             f"Possible: a study whose rungs train. Give the last rung some images."
@@ -96,6 +115,7 @@ def _export_weights(
     if evaluation.checkpoint is not None and source.is_file():
         shutil.copyfile(source, target)
         return target
+    _refuse_to_import(config, f"the weights of trial {record.number}")
     say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
     again, stem = evaluation, str(target.with_suffix(""))
     trained = [one.images for one in record.evaluations if one.images > 0]
@@ -124,6 +144,7 @@ def _start_of(
     if evaluation.start is None or Path(evaluation.start).is_file():
         yield evaluation.start
         return
+    _refuse_to_import(config, "the shared weights")
     say("the shared weights are not in the study any more; training them again with the same seed")
     with TemporaryDirectory(dir=near) as name:
         folder = Path(name).absolute()
@@ -133,6 +154,17 @@ def _start_of(
             say(f"shared weights: {event.images:,} of {event.total:,} images")
 
         yield prepare_supernet(config, folder, folder, workers, told)
+
+
+def _refuse_to_import(config: StudyConfig, what: str) -> None:
+    """Raises StudyError when making weights again would import plug-ins that the caller has not imported."""
+    missing = missing_plugins(config.plugins)
+    if missing:
+        raise StudyError(
+            f"study {config.name!r}: {what} are not in the study any more, and making them again would import the "
+            f"plug-ins {', '.join(missing)}, which an export never does. Possible: the study's weights folder; or, in "
+            f"Python, `import {missing[0]}` before prunesearch.export.export. Bring the files back, or do that."
+        )
 
 
 def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
@@ -153,23 +185,6 @@ def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
     )
 
 
-def model_and_data(
-    file: ScheduleFile, study: StudyConfig | None, model: ModelConfig | None, data: DataConfig | None
-) -> tuple[ModelConfig, DataConfig]:
-    """Those given, else the study's, else those the file names. Raises UserError when they are known from nowhere."""
-    place = "schedule file"
-    if model is None:
-        model = study.model if study else from_mapping(ModelConfig, file.model, place) if file.model else None
-    if data is None:
-        data = study.data if study else from_mapping(DataConfig, file.data, place) if file.data else None
-    if model is None or data is None:
-        missing = "model" if model is None else "data"
-        raise UserError(
-            f"{place}: it names no {missing}. Possible: --study FOLDER, or --{missing} NAME. Give one of them."
-        )
-    return model, data
-
-
 def measure_again(
     file: ScheduleFile,
     folder: Path,
@@ -180,14 +195,16 @@ def measure_again(
     metrics: tuple[str, ...] = COMPARED,
     measure: MeasureConfig | None = None,
     device: str = "auto",
+    plugins: Sequence[str] = (),
 ) -> tuple[Evaluation, Evaluation]:
     """Evaluate the dense model and an exported schedule, as they come: (dense, pruned).
 
     Model and data are those given, else the study's, else those the file names. Weights beside the file (relative to
-    `folder`) are used for the pruned model. Raises UserError when model or data are known from nowhere, RunError when
-    an evaluation fails.
+    `folder`) are used for the pruned model. plugins: modules to import, beside those of the study. Raises UserErrors
+    when model or data are known from nowhere or do not fit, RunError when an evaluation fails.
     """
-    model, data = model_and_data(file, study, model, data)
+    known_model, known_data = model_and_data(file, study)
+    model, data = needed(model or known_model, data or known_data)
     weights = None if file.weights is None else str(folder / file.weights)
     results = []
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
@@ -201,9 +218,9 @@ def measure_again(
             measure=measure or (study.measure if study else MeasureConfig()),
             device=device,
             weights=with_weights,
-            plugins=study.plugins if study else (),
+            plugins=all_plugins(study.plugins if study else (), plugins),
         )
-        result = evaluate(task)
+        result = evaluate(task, raise_user_errors=True)
         if result.status != "complete":
             raise RunError(f"the evaluation failed ({result.cause}): {result.error}\n{result.traceback}".rstrip())
         results.append(result)

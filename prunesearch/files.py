@@ -10,15 +10,16 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from prunesearch.config import Options, StudyConfig
+from prunesearch.config import Options, StudyConfig, as_options
 from prunesearch.errors import FileError
-from prunesearch.schedule import Place, Schedule, Stage
+from prunesearch.plugins import import_plugins, missing_plugins
+from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
 
@@ -31,6 +32,7 @@ class ScheduleFile:
     """A schedule as it is written to a file: the stages, and where they come from.
 
     weights: file name of fine-tuned weights beside it; without one, the model's own weights belong to it.
+    plugins: modules that register its scores and verbs, as far as they are not of prunesearch.
     """
 
     version: Literal[1]
@@ -41,11 +43,12 @@ class ScheduleFile:
     weights: str | None = None
     measured: Mapping[str, Any] | None = None
     made_by: Mapping[str, Any] | None = None
+    plugins: tuple[str, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
-        """What it says to do."""
-        return Schedule(self.stages, self.target_gmacs)
+        """What it says to do. Options at their default, which a file writes out, are left out."""
+        return without_defaults(Schedule(self.stages, self.target_gmacs))
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,25 @@ class PresetFile:
     published: tuple[Mapping[str, Any], ...] = ()
 
 
-def load_schedule(path: str | Path) -> Schedule:
-    """Read a schedule file. Raises FileError with all mistakes; whether it fits a model is seen when it is applied."""
-    return load_schedule_file(path).schedule
+def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
+    """Read a schedule file. Raises FileError with all mistakes; whether it fits a model is seen when it is applied.
+
+    plugins: modules to import first. Those that a file names are not imported by themselves, as a file from a stranger
+    would then run code here.
+    """
+    return load_schedule_file(path, plugins).schedule
 
 
-def load_any(path: str | Path) -> Schedule | StudyConfig:
-    """Read a file that is either a study (it has a space) or a schedule. Raises FileError."""
+def is_schedule_file(path: str | Path) -> bool:
+    """Whether a file is a schedule (it has stages); else it can only be a study. Raises FileError."""
     content, _, _ = _read_yaml(path)
-    is_schedule = isinstance(content, dict) and "stages" in content
-    return load_schedule(path) if is_schedule else load_study(path)
+    return isinstance(content, dict) and "stages" in content
+
+
+def plugins_named_in(path: str | Path) -> tuple[str, ...]:
+    """The plug-ins that a schedule file names, whatever else it says. Raises FileError when it cannot be read."""
+    content, _, _ = _read_yaml(path)
+    return _plugins_named(content)
 
 
 def load_preset_file(path: str | Path) -> PresetFile:
@@ -107,15 +119,22 @@ def load_preset_file(path: str | Path) -> PresetFile:
     return _load(PresetFile, path)
 
 
-def load_schedule_file(path: str | Path) -> ScheduleFile:
-    """Read a schedule file with what it says about its origin. Raises FileError."""
-    return _load(ScheduleFile, path)
+def load_schedule_file(path: str | Path, plugins: Sequence[str] = ()) -> ScheduleFile:
+    """Read a schedule file with what it says about its origin. plugins: as for `load_schedule`. Raises FileError."""
+    import_plugins(plugins)
+    content, lines, problems = _read_yaml(path)
+    problems += _unusable_stages(content, lines)
+    return read(ScheduleFile, content, str(path), lines, problems)
 
 
 def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
-    """Write a schedule file; `about` are the other fields of `ScheduleFile` (model, weights, measured, made_by)."""
-    mapping = to_mapping(ScheduleFile(1, schedule.stages, schedule.target_gmacs, **about))
-    mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in schedule.stages]
+    """Write a schedule file; `about` are the other fields of `ScheduleFile` (model, weights, measured, ...).
+
+    Every option is written, also those at their default, as far as score and verb are registered.
+    """
+    stages = tuple(replace(stage, options=as_options(options_of(stage))) for stage in schedule.stages)
+    mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
+    mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in stages]
     write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=Path(path).name))
 
 
@@ -127,8 +146,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
     """A study with single values replaced, as `load_study` does it. Raises FileError."""
     content = to_mapping(config)
-    for override in overrides:
-        _override(content, override, {})
+    for one in overrides:
+        override(content, one)
     return from_mapping(StudyConfig, content, f"study {config.name}")
 
 
@@ -214,15 +233,52 @@ def _plain(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], proble
 
 def _load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     content, lines, problems = _read_yaml(path)
-    for override in overrides:
-        _override(content, override, lines)
+    for one in overrides:
+        override(content, one, lines)
     return read(kind, content, str(path), lines, problems)
 
 
-def _override(content: Any, override: str, lines: dict[FieldPath, int]) -> None:
-    dotted, equals, text = override.partition("=")
+def _unusable_stages(content: Any, lines: Mapping[FieldPath, int]) -> list[str]:
+    """What is wrong with the scores, verbs and options of a schedule's stages. Stages that cannot even be read are left
+    to `read`."""
+    given = content.get("stages") if isinstance(content, dict) else None
+    rows: list[tuple[FieldPath, Any]] = [(("stages",), given)]
+    if isinstance(given, list):
+        rows = [(("stages", index), row) for index, row in enumerate(given)]
+    problems, has_unknown = [], False
+    for path, row in rows:
+        try:
+            stage = from_mapping(Stage, row, "")
+        except FileError:
+            continue
+        where = dotted(path) + (f" (line {lines[path]})" if path in lines else "")
+        found = stage_problems(stage)
+        problems += [f"{where}: {problem}" for problem in found]
+        has_unknown = has_unknown or bool(found and unknown_words(stage))
+    missing = missing_plugins(_plugins_named(content)) if has_unknown else []
+    if missing:
+        names, first = ", ".join(missing), missing[0]
+        problem = (
+            f"plugins: this schedule needs the plug-ins {names}, which are not imported by themselves, because a file "
+            f"from a stranger would then run code here. Possible, if you trust them: in Python `import {first}` first, "
+            f"or load_schedule(path, plugins={tuple(missing)!r}); on the command line --plugin {first} or "
+            f"--trust-plugins; in a study file plugins: [{names}]. Do one of these."
+        )
+        problems = [problem, *problems]
+    return problems
+
+
+def _plugins_named(content: Any) -> tuple[str, ...]:
+    named = content.get("plugins") if isinstance(content, dict) else None
+    return tuple(name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str))
+
+
+def override(content: Any, assignment: str, lines: dict[FieldPath, int] | None = None) -> None:
+    """Replace one value of what a file says, in place, by an assignment such as "stop.trials=20" with a value as in
+    YAML; `lines` then no longer has its line. Raises FileError for a place that is not there."""
+    dotted, equals, text = assignment.partition("=")
     if not equals or not dotted:
-        raise FileError(f"--set {override}", ["not of the form field=value. Write for example --set stop.trials=20."])
+        raise FileError(f"--set {assignment}", ["not of the form field=value. Write for example --set stop.trials=20."])
     path: list[str | int] = [int(part) if part.isdigit() else part for part in dotted.split(".")]
     here = content
     try:
@@ -231,9 +287,10 @@ def _override(content: Any, override: str, lines: dict[FieldPath, int]) -> None:
         here[path[-1]] = yaml.load(text, Loader=_Loader)
     except (TypeError, IndexError, AttributeError, yaml.YAMLError):
         raise FileError(
-            f"--set {override}", ["the file has no such place. Name a field as in the study file."]
+            f"--set {assignment}", ["the file has no such place. Name a field as in the study file."]
         ) from None
-    lines.pop(tuple(path), None)
+    if lines is not None:
+        lines.pop(tuple(path), None)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

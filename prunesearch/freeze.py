@@ -71,10 +71,11 @@ def freeze(
         schedule,
         target,
         model=to_mapping(model),
-        data=to_mapping(data) or {"name": data.name},
+        data={"name": data.name, **to_mapping(data)},
         weights=written[1].name if len(written) > 1 else None,
         measured={"gmacs": gmacs},
         made_by={**(file.made_by or {}), "frozen_on": f"{len(counts[0])} training images"},
+        plugins=file.plugins,
     )
     return Frozen(schedule, gmacs, mean_gmacs, tuple(written))
 

@@ -108,8 +108,7 @@ def plot_front(
     goals = [objective.goal for objective in objectives]
     quality = objectives[goals.index("maximize") if "maximize" in goals else 0]
     costs: list[Objective | None] = [objective for objective in objectives if objective is not quality] or [None]
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
+    check_format(path)
     shown = comparable(records, objectives)
     if not shown:
         raise StudyError("plot: no candidate is complete. Possible: a study with one. Run the search longer.")
@@ -137,6 +136,12 @@ def plot_front(
         _label(axis, picture, cost)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def check_format(path: str | Path) -> None:
+    """Raises UserError for a suffix that says no format."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
 
 
 # --- panels ------------------------------------------------------------------------------------------------------

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prunesearch.errors import UserError
 from prunesearch.evaluate.sensitivity import Sensitivities
-from prunesearch.plot import GREY, INK, quiet
+from prunesearch.plot import GREY, INK, check_format, quiet
 from prunesearch.report.sensitivity import LEAST, Line, best_lines, keeps_of, left_out
 
 if TYPE_CHECKING:
@@ -29,8 +28,7 @@ def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
+    check_format(path)
     lines, keeps = best_lines(found), keeps_of(found)
     verbs = list(dict.fromkeys(line.reduce for line in lines))
     shades = colormaps["viridis"](np.linspace(0.88, 0.02, len(keeps)))

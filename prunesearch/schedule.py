@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal
 
-from prunesearch.config import Options, Scalar, as_options
+from prunesearch.config import DEFAULT_SCORE, Options, Scalar, as_options
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 
 Place = Literal["mid", "pre"]
 PLACES: tuple[Place, ...] = ("pre", "mid")
 AMOUNTS = ("keep", "tokens", "threshold")
-UNRANKED = ("merge", "pool")
-"""Verbs that do not rank tokens, so that their score is none when it is not written."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,10 @@ class Stage:
     """Where tokens go, how many stay, by which score, and what becomes of the others.
 
     block: 0-based index. at: "mid" (between attention and MLP) or "pre" (on the block's input).
-    score: a registered scorer; "none" for verbs that do not rank. Exactly one of keep (fraction of the patch tokens
-    present, in (0, 1]), tokens (absolute count of patch tokens that stay) and threshold (adaptive: each image keeps
-    the tokens whose score is above it; for `merge`, pairs merge whose cosine is above it).
+    score: a registered scorer; "none" for verbs that do not rank. Left out, it is class_attention, or none when the
+    verb is registered as one that does not rank. Exactly one of keep (fraction of the patch tokens present, in (0, 1]),
+    tokens (absolute count of patch tokens that stay) and threshold (adaptive: each image keeps the tokens whose score
+    is above it; for `merge`, pairs merge whose cosine is above it).
     reduce: a registered reducer. options: the few numbers a scorer or reducer takes.
     Raises ScheduleError when a value is impossible whatever the model.
     """
@@ -80,7 +79,7 @@ class Stage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", as_options(self.options))
         if not self.score:
-            object.__setattr__(self, "score", "none" if self.reduce in UNRANKED else "class_attention")
+            object.__setattr__(self, "score", _score_unless_written(self.reduce))
         problems = []
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 0:
             problems.append(f"block is {self.block!r}; possible: a whole number from 0. Count blocks from 0.")
@@ -238,9 +237,9 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         if pooled == read and reads_attention(stage):
             problems.append(
                 f"{where}: the tokens that block {read}'s attention saw were pooled before. Possible: a stage from "
-                f"block {read + 1} (mid) on. Move it or the pool stage."
+                f"block {read + 1} (mid) on. Move it or the stage that pools."
             )
-        if stage.reduce == "pool" and kept < present:
+        if reducer.pools and kept < present:
             pooled = read
         fewest = reducer.fewest_kept(present)
         if kept < fewest:
@@ -292,11 +291,7 @@ def stage_problems(stage: Stage) -> list[str]:
     """What is wrong with a stage's names and options, whatever the model: one sentence or two for each mistake."""
     from prunesearch.tokens import REDUCERS, SCORERS
 
-    problems = []
-    if stage.score != "none" and stage.score not in SCORERS:
-        problems.append(SCORERS.unknown(stage.score))
-    if stage.reduce not in REDUCERS:
-        problems.append(REDUCERS.unknown(stage.reduce))
+    problems = unknown_words(stage)
     if problems:
         return problems
     reducer = REDUCERS[stage.reduce]
@@ -330,22 +325,46 @@ def stage_problems(stage: Stage) -> list[str]:
     return problems
 
 
+def unknown_words(stage: Stage) -> list[str]:
+    """What to say about a score and a verb that are not registered here; nothing when both are."""
+    from prunesearch.tokens import REDUCERS, SCORERS
+
+    problems = []
+    if stage.score != "none" and stage.score not in SCORERS:
+        problems.append(SCORERS.unknown(stage.score))
+    if stage.reduce not in REDUCERS:
+        problems.append(REDUCERS.unknown(stage.reduce))
+    return problems
+
+
 def options_of(stage: Stage) -> dict[str, Scalar]:
-    """The stage's options with the published defaults filled in."""
+    """The stage's options with the published defaults filled in, as far as its score and verb are registered."""
     return {**_default_options(stage), **dict(stage.options)}
+
+
+def without_defaults(schedule: Schedule) -> Schedule:
+    """The schedule without options at their default, as a search writes it, so that the two compare equal."""
+    return replace(schedule, stages=tuple(replace(stage, options=_given_options(stage)) for stage in schedule.stages))
 
 
 def _default_options(stage: Stage) -> dict[str, Scalar]:
     from prunesearch.tokens import REDUCERS, SCORERS
 
-    scorer = {} if stage.score == "none" else dict(SCORERS[stage.score].options)
-    return {**scorer, **dict(REDUCERS[stage.reduce].options)}
+    scorer = SCORERS[stage.score].options if stage.score in SCORERS else {}
+    reducer = REDUCERS[stage.reduce].options if stage.reduce in REDUCERS else {}
+    return {**scorer, **reducer}
 
 
 def _given_options(stage: Stage) -> Options:
     """The options that differ from their default."""
     defaults = _default_options(stage)
-    return as_options({name: value for name, value in stage.options if value != defaults[name]})
+    return as_options({name: value for name, value in stage.options if name not in defaults or value != defaults[name]})
+
+
+def _score_unless_written(reduce: str) -> str:
+    from prunesearch.tokens import REDUCERS
+
+    return DEFAULT_SCORE if reduce not in REDUCERS or REDUCERS[reduce].ranks else "none"
 
 
 def _fits(value: Scalar, default: Scalar) -> bool:

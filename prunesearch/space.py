@@ -311,7 +311,7 @@ def takes_threshold(score: str, reduce: str) -> bool:
 
 def is_counted(reduce: str, block: BlockChoices) -> bool:
     """Whether the search gives this verb a count, and not a ratio: what is pooled has a number of its own."""
-    return reduce == "pool" and block.tokens is not None
+    return REDUCERS[reduce].pools and block.tokens is not None
 
 
 def _threshold_field(reduce: str) -> str:

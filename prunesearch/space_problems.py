@@ -174,10 +174,13 @@ def _unread(space: SpaceConfig) -> list[str]:
             "space.amount: threshold is given, but every verb and score here takes a count. Possible: keep and none; "
             "thresholds go with verbs and scores that take them. Take threshold out, or change verbs or scores."
         )
-    if space.tokens is not None and not any("keep" in block.amount and "pool" in block.reduce for block in blocks):
+    pooling = [verb for verb, entry in REDUCERS.items() if entry.pools]
+    if space.tokens is not None and not any(
+        "keep" in block.amount and set(pooling) & set(block.reduce) for block in blocks
+    ):
         problems.append(
-            "space.tokens: no block can pool to a count. Possible: pool in reduce and keep in amount. Leave it out, or "
-            "add what is missing."
+            f"space.tokens: no block can pool to a count. Possible: {' or '.join(pooling)} in reduce and keep in "
+            f"amount. Leave it out, or add what is missing."
         )
     ranking = any(REDUCERS[verb].ranks for block in blocks for verb in block.reduce)
     if not ranking and space.score != SpaceConfig.score:

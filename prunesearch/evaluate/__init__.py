@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from prunesearch.config import DataConfig, ModelConfig
-from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape
+from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape, skeleton
 from prunesearch.evaluate.data import DATASETS, check_paths
+from prunesearch.evaluate.images import ImageInput, image_input
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
 from prunesearch.evaluate.run import evaluate
 from prunesearch.evaluate.task import Evaluation, Task
@@ -21,9 +22,15 @@ __all__ = [
     "check_files",
     "computed_metric",
     "evaluate",
+    "image_input_of",
     "measured_metric",
     "model_shape",
 ]
+
+
+def image_input_of(model: ModelConfig, data: DataConfig) -> ImageInput:
+    """How images are resized, cropped and normalised for a model, without its weights. Raises DataError, ModelError."""
+    return image_input(skeleton(model), data)
 
 
 def check_files(model: ModelConfig, data: DataConfig) -> None:

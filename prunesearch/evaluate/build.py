@@ -45,16 +45,17 @@ def _weights(path: str, modified: int) -> dict[str, Tensor]:
 @lru_cache(maxsize=16)
 def model_shape(config: ModelConfig) -> ModelShape:
     """The shape of the model, without weights. Raises ModelError also for models prunesearch cannot change."""
-    return shape_of(_skeleton(config))
+    return shape_of(skeleton(config))
 
 
 @lru_cache(maxsize=16)
 def parameter_count(config: ModelConfig) -> int:
     """How many parameters the model has, without making them."""
-    return sum(parameter.numel() for parameter in _skeleton(config).parameters())
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 
-def _skeleton(config: ModelConfig) -> nn.Module:
+def skeleton(config: ModelConfig) -> nn.Module:
+    """The model without weights, on the meta device. Raises ModelError."""
     with torch.device("meta"):
         return _create(config, pretrained=False)
 
@@ -77,6 +78,11 @@ def _dense_model(config: ModelConfig) -> nn.Module:
 def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
     _check_name(config.name)
     keywords: dict[str, Any] = dict(config.options)
+    if "checkpoint_path" in keywords:
+        raise ModelError(
+            f"model.options.checkpoint_path: {keywords['checkpoint_path']!r}, which timm may read as a pickle that "
+            f"runs code. Possible: model.checkpoint, which is read as tensors only. Write it there."
+        )
     if config.image_size is not None:
         keywords |= _size_keywords(config)
     if config.num_classes is not None:

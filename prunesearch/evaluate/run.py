@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import logging
 import math
 import random
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from prunesearch.config import DataConfig, ModelConfig
 from prunesearch.cost import estimate_cost
-from prunesearch.errors import ScheduleError
+from prunesearch.errors import ScheduleError, UserError
 from prunesearch.evaluate.build import build_model, model_shape
 from prunesearch.evaluate.calibrate import calibrate
 from prunesearch.evaluate.data import Split, open_data
@@ -44,6 +43,7 @@ from prunesearch.evaluate.schedule_loss import distills_tokens
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
 from prunesearch.evaluate.task import Cause, Evaluation, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
+from prunesearch.plugins import import_plugins
 from prunesearch.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,9 @@ class _Findings:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def evaluate(task: Task) -> Evaluation:
-    """Run one task. Whatever goes wrong comes back as a failed Evaluation; only interrupts are raised.
+def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
+    """Run one task. Whatever goes wrong comes back as a failed Evaluation; only interrupts are raised, and UserErrors
+    when a person waits for the answer (`raise_user_errors`).
 
     The process keeps weights, decoded images and the dense model's logits for the next task.
     """
@@ -87,6 +88,8 @@ def evaluate(task: Task) -> Evaluation:
     try:
         _run(task, found)
     except Exception as problem:
+        if raise_user_errors and isinstance(problem, UserError):
+            raise
         cause, error, trace = _cause(problem), str(problem) or type(problem).__name__, traceback.format_exc()
         logger.warning("%s failed (%s): %s", task.uid, cause, error)
         problem.__traceback__ = None  # it holds the tensors of the failed run
@@ -115,8 +118,7 @@ def evaluate(task: Task) -> Evaluation:
 
 
 def _run(task: Task, found: _Findings) -> None:
-    for plugin in task.plugins:
-        importlib.import_module(plugin)
+    import_plugins(task.plugins)
     wanted = (*task.metrics, "target_miss") if task.schedule.target_gmacs is not None else task.metrics
     metrics = [METRICS[name] for name in dict.fromkeys(wanted)]
     if task.threads is not None:

@@ -26,7 +26,8 @@ def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
     """Whether the loss compares final tokens with the dense model's: with a predictor, unless tokens were pooled."""
     steps = steps_of(model)
     predicts = any(step.stage.learns_to_score for step in steps)
-    return predicts and config.distill_tokens_weight > 0 and all(step.stage.reduce != "pool" for step in steps)
+    pools = any(REDUCERS[step.stage.reduce].pools for step in steps)
+    return predicts and config.distill_tokens_weight > 0 and not pools
 
 
 class ScheduleLoss:

@@ -18,6 +18,7 @@ from rich.text import Text
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
+from prunesearch.printable import printable
 from prunesearch.report.rungs import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, front_table, said, short
 from prunesearch.search.confirm import Confirmed
@@ -134,7 +135,7 @@ class LiveReport:
         self.progress.add(event, time.monotonic())
         text = line(self.progress, event)
         if self._live is None and text:
-            self.console.print(Text(text), soft_wrap=True)
+            self.console.print(Text(printable(text)), soft_wrap=True)
         if self._live is None and isinstance(event, Done) and _several(self.progress):
             records = list(self.progress.records.values())
             self.console.print(rungs_table(records, self.progress.config))
@@ -149,7 +150,7 @@ def view(progress: Progress, now: float) -> RenderableType:
     """The live view at a moment."""
     parts: list[RenderableType] = [_header(progress, now)]
     if progress.note:
-        parts.append(Text(progress.note, style="yellow", no_wrap=True, overflow="ellipsis"))
+        parts.append(Text(printable(progress.note), style="yellow", no_wrap=True, overflow="ellipsis"))
     if progress.running:
         parts.append(_running(progress, now))
     if _several(progress):
@@ -198,10 +199,10 @@ def seconds_left(progress: Progress, now: float) -> float | None:
 
 
 def _header(progress: Progress, now: float) -> RenderableType:
-    name = Text(progress.config.name, style="bold", no_wrap=True, overflow="ellipsis")
+    name = Text(printable(progress.config.name), style="bold", no_wrap=True, overflow="ellipsis")
     what = f"{progress.config.model.name} on {progress.config.data.name} -> {progress.where}"
     about = [what, progress.workers or "starting workers", duration(now - progress.begun)]
-    name.append("  " + " · ".join(about), style="not bold dim")
+    name.append("  " + printable(" · ".join(about)), style="not bold dim")
     if progress.done is not None:
         return Group(name, Text(_ended(progress.done)))
     done = len(progress.records)
@@ -234,7 +235,12 @@ def _running(progress: Progress, now: float) -> Table:
     for record, attempt, since in progress.running.values():
         again = f", rung {record.rung}" if _several(progress) else ""
         again += f" (attempt {attempt + 1})" if attempt else ""
-        row = [f"trial {record.number}", duration(now - since), record.origin + again, short(record.schedule)]
+        row = [
+            f"trial {record.number}",
+            duration(now - since),
+            printable(record.origin) + again,
+            short(record.schedule),
+        ]
         table.add_row(*map(Text, row))
     return table
 

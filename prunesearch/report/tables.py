@@ -14,10 +14,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from prunesearch.config import Objective, StudyConfig
+from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
+from prunesearch.printable import printable
 from prunesearch.report.rungs import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.again import again_of, mean_drop, measured_objectives
@@ -26,16 +27,16 @@ from prunesearch.search.record import Record
 
 def short(schedule: Schedule) -> str:
     """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold. A score other than
-    class attention is named: once at the end when the stages share it, else with its stage."""
+    the default is named: once at the end when the stages share it, else with its stage."""
     if not schedule.stages:
         return "dense"
     scores = {stage.score for stage in schedule.stages} - {"none"}
-    shared = scores.pop() if len(scores) == 1 else "class_attention"
-    alike = groupby(schedule.stages, key=lambda stage: _what(stage, unsaid=("none", "class_attention", shared)))
+    shared = scores.pop() if len(scores) == 1 else DEFAULT_SCORE
+    alike = groupby(schedule.stages, key=lambda stage: _what(stage, unsaid=("none", DEFAULT_SCORE, shared)))
     stages = " · ".join(f"{', '.join(str(stage.block) for stage in group)} {what}" for what, group in alike)
-    score = "" if shared == "class_attention" else f" ({shared})"
+    score = "" if shared == DEFAULT_SCORE else f" ({shared})"
     target = "" if schedule.target_gmacs is None else f", towards {schedule.target_gmacs:.3g} GMACs"
-    return stages + score + target
+    return printable(stages + score + target)
 
 
 def unit_of(metric: str) -> str:
@@ -54,7 +55,7 @@ def decimals(metric: str, values: Iterable[float]) -> int:
 def said(metric: str, value: float, places: int | None = None) -> str:
     """Such as "top1 97.50 %" or, where the unit says what it is, "0.01270 GMACs"."""
     places, unit = decimals(metric, [value]) if places is None else places, unit_of(metric)
-    name = "" if unit.lower() == metric else f"{metric} "
+    name = "" if unit.lower() == metric else f"{printable(metric)} "
     return f"{name}{value:.{places}f} {unit}".rstrip()
 
 
@@ -91,7 +92,7 @@ def front_table(
     table.add_column("trial", justify="right", no_wrap=True)
     for name in names:
         unit = unit_of(name)
-        table.add_column(name + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
+        table.add_column(printable(name) + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
         if dense is not None:
             table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
         if name in again:
@@ -114,7 +115,7 @@ def front_table(
                 row.append(_again(record, name, places[name]))
         # the cell and not its column: rich takes the room from other columns before it shortens one that never wraps
         schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
-        table.add_row(*row, Text(record.origin.removeprefix("start: ")), schedule)
+        table.add_row(*row, Text(printable(record.origin.removeprefix("start: "))), schedule)
     if dense is not None and dense not in shown:
         values = values_of(dense)
         cells = []
@@ -171,7 +172,7 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
     several = len(config.rungs) > 1
     evaluations = f", {sum(len(record.evaluations) for record in records)} evaluations" if several else " done"
     counts = f"{done}{f' of {total}' if total is not None else ''} candidates{evaluations}"
-    lines = [(config.name, counts)]
+    lines = [(printable(config.name), counts)]
     if states["running"]:
         lines.append(("running", f"{states['running']}"))
     if states["failed"]:
@@ -216,7 +217,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
     for metric, value in dense.metrics:
         places = decimals(metric, [value, after[metric]])
         cells = [_spread(evaluation, metric, places) for evaluation in (dense, pruned)]
-        name = f"{metric} ({unit_of(metric)})" if unit_of(metric) else metric
+        name = printable(f"{metric} ({unit_of(metric)})" if unit_of(metric) else metric)
         table.add_row(Text(name), *cells, change(metric, after[metric], value))
     if dense.tokens and pruned.tokens:
         ends = dense.tokens[-1], pruned.tokens[-1]
@@ -233,14 +234,15 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
     columns += ["again_split", "again_seeds"] if fresh else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"])
+    header = ["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"]
+    writer.writerow(map(printable, header))
     for row, record in zip(rows, found, strict=True):
-        about = [row["trial"], row["uid"], row["origin"]]
+        about = [row["trial"], row["uid"], printable(row["origin"])]
         metrics = [row["metrics"].get(name, "") for name in names]
         tokens, again = " ".join(map(str, row["tokens"])), row.get("again", {})
         means = [again.get(what, {}).get(name, "") for name in fresh for what in ("metrics", "spread")]
         means += [again.get(what, "") for what in ("split", "seeds")] if fresh else []
-        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, str(record.outcome)])
+        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, printable(str(record.outcome))])
     return text.getvalue()
 
 

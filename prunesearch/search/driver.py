@@ -6,7 +6,6 @@ shared weights before the search and the front measured again after it.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
 from prunesearch.evaluate import check_files, model_shape
 from prunesearch.files import write_yaml
+from prunesearch.plugins import import_plugins
 from prunesearch.search.confirm import confirm, missing
 from prunesearch.search.events import Done, Event, Waiting
 from prunesearch.search.interrupt import Interrupt
@@ -27,6 +27,7 @@ from prunesearch.search.storage import sqlite_file, storage_url
 from prunesearch.search.study import has_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
+from prunesearch.search.vocabulary import vocabulary_of
 from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
 from prunesearch.strict import to_mapping
 
@@ -51,8 +52,7 @@ def run_study(
     another driver counts as dead. search: False only measures the front again (`confirm`).
     Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
     """
-    for plugin in config.plugins:
-        importlib.import_module(plugin)
+    import_plugins(config.plugins)
     folder = folder.absolute()  # workers may have another working directory
     url = storage or storage_url(folder)
     alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
@@ -77,6 +77,7 @@ def run_study(
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             team = None if alone else Team(store, place, lease)
             anchors = store.starts(lambda: anchors_of(config, shape, folder))
+            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in anchors]))
             run = Search(config, shape, anchors, folder, store, team, interrupt, on_event)
             workers: Workers = NoWorkers()
             if (search and run.has_work()) or missing(config, folder, store.records()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import Engine, event
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -24,6 +25,10 @@ PATIENCE_SECONDS = 600.0
 """How long a search waits for a storage that is away or full."""
 PAUSE_SECONDS = 2.0
 T = TypeVar("T")
+_PASSWORD = re.compile(r"(://[^/:@?]*:).*@|^([^/:@?]*:)(?!//).*@", re.DOTALL)
+_NO_PORT = re.compile(r"(://[^/:@?]*:)(?!\d*(?:[/?]|$))[^@]*$", re.DOTALL)
+"""What stands where a port should, when the host was forgotten: the password."""
+_SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
 def storage_url(folder: Path) -> str:
@@ -50,7 +55,7 @@ def open_storage(url: str, *, writing: bool) -> BaseStorage:
                     f"--storage URL. Check the path, or run the study first."
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
-        is_sqlite = make_url(url).get_backend_name() == "sqlite"
+        is_sqlite = _parsed(url).get_backend_name() == "sqlite"
         # pool_pre_ping: a connection that broke while the database was away is noticed and made anew
         options: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS}} if is_sqlite else {"pool_pre_ping": True}
         rdb = _connect(url, options, writing)
@@ -74,9 +79,20 @@ def sqlite_file(url: str) -> Path | None:
     """The file of an SQLite URL; None for every other storage."""
     if ":" not in url or url.startswith(("journal:", "memory:")):
         return None
-    parsed = make_url(url)
+    parsed = _parsed(url)
     is_file = parsed.get_backend_name() == "sqlite" and parsed.database
     return Path(parsed.database) if is_file and parsed.database else None
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (SQLAlchemyError, ValueError):  # their texts may hold a part of the password
+        raise StudyError(
+            f"storage {shown(url)} cannot be read as a URL. Possible: sqlite:///FILE, "
+            f"postgresql://USER:PASSWORD@HOST:PORT/DATABASE, mysql://..., journal:FILE, with %40, %3A and %2F for @, : "
+            f"and / in the password. Correct the URL."
+        ) from None
 
 
 def close_storage(storage: BaseStorage) -> None:
@@ -122,13 +138,13 @@ def storage_errors() -> Iterator[None]:
 
 
 def shown(url: str) -> str:
-    """The URL without its password."""
+    """The URL with *** in the place of passwords. Whatever prints a URL prints this.
+
+    By patterns and not by parsing: a password may hold any character, and the URL may be wrong.
+    """
     if url.startswith(("journal:", "memory:")):
         return url
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "the given URL"
+    return _SECRET.sub(r"\1***", _NO_PORT.sub(r"\1***", _PASSWORD.sub(r"\1\2***@", url)))
 
 
 def _connect(url: str, options: dict[str, Any], writing: bool) -> RDBStorage:

@@ -51,6 +51,7 @@ from prunesearch.search.storage import (
     storage_errors,
     storage_url,
 )
+from prunesearch.search.vocabulary import Vocabulary, refuse_other_defaults
 from prunesearch.space import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
 
@@ -82,6 +83,8 @@ class StudyReader:
         self._storage, self._study_id, self.config = storage, study_id, config
         self.has_begun = False
         """Whether its start schedules are known."""
+        self.vocabulary = Vocabulary()
+        """What its scores and verbs mean; empty for a study that an earlier version began."""
 
     def records(self) -> list[Record]:
         """Every candidate so far, in the order of their numbers."""
@@ -257,6 +260,18 @@ class Store(StudyReader):
             self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "starts", saved))
         return [(origin, from_mapping(Schedule, schedule, origin)) for origin, schedule in saved]
 
+    def define(self, find: Callable[[], Vocabulary]) -> None:
+        """Keep what the study's scores and verbs mean, as `find` said when the study began. Raises StudyError when it
+        says something else now."""
+        saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("vocabulary")
+        now = find()
+        if saved is not None:
+            self.vocabulary = from_mapping(Vocabulary, saved, f"study {self.config.name}")
+            refuse_other_defaults(self.vocabulary, now, self.config.name)
+            return
+        self.vocabulary = now
+        self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "vocabulary", to_mapping(now)))
+
     # --- drivers ---
 
     def beat(self, beat: Beat) -> None:
@@ -424,6 +439,7 @@ def open_study_readonly(
     config = from_mapping(StudyConfig, study.user_attrs["config"], f"study {name}")
     reader = StudyReader(backend, study._study_id, config)
     reader.has_begun = "starts" in study.user_attrs
+    reader.vocabulary = from_mapping(Vocabulary, study.user_attrs.get("vocabulary", {}), f"study {name}")
     return reader
 
 

@@ -10,7 +10,6 @@ schedule: one rung in each iteration, continued from the checkpoint of the rung 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.plugins import import_plugins
 from prunesearch.schedule import Schedule
 from prunesearch.search.iso_budget import within_budget
 from prunesearch.search.limits import computed_excess, excess
@@ -94,8 +94,7 @@ def points_to_evaluate(config: StudyConfig) -> list[dict[str, Any]]:
 
 
 def _check(config: StudyConfig) -> None:
-    for plugin in config.plugins:
-        importlib.import_module(plugin)
+    import_plugins(config.plugins)
     if problems := study_problems(config):
         raise FileError(f"study {config.name}", problems)
     if config.evaluation == "supernet":

@@ -16,6 +16,7 @@ from prunesearch.errors import StudyError
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
+from prunesearch.plugins import import_plugins
 from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.problems import anchors_of
@@ -24,6 +25,7 @@ from prunesearch.search.storage import sqlite_file, storage_url
 from prunesearch.search.study import Store, open_store
 from prunesearch.search.tasks import task_of
 from prunesearch.search.verdict import judged, same_work
+from prunesearch.search.vocabulary import vocabulary_of
 from prunesearch.space import Value, uid_of
 from prunesearch.strict import from_mapping, to_mapping
 
@@ -43,6 +45,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
     has; of trials with the same schedule the one that came furthest is taken. Raises StudyError when there are no such
     results, or they come from other settings.
     """
+    import_plugins(config.plugins)
     source = results if isinstance(results, Path) else Path(results.experiment_path)
     trials = list(_trials(source))
     if not trials:
@@ -59,7 +62,9 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             shape = model_shape(config.model)
-            origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors_of(config, shape))}
+            anchors = anchors_of(config, shape)
+            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in anchors]))
+            origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
             known = {record.uid for record in store.records()}
             furthest: dict[str, list[Entry]] = {}
             for trial in trials:

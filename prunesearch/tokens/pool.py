@@ -40,6 +40,7 @@ def _masked(scene: MaskedInput, *, scaled: bool) -> Pooled:
     "pool",
     source="PatchMerger (arXiv 2202.12015)",
     ranks=False,
+    pools=True,
     macs=_macs,
     masked=_masked,
     part=lambda shape, kept: Queries(shape.dim, kept),

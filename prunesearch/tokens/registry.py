@@ -160,7 +160,9 @@ class Reducer:
     and average pooling may weigh. extra_tokens: tokens it adds to the kept ones. masked: the same on tokens that stay
     in their slots, for training with learned decisions and for counts that differ between images; None: the verb is
     refused there. takes_threshold: a stage may give a threshold. holds: tokens that do not stay keep their place and
-    go another way until the next stage, which chooses among all again; for models with a feature map only.
+    go another way until the next stage, which chooses among all again; for models with a feature map only. pools: all
+    tokens are replaced by new ones, as many as asked for. A search may then give it a count (`space.tokens`), and what
+    an attention layer saw before says nothing about the new tokens.
     """
 
     name: str
@@ -177,6 +179,7 @@ class Reducer:
     masked: ReduceMasked | None = None
     takes_threshold: bool = False
     holds: bool = False
+    pools: bool = False
     part: Callable[[ModelShape, int], nn.Module] | None = None
     """(shape, tokens kept) -> the learned module of one stage, for reducers that learn; of each block until the next
     stage, for those that hold."""

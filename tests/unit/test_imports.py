@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "prunesearch"
 # a module may import from its own tier and the ones after it
 TIERS = (
     ("cli", "__main__"),
-    ("report", "plot", "plot_sensitivity", "export", "freeze", "catalogue"),
+    ("report", "plot", "plot_sensitivity", "export", "freeze", "sources", "catalogue", "terminal"),
     ("search", "front"),
     ("space", "space_problems", "evaluate"),
     ("models", "presets"),
@@ -23,13 +23,13 @@ TIERS = (
     ("files", "json_schema"),
     ("strict",),
     ("schedule",),
-    ("config", "registry", "errors"),
+    ("config", "registry", "plugins", "printable", "errors"),
 )
 ROOMS = {
     "timm": ("models", "evaluate", "catalogue"),
     "optuna": ("search.storage", "search.study", "search.samplers"),
     "ray": ("search.ray_workers", "search.tune"),
-    "rich": ("report", "cli", "catalogue"),
+    "rich": ("report", "cli", "catalogue", "terminal"),
     "matplotlib": ("plot", "plot_sensitivity"),
     "sklearn": ("evaluate.digits", "search.surrogate", "search.token_gp"),
 }

@@ -1,0 +1,21 @@
+"""Text from files, names and other libraries, made harmless for a terminal."""
+
+from __future__ import annotations
+
+import re
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL_OR_BREAK = re.compile(f"[\t\n]|{_CONTROL.pattern}")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""The text with control characters written as escapes such as \x1b: what moves the cursor, sets colours, turns the
+    direction of writing or cannot be encoded.
+
+    lines: keep tabs and line breaks, as in a table or an error of several lines; without, the result is one line.
+    """
+    return (_CONTROL if lines else _CONTROL_OR_BREAK).sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")

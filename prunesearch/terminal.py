@@ -1,0 +1,25 @@
+"""The console that tables and the live view are printed on: names and texts of others cannot control it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from prunesearch.printable import printable
+
+
+class PlainConsole(Console):
+    """A console on which markup such as [red] or [link=...] is text, and control characters are escaped."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line; rich would end the process."""
+        raise BrokenPipeError
