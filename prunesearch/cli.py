@@ -114,11 +114,11 @@ def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, searc
 
 def _check(parsed: argparse.Namespace) -> int:
     from prunesearch.config import StudyConfig
-    from prunesearch.files import load_any, load_study
+    from prunesearch.files import load_any
 
-    content = load_any(parsed.file)
+    content = load_any(parsed.file, parsed.set)
     if isinstance(content, StudyConfig):
-        return _check_study(load_study(parsed.file, parsed.set))
+        return _check_study(content)
     return _check_schedule(parsed)
 
 
