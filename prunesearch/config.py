@@ -32,10 +32,11 @@ LARGEST = 1e6
 """Of thresholds, weights of losses and options, in their own units: beyond any sensible value, far from overflow."""
 
 
-def bounded(text: str, default: Any = ..., **bounds: float) -> Any:
+def bounded(text: str, default: Any = ..., **bounds: float | str) -> Any:
     """A dataclass field with a description, bounds, and maybe a default.
 
     low, high: inclusive; above: exclusive. They hold for each number in a tuple too, of which `most` bounds the length.
+    pattern: regular expression of a text. Sections that are made in Python are held to them by `study_problems`.
     """
     metadata = {"text": text, **bounds}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -399,7 +400,10 @@ class StudyConfig:
     stop: StopConfig = _field("when the search is done", StopConfig())
     confirm: ConfirmConfig = _field("how the final front is measured again", ConfirmConfig())
     plugins: tuple[str, ...] = _field(
-        "modules to import first; they may register scores, metrics, ...", (), most=MOST_NAMES
+        "modules to import first; they may register scores, metrics, ...",
+        (),
+        most=MOST_NAMES,
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
     )
 
     @property

@@ -47,7 +47,9 @@ def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = 
         return {"type": "object"}
     names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
     bounds = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
-    given = {} if kind in (str, bool, type(None)) else {bounds[key]: limits[key] for key in bounds if key in limits}
+    if kind is str:
+        bounds = {"pattern": "pattern"}
+    given = {bounds[key]: limits[key] for key in bounds if key in limits and kind not in (bool, type(None))}
     return {"type": names[kind], **given}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
@@ -124,6 +125,9 @@ def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Ma
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
         report(path, f"is {_shown(value)}; possible: {_kind_name(kind)}.")
+        return _WRONG
+    if kind is str and "pattern" in limits and not re.search(limits["pattern"], value):
+        report(path, f"is {_shown(value)}; possible: text of the form {limits['pattern']}.")
         return _WRONG
     if kind not in (int, float):
         return value

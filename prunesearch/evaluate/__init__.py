@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunesearch.config import DataConfig, ModelConfig
-from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape
+from prunesearch.evaluate.build import build_model, check_checkpoint, is_remote, model_problems, model_shape
 from prunesearch.evaluate.data import DATASETS, check_paths
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
 from prunesearch.evaluate.run import evaluate
@@ -21,7 +21,9 @@ __all__ = [
     "check_files",
     "computed_metric",
     "evaluate",
+    "is_remote",
     "measured_metric",
+    "model_problems",
     "model_shape",
 ]
 
