@@ -3,9 +3,9 @@
 
     python scripts/fuzz_check.py --files 3000 --seed 0
 
-Files are made from those that ship, half of them changed as text, half as values, so that they still are YAML. Each must
-end with exit code 0 or 2, in 5 seconds (of this process) and 1 GB of further memory; what is accepted must then propose
-candidates, told made-up results, where its space is small. Exits with 1 when a file does not, and keeps that file.
+Files are made from those that ship: one in three changed as text, the others as values, so that they still are YAML.
+Each must end with exit code 0 or 2, in 5 seconds (of this process) and 1 GB of further memory. What is accepted must
+then propose candidates, told made-up results. Exits with 1 when a file does not, and keeps that file.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from typing import Any, Literal, Union, get_args, get_origin
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from prunesearch.cli import main as prunesearch
-from prunesearch.config import StudyConfig
+from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.build import OPTIONS, Bounds
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import ScheduleFile, load_any, save_schedule, write_yaml
 from prunesearch.presets import load_preset, presets
-from prunesearch.schedule import ModelShape
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, with_evaluation
@@ -48,7 +47,7 @@ from prunesearch.search.samplers import SAMPLERS, in_charge
 from prunesearch.search.token_gp import features
 from prunesearch.space import dimensions, uid_of
 from prunesearch.space_problems import AMOUNTS
-from prunesearch.strict import is_pairs
+from prunesearch.strict import is_pairs, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 from prunesearch.yaml_text import read_yaml_text
 
@@ -58,12 +57,12 @@ MOST_MEGABYTES = 1000.0
 CANDIDATES = 10
 MOST_PARAMETERS = 60
 """Of a space whose candidates are proposed here; larger ones take longer and say no more."""
-DIGITS = {"name": "vit_digits_patch1_8", "options": {"depth": 8}}
+DIGITS = ModelConfig("vit_digits_patch1_8", options=(("depth", 8),))
 HOSTILE = [
-    "!!python/object/apply:os.system ['true']", "&a [*a]", "*a", "2024-13-45", "0b", "1:60:60", "=", "<<", ".nan", "-.inf",
-    "1e999", "9" * 400, "-" + "9" * 400, "\t", "\0", "\x1b[31m", "\ufeff", "\u2028", '"\\ud800"', "[" * 200, "{" * 200, "- " * 200,
-    "? [a]: b", "{a: 1, a: 2}", "~", "''", "yes", "0x" + "f" * 300, "a" * 5000, "%YAML 9.9", "---", "...", "#", "|", ">", "@", "`",
-    "null", "[]", "{}", "[[[]]]", "-1", "0", "1.5", "true", "1e-320", "-0.0",
+    "!!python/object/apply:os.system ['true']", "&a [*a]", "*a", "2024-13-45", "0b", "1:60:60", "=", "<<", ".nan",
+    "-.inf", "1e999", "9" * 400, "-" + "9" * 400, "\t", "\0", "\x1b[31m", "\ufeff", "\u2028", '"\\ud800"', "[" * 200,
+    "{" * 200, "- " * 200, "? [a]: b", "{a: 1, a: 2}", "~", "''", "yes", "0x" + "f" * 300, "a" * 5000, "%YAML 9.9",
+    "---", "...", "#", "|", ">", "@", "`", "null", "[]", "{}", "[[[]]]", "-1", "0", "1.5", "true", "1e-320", "-0.0",
 ]  # fmt: skip
 
 
@@ -77,30 +76,24 @@ class Outcome:
     trouble: str = ""
 
 
-def corpus() -> list[tuple[str, Any]]:
-    """Text and content of every shipped study, of the digits model too, and of the presets as schedule files."""
-    found = []
+def corpus() -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+    """Text and content of the shipped studies, with the digits model where they can have it, and of the presets as
+    schedule files for that model."""
+    studies, schedules = [], []
     for path in sorted((ROOT / "search_spaces").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         content = read_yaml_text(text).content
-        if content["model"]["name"] != DIGITS["name"] and "convnext" not in path.stem:
-            content = {**content, "model": DIGITS}  # a small model
-        found.append((text, content))
-    shape = model_shape_of_digits()
+        is_large = "convnext" not in path.stem and content["model"]["name"] != DIGITS.name
+        studies.append((text, {**content, "model": to_mapping(DIGITS)} if is_large else content))
+    shape = model_shape(DIGITS)
     with tempfile.TemporaryDirectory() as folder:
         for name in presets():
             with contextlib.suppress(ScheduleError):
                 path = Path(folder) / "schedule.yaml"
-                save_schedule(load_preset(name, shape), path, model=DIGITS)
+                save_schedule(load_preset(name, shape), path, model=to_mapping(DIGITS))
                 text = path.read_text(encoding="utf-8")
-                found.append((text, read_yaml_text(text).content))
-    return found
-
-
-def model_shape_of_digits() -> ModelShape:
-    from prunesearch.config import ModelConfig, as_options
-
-    return model_shape(ModelConfig(str(DIGITS["name"]), options=as_options(DIGITS["options"])))  # type: ignore[arg-type]
+                schedules.append((text, read_yaml_text(text).content))
+    return studies, schedules
 
 
 # --- mutation ----------------------------------------------------------------------------------------------------
@@ -328,9 +321,9 @@ def proposals(config: StudyConfig, count: int) -> int:
 def run(files: int, seed: int, folder: Path, most_failures: int = 20) -> list[Outcome]:
     """Check so many files; those that fail stay in the folder."""
     generator = random.Random(seed)
-    known, outcomes = corpus(), []
+    known, outcomes = corpus(), list[Outcome]()
     for index in range(files):
-        text, content = generator.choice(known)
+        text, content = generator.choice(known[generator.random() < 0.3])
         path = folder / f"{seed}-{index}.yaml"
         if index % 3 == 0:
             path.write_bytes(mutated_text(text, generator).encode("utf-8", errors="replace"))
@@ -366,16 +359,14 @@ def main() -> int:
     counts = Counter(outcome.where for outcome in outcomes)
     meant = counts["meaning"] + counts["accepted"]
     proposed = [outcome.proposed for outcome in outcomes if outcome.proposed is not None]
+    full, slowest = proposed.count(CANDIDATES), max(outcome.seconds for outcome in outcomes)
+    named = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    print(f"seed {arguments.seed}, {len(outcomes)} files: {named}")
     print(
-        f"seed {arguments.seed}, {len(outcomes)} files: " + ", ".join(f"{n} {name}" for name, n in counts.most_common())
+        f"{meant / len(outcomes):.0%} came to the checks of meaning; {len(proposed)} accepted studies made proposals,"
     )
-    print(
-        f"{meant / len(outcomes):.0%} came to the checks of meaning; {len(proposed)} accepted studies proposed candidates,"
-    )
-    print(
-        f"{sum(count == CANDIDATES for count in proposed)} of them {CANDIDATES}, the others all that their spaces have"
-    )
-    print(f"slowest {max(outcome.seconds for outcome in outcomes):.2f} s, {grown:.0f} MB of further memory at the peak")
+    print(f"{full} of them {CANDIDATES}, the others all that their spaces have")
+    print(f"slowest {slowest:.2f} s, {grown:.0f} MB of further memory at the peak")
     failed = any(outcome.trouble for outcome in outcomes) or grown > MOST_MEGABYTES or meant < len(outcomes) / 2
     if failed:
         print(f"FAILED; the files are in {folder}")

@@ -15,7 +15,7 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from prunesearch.config import ModelConfig, Scalar
+from prunesearch.config import MOST_TOKENS, ModelConfig, Scalar
 from prunesearch.errors import ModelError
 from prunesearch.models import digits_vit, shape_of  # noqa: F401  (digits_vit registers its model with timm)
 from prunesearch.models.weights import load_weights, misfits, read_weights
@@ -119,7 +119,22 @@ def _weights(path: str, modified: int) -> dict[str, Tensor]:
 @lru_cache(maxsize=16)
 def model_shape(config: ModelConfig) -> ModelShape:
     """The shape of the model, without weights. Raises ModelError also for models prunesearch cannot change."""
-    return shape_of(_skeleton(config))
+    model = _skeleton(config)
+    try:
+        shape = shape_of(model)
+    except ModelError:
+        raise
+    except Exception as error:  # a pass over the skeleton, which finds that its sizes do not go together
+        raise ModelError(
+            f"model: {config.name} cannot take images of its own size: {type(error).__name__}: {error}. Possible: a "
+            f"larger image_size, or a smaller patch or window. Check image_size and options."
+        ) from error
+    if not 1 <= shape.patch_tokens <= MOST_TOKENS:
+        raise ModelError(
+            f"model: {config.name} makes {shape.patch_tokens:,} patch tokens of an image. Possible: from 1 up to "
+            f"{MOST_TOKENS:,}. Check image_size and options.patch_size."
+        )
+    return shape
 
 
 @lru_cache(maxsize=16)

@@ -155,6 +155,15 @@ def test_a_plug_in_is_the_name_of_a_module(plugin: str, capsys: pytest.CaptureFi
 
 def test_a_deep_model_is_checked_without_memory_for_its_weights() -> None:
     options = as_options({"depth": 100, "embed_dim": 16_384, "num_heads": 1})
-    shape = model_shape(ModelConfig("vit_digits_patch1_8", image_size=1024, options=options))
-    assert shape.depth == 100 and shape.patch_tokens == 2**20
+    shape = model_shape(ModelConfig("vit_digits_patch1_8", image_size=512, options=options))
+    assert shape.depth == 100 and shape.patch_tokens == 512**2
     assert torch.get_default_device().type == "cpu"
+
+
+@pytest.mark.parametrize("size", [8, 4096])
+def test_a_model_with_too_few_or_too_many_tokens_is_a_sentence(size: int) -> None:
+    options = as_options({"depth": 1, "patch_size": 16 if size == 8 else 1})
+    with pytest.raises(
+        ModelError, match=r"patch tokens of an image. Possible: from 1|cannot build|images of its own size"
+    ):
+        model_shape(ModelConfig("vit_digits_patch1_8", image_size=size, options=options))
