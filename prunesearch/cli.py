@@ -144,17 +144,24 @@ def _check(parsed: argparse.Namespace) -> int:
 def _check_study(config: StudyConfig) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
-    from prunesearch.evaluate import model_shape
+    from prunesearch.evaluate import is_remote, model_shape
     from prunesearch.evaluate.sensitivity import stages_of
     from prunesearch.plugins import import_plugins
-    from prunesearch.search.problems import anchors_of, study_problems
+    from prunesearch.search.problems import anchors_of, model_free_problems, study_problems
     from prunesearch.search.sensitivity_start import STARTS, WORD
     from prunesearch.space import combinations, dimensions
 
     import_plugins(config.plugins)
-    problems = study_problems(config)
+    remote = is_remote(config.model)  # looking it up needs the network, which is left to the run
+    problems = model_free_problems(config) if remote else study_problems(config)
     if problems:
         raise FileError(f"study {config.name}", problems)
+    if remote:
+        print(
+            f"{config.name}: fine as far as it can be checked here. What {config.model.name} is, and so whether the "
+            f"space and the start schedules fit it, is looked up when the study is run."
+        )
+        return 0
     shape = model_shape(config.model)
     total = combinations(config.space)
     size = "continuous" if total is None else f"{total:,} combinations"

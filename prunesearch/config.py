@@ -1,6 +1,6 @@
 """The nouns of a study file: one frozen dataclass per section, names and numbers only.
 
-Field texts (`_field("...")`) become the descriptions of the JSON schema that editors show. Reading and
+Field texts and bounds (`_field("...")`) become the descriptions of the JSON schema that editors show. Reading and
 checking files is in `files.py`; what a section does is where the section is used.
 """
 
@@ -23,10 +23,28 @@ def as_options(mapping: Mapping[str, Scalar] | Options) -> Options:
     return tuple(sorted((str(name), value) for name, value in pairs))
 
 
-def _field(text: str, default: Any = ..., **bounds: float) -> Any:
-    """A dataclass field with a description, bounds (low, high: inclusive; above: exclusive), and maybe a default."""
+MOST_BLOCKS = 1000
+MOST_TOKENS = 1_000_000
+MOST_GMACS = 1e6
+MOST_IMAGES = 10**12
+MOST_VALUES = 200
+"""Choices of one parameter of a search."""
+MOST_NAMES = 100
+LARGEST = 1e6
+"""Of thresholds, weights of losses and options, in their own units: beyond any sensible value, far from overflow."""
+
+
+def bounded(text: str, default: Any = ..., **bounds: float | str) -> Any:
+    """A dataclass field with a description, bounds, and maybe a default.
+
+    low, high: inclusive; above: exclusive. They hold for each number in a tuple too, of which `most` bounds the length.
+    pattern: regular expression of a text. Sections that are made in Python are held to them by `study_problems`.
+    """
     metadata = {"text": text, **bounds}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+_field = bounded
 
 
 @dataclass(frozen=True)
@@ -36,9 +54,11 @@ class ModelConfig:
     name: str = _field("timm model name, for example deit_small_patch16_224.fb_in1k")
     pretrained: bool = _field("load timm's pretrained weights (downloads them once)", False)
     checkpoint: str | None = _field("local weights (.safetensors, or .pth read with weights_only)", None)
-    image_size: int | None = _field("input size in pixels; the model's own when absent", None, low=1)
-    num_classes: int | None = _field("number of classes; the model's own when absent", None, low=1)
-    options: Options = _field("further keywords of timm.create_model, for example {depth: 9}", ())
+    image_size: int | None = _field("input size in pixels; the model's own when absent", None, low=1, high=4096)
+    num_classes: int | None = _field("number of classes; the model's own when absent", None, low=1, high=1_000_000)
+    options: Options = _field(
+        "further keywords of timm.create_model, for example {depth: 9}", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES
+    )
 
 
 @dataclass(frozen=True)
@@ -55,13 +75,21 @@ class DataConfig:
     val_split: str = _field("name of the validation split", "validation")
     test_root: str | None = _field("folder or tar file of test images, which the search never sees", None)
     test_split: str | None = _field("name of the test split; there is none when this and test_root are absent", None)
-    train_images: int | None = _field("use only this many training images (a fixed random subset)", None, low=1)
-    val_images: int | None = _field("use only this many validation images (a fixed random subset)", None, low=1)
-    mean: tuple[float, ...] | None = _field(
-        "mean of each channel, of pixels in [0, 1]; the model's own when absent", None
+    train_images: int | None = _field(
+        "use only this many training images (a fixed random subset)", None, low=1, high=MOST_IMAGES
     )
-    std: tuple[float, ...] | None = _field("standard deviation of each channel; the model's own when absent", None)
-    interpolation: str | None = _field("bilinear, bicubic, ...; the model's own when absent", None)
+    val_images: int | None = _field(
+        "use only this many validation images (a fixed random subset)", None, low=1, high=MOST_IMAGES
+    )
+    mean: tuple[float, ...] | None = _field(
+        "mean of each channel, of pixels in [0, 1]; the model's own when absent", None, low=-10, high=10, most=64
+    )
+    std: tuple[float, ...] | None = _field(
+        "standard deviation of each channel; the model's own when absent", None, low=0.001, high=10, most=64
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = _field(
+        "how images are resized; the model's own when absent", None
+    )
     crop_pct: float | None = _field(
         "share of the resized image's side that the centre crop keeps; when absent the model's own, but a model built "
         "at another size than timm's default for it takes images that already have this size uncropped",
@@ -70,7 +98,7 @@ class DataConfig:
         high=1,
     )
     in_memory: bool = _field("decode once and keep uint8 images in memory; false decodes them each time", True)
-    loaders: int = _field("processes that decode images; 0 decodes in the worker itself", 2, low=0)
+    loaders: int = _field("processes that decode images; 0 decodes in the worker itself", 2, low=0, high=256)
 
     @property
     def has_test(self) -> bool:
@@ -84,15 +112,15 @@ class Range:
 
     low: float = _field("smallest keep ratio", above=0, high=1)
     high: float = _field("largest keep ratio; 1.0 means no stage", above=0, high=1)
-    step: float | None = _field("distance between values; continuous when absent", None, above=0)
+    step: float | None = _field("distance between values; continuous when absent", None, low=0.001, high=1)
 
 
 @dataclass(frozen=True)
 class ThresholdRange:
     """A range of thresholds, or of targets, to search over; continuous."""
 
-    low: float = _field("smallest value")
-    high: float = _field("largest value")
+    low: float = _field("smallest value", low=-LARGEST, high=LARGEST)
+    high: float = _field("largest value", low=-LARGEST, high=LARGEST)
     log: bool = _field("look at ratios, not at distances; low must be above 0", False)
 
 
@@ -100,52 +128,82 @@ class ThresholdRange:
 class BlockSpace:
     """The space of one block; what is absent is taken from the space around it."""
 
-    block: int = _field("0-based block index", low=0)
-    keep: tuple[float, ...] | Range | None = _field("keep ratios to choose from; 1.0 = no stage here", None)
-    at: tuple[str, ...] | None = _field("places to choose from: mid, pre", None)
-    score: tuple[str, ...] | None = _field("scores to choose from", None)
-    reduce: tuple[str, ...] | None = _field("reduce verbs to choose from", None)
-    amount: tuple[str, ...] | None = _field("keep, threshold, none", None)
-    threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of scores to choose from", None)
-    merge_threshold: tuple[float, ...] | ThresholdRange | None = _field("thresholds of cosines to choose from", None)
-    tokens: tuple[int, ...] | None = _field("counts to choose from, for verbs that pool", None)
+    block: int = _field("0-based block index", low=0, high=MOST_BLOCKS)
+    keep: tuple[float, ...] | Range | None = _field(
+        "keep ratios to choose from; 1.0 = no stage here", None, above=0, high=1, most=MOST_VALUES
+    )
+    at: tuple[str, ...] | None = _field("places to choose from: mid, pre", None, most=MOST_NAMES)
+    score: tuple[str, ...] | None = _field("scores to choose from", None, most=MOST_NAMES)
+    reduce: tuple[str, ...] | None = _field("reduce verbs to choose from", None, most=MOST_NAMES)
+    amount: tuple[str, ...] | None = _field("keep, threshold, none", None, most=MOST_NAMES)
+    threshold: tuple[float, ...] | ThresholdRange | None = _field(
+        "thresholds of scores to choose from", None, low=0, high=LARGEST, most=MOST_VALUES
+    )
+    merge_threshold: tuple[float, ...] | ThresholdRange | None = _field(
+        "thresholds of cosines to choose from", None, low=-1, high=1, most=MOST_VALUES
+    )
+    tokens: tuple[int, ...] | None = _field(
+        "counts to choose from, for verbs that pool", None, low=1, high=MOST_TOKENS, most=MOST_VALUES
+    )
 
 
 @dataclass(frozen=True)
 class SpaceConfig:
     """What the search may choose. A single value is fixed, a list is searched."""
 
-    blocks: tuple[int | BlockSpace, ...] = _field("blocks that may hold a stage; a mapping narrows one block")
-    keep: tuple[float, ...] | Range = _field(
-        "keep ratios to choose from; 1.0 = no stage at this block", (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    blocks: tuple[int | BlockSpace, ...] = _field(
+        "blocks that may hold a stage; a mapping narrows one block", low=0, high=MOST_BLOCKS, most=MOST_BLOCKS
     )
-    at: tuple[str, ...] = _field("places to choose from: mid (after attention), pre (before the block)", ("mid",))
-    score: tuple[str, ...] = _field("scores to choose from", (DEFAULT_SCORE,))
-    reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",))
+    keep: tuple[float, ...] | Range = _field(
+        "keep ratios to choose from; 1.0 = no stage at this block",
+        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        above=0,
+        high=1,
+        most=MOST_VALUES,
+    )
+    at: tuple[str, ...] = _field(
+        "places to choose from: mid (after attention), pre (before the block)", ("mid",), most=MOST_NAMES
+    )
+    score: tuple[str, ...] = _field("scores to choose from", (DEFAULT_SCORE,), most=MOST_NAMES)
+    reduce: tuple[str, ...] = _field("reduce verbs to choose from", ("drop",), most=MOST_NAMES)
     amount: tuple[str, ...] = _field(
         "how a stage says how many tokens stay: keep (a ratio), threshold (each image its own number), none (no stage)",
         ("keep",),
+        most=MOST_NAMES,
     )
     threshold: tuple[float, ...] | ThresholdRange | None = _field(
-        "thresholds of scores to choose from; scores are shares, so 1/patch tokens is a typical one", None
+        "thresholds of scores to choose from; scores are shares, so 1/patch tokens is a typical one",
+        None,
+        low=0,
+        high=LARGEST,
+        most=MOST_VALUES,
     )
     merge_threshold: tuple[float, ...] | ThresholdRange | None = _field(
-        "thresholds of the cosine of a pair to choose from, for merge", None
+        "thresholds of the cosine of a pair to choose from, for merge", None, low=-1, high=1, most=MOST_VALUES
     )
     tokens: tuple[int, ...] | None = _field(
-        "counts of patch tokens to choose from, for verbs that pool; when absent they take keep as the others do", None
+        "counts of patch tokens to choose from, for verbs that pool; when absent they take keep as the others do",
+        None,
+        low=1,
+        high=MOST_TOKENS,
+        most=MOST_VALUES,
     )
     target_gmacs: tuple[float, ...] | ThresholdRange | None = _field(
-        "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay", None
+        "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay",
+        None,
+        above=0,
+        high=MOST_GMACS,
+        most=MOST_VALUES,
     )
     same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold", "tokens"], ...] = (
-        _field("choices that all stages of a schedule share", ())
+        _field("choices that all stages of a schedule share", (), most=MOST_NAMES)
     )
-    max_stages: int | None = _field("most stages a schedule may have", None, low=1)
+    max_stages: int | None = _field("most stages a schedule may have", None, low=1, high=MOST_BLOCKS)
     start_from: tuple[str, ...] = _field(
         "schedules evaluated first: preset names, YAML files, or sensitivity: what the effects of all stages, each "
         "measured alone without training, predict to be good",
         (),
+        most=MOST_NAMES,
     )
 
 
@@ -161,8 +219,8 @@ class Objective:
 class Limit:
     """Bounds on one metric. Candidates over a limit on computable metrics are rejected before any training."""
 
-    at_most: float | None = _field("upper bound", None)
-    at_least: float | None = _field("lower bound", None)
+    at_most: float | None = _field("upper bound", None, low=-1e12, high=1e12)
+    at_least: float | None = _field("lower bound", None, low=-1e12, high=1e12)
 
     def excess(self, value: float) -> float:
         """By how much a value breaks the bounds, in its unit; 0 or less is within, and NaN, for NaN, is not."""
@@ -175,24 +233,27 @@ class Limit:
 class FinetuneConfig:
     """How a candidate is trained for its budget."""
 
-    learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0)
-    weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0)
-    batch_size: int = _field("images per training step", 128, low=1)
+    learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0, high=10)
+    weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0, high=10)
+    batch_size: int = _field("images per training step", 128, low=1, high=65_536)
     warmup: float = _field("fraction of the budget spent in linear warm-up", 0.0, low=0, high=1)
     label_smoothing: float = _field("label smoothing of the cross entropy", 0.0, low=0, high=1)
     distill: bool = _field("soft distillation from the dense model", True)
     distill_weight: float = _field(
         "weight of the distillation loss against the cross entropy, 0 to 1", 0.5, low=0, high=1
     )
-    temperature: float = _field("softmax temperature of the distillation", 1.0, above=0)
-    clip_grad: float | None = _field("largest gradient norm", 1.0, above=0)
+    temperature: float = _field("softmax temperature of the distillation", 1.0, low=0.01, high=1000)
+    clip_grad: float | None = _field("largest gradient norm", 1.0, above=0, high=LARGEST)
     augment: Literal["none", "flip"] = _field("none, or random horizontal flips", "none")
     amp: bool = _field("automatic mixed precision on GPUs", True)
     learned_learning_rate: float = _field(
-        "peak learning rate of what a schedule learns: predictors, queries", 1.0e-3, low=0
+        "peak learning rate of what a schedule learns: predictors, queries", 1.0e-3, low=0, high=10
     )
     threshold_learning_rate: float = _field(
-        "peak learning rate of thresholds, in units of a typical score (1/patch tokens; 1 for cosines)", 0.005, low=0
+        "peak learning rate of thresholds, in units of a typical score (1/patch tokens; 1 for cosines)",
+        0.005,
+        low=0,
+        high=10,
     )
     freeze_backbone: float = _field(
         "share of the budget, from its start, during which only what a schedule learns is trained; 1 = all of it",
@@ -201,9 +262,9 @@ class FinetuneConfig:
         high=1,
     )
     ratio_weight: float = _field(
-        "weight of the loss that holds a predictor to its stage's keep (DynamicViT)", 2.0, low=0
+        "weight of the loss that holds a predictor to its stage's keep (DynamicViT)", 2.0, low=0, high=LARGEST
     )
-    budget_weight: float = _field("weight of the loss that holds thresholds to target_gmacs", 10.0, low=0)
+    budget_weight: float = _field("weight of the loss that holds thresholds to target_gmacs", 10.0, low=0, high=LARGEST)
     budget_loss: Literal["absolute", "squared"] = _field(
         "of the cost as a share of the dense model's: distance (AS-ViT) or its square (LTMP)", "absolute"
     )
@@ -211,11 +272,13 @@ class FinetuneConfig:
         "weight of the distance between kept tokens and the dense model's, for schedules with a predictor (DynamicViT)",
         0.5,
         low=0,
+        high=LARGEST,
     )
     calibration_images: int = _field(
         "training images on which thresholds are moved onto target_gmacs after training; 0 = leave them as trained",
         1024,
         low=0,
+        high=MOST_IMAGES,
     )
 
 
@@ -223,32 +286,34 @@ class FinetuneConfig:
 class Budget:
     """What one fine-tune may spend. The first bound reached ends it; 0 images = as it comes."""
 
-    images: int | None = _field("training images seen (0 = no training)", None, low=0)
-    seconds: float | None = _field("seconds of training", None, low=0)
+    images: int | None = _field("training images seen (0 = no training)", None, low=0, high=MOST_IMAGES)
+    seconds: float | None = _field("seconds of training", None, low=0, high=1e8)
 
 
 @dataclass(frozen=True)
 class SupernetConfig:
     """How shared weights are trained before the search; learning rate, batch size and loss are those of `finetune`."""
 
-    images: int = _field("training images seen, each of them by every schedule of its step", low=1)
-    schedules: int = _field("random schedules in each step, beside the dense model and the cheapest schedule", 2, low=0)
+    images: int = _field("training images seen, each of them by every schedule of its step", low=1, high=MOST_IMAGES)
+    schedules: int = _field(
+        "random schedules in each step, beside the dense model and the cheapest schedule", 2, low=0, high=1000
+    )
 
 
 @dataclass(frozen=True)
 class IsoBudget:
     """What every candidate of the sampler costs: its keep ratios are moved until it does."""
 
-    gmacs: float = _field("GMACs of one image", above=0)
+    gmacs: float = _field("GMACs of one image", above=0, high=MOST_GMACS)
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
     """How speed and accuracy are measured."""
 
-    batch_size: int = _field("images per evaluation batch", 128, low=1)
-    speed_batch_size: int = _field("images per batch when throughput is measured", 64, low=1)
-    speed_seconds: float = _field("seconds spent on each speed measurement", 1.0, above=0)
+    batch_size: int = _field("images per evaluation batch", 128, low=1, high=65_536)
+    speed_batch_size: int = _field("images per batch when throughput is measured", 64, low=1, high=65_536)
+    speed_seconds: float = _field("seconds spent on each speed measurement", 1.0, above=0, high=3600)
 
 
 @dataclass(frozen=True)
@@ -256,8 +321,10 @@ class SamplerConfig:
     """Who proposes candidates."""
 
     name: str = _field("auto, token_gp, tpe, nsga2, gp or random; see `prunesearch list samplers`", "auto")
-    seed: int = _field("seed of the whole study: proposals and training", 0)
-    startup: int | None = _field("candidates before the model takes over; with nsga2 the population", None, low=0)
+    seed: int = _field("seed of the whole study: proposals and training", 0, low=0, high=2**63 - 1)
+    startup: int | None = _field(
+        "candidates before the model takes over; with nsga2 the population", None, low=0, high=10_000
+    )
 
 
 @dataclass(frozen=True)
@@ -265,23 +332,23 @@ class WorkersConfig:
     """Where candidates are evaluated."""
 
     kind: Literal["serial", "ray"] = _field("ray: one actor per slot; serial: in this process", "ray")
-    count: int | None = _field("number of workers; as many as fit when absent", None, low=1)
-    gpus_each: float = _field("GPUs per worker; a fraction shares one", 0.0, low=0)
-    cpus_each: float = _field("CPUs per worker", 1.0, above=0)
+    count: int | None = _field("number of workers; as many as fit when absent", None, low=1, high=10_000)
+    gpus_each: float = _field("GPUs per worker; a fraction shares one", 0.0, low=0, high=64)
+    cpus_each: float = _field("CPUs per worker", 1.0, above=0, high=1024)
     address: str | None = _field(
         'Ray cluster address, "auto" for a running one; a local one is started when absent', None
     )
     device: str = _field("auto, cpu, cuda or mps", "auto")
-    timeout: float | None = _field("seconds after which a candidate counts as hung", None, above=0)
-    retries: int = _field("how often a candidate is tried again after its worker died", 1, low=0)
+    timeout: float | None = _field("seconds after which a candidate counts as hung", None, above=0, high=1e8)
+    retries: int = _field("how often a candidate is tried again after its worker died", 1, low=0, high=100)
 
 
 @dataclass(frozen=True)
 class StopConfig:
     """When the search is done. The first bound reached ends it."""
 
-    trials: int | None = _field("candidates in the whole study, start schedules included", 100, low=1)
-    hours: float | None = _field("hours of search in this run", None, above=0)
+    trials: int | None = _field("candidates in the whole study, start schedules included", 100, low=1, high=1_000_000)
+    hours: float | None = _field("hours of search in this run", None, above=0, high=1e5)
 
 
 @dataclass(frozen=True)
@@ -289,7 +356,10 @@ class ConfirmConfig:
     """How the final front is measured again, as the best of many noisy results look better than they are."""
 
     seeds: int = _field(
-        "fresh seeds with which each schedule of the final front is trained and measured again; 0 = none", 0, low=0
+        "fresh seeds with which each schedule of the final front is trained and measured again; 0 = none",
+        0,
+        low=0,
+        high=1000,
     )
 
 
@@ -303,13 +373,15 @@ class StudyConfig:
     space: SpaceConfig = _field("what the search may choose")
     data: DataConfig = _field("the images", DataConfig())
     objectives: tuple[Objective, ...] = _field(
-        "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
+        "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize")), most=4
     )
-    limits: tuple[tuple[str, Limit], ...] = _field("bounds per metric, for example {gmacs: {at_most: 3.5}}", ())
+    limits: tuple[tuple[str, Limit], ...] = _field(
+        "bounds per metric, for example {gmacs: {at_most: 3.5}}", (), most=MOST_NAMES
+    )
     budget: IsoBudget | None = _field(
         "what all candidates of the sampler cost: their keep ratios are moved until they do", None
     )
-    metrics: tuple[str, ...] = _field("further metrics to record", ())
+    metrics: tuple[str, ...] = _field("further metrics to record", (), most=MOST_NAMES)
     finetune: FinetuneConfig = _field("how candidates are trained", FinetuneConfig())
     evaluation: Literal["finetune", "supernet"] = _field(
         "where candidates start: finetune: from the model's own weights, supernet: from weights that are trained once "
@@ -322,13 +394,19 @@ class StudyConfig:
         "budgets, the smallest first: all candidates get the first one, the best of a rung go on to the next, and the "
         "front is that of the last; several rungs are in images",
         (Budget(images=0),),
+        most=20,
     )
-    promote: int = _field("one in so many candidates of a rung goes on to the next", 3, low=2)
+    promote: int = _field("one in so many candidates of a rung goes on to the next", 3, low=2, high=1000)
     sampler: SamplerConfig = _field("who proposes candidates", SamplerConfig())
     workers: WorkersConfig = _field("where candidates are evaluated", WorkersConfig())
     stop: StopConfig = _field("when the search is done", StopConfig())
     confirm: ConfirmConfig = _field("how the final front is measured again", ConfirmConfig())
-    plugins: tuple[str, ...] = _field("modules to import first; they may register scores, metrics, ...", ())
+    plugins: tuple[str, ...] = _field(
+        "modules to import first; they may register scores, metrics, ...",
+        (),
+        most=MOST_NAMES,
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+    )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -16,12 +16,23 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from prunesearch.config import Options, StudyConfig, as_options
+from prunesearch.config import (
+    LARGEST,
+    MOST_BLOCKS,
+    MOST_GMACS,
+    MOST_NAMES,
+    MOST_TOKENS,
+    Options,
+    StudyConfig,
+    as_options,
+    bounded,
+)
 from prunesearch.errors import FileError
 from prunesearch.plugins import import_plugins, missing_plugins
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
+from prunesearch.yaml_text import MOST_BYTES, Dumper, Text, read_yaml_text, too_large
 
 T = TypeVar("T")
 SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, load_schedule("{name}"))'
@@ -36,8 +47,10 @@ class ScheduleFile:
     """
 
     version: Literal[1]
-    stages: tuple[Stage, ...]
-    target_gmacs: float | None = None
+    stages: tuple[Stage, ...] = bounded("where tokens go, in the order of the blocks", most=MOST_BLOCKS)
+    target_gmacs: float | None = bounded(
+        "mean GMACs of an image, towards which thresholds are trained", None, above=0, high=MOST_GMACS
+    )
     model: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     weights: str | None = None
@@ -62,17 +75,17 @@ class PresetStage:
     sum over the tokens scale with it). remove_last: `remove` goes linearly to this in the last block, truncated.
     """
 
-    block: int | None = None
+    block: int | None = bounded("0-based block index", None, low=0, high=MOST_BLOCKS)
     at: Place = "mid"
     score: str = ""
-    keep: float | None = None
-    keep_of_original: float | None = None
-    tokens: tuple[int, ...] | None = None
-    remove: int | None = None
-    remove_last: int | None = None
-    threshold: float | None = None
+    keep: float | None = bounded("of the tokens present", None, above=0, high=1)
+    keep_of_original: float | None = bounded("of the tokens at the input", None, above=0, high=1)
+    tokens: tuple[int, ...] | None = bounded("counts", None, low=1, high=MOST_TOKENS, most=MOST_BLOCKS)
+    remove: int | None = bounded("how many tokens go", None, low=0, high=MOST_TOKENS)
+    remove_last: int | None = bounded("how many go in the last block", None, low=0, high=MOST_TOKENS)
+    threshold: float | None = bounded("in units of the score", None, low=-LARGEST, high=LARGEST)
     reduce: str = "drop"
-    options: Options = ()
+    options: Options = bounded("of the score and the verb", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES)
 
 
 @dataclass(frozen=True)
@@ -86,11 +99,11 @@ class PresetFile:
     version: Literal[1]
     summary: str
     source: str
-    stages: tuple[PresetStage, ...]
-    depth: int = 12
-    patch_tokens: int = 196
-    target: float | None = None
-    published: tuple[Mapping[str, Any], ...] = ()
+    stages: tuple[PresetStage, ...] = bounded("rules", most=MOST_BLOCKS)
+    depth: int = bounded("blocks of the model that the numbers are for", 12, low=1, high=MOST_BLOCKS)
+    patch_tokens: int = bounded("patch tokens of that model", 196, low=1, high=MOST_TOKENS)
+    target: float | None = bounded("share of the dense model's MACs", None, above=0, high=1)
+    published: tuple[Mapping[str, Any], ...] = bounded("what the paper reports", (), most=MOST_NAMES)
 
 
 def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
@@ -104,14 +117,13 @@ def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
 
 def is_schedule_file(path: str | Path) -> bool:
     """Whether a file is a schedule (it has stages); else it can only be a study. Raises FileError."""
-    content, _, _ = _read_yaml(path)
+    content = _read_yaml(path).content
     return isinstance(content, dict) and "stages" in content
 
 
 def plugins_named_in(path: str | Path) -> tuple[str, ...]:
     """The plug-ins that a schedule file names, whatever else it says. Raises FileError when it cannot be read."""
-    content, _, _ = _read_yaml(path)
-    return _plugins_named(content)
+    return _plugins_named(_read_yaml(path).content)
 
 
 def load_preset_file(path: str | Path) -> PresetFile:
@@ -122,9 +134,9 @@ def load_preset_file(path: str | Path) -> PresetFile:
 def load_schedule_file(path: str | Path, plugins: Sequence[str] = ()) -> ScheduleFile:
     """Read a schedule file with what it says about its origin. plugins: as for `load_schedule`. Raises FileError."""
     import_plugins(plugins)
-    content, lines, problems = _read_yaml(path)
-    problems += _unusable_stages(content, lines)
-    return read(ScheduleFile, content, str(path), lines, problems)
+    text = _read_yaml(path)
+    text.problems += _unusable_stages(text.content, text.lines)
+    return _override_and_read(ScheduleFile, text, str(path), ())
 
 
 def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
@@ -145,16 +157,15 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
     """A study with single values replaced, as `load_study` does it. Raises FileError."""
-    content = to_mapping(config)
-    for one in overrides:
-        override(content, one)
-    return from_mapping(StudyConfig, content, f"study {config.name}")
+    return _override_and_read(StudyConfig, Text(to_mapping(config)), f"study {config.name}", overrides)
 
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
     """Write YAML with a comment on top, atomically: readers see the old file or the new one, never half of one."""
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    text += yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    text += yaml.dump(
+        mapping, Dumper=_RowDumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
+    )
     write_atomically(path, text.encode())
 
 
@@ -175,67 +186,75 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise
 
 
-def _read_yaml(path: str | Path) -> tuple[Any, dict[FieldPath, int], list[str]]:
-    """The content of a YAML file, the line each field starts at, and keys given twice. Raises FileError."""
-    place = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileError(place, [f"there is no such file (looked in {Path.cwd()}). Check the path."]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(place, [f"cannot be read as text: {error}. Give a readable UTF-8 file."]) from None
-    lines: dict[FieldPath, int] = {}
-    problems: list[str] = []
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        content = None if node is None else _plain(node, (), lines, problems)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise FileError(place, [f"{where}this is not YAML: {what}. Mend the syntax there."]) from None
-    return content, lines, problems
-
-
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also knows 2e-5 (without a dot) as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _plain(node: yaml.Node, path: FieldPath, lines: dict[FieldPath, int], problems: list[str]) -> Any:
-    """A YAML node as dicts, lists and scalars, noting lines; a key given twice is a problem, not a silent choice."""
-    lines[path] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            field = (*path, key)
-            if key in mapping:
-                problems.append(f"{dotted(field)} (line {key_node.start_mark.line + 1}): given twice. Keep one.")
-            mapping[key] = _plain(value_node, field, lines, problems)
-            lines[field] = key_node.start_mark.line + 1
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, index), lines, problems) for index, item in enumerate(node.value)]
-    loader = _Loader("")
+def _read_yaml(path: str | Path) -> Text:
+    """The content of a YAML file with the line of each field. Raises FileError when it cannot be read at all."""
+    place = str(path)
     try:
-        return loader.construct_object(node, deep=True)
-    finally:
-        loader.dispose()
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)  # and no more: it may be a device, or a data set
+        text = data.decode("utf-8-sig") if len(data) <= MOST_BYTES else None
+    except FileNotFoundError:
+        raise FileError(place, [f"there is no such file (looked in {Path.cwd()}). Check the path."]) from None
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and a NUL in the path are a ValueError
+        raise FileError(place, [f"cannot be read as text: {error}. Give a readable UTF-8 file."]) from None
+    if text is None:
+        raise FileError(place, [too_large()])
+    return read_yaml_text(text)
 
 
 def _load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    content, lines, problems = _read_yaml(path)
+    return _override_and_read(kind, _read_yaml(path), str(path), overrides)
+
+
+def _override_and_read(kind: type[T], text: Text, place: str, overrides: Sequence[str]) -> T:
+    """Overrides come last. When the text itself could not be read, only that is said."""
+    if text.problems and text.content is None:
+        raise FileError(place, text.problems)
     for one in overrides:
-        override(content, one, lines)
-    return read(kind, content, str(path), lines, problems)
+        override(text, one)
+    return read(kind, text.content, place, text.lines, text.problems)
+
+
+def override(text: Text, assignment: str) -> None:
+    """Replace one value of what was read by an assignment such as "stop.trials=20". Raises FileError when there is no
+    such place, or the value is not YAML."""
+    name, equals, written = assignment.partition("=")
+    short = assignment if len(assignment) <= 100 else f"{assignment[:97]}..."
+    shown = f"--set {short if short.isprintable() else repr(short)}"
+    if not equals or not name:
+        raise FileError(shown, ["not of the form field=value. Write for example --set stop.trials=20."])
+    value = read_yaml_text(written)
+    if value.problems:
+        raise FileError(shown, value.problems)
+    here: Any = text.content
+    path: list[str | int] = []
+    *above, last = name.split(".")
+    for part in above:
+        key = _place_of(here, part, shown)
+        path.append(key)
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[key]
+    key = _place_of(here, last, shown)
+    here[key] = value.content
+    replaced = (*path, key)
+    for field in [field for field in text.lines if field[: len(replaced)] == replaced]:
+        del text.lines[field]
+
+
+def _place_of(content: Any, part: str, shown: str) -> str | int:
+    """The key or index that a part of a dotted name means. Raises FileError."""
+    if isinstance(content, dict):
+        return part
+    if isinstance(content, list) and re.fullmatch("[0-9]{1,9}", part) and int(part) < len(content):
+        return int(part)
+    what = "a single value" if not isinstance(content, list) else f"a list of {len(content)}, counted from 0"
+    raise FileError(
+        shown, [f"the file has no such place: {part!r} is looked for in {what}. Name a field as in the study file."]
+    )
 
 
 def _unusable_stages(content: Any, lines: Mapping[FieldPath, int]) -> list[str]:
@@ -273,26 +292,6 @@ def _plugins_named(content: Any) -> tuple[str, ...]:
     return tuple(name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str))
 
 
-def override(content: Any, assignment: str, lines: dict[FieldPath, int] | None = None) -> None:
-    """Replace one value of what a file says, in place, by an assignment such as "stop.trials=20" with a value as in
-    YAML; `lines` then no longer has its line. Raises FileError for a place that is not there."""
-    dotted, equals, text = assignment.partition("=")
-    if not equals or not dotted:
-        raise FileError(f"--set {assignment}", ["not of the form field=value. Write for example --set stop.trials=20."])
-    path: list[str | int] = [int(part) if part.isdigit() else part for part in dotted.split(".")]
-    here = content
-    try:
-        for part in path[:-1]:
-            here = here.setdefault(part, {}) if isinstance(here, dict) else here[part]
-        here[path[-1]] = yaml.load(text, Loader=_Loader)
-    except (TypeError, IndexError, AttributeError, yaml.YAMLError):
-        raise FileError(
-            f"--set {assignment}", ["the file has no such place. Name a field as in the study file."]
-        ) from None
-    if lines is not None:
-        lines.pop(tuple(path), None)
-
-
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -300,11 +299,11 @@ class _Row(dict[str, Any]):
     """A mapping that is written on one line."""
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that knows `_Row`."""
+class _RowDumper(Dumper):
+    """Dumper that knows `_Row`."""
 
 
-_Dumper.add_representer(
+_RowDumper.add_representer(
     _Row, lambda dumper, row: dumper.represent_mapping("tag:yaml.org,2002:map", row, flow_style=True)
 )
 

@@ -38,16 +38,23 @@ def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = 
             definitions[name] = _object_schema(typing.cast(type, kind), definitions)
         return {"$ref": f"#/$defs/{name}"}
     if is_pairs(kind):
-        return {"type": "object", "additionalProperties": _schema(get_args(parameters[0])[1], definitions)}
+        value = _schema(get_args(parameters[0])[1], definitions, limits)
+        return {"type": "object", "additionalProperties": value, **_most("maxProperties", limits)}
     if origin is tuple:
-        item = _schema(parameters[0], definitions)
-        return {"anyOf": [{"type": "array", "items": item}, item]}
+        item = _schema(parameters[0], definitions, limits)
+        return {"anyOf": [{"type": "array", "items": item, **_most("maxItems", limits)}, item]}
     if is_mapping(kind):
         return {"type": "object"}
     names = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
     bounds = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
-    given = {} if kind in (str, bool, type(None)) else {bounds[key]: limits[key] for key in bounds if key in limits}
+    if kind is str:
+        bounds = {"pattern": "pattern"}
+    given = {bounds[key]: limits[key] for key in bounds if key in limits and kind not in (bool, type(None))}
     return {"type": names[kind], **given}
+
+
+def _most(word: str, limits: Mapping[str, Any]) -> dict[str, Any]:
+    return {word: limits["most"]} if "most" in limits else {}
 
 
 def _object_schema(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:

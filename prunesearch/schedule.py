@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal
 
-from prunesearch.config import DEFAULT_SCORE, Options, Scalar, as_options
+from prunesearch.config import (
+    DEFAULT_SCORE,
+    LARGEST,
+    MOST_BLOCKS,
+    MOST_GMACS,
+    MOST_NAMES,
+    MOST_TOKENS,
+    Options,
+    Scalar,
+    as_options,
+    bounded,
+)
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 
@@ -67,14 +78,14 @@ class Stage:
     Raises ScheduleError when a value is impossible whatever the model.
     """
 
-    block: int
+    block: int = bounded("0-based block index", low=0, high=MOST_BLOCKS)
     at: Place = "mid"
     score: str = ""
-    keep: float | None = None
-    tokens: int | None = None
-    threshold: float | None = None
+    keep: float | None = bounded("fraction of the patch tokens present", None, above=0, high=1)
+    tokens: int | None = bounded("count of patch tokens that stay", None, low=1, high=MOST_TOKENS)
+    threshold: float | None = bounded("in units of the score", None, low=-LARGEST, high=LARGEST)
     reduce: str = "drop"
-    options: Options = ()
+    options: Options = bounded("of the score and the verb", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", as_options(self.options))
@@ -126,8 +137,8 @@ class Schedule:
     schedules with a threshold. Raises ScheduleError when a target has nothing to move.
     """
 
-    stages: tuple[Stage, ...] = field(default=())
-    target_gmacs: float | None = None
+    stages: tuple[Stage, ...] = bounded("in any order", (), most=MOST_BLOCKS)
+    target_gmacs: float | None = bounded("mean GMACs of an image", None, above=0, high=MOST_GMACS)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.stages, key=lambda stage: (stage.block, PLACES.index(stage.at)))  # stable

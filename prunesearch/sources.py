@@ -9,6 +9,7 @@ from prunesearch.config import DataConfig, ModelConfig, StudyConfig
 from prunesearch.errors import UserError
 from prunesearch.evaluate import image_input_of
 from prunesearch.files import ScheduleFile, from_mapping, override, to_mapping
+from prunesearch.yaml_text import Text
 
 NORMALISATION = ("mean", "std", "interpolation", "crop_pct")
 """Fields of a data section that change every pixel; where they are absent, the model's own are taken."""
@@ -48,7 +49,7 @@ def model_and_data(
     for one in given.overrides:
         if one.split(".")[0] not in ("model", "data") or "." not in one.split("=")[0]:
             raise UserError(f"--set {one}: possible: model.FIELD=VALUE and data.FIELD=VALUE. Name one of those fields.")
-        override(sections, one)
+        override(Text(sections), one)
     roots = {"root": given.root, "val_root": given.val_root}
     for field, path in roots.items():
         if path is not None:

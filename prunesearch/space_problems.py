@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import partial
 from typing import cast
 
-from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
+from prunesearch.config import LARGEST, MOST_VALUES, BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
@@ -36,7 +36,7 @@ def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     if problems:
         return problems
     problems = _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
-    return problems or _order_problems(space)
+    return problems or _order_problems(space) + _most_stages_problems(space)
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
@@ -60,8 +60,8 @@ def _value_problems(place: str, given: SpaceConfig | BlockSpace, shape: ModelSha
     """Mistakes of the lists in themselves, whatever the block. None is not given."""
     keep = given.keep
     problems = _range_problems(place, keep) if isinstance(keep, Range) else []
-    problems += _threshold_problems(f"{place}.threshold", given.threshold)
-    problems += _threshold_problems(f"{place}.merge_threshold", given.merge_threshold)
+    problems += _threshold_problems(f"{place}.threshold", given.threshold, 0.0, LARGEST, "scores are shares")
+    problems += _threshold_problems(f"{place}.merge_threshold", given.merge_threshold, -1.0, 1.0, "a cosine")
     lists: dict[str, tuple[Value, ...]] = {
         "at": given.at or (),
         "score": given.score or (),
@@ -121,6 +121,11 @@ def _range_problems(place: str, keep: Range) -> list[str]:
     if keep.step is None:
         return []
     low, high, step = (Decimal(repr(number)) for number in (keep.low, keep.high, keep.step))
+    if (high - low) / step > MOST_VALUES:
+        return [
+            f"{place}.keep: {int((high - low) / step):,} steps of {keep.step:g}; possible: up to {MOST_VALUES}. "
+            f"Take a longer step, or leave it out: the range is continuous then."
+        ]
     if (high - low) % step == 0:
         return []
     last = float(low + (high - low) // step * step)
@@ -130,10 +135,17 @@ def _range_problems(place: str, keep: Range) -> list[str]:
     ]
 
 
-def _threshold_problems(place: str, given: tuple[float, ...] | ThresholdRange | None) -> list[str]:
+def _threshold_problems(
+    place: str, given: tuple[float, ...] | ThresholdRange | None, low: float, high: float, what: str
+) -> list[str]:
+    """Mistakes of a range that must lie between low and high; the values of a list are bounded where they are read."""
     if not isinstance(given, ThresholdRange):
         return []
-    problems = []
+    problems = [
+        f"{place}: {name} is {value:g}; possible: from {low:g} up to {high:g} ({what}). Correct it."
+        for name, value in (("low", given.low), ("high", given.high))
+        if not low <= value <= high
+    ]
     if given.low > given.high:
         problems.append(f"{place}: low {given.low:g} is above high {given.high:g}. Swap them.")
     if given.log and given.low <= 0:
@@ -205,8 +217,8 @@ def _target_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
             "space.target_gmacs: no stage can have a threshold that would move towards it. Possible: amount: "
             "[threshold]. Leave it out, or add threshold to amount."
         ]
-    problems = _threshold_problems("space.target_gmacs", target)
     dense = estimate_cost(shape).gmacs
+    problems = _threshold_problems("space.target_gmacs", target, 0.0, dense, "the dense model's cost")
     for value in target if isinstance(target, tuple) else (target.low, target.high):
         if not 0 < value <= dense:
             problems.append(
@@ -219,12 +231,12 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """Combinations of choices that can never become a stage, whatever the keep ratio."""
     problems: dict[str, None] = {}
     for index, block in enumerate(blocks_of(space)):
-        keeps = _sample(block.keep)
+        keeps = _easiest(block.keep)
         for at, (verb, score), amount in itertools.product(block.at, _verbs_and_scores(block), block.amount):
             stage = partial(Stage, block.block, at=cast(Place, at), score=score, reduce=verb)
             stages = []
             if amount == "keep" and is_counted(verb, block):
-                stages = [stage(tokens=count) for count in block.tokens or ()]
+                stages = [stage(tokens=max(block.tokens or (1,)))]
             elif amount == "keep":
                 stages = [stage(keep=keep) for keep in keeps]
             if amount == "threshold" and takes_threshold(score, verb):
@@ -235,10 +247,26 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
                     f"space.blocks[{index}]: amount is threshold, but {what} takes a count. Possible: keep in amount, "
                     f"or verbs and scores that take a threshold. Change one of them."
                 ] = None
-            refusals = [_refusal(stage, shape) for stage in stages]
-            if refusals and all(refusals):
-                problems[f"space.blocks[{index}]: {refusals[-1]}"] = None
+            for refusal in filter(None, (_refusal(stage, shape) for stage in stages)):
+                problems[f"space.blocks[{index}]: {refusal}"] = None
     return list(problems)
+
+
+def _most_stages_problems(space: SpaceConfig) -> list[str]:
+    """More blocks that always have a stage than a schedule may have stages."""
+    always = [block.block for block in blocks_of(space) if not _may_be_without(block)]
+    if space.max_stages is None or len(always) <= space.max_stages:
+        return []
+    return [
+        f"space.max_stages: {space.max_stages}, but blocks {', '.join(map(str, sorted(always)))} always have a stage. "
+        f"Possible: from {len(always)}. Raise it, or let blocks go without: 1.0 in keep, or none in amount."
+    ]
+
+
+def _may_be_without(block: BlockChoices) -> bool:
+    """Whether a choice leaves out the stage of a block."""
+    high = block.keep.high if isinstance(block.keep, Range) else max(block.keep, default=0.0)
+    return "none" in block.amount or ("keep" in block.amount and high == 1.0)
 
 
 def _order_problems(space: SpaceConfig) -> list[str]:
@@ -259,8 +287,7 @@ def _order_problems(space: SpaceConfig) -> list[str]:
 
 
 def _always_learns(block: BlockChoices) -> bool:
-    keeps = (block.keep.high,) if isinstance(block.keep, Range) else block.keep
-    if "none" in block.amount or ("keep" in block.amount and 1.0 in keeps):
+    if _may_be_without(block):
         return False
     thresholds = block.amount == ("threshold",)
     return thresholds or all(score in SCORERS and SCORERS[score].part for _, score in _verbs_and_scores(block))
@@ -272,14 +299,15 @@ def _verbs_and_scores(block: BlockChoices) -> list[tuple[str, str]]:
     return ranked + [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
 
 
-def _sample(keep: tuple[float, ...] | Range) -> list[float]:
-    """Ratios below 1, ascending; of a continuous range its two ends will do, as less is never easier."""
+def _easiest(keep: tuple[float, ...] | Range) -> list[float]:
+    """The largest ratio below 1, which is possible wherever a smaller one is; nothing when there is none."""
     if isinstance(keep, tuple):
         values: Sequence[float] = keep
+    elif keep.step is not None:
+        values = tuple(grid_of(keep))
     else:
-        values = (keep.low, keep.high) if keep.step is None else tuple(grid_of(keep))
-        values = [*values, (keep.low + keep.high) / 2]
-    return sorted(value for value in set(values) if value < 1.0)
+        values = (keep.low, (keep.low + keep.high) / 2, keep.high)
+    return sorted(value for value in values if value < 1.0)[-1:]
 
 
 def _refusal(stage: Stage, shape: ModelShape) -> str:

@@ -7,6 +7,9 @@ all follow them.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,6 +20,11 @@ from prunesearch.registry import did_you_mean
 
 T = TypeVar("T")
 FieldPath = tuple[str | int, ...]
+
+MOST_PROBLEMS = 50
+"""Mistakes that are listed; of more only the number is said."""
+MOST_UNKNOWN = 10
+"""Unknown fields of one mapping that are listed."""
 
 
 def from_mapping(kind: type[T], mapping: Any, place: str) -> T:
@@ -29,7 +37,10 @@ def from_mapping(kind: type[T], mapping: Any, place: str) -> T:
 
 
 def to_mapping(value: Any, *, defaults: bool = False) -> Any:
-    """A dataclass as plain dicts, lists and scalars. Fields at their default are left out unless `defaults`."""
+    """A dataclass as plain dicts, lists and scalars, from which `from_mapping` makes an equal one.
+
+    Fields at their default are left out; with `defaults` only those whose default is None or empty.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         return {
@@ -52,15 +63,18 @@ def read(
     problems: Sequence[str] = (),
 ) -> T:
     """`from_mapping` for a file: with the line of each field, and with mistakes that were found before."""
-    problems = list(problems)
+    found = list(problems)
 
     def report(path: FieldPath, text: str) -> None:
         where = dotted(path) + (f" (line {lines[path]})" if path in lines else "")
-        problems.append(f"{where}: {text}" if path else text)
+        found.append(f"{where}: {text}" if path else text)
 
     value = _value(kind, content, (), report)
-    if problems:
-        raise FileError(place, problems)
+    if len(found) > MOST_PROBLEMS:
+        further = f"{len(found) - MOST_PROBLEMS} more mistakes, which are not listed. Correct these first."
+        found = [*found[:MOST_PROBLEMS], further]
+    if found:
+        raise FileError(place, found)
     return typing.cast(T, value)
 
 
@@ -83,19 +97,22 @@ def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapp
             return value
         known = ", ".join(map(str, parameters))
         hint = did_you_mean(value, [str(p) for p in parameters])
-        report(path, f"is {value!r}; possible: {known}.{hint}")
+        report(path, f"is {_shown(value)}; possible: {known}.{hint}")
         return _WRONG
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, report)
     if is_pairs(kind):
-        return _pairs(parameters[0], value, path, report)
+        return _pairs(parameters[0], value, path, report, limits)
     if origin is tuple:
         items = value if isinstance(value, list) else [value]  # one value is a list of one
         if value is None:
             report(path, "is empty; possible: a value or a list. Give one, or leave the field out.")
             return _WRONG
+        if len(items) > limits.get("most", math.inf):
+            report(path, f"has {len(items):,} items; possible: up to {limits['most']:,}. Leave some out.")
+            return _WRONG
         read = [
-            _value(parameters[0], item, (*path, index) if isinstance(value, list) else path, report)
+            _value(parameters[0], item, (*path, index) if isinstance(value, list) else path, report, limits)
             for index, item in enumerate(items)
         ]
         return _WRONG if any(item is _WRONG for item in read) else tuple(read)
@@ -112,14 +129,22 @@ def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Ma
     if not fits or (isinstance(value, bool) and kind is not bool):
         report(path, f"is {_shown(value)}; possible: {_kind_name(kind)}.")
         return _WRONG
+    if kind is str and "pattern" in limits and not re.search(limits["pattern"], value):
+        report(path, f"is {_shown(value)}; possible: text of the form {limits['pattern']}.")
+        return _WRONG
+    if kind not in (int, float):
+        return value
     for name, holds in (
         ("low", lambda bound: value >= bound),
         ("high", lambda bound: value <= bound),
         ("above", lambda bound: value > bound),
     ):
-        if name in limits and not holds(limits[name]):
-            report(path, f"is {value!r}; possible: {_kind_name(kind)} {_bounds(limits)}.")
+        if name in limits and not holds(limits[name]):  # not a number is neither above nor below anything
+            report(path, f"is {_shown(value)}; possible: {_kind_name(kind)} {_bounds(limits)}.")
             return _WRONG
+    if kind is float and abs(value) > sys.float_info.max and isinstance(value, int):
+        report(path, f"is {_shown(value)}; possible: a number up to {sys.float_info.max:.3g}.")
+        return _WRONG
     return float(value) if kind is float else value
 
 
@@ -144,9 +169,11 @@ def _dataclass(kind: type, value: Any, path: FieldPath, report: _Report) -> Any:
     if not isinstance(value, dict):
         report(path, f"is {_shown(value)}; possible: a mapping with the fields {', '.join(fields)}.")
         return _WRONG
-    for name in value:
-        if name not in fields:
-            report((*path, name), f"unknown field. Known: {', '.join(fields)}.{did_you_mean(name, fields)}")
+    unknown = [name for name in value if name not in fields]
+    for name in unknown[:MOST_UNKNOWN]:
+        report((*path, name), f"unknown field. Known: {', '.join(fields)}.{did_you_mean(name, fields)}")
+    if len(unknown) > MOST_UNKNOWN:
+        report(path, f"has {len(unknown) - MOST_UNKNOWN} more unknown fields. Correct these first.")
     hints, read = typing.get_type_hints(kind), {}
     for name, field in fields.items():
         if name in value:
@@ -165,15 +192,17 @@ def _dataclass(kind: type, value: Any, path: FieldPath, report: _Report) -> Any:
     return made
 
 
-def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report) -> Any:
+def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any]) -> Any:
     """Named values, given as a mapping, kept as sorted pairs (hashable)."""
     if not isinstance(value, dict):
         report(path, f"is {_shown(value)}; possible: a mapping (name: value).")
         return _WRONG
+    if len(value) > limits.get("most", math.inf):
+        report(path, f"has {len(value):,} names; possible: up to {limits['most']:,}. Leave some out.")
+        return _WRONG
     kind = get_args(pair)[1]
-    read = [
-        (str(name), _value(kind, item, (*path, str(name)), report)) for name, item in sorted(value.items(), key=str)
-    ]
+    named = sorted(((str(name), item) for name, item in value.items()), key=lambda pair: pair[0])
+    read = [(name, _value(kind, item, (*path, name), report, limits)) for name, item in named]
     return _WRONG if any(item is _WRONG for _, item in read) else tuple(read)
 
 
@@ -203,7 +232,12 @@ def _shown(value: Any) -> str:
         return "empty"
     if isinstance(value, dict):
         return "a mapping"
-    return "a list" if isinstance(value, list) else repr(value)
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > 1024:  # beyond any float; Python refuses to print very long ones
+        return "a number of more than 300 digits"
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."
 
 
 def _kind_name(kind: type) -> str:
@@ -212,13 +246,18 @@ def _kind_name(kind: type) -> str:
 
 def _bounds(limits: Mapping[str, Any]) -> str:
     words = {"low": "from", "above": "above", "high": "up to"}
-    return " ".join(f"{word} {limits[name]}" for name, word in words.items() if name in limits)
+    return " ".join(f"{word} {_number(limits[name])}" for name, word in words.items() if name in limits)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _is_absent(value: Any, field: dataclasses.Field[Any], defaults: bool) -> bool:
-    if value is None or value == ():
-        return True
-    return not defaults and field.default is not dataclasses.MISSING and value == field.default
+    """Whether a field need not be written, as reading would fill it in."""
+    if field.default is dataclasses.MISSING or value != field.default:
+        return False
+    return not defaults or value is None or value == ()
 
 
 def _pairs_or_list(value: Any, kind: Any, defaults: bool) -> Any:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from prunesearch.config import DataConfig, ModelConfig
-from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape, skeleton
+from prunesearch.evaluate.build import (
+    build_model,
+    check_checkpoint,
+    is_remote,
+    model_problems,
+    model_shape,
+    skeleton,
+)
 from prunesearch.evaluate.data import DATASETS, check_paths
 from prunesearch.evaluate.images import ImageInput, image_input
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
@@ -23,7 +30,9 @@ __all__ = [
     "computed_metric",
     "evaluate",
     "image_input_of",
+    "is_remote",
     "measured_metric",
+    "model_problems",
     "model_shape",
 ]
 

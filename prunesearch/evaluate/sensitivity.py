@@ -103,6 +103,15 @@ def stages_of(space: SpaceConfig, shape: ModelShape) -> tuple[list[Stage], tuple
     return [stage for stage in stages if _is_possible(stage, shape)], tuple(sorted(left_out))
 
 
+def most_stages(space: SpaceConfig) -> int:
+    """How many stages `stages_of` looks at, without looking."""
+    return sum(
+        len(block.reduce) * len(block.at) * len(block.score) * len(_keeps(block))
+        for block in blocks_of(space)
+        if "keep" in block.amount
+    )
+
+
 def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivities:
     """Measure every stage of a study's space on `count` training images (all when there are fewer), on the device of
     its workers but in this process.

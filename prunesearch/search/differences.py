@@ -20,9 +20,9 @@ def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Settings that decide what the numbers of a study mean and are not the same: "field: old -> new"."""
     before, after = _flat(to_mapping(old, defaults=True)), _flat(to_mapping(new, defaults=True))
     return [
-        f"{name}: {_json(before.get(name))} -> {_json(after.get(name))}"
+        f"{name}: {_said(before, name)} -> {_said(after, name)}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not _may_change(name)
+        if _said(before, name) != _said(after, name) and not _may_change(name)
     ]
 
 
@@ -54,5 +54,5 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _json(value: Any) -> str:
-    return "absent" if value is None else json.dumps(value)
+def _said(flat: Mapping[str, Any], name: str) -> str:
+    return json.dumps(flat[name]) if name in flat else "absent"

@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig
-from prunesearch.errors import UserError
-from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.sensitivity import nothing_to_measure, stages_of
+from prunesearch.errors import FileError, ModelError, UserError
+from prunesearch.evaluate import METRICS, model_problems, model_shape
+from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
 from prunesearch.search.iso_budget import budget_problems
@@ -17,18 +17,45 @@ from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
 from prunesearch.space import blocks_of
 from prunesearch.space_problems import space_problems
+from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
+
+MOST_STAGES = 20_000
+"""Stages that a sensitivity start measures; each is a forward pass over the images."""
+_NOTHING_OF_ITS_OWN = (
+    "in a study whose candidates share all weights; what a schedule learns for itself would never be trained. "
+    "Possible: scores and verbs that do not learn, without thresholds. Choose those, or evaluation: finetune."
+)
 
 
 def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     """Everything in a study file that can be known to be wrong without weights or data; `run_study` starts with it.
 
     starts: look at the start schedules too; a study that was begun has them in its storage. Plugins must have been
-    imported. Raises ModelError when the model cannot be built.
+    imported. What timm looks up elsewhere, in the hub or a folder, is looked up.
     """
-    shape = model_shape(config.model)
-    problems = space_problems(config.space, shape)
-    problems = problems or budget_problems(config, shape)
+    problems = model_free_problems(config)
+    if model_problems(config.model):
+        return problems
+    try:
+        shape = model_shape(config.model)
+    except ModelError as error:
+        return [*problems, str(error)]
+    in_space = space_problems(config.space, shape)
+    problems = in_space + ([] if in_space else budget_problems(config, shape)) + problems
+    if starts:
+        problems += _sensitivity_problems(config, shape) if not in_space else []
+        problems += _start_problems(config, shape)
+    return problems
+
+
+def model_free_problems(config: StudyConfig) -> list[str]:
+    """Those mistakes of a study file that can be known without its model, which may have to be downloaded."""
+    try:
+        from_mapping(StudyConfig, to_mapping(config), "study")
+    except FileError as error:  # made in Python: a file with such values is not read at all
+        return list(error.problems)
+    problems = model_problems(config.model)
     fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
     fields += [(f"limits.{name}", name) for name, _ in config.limits]
     fields += [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
@@ -36,8 +63,15 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    problems += _sampler_problems(config) + (_start_problems(config, shape) if starts else [])
-    return problems + _rung_problems(config) + _supernet_problems(config, shape)
+    for name, limit in config.limits:
+        if limit.at_most is None and limit.at_least is None:
+            problems.append(f"limits.{name}: has no bound. Possible: at_most, at_least. Write one, or leave it out.")
+        elif limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least:
+            problems.append(
+                f"limits.{name}: at_most {limit.at_most:g} is below at_least {limit.at_least:g}, so that nothing is "
+                f"within. Possible: at_least up to at_most. Swap them."
+            )
+    return problems + _sampler_problems(config) + _rung_problems(config) + _supernet_problems(config)
 
 
 def _rung_problems(config: StudyConfig) -> list[str]:
@@ -70,28 +104,19 @@ def _rung_problems(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _supernet_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+def _supernet_problems(config: StudyConfig) -> list[str]:
     if config.evaluation == "finetune":
         if config.supernet is None:
             return []
         return ["supernet: given, but evaluation is finetune. Possible: evaluation: supernet. Write that, or leave it."]
     if config.supernet is None:
         return ["supernet: missing, but evaluation is supernet. Possible: supernet: {images: ...}. Write how many."]
-    why = "in a study whose candidates share all weights; what a schedule learns for itself would never be trained"
-    do = "Possible: scores and verbs that do not learn, without thresholds. Choose those, or evaluation: finetune."
     problems = []
     own = _learned_choices(config.space)
     if any("threshold" in block.amount for block in blocks_of(config.space)):
         own.append("thresholds")
     if own:
-        problems.append(f"space: {', '.join(own)} {why}. {do}")
-    for index, name in enumerate(config.space.start_from):
-        try:
-            start = find_schedule(name, shape)
-        except UserError:
-            continue  # said with the other start schedules
-        if start.needs_weights or start.is_adaptive:
-            problems.append(f"space.start_from[{index}]: {name} learns, {why}. {do}")
+        problems.append(f"space: {', '.join(own)} {_NOTHING_OF_ITS_OWN}")
     if config.finetune.freeze_backbone > 0:
         problems.append(
             f"finetune.freeze_backbone: {config.finetune.freeze_backbone:g}, but with evaluation supernet nothing else "
@@ -127,17 +152,33 @@ def _sampler_problems(config: StudyConfig) -> list[str]:
     ]
 
 
+def _sensitivity_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    if WORD not in config.space.start_from:
+        return []
+    place = f"space.start_from[{config.space.start_from.index(WORD)}]"
+    count = most_stages(config.space)
+    if count > MOST_STAGES:
+        return [
+            f"{place}: {WORD} would measure {count:,} stages, each alone. Possible: up to {MOST_STAGES:,}. Take it "
+            f"out, or give fewer blocks, keep ratios, scores or verbs."
+        ]
+    stages, left_out = stages_of(config.space, shape)
+    return [] if stages else [f"{place}: {nothing_to_measure(left_out)}"]
+
+
 def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     problems = []
     for index, name in enumerate(config.space.start_from):
         if name == WORD:
-            stages, left_out = stages_of(config.space, shape)
-            problems += [] if stages else [f"space.start_from[{index}]: {nothing_to_measure(left_out)}"]
             continue
         try:
-            resolve(find_schedule(name, shape), shape)
+            start = find_schedule(name, shape)
+            resolve(start, shape)
         except UserError as error:
             problems.append(f"space.start_from[{index}]: {error}")
+        else:
+            if config.evaluation == "supernet" and (start.needs_weights or start.is_adaptive):
+                problems.append(f"space.start_from[{index}]: {name} learns, {_NOTHING_OF_ITS_OWN}")
     return problems
 
 

@@ -61,7 +61,9 @@ def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
         present[stage.block :] = [step.after / shape.patch_tokens] * (shape.depth - stage.block)
         amount = math.log(step.before / step.after)
         if stage.threshold is not None:
-            found[f"threshold {stage.block} {stage.reduce}"] = amount = -math.log(stage.threshold or 1e-9)
+            # cosines may be negative; down there nothing more is kept or merged, so that a straight line will do
+            amount = -math.log(max(stage.threshold, 1e-9)) - min(stage.threshold, 0.0)
+            found[f"threshold {stage.block} {stage.reduce}"] = amount
         for word in (f"reduce {stage.reduce}", f"score {stage.score}", f"at {stage.at}"):
             found[word] = found.get(word, 0.0) + amount
     found |= {f"after {block}": share for block, share in enumerate(present)}

@@ -102,7 +102,9 @@ def test_errors_name_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save({"model": Unsafe()}, unsafe)
     mistakes = {
         'Did you mean "deit_small_patch16_224"': ModelConfig("deit_smal_patch16_224"),
-        "unexpected keyword argument 'dept'": ModelConfig("vit_digits_patch1_8", options=(("dept", 2),)),
+        'model.options.dept: unknown.* Did you mean "depth"': ModelConfig(
+            "vit_digits_patch1_8", options=(("dept", 2),)
+        ),
         "there is no such file": ModelConfig("vit_digits_patch1_8", checkpoint="/nowhere.safetensors"),
         "it lacks cls_token, .* and 27 more; the model has no extra; other shapes: head.bias": ModelConfig(
             SMALL.name, checkpoint=str(other), options=SMALL.options

@@ -125,7 +125,7 @@ stop: {trials: true}
         "space.keep.low (line 4): is 0; possible: a number above 0 up to 1.",
         "objectives[0].goal (line 5): is 'maximise'; possible: maximize, minimize. Did you mean \"maximize\"?",
         "finetune.learning_rate (line 6): is 'fast'; possible: a number.",
-        "finetune.batch_size (line 6): is 0; possible: a whole number from 1.",
+        "finetune.batch_size (line 6): is 0; possible: a whole number from 1 up to 65,536.",
         "workers (line 7): is 'ray'; possible: a mapping with the fields kind,",
         "stop.trials (line 8): is True; possible: a whole number",
     ):
@@ -170,7 +170,7 @@ stages:
 """,
         load_schedule,
     )
-    assert "stages[0] (line 3): keep is 1.5; possible: a fraction above 0, up to 1" in text
+    assert "stages[0].keep (line 3): is 1.5; possible: a number above 0 up to 1." in text
     assert "stages[1] (line 4): unknown score 'clas_attention'" in text and 'Did you mean "class_attention"?' in text
     assert "stages[2] (line 5): unknown option 'foo'" in text
     assert "stages[3].blok (line 6): unknown field." in text and 'Did you mean "block"?' in text

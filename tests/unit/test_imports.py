@@ -20,7 +20,7 @@ TIERS = (
     ("models", "presets"),
     ("cost",),
     ("tokens",),
-    ("files", "json_schema"),
+    ("files", "json_schema", "yaml_text"),
     ("strict",),
     ("schedule",),
     ("config", "registry", "plugins", "printable", "errors"),

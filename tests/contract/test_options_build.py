@@ -1,0 +1,46 @@
+"""Promise: an option of a model that is within its bounds builds, or the model says in a sentence why it does not."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import timm
+
+from prunesearch.config import ModelConfig, Scalar, as_options
+from prunesearch.errors import ModelError
+from prunesearch.evaluate.build import OPTIONS, Bounds, model_problems, model_shape
+
+# small models of every class that takes schedules
+MODELS: dict[str, dict[str, Scalar]] = {
+    "vit_digits_patch1_8": {"depth": 2},
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "embed_dim": 48},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 24},
+    "convnext_tiny": {},
+}
+VALUES = [
+    (name, value)
+    for name, possible in OPTIONS.items()
+    for value in (possible[1:] if isinstance(possible, Bounds) else possible)
+]
+CLASSES = (timm.models.VisionTransformer, timm.models.SwinTransformer, timm.models.ConvNeXt)
+KNOWN = {name for kind in CLASSES for name in inspect.signature(kind.__init__).parameters}
+"""To this version of timm; not all of them are old."""
+TAKEN: set[str] = set()
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES, ids=[f"{name}={value!r}" for name, value in VALUES])
+def test_an_option_builds_or_is_a_sentence(name: str, value: Scalar) -> None:
+    for model, small in MODELS.items():
+        config = ModelConfig(model, options=as_options({**small, name: value}))
+        assert model_problems(config) == []
+        try:
+            assert model_shape(config).depth >= 1
+            TAKEN.add(name)
+        except ModelError as error:
+            assert "Possible: " in str(error)
+
+
+def test_every_option_is_one_that_some_model_takes() -> None:
+    assert set(OPTIONS) & KNOWN <= TAKEN, "run the whole file"
+    assert set(OPTIONS) <= KNOWN or timm.__version__ != "1.0.31"
