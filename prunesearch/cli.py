@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -226,12 +227,13 @@ def _status(parsed: argparse.Namespace) -> int:
     from prunesearch.report import status_view
 
     reader = _open(parsed)
-    records = reader.records()
+    records = _records(reader)
     if parsed.json:
         states = [record.state for record in records]
-        print(
-            json.dumps({"study": reader.config.name, **{state: states.count(state) for state in sorted(set(states))}})
-        )
+        counts: dict[str, int] = {state: states.count(state) for state in sorted(set(states))}
+        if reader.unreadable:
+            counts["unreadable"] = len(reader.unreadable)
+        print(json.dumps({"study": reader.config.name, **counts}))
     else:
         _console().print(status_view(records, reader.config))
     return 0
@@ -243,7 +245,7 @@ def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.report import front_csv, front_table
 
     reader = _open(parsed)
-    config, records = reader.config, reader.records()
+    config, records = reader.config, _records(reader)
     found = front(records, config.objectives, config.limits)
     if parsed.json:
         print(json.dumps(front_rows(found, config.objectives), indent=2))
@@ -265,7 +267,7 @@ def _export(parsed: argparse.Namespace) -> int:
     from prunesearch.report import short
 
     reader = _open(parsed)
-    record = _choose(parsed, reader.config, reader.records())
+    record = _choose(parsed, reader.config, _records(reader))
     written = export(record, reader.config, parsed.output, weights=parsed.weights, say=_say)
     evaluation = record.evaluation
     assert evaluation is not None  # export refuses those without
@@ -415,12 +417,29 @@ def _open(parsed: argparse.Namespace) -> StudyReader:
     return open_study_readonly(parsed.folder, storage=parsed.storage, name=parsed.study)
 
 
+def _records(reader: StudyReader) -> list[Record]:
+    """The candidates of a study; how many are left out is said."""
+    records = reader.records()
+    if reader.unreadable:
+        count = len(reader.unreadable)
+        numbers = ", ".join(map(str, sorted(reader.unreadable)))
+        _say(
+            f"{count} trial{'s' * (count > 1)} could not be read and {'are' if count > 1 else 'is'} left out: {numbers}"
+        )
+    return records
+
+
 def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
-    return f"--storage {parsed.storage} --study {name}" if parsed.storage else str(_short_path(folder))
+    """The study as arguments of a command that a shell takes."""
+    if parsed.storage:
+        return f"--storage {shlex.quote(parsed.storage)} --study {shlex.quote(name)}"
+    return shlex.quote(str(_short_path(folder)))
 
 
 def _short_path(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """Relative to the working directory where that is possible; never what looks like an option."""
+    short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return Path.cwd() / short if str(short).startswith("-") else short
 
 
 def _console() -> Console:

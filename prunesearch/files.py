@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from prunesearch.config import Options, StudyConfig
+from prunesearch.config import Options, StudyConfig, study_name_problem
 from prunesearch.errors import FileError
 from prunesearch.schedule import Place, Schedule, Stage
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
@@ -121,7 +121,7 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
-    return _load(StudyConfig, path, overrides)
+    return _named_well(_load(StudyConfig, path, overrides), str(path))
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
@@ -129,7 +129,15 @@ def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig
     content = to_mapping(config)
     for override in overrides:
         _override(content, override, {})
-    return from_mapping(StudyConfig, content, f"study {config.name}")
+    return _named_well(from_mapping(StudyConfig, content, f"study {config.name}"), f"study {config.name}")
+
+
+def _named_well(config: StudyConfig, place: str) -> StudyConfig:
+    """The study, unless its name cannot be that of a folder; studies in a storage may have any name."""
+    problem = study_name_problem(config.name)
+    if problem is not None:
+        raise FileError(place, [problem])
+    return config
 
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:

@@ -23,7 +23,7 @@ from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.storage import sqlite_file, storage_url
+from prunesearch.search.storage import check_url, sqlite_file, storage_url
 from prunesearch.search.study import has_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
@@ -54,7 +54,8 @@ def run_study(
     for plugin in config.plugins:
         importlib.import_module(plugin)
     folder = folder.absolute()  # workers may have another working directory
-    url = storage or storage_url(folder)
+    url = storage_url(folder) if storage is None else storage
+    check_url(url)
     alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
     problems = study_problems(config, starts=not has_study(url, config.name))
     if config.evaluation == "supernet" and not alone:

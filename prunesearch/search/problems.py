@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig
+from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import UserError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.sensitivity import nothing_to_measure, stages_of
@@ -37,6 +37,7 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
     problems += _sampler_problems(config) + (_start_problems(config, shape) if starts else [])
+    problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
     return problems + _rung_problems(config) + _supernet_problems(config, shape)
 
 

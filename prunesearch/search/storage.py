@@ -317,9 +317,9 @@ def _may_pass(error: BaseException) -> bool:
 
 def _lost(error: BaseException, file: Path | None = None) -> RunError:
     where = "" if file is None else f"{file}: "
+    mend = "Mend the storage and run the study again to continue." if file is None else _advice(error, file)
     return RunError(
-        f"storage: {where}{_reason(error)}. What was written stays; finished evaluations are in the outbox. "
-        f"{_advice(error, file)}"
+        f"storage: {where}{_reason(error)}. What was written stays; finished evaluations are in the outbox. {mend}"
     )
 
 
@@ -336,7 +336,7 @@ def _reason(error: BaseException) -> str:
 def _advice(error: BaseException, file: Path | None) -> str:
     """What is possible and what to do after an error of a storage."""
     if file is None:
-        return f"Possible: {POSSIBLE}. Check the URL and its server, and run the study again to continue."
+        return f"Possible: {POSSIBLE}. Check the URL, and whether its server runs."
     reason = str(error.__cause__ or error)
     if "optuna storage upgrade" in reason or "optuna version" in reason:
         return "Possible: the Optuna version that made it, or a newer one after the upgrade. Install that."
