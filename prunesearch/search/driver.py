@@ -16,6 +16,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
 from prunesearch.evaluate import check_files, model_shape
 from prunesearch.files import write_yaml
+from prunesearch.search.child_worker import ChildWorker
 from prunesearch.search.confirm import confirm, missing
 from prunesearch.search.events import Done, Event, Waiting
 from prunesearch.search.interrupt import Interrupt
@@ -112,6 +113,8 @@ def _has_come(interrupt: Interrupt) -> bool:
 
 def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> Workers:
     if config.workers.kind == "serial":
+        if config.plugins or config.workers.timeout is not None:  # other people's code, or what must be stopped
+            return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
     from prunesearch.search.ray_workers import RayWorkers
 
