@@ -74,8 +74,8 @@ def check_url(url: str) -> None:
     except ImportError as error:
         raise StudyError(
             f"{place} cannot be opened: the Python package {error.name} that its driver needs is not installed. "
-            f"Possible without one: sqlite:///FILE, journal:FILE. Install it (for PostgreSQL: "
-            f"pip install 'prunesearch[postgres]', with a URL that begins with postgresql+psycopg://)."
+            f"Possible: an installed driver, or sqlite:///FILE and journal:FILE, which need none. Install it (for "
+            f"PostgreSQL: pip install 'prunesearch[postgres]', with a URL that begins with postgresql+psycopg://)."
         ) from error
     except SQLAlchemyError as error:
         raise StudyError(
