@@ -248,12 +248,13 @@ def _status(parsed: argparse.Namespace) -> int:
     from prunesearch.report import status_view
 
     reader = _open(parsed)
-    records = reader.records()
+    records = _records(reader)
     if parsed.json:
         states = [record.state for record in records]
-        print(
-            json.dumps({"study": reader.config.name, **{state: states.count(state) for state in sorted(set(states))}})
-        )
+        counts: dict[str, int] = {state: states.count(state) for state in sorted(set(states))}
+        if reader.unreadable:
+            counts["unreadable"] = len(reader.unreadable)
+        print(json.dumps({"study": reader.config.name, **counts}))
     else:
         _console().print(status_view(records, reader.config))
     return 0
@@ -266,7 +267,7 @@ def _front(parsed: argparse.Namespace) -> int:
 
     _check_output(parsed.plot)
     reader = _open(parsed)
-    config, records = reader.config, reader.records()
+    config, records = reader.config, _records(reader)
     found = front(records, config.objectives, config.limits)
     if parsed.json:
         print(json.dumps(front_rows(found, config.objectives), indent=2))
@@ -289,7 +290,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
     _check_output(parsed.output)
     reader = _open(parsed)
-    record = _choose(parsed, reader.config, reader.records())
+    record = _choose(parsed, reader.config, _records(reader))
     written = export(
         record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
     )
@@ -457,6 +458,18 @@ def _open(parsed: argparse.Namespace) -> StudyReader:
     return open_study_readonly(parsed.folder, storage=parsed.storage, name=parsed.study)
 
 
+def _records(reader: StudyReader) -> list[Record]:
+    """The candidates of a study; how many are left out is said."""
+    records = reader.records()
+    if reader.unreadable:
+        count = len(reader.unreadable)
+        numbers = ", ".join(map(str, sorted(reader.unreadable)))
+        _say(
+            f"{count} trial{'s' * (count > 1)} could not be read and {'are' if count > 1 else 'is'} left out: {numbers}"
+        )
+    return records
+
+
 def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
     """The arguments that name a study, as a shell takes them; a password is left to the user."""
     from prunesearch.search.storage import shown
@@ -469,7 +482,9 @@ def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
 
 
 def _short_path(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """Relative to the working directory where that is possible; never what looks like an option."""
+    short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return Path.cwd() / short if str(short).startswith("-") else short
 
 
 def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tuple[str, ...]:

@@ -331,7 +331,10 @@ class SamplerConfig:
 class WorkersConfig:
     """Where candidates are evaluated."""
 
-    kind: Literal["serial", "ray"] = _field("ray: one actor per slot; serial: in this process", "ray")
+    kind: Literal["serial", "ray"] = _field(
+        "ray: one actor per slot; serial: one by one in this process, with plug-ins or a timeout in a child process",
+        "ray",
+    )
     count: int | None = _field("number of workers; as many as fit when absent", None, low=1, high=10_000)
     gpus_each: float = _field("GPUs per worker; a fraction shares one", 0.0, low=0, high=64)
     cpus_each: float = _field("CPUs per worker", 1.0, above=0, high=1024)
@@ -363,12 +366,29 @@ class ConfirmConfig:
     )
 
 
+NAME_BYTES = 200
+"""A file system takes 255 for a file name."""
+
+
+def study_name_problem(name: str) -> str | None:
+    """Why a study cannot have this name, which is also that of its folder; None when it can."""
+    is_component = name not in ("", ".", "..") and "/" not in name
+    is_plain = name.isprintable() and name == name.strip() and not name.startswith("-")
+    if is_component and is_plain and len(name.encode()) <= NAME_BYTES:
+        return None
+    return (
+        f"name: {name[:60]!r}{'...' * (len(name) > 60)} cannot be a study's name, which is also that of its folder. "
+        f"Possible: up to {NAME_BYTES} bytes of letters, digits, spaces and other characters that can be printed, but "
+        f"no /, no - at the start, no space at the ends, and not . or .. alone. Give it another one."
+    )
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """One study file."""
 
     version: Literal[1] = _field("version of this file format")
-    name: str = _field("study name; results go to outputs/NAME")
+    name: str = _field("study name, without /; results go to outputs/NAME")
     model: ModelConfig = _field("the model to prune")
     space: SpaceConfig = _field("what the search may choose")
     data: DataConfig = _field("the images", DataConfig())

@@ -26,6 +26,7 @@ from prunesearch.config import (
     StudyConfig,
     as_options,
     bounded,
+    study_name_problem,
 )
 from prunesearch.errors import FileError
 from prunesearch.plugins import import_plugins, missing_plugins
@@ -152,12 +153,21 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
-    return _load(StudyConfig, path, overrides)
+    return _named_well(_load(StudyConfig, path, overrides), str(path))
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
     """A study with single values replaced, as `load_study` does it. Raises FileError."""
-    return _override_and_read(StudyConfig, Text(to_mapping(config)), f"study {config.name}", overrides)
+    place = f"study {config.name}"
+    return _named_well(_override_and_read(StudyConfig, Text(to_mapping(config)), place, overrides), place)
+
+
+def _named_well(config: StudyConfig, place: str) -> StudyConfig:
+    """The study, unless its name cannot be that of a folder; studies in a storage may have any name."""
+    problem = study_name_problem(config.name)
+    if problem is not None:
+        raise FileError(place, [problem])
+    return config
 
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:

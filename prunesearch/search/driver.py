@@ -16,6 +16,7 @@ from prunesearch.errors import FileError
 from prunesearch.evaluate import check_files, model_shape
 from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
+from prunesearch.search.child_worker import ChildWorker
 from prunesearch.search.confirm import confirm, missing
 from prunesearch.search.events import Done, Event, Waiting
 from prunesearch.search.interrupt import Interrupt
@@ -23,7 +24,7 @@ from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.storage import sqlite_file, storage_url
+from prunesearch.search.storage import check_url, sqlite_file, storage_url
 from prunesearch.search.study import has_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
@@ -54,7 +55,8 @@ def run_study(
     """
     import_plugins(config.plugins)
     folder = folder.absolute()  # workers may have another working directory
-    url = storage or storage_url(folder)
+    url = storage_url(folder) if storage is None else storage
+    check_url(url)
     alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
     problems = study_problems(config, starts=not has_study(url, config.name))
     if config.evaluation == "supernet" and not alone:
@@ -112,6 +114,8 @@ def _has_come(interrupt: Interrupt) -> bool:
 
 def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> Workers:
     if config.workers.kind == "serial":
+        if config.plugins or config.workers.timeout is not None:  # other people's code, or what must be stopped
+            return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
     from prunesearch.search.ray_workers import RayWorkers
 

@@ -40,6 +40,8 @@ class Lessons:
         self._counts = [0] * len(config.rungs)
         self.rung = 0
         """Whose results the sampler knows."""
+        self.workers = 1
+        """How many there are; `take_up` comes after it is set."""
         self._sampler = self._in_charge()
         self.model = self._new_model()
 
@@ -126,7 +128,7 @@ class Lessons:
         return max(enough, default=0)
 
     def _in_charge(self) -> SamplerConfig:
-        return in_charge(self._config, len(self._parameters))
+        return in_charge(self._config, len(self._parameters), self.workers)
 
     def _new_model(self) -> ModelStudy | TokenModel:
         if self._sampler.name != TOKEN_GP:

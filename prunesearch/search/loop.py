@@ -100,6 +100,7 @@ class Search:
 
     def run(self, workers: Workers) -> Done:
         self.workers = workers
+        self.lessons.workers = workers.count
         self.recovered += self._adopt_outbox(self.outbox)  # again: workers of a killed driver live on for a moment
         self._take_up()
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig
+from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
@@ -71,6 +71,7 @@ def model_free_problems(config: StudyConfig) -> list[str]:
                 f"limits.{name}: at_most {limit.at_most:g} is below at_least {limit.at_least:g}, so that nothing is "
                 f"within. Possible: at_least up to at_most. Swap them."
             )
+    problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
     return problems + _sampler_problems(config) + _rung_problems(config) + _supernet_problems(config)
 
 

@@ -7,15 +7,16 @@ started: when a node is gone, its actors wait for another one while the rest do 
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import os
+import socket
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 # Ray reads these when it is imported or started. The driver tells of dead workers in its own words; an out-of-memory
 # kill counts as a crash, which the driver knows how to handle.
@@ -25,12 +26,26 @@ os.environ.setdefault("RAY_worker_niceness", "0")  # evaluations are the work, a
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
+import ray._private.services
 
 from prunesearch.config import WorkersConfig
 from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.search.outbox import evaluate_into
-from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate
+from prunesearch.search.workers import (
+    EVALUATE,
+    Lost,
+    Outcome,
+    find_evaluate,
+    log_to,
+    spoils_its_process,
+    took_too_long,
+)
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 15.0
+"""How long the head of a cluster may take to take up a connection."""
 
 
 @dataclass
@@ -121,18 +136,17 @@ class RayWorkers:
         except ray.exceptions.RayError as error:
             self._replace(slot)
             return task, Lost("crash", _last_line(error))
-        if evaluation.cause == "oom" or "CUDA error" in evaluation.error:
-            self._replace(slot)  # its memory or its context is spoilt
+        if spoils_its_process(evaluation):
+            self._replace(slot)
         return task, evaluation
 
     def _take_hung(self, working: list[_Slot]) -> list[Outcome]:
-        if self._config.timeout is None:
-            return []
         hung: list[Outcome] = []
         for slot in working:
             assert slot.task is not None
-            if slot.task.supernet is None and time.monotonic() - slot.since > self._config.timeout:
-                hung.append((slot.task, Lost("timeout", f"no result after {self._config.timeout:g} s")))
+            lost = took_too_long(slot.task, slot.since, self._config.timeout)
+            if lost is not None:
+                hung.append((slot.task, lost))
                 self._replace(slot)
         return hung
 
@@ -164,7 +178,7 @@ class _Actor:
         if os.path.isdir(directory):  # relative paths in the study file mean the same as for the driver
             os.chdir(directory)
         sys.path += [path for path in import_paths if path not in sys.path]
-        _log_to(log)
+        log_to(log)
         self._outbox, self._evaluate = outbox, find_evaluate(evaluate)
 
     def ready(self) -> None:
@@ -174,17 +188,15 @@ class _Actor:
         return evaluate_into(self._outbox, self._evaluate, task)
 
 
-def _log_to(path: Path) -> None:
-    """Everything the process says, also in its last moment, goes to a file of the study."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    faulthandler.enable(file=2)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
-
-
 def _start_ray(address: str | None) -> None:
+    """Start Ray on this machine, or join the cluster of an address. Raises ResourceError when that cannot be done."""
+    if address is None and "RAY_ADDRESS" in os.environ:
+        logger.warning(
+            "RAY_ADDRESS is set, but workers.address is absent, so that Ray is started on this machine. To join that "
+            "cluster, write workers.address: auto."
+        )
+    elif address is not None:
+        _check_answers(address)
     try:
         ray.init(
             address=address or "local",
@@ -192,12 +204,47 @@ def _start_ray(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except ConnectionError as error:
+    except (OSError, RuntimeError, ValueError, SystemExit) as error:  # SystemExit: Ray's way to give up on a cluster
+        ray.shutdown()
+        if address is not None:
+            raise _no_cluster(address, f"{error}" or type(error).__name__) from error
+        if "AF_UNIX" not in str(error):
+            raise ResourceError(
+                f"workers: Ray does not start on this machine: {_last_line(error)}. Possible: kind: serial, or an "
+                f"address of a cluster. Look into the logs in {_ray_folder()}/session_latest/logs."
+            ) from error
         raise ResourceError(
-            f"workers.address: no Ray cluster at {address!r}: {error}. Possible: the address of a running cluster, "
-            f"auto, or nothing (Ray is started on this machine). Check it, or leave it out; when the cluster asks for "
-            f"a token, set RAY_AUTH_MODE=token."
+            f"workers: Ray's folder {_ray_folder()} has too long a path for the sockets in it. Possible: about 40 "
+            f"characters; it is RAY_TMPDIR, else TMPDIR, else /tmp. Set RAY_TMPDIR to a short path, such as /tmp."
         ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raises ResourceError when nobody listens there: Ray itself takes two minutes to notice, and then exits."""
+    try:
+        # auto is what RAY_ADDRESS says, or the last cluster that was started on this machine, which may be gone
+        where = ray._private.services.canonicalize_bootstrap_address(address) if address == "auto" else address
+        if where is None:
+            raise ConnectionError("no cluster runs on this machine, and RAY_ADDRESS is not set")
+        parts = urlsplit(where if "://" in where else f"//{where}")
+        if parts.hostname is None or parts.port is None:
+            raise ValueError("it is not of the form HOST:PORT")
+        socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, why: str) -> ResourceError:
+    return ResourceError(
+        f"workers.address: no Ray cluster at {address!r}: {why}. Possible: the address of a running cluster, "
+        f"auto, or nothing (Ray is started on this machine). Check it, or leave it out; when the cluster asks for "
+        f"a token, set RAY_AUTH_MODE=token."
+    )
+
+
+def _ray_folder() -> str:
+    parent = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return os.path.join(parent, "ray")
 
 
 def _slots(config: WorkersConfig, nodes: list[dict[str, float]]) -> int:
@@ -246,5 +293,5 @@ def _description(config: WorkersConfig, count: int, nodes: list[dict[str, float]
     return f"{text} ({unused:g} GPUs stay unused: workers.gpus_each is 0)" if unused else text
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

@@ -97,14 +97,14 @@ for _sampler in (
     SAMPLERS.add(_sampler.name, _sampler)
 
 
-def in_charge(config: StudyConfig, known: int) -> SamplerConfig:
-    """Which sampler a study asks when it knows so many candidates: its own, unless that is auto.
+def in_charge(config: StudyConfig, known: int, workers: int) -> SamplerConfig:
+    """Which sampler a study asks when it knows so many candidates and has so many workers: its own, if not auto.
 
     The questions of a Gaussian process take longer with each candidate, too long for many workers.
     """
     if config.sampler.name != "auto":
         return config.sampler
-    many = known >= MANY_CANDIDATES or (config.workers.count or 0) > MANY_WORKERS
+    many = known >= MANY_CANDIDATES or workers > MANY_WORKERS
     return replace(config.sampler, name="nsga2" if many else TOKEN_GP, startup=None)
 
 

@@ -1,4 +1,7 @@
-"""The worker in this process: one task at a time, evaluated inside `wait`. For small studies and for debugging."""
+"""The worker in this process: one task at a time, evaluated inside `wait`. For small studies and for debugging.
+
+What ends or hangs a process would end or hang the driver; studies that can do so have `child_worker.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from prunesearch.config import WorkersConfig
 from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Task
 from prunesearch.search.outbox import evaluate_into
-from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate
+from prunesearch.search.workers import EVALUATE, Lost, Outcome, find_evaluate, refuse_many
 
 
 class SerialWorkers:
@@ -18,13 +21,12 @@ class SerialWorkers:
     count = 1
 
     def __init__(self, config: WorkersConfig, outbox: Path, evaluate: str = EVALUATE) -> None:
-        asked = {"count": config.count not in (None, 1), "timeout": config.timeout is not None}
-        for name, is_asked in asked.items():
-            if is_asked:
-                raise ResourceError(
-                    f"workers.{name}: {getattr(config, name)}, but kind serial evaluates in this process, one by one, "
-                    f"and cannot be stopped from outside. Possible with kind: ray. Use that, or leave {name} out."
-                )
+        refuse_many(config)
+        if config.timeout is not None:
+            raise ResourceError(
+                f"workers.timeout: {config.timeout:g}, but an evaluation in this process cannot be stopped from "
+                f"outside. Possible: a ChildWorker. Take one, or leave timeout out."
+            )
         self.description = "this process"
         self._outbox, self._evaluate = outbox, find_evaluate(evaluate)
         self._tasks: deque[Task] = deque()
@@ -38,7 +40,9 @@ class SerialWorkers:
         task = self._tasks.popleft()
         try:
             return [(task, evaluate_into(self._outbox, self._evaluate, task))]
-        except Exception as error:  # a worker elsewhere would not end the search either
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit and the like: a worker elsewhere would not end the search either
             return [(task, Lost("error", f"{type(error).__name__}: {error}"))]
 
     def close(self) -> None:

@@ -22,8 +22,9 @@ over. The database makes each of these happen for one driver only.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
@@ -35,7 +36,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import RunError, StudyError
+from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.search.differences import refuse_other_settings
@@ -46,14 +47,18 @@ from prunesearch.search.storage import (
     Patience,
     close_storage,
     database_of,
+    file_of,
     open_storage,
     shown,
     storage_errors,
     storage_url,
 )
+from prunesearch.search.verdict import judged
 from prunesearch.search.vocabulary import Vocabulary, refuse_other_defaults
 from prunesearch.space import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
+
+logger = logging.getLogger(__name__)
 
 _STATES: dict[TrialState, State] = {
     TrialState.WAITING: "paused",
@@ -63,6 +68,8 @@ _STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "complete",
 }
 _TRIALS = sql.table("trials", sql.column("trial_id"), sql.column("study_id"), sql.column("number"))
+_DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading stored data raises that is not as it was written."""
 _ATTRIBUTES = sql.table("trial_user_attributes", sql.column("trial_id"), sql.column("key"), sql.column("value_json"))
 
 
@@ -81,21 +88,36 @@ class StudyReader:
 
     def __init__(self, storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
         self._storage, self._study_id, self.config = storage, study_id, config
+        self.file: Path | None = None
+        """Where it is stored, when that is a file."""
         self.has_begun = False
         """Whether its start schedules are known."""
         self.vocabulary = Vocabulary()
         """What its scores and verbs mean; empty for a study that an earlier version began."""
+        self.unreadable: dict[int, str] = {}
+        """Trials that are left out because they cannot be read, and why, as of the last reading."""
 
     def records(self) -> list[Record]:
-        """Every candidate so far, in the order of their numbers."""
-        with storage_errors():
-            trials = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        """Every candidate so far that can be read, in the order of their numbers; see `unreadable`."""
+        with storage_errors(self.file):
+            trials, unreadable = read_trials(self._storage, self._study_id)
             attributes = self._storage.get_study_user_attrs(self._study_id)
         records: dict[str, Record] = {}
-        for trial in _candidates(trials):
-            record = _record(trial)
-            records.setdefault(record.uid, replace(record, confirmations=_confirmations(attributes, record.uid)))
+        for trial in _candidates(trials, _first_number(attributes)):
+            record = read_record(trial, self.config)
+            if isinstance(record, str):
+                unreadable[trial.number] = record
+            else:
+                records.setdefault(record.uid, replace(record, confirmations=_confirmations(attributes, record.uid)))
+        self._leave_out(unreadable)
         return list(records.values())
+
+    def _leave_out(self, unreadable: dict[int, str]) -> None:
+        """Say once which trials cannot be read."""
+        for number, why in sorted(unreadable.items()):
+            if number not in self.unreadable:
+                logger.warning("trial %d: %s; it is left out", number, why)
+        self.unreadable = unreadable
 
     def close(self) -> None:
         """Give back connections."""
@@ -121,6 +143,7 @@ class Store(StudyReader):
         super().__init__(storage, study_id, config)
         self.owner, self.alone, self._ask = owner, alone, patience or Patience()
         self._last_rung = len(config.rungs) - 1
+        self._first = _first_number(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
         self._trial_ids: dict[int, int] = {}
         self._attempts: dict[int, list[int]] = {}
         self._seen: dict[str, tuple[object, Record]] = {}
@@ -139,23 +162,41 @@ class Store(StudyReader):
 
     def changed(self) -> list[Record]:
         """Candidates that are new or other than when the study was last read, in the order of their numbers."""
-        trials = self._ask(lambda: self._storage.get_all_trials(self._study_id, deepcopy=False))
-        self.voided = [record.uid for _, record in self._seen.values() if "void" in trials[record.number].user_attrs]
+        trials, unreadable = self._ask(lambda: read_trials(self._storage, self._study_id))
+        void = {trial.number for trial in trials if "void" in trial.user_attrs}
+        self.voided = [record.uid for _, record in self._seen.values() if record.number in void]
         for uid in self.voided:
             del self._seen[uid]
         found = []
-        for trial in _candidates(trials):
-            uid, marks = trial.user_attrs["uid"], _marks(trial)
+        for trial in _candidates(trials, self._first):
+            uid, marks = str(trial.user_attrs.get("uid")), _marks(trial)
             before = self._seen.get(uid)
             if before is not None and (before[0] == marks or before[1].number < trial.number):
                 continue
-            record = _record(trial)
+            record = read_record(trial, self.config)
+            if isinstance(record, str):
+                unreadable[trial.number] = record
+                continue
+            record = self._with_fitting_parameters(record)
             self.results += len(record.evaluations) - (0 if before is None else len(before[1].evaluations))
             self._seen[uid] = marks, record
             self._trial_ids[trial.number] = trial._trial_id
             self._attempts[trial.number] = list(trial.user_attrs["attempts"])
             found.append(record)
+        self._leave_out(unreadable)
         return found
+
+    def _with_fitting_parameters(self, record: Record) -> Record:
+        """Without parameters that are not of the space: the schedule says them too."""
+        _, distributions = parameters_and_distributions(self.config.space, record.parameters)
+        try:
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=dict(record.parameters or {}), distributions=distributions
+            )
+        except ValueError as error:
+            logger.warning("trial %d: its parameters are not used, as they do not fit: %s", record.number, error)
+            return replace(record, parameters=None)
+        return record
 
     def running(self) -> list[Record]:
         """What runs, anywhere, as of the last `changed`."""
@@ -258,7 +299,13 @@ class Store(StudyReader):
         if saved is None:
             saved = [[origin, to_mapping(schedule)] for origin, schedule in find()]
             self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "starts", saved))
-        return [(origin, from_mapping(Schedule, schedule, origin)) for origin, schedule in saved]
+        try:
+            return [(str(origin), from_mapping(Schedule, schedule, origin)) for origin, schedule in saved]
+        except (FileError, TypeError, ValueError) as error:
+            raise StudyError(
+                f"study {self.config.name!r}: its start schedules cannot be read: {error}. Possible: a study whose "
+                f"storage is whole. Restore the storage from a copy, or give the search another name (--set name=...)."
+            ) from error
 
     def define(self, find: Callable[[], Vocabulary]) -> None:
         """Keep what the study's scores and verbs mean, as `find` said when the study began. Raises StudyError when it
@@ -282,7 +329,7 @@ class Store(StudyReader):
         """The last beat of every driver, by name."""
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         said = {name.removeprefix("driver:"): beat for name, beat in attributes.items() if name.startswith("driver:")}
-        return {name: Beat(**beat) for name, beat in said.items()}
+        return {name: read for name, beat in said.items() if (read := _beat(beat)) is not None}
 
     # --- one operation each, harmless when done twice ---
 
@@ -294,7 +341,7 @@ class Store(StudyReader):
             nonlocal tries
             tries += 1
             if tries > 1:
-                for other in self._storage.get_all_trials(self._study_id, deepcopy=False):
+                for other in _candidates(read_trials(self._storage, self._study_id)[0], self._first):
                     about = other.user_attrs
                     if (about.get("uid"), about.get("owner")) == (trial.user_attrs["uid"], self.owner):
                         return other._trial_id, other.number
@@ -312,6 +359,7 @@ class Store(StudyReader):
         assert database is not None, "only databases have several drivers"
         joined = sql.join(_TRIALS, _ATTRIBUTES, _TRIALS.c.trial_id == _ATTRIBUTES.c.trial_id)
         earlier = (_TRIALS.c.study_id == self._study_id) & (_TRIALS.c.number < number)
+        earlier &= (_TRIALS.c.number >= self._first) & _TRIALS.c.number.not_in(self.unreadable)
         is_void = _ATTRIBUTES.c.key == "void"
         is_same = (_ATTRIBUTES.c.key == "uid") & (_ATTRIBUTES.c.value_json == json.dumps(uid))
         rows = sql.select(_TRIALS.c.number, _ATTRIBUTES.c.key).select_from(joined).where(earlier & (is_void | is_same))
@@ -321,7 +369,9 @@ class Store(StudyReader):
         same = sorted(number for number, key in found if key == "uid" and number not in void)
         if same:
             return f"trial {same[0]} is the same"
-        return None if total is None or number - len(void) < total else f"there are {total} candidates"
+        others = sum(self._first <= other < number for other in self.unreadable)
+        before = number - self._first - len(void) - others
+        return None if total is None or before < total else f"there are {total} candidates"
 
     def _void(self, trial_id: int, why: str) -> None:
         self._storage.set_trial_user_attr(trial_id, "void", why)
@@ -380,18 +430,24 @@ def open_store(
 ) -> Store:
     """Create the study, or continue it. Raises StudyError when it exists with other settings, with the differences.
 
-    on_wait: see `Patience`.
+    As long as no evaluation is complete, settings of `MAY_MEND` may differ too. Then the search starts over: the trials
+    so far, which all failed or were cut short with the wrong settings, count no more (the study attribute "first" says
+    from which number on they do). on_wait: see `Patience`.
     """
-    storage = open_storage(url, writing=True)
+    storage, file = open_storage(url, writing=True), file_of(url)
     directions = [optuna.study.StudyDirection[f"{objective.goal}".upper()] for objective in config.objectives]
-    with quiet_optuna(), storage_errors():
+    with quiet_optuna(), storage_errors(file):
         try:
             study_id = storage.create_new_study(directions, config.name)
         except optuna.exceptions.DuplicatedStudyError:
             study_id = storage.get_study_id_from_name(config.name)
         attributes = storage.get_study_user_attrs(study_id)
         if "config" in attributes:
-            refuse_other_settings(config, attributes["config"])
+            trials, _ = read_trials(storage, study_id)
+            may_mend = not _is_under_way(_candidates(trials, _first_number(attributes)), alone)
+            if refuse_other_settings(config, attributes["config"], may_mend):
+                storage.set_study_user_attr(study_id, "starts", None)
+                storage.set_study_user_attr(study_id, "first", storage.get_n_trials(study_id))
         elif storage.get_n_trials(study_id) > 0:
             raise StudyError(
                 f"study {config.name!r} in {shown(url)}: it has trials but was not made by prunesearch. "
@@ -401,7 +457,16 @@ def open_store(
             _describe(storage, study_id, config)
         if attributes.get("config") != to_mapping(config):
             storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it says that all is there
-    return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait))
+    store = Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file))
+    store.file = file
+    return store
+
+
+def _is_under_way(trials: list[FrozenTrial], alone: bool) -> bool:
+    """Whether anything was evaluated, or may be at this moment by another driver."""
+    results = (trial.user_attrs[key] for trial in trials for key in _rung_keys(trial))
+    is_evaluated = any(isinstance(result, Mapping) and result.get("status") == "complete" for result in results)
+    return is_evaluated or (not alone and any(trial.state == TrialState.RUNNING for trial in trials))
 
 
 def has_study(url: str, name: str) -> bool:
@@ -425,8 +490,8 @@ def open_study_readonly(
         if folder is None:
             raise StudyError("no study given. Possible: a study folder, or a storage URL. Name one of them.")
         storage = storage_url(folder)
-    backend = open_storage(storage, writing=False)
-    with quiet_optuna(), storage_errors():
+    backend, file = open_storage(storage, writing=False), file_of(storage)
+    with quiet_optuna(), storage_errors(file):
         studies = {study.study_name: study for study in backend.get_all_studies() if "config" in study.user_attrs}
     if name is None and len(studies) == 1:
         name = next(iter(studies))
@@ -438,7 +503,7 @@ def open_study_readonly(
     study = studies[name]
     config = from_mapping(StudyConfig, study.user_attrs["config"], f"study {name}")
     reader = StudyReader(backend, study._study_id, config)
-    reader.has_begun = "starts" in study.user_attrs
+    reader.file, reader.has_begun = file, study.user_attrs.get("starts") is not None
     reader.vocabulary = from_mapping(Vocabulary, study.user_attrs.get("vocabulary", {}), f"study {name}")
     return reader
 
@@ -456,47 +521,149 @@ def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
         storage.set_study_user_attr(study_id, f"{part}_hash", blake2b(text.encode(), digest_size=8).hexdigest())
 
 
-def _record(trial: FrozenTrial) -> Record:
-    about = trial.user_attrs
-    place = f"trial {trial.number}"
-    results = [dict(about[key]) for key in _rung_keys(trial)]
-    orders = tuple(result.pop("order") for result in results)
-    evaluations = tuple(from_mapping(Evaluation, result, place) for result in results)
-    runs = trial.state == TrialState.RUNNING or not evaluations
+@dataclass(frozen=True)
+class _About:
+    """What a trial says of its candidate in its attributes, besides the evaluations."""
+
+    uid: str
+    schedule: Schedule
+    origin: str
+    seed: int
+    attempts: tuple[int, ...]
+    owner: str = ""
+
+
+def read_trials(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], dict[int, str]]:
+    """All trials of a study that Optuna can read, and for the others, by number, why it cannot."""
+    try:
+        return storage.get_all_trials(study_id, deepcopy=False), {}
+    except _DAMAGED:
+        database = database_of(storage)
+        if database is None:
+            raise
+        rows = sql.select(_TRIALS.c.trial_id, _TRIALS.c.number).where(_TRIALS.c.study_id == study_id)
+        with database.engine.begin() as connection:
+            found = connection.execute(rows.order_by(_TRIALS.c.number)).all()
+        if not found:  # it is not the trials that are damaged
+            raise
+    trials, unreadable = [], {}
+    for trial_id, number in found:
+        try:
+            trials.append(database.get_trial(trial_id))
+        except _DAMAGED as error:
+            unreadable[number] = f"Optuna cannot read it ({type(error).__name__}: {error})"
+    return trials, unreadable
+
+
+def read_record(trial: FrozenTrial, config: StudyConfig) -> Record | str:
+    """The candidate of a trial, or why it cannot be read."""
+    try:
+        return _record(trial, config)
+    except FileError as error:
+        return f"{error.place}: {'; '.join(error.problems)}"
+    except _DAMAGED as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _record(trial: FrozenTrial, config: StudyConfig) -> Record:
+    attributes = trial.user_attrs
+    if "uid" not in attributes:
+        raise FileError("attributes", ["it was not written by prunesearch"])
+    names = [field.name for field in fields(_About)]
+    about = from_mapping(_About, {name: attributes[name] for name in names if name in attributes}, "attributes")
+    evaluations, orders = [], []
+    for key in _rung_keys(trial):
+        order, evaluation = _evaluation(attributes[key], key)
+        orders.append(order)
+        evaluations.append(evaluation)
+        problem = _evaluation_problem(evaluation, about.schedule, config)
+        if problem is None and key != f"rung:{evaluation.rung}":
+            problem = f"it is of rung {evaluation.rung}"
+        if problem is not None:
+            raise FileError(key, [problem])
+    state = _STATES[trial.state]
+    if not evaluations and state != "running":
+        raise FileError("attributes", [f"it is {state} without an evaluation"])
+    rung = len(about.attempts) - 1 if state == "running" else evaluations[-1].rung
+    if not 0 <= rung < len(config.rungs):
+        raise FileError("attempts", [f"{len(about.attempts)} rungs; the study has {len(config.rungs)}"])
     return Record(
         number=trial.number,
-        uid=about["uid"],
-        schedule=from_mapping(Schedule, about["schedule"], place),
-        state=_STATES[trial.state],
-        origin=about["origin"],
-        seed=about["seed"],
-        evaluations=evaluations,
-        orders=orders,
-        rung=len(about["attempts"]) - 1 if runs else evaluations[-1].rung,
+        uid=about.uid,
+        schedule=about.schedule,
+        state=state,
+        origin=about.origin,
+        seed=about.seed,
+        evaluations=tuple(evaluations),
+        orders=tuple(orders),
+        rung=rung,
         parameters=dict(trial.params) or None,
-        owner=about.get("owner", ""),
+        owner=about.owner,
     )
 
 
-def _candidates(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """By number, without those that are void."""
-    found = [trial for trial in trials if "uid" in trial.user_attrs and "void" not in trial.user_attrs]
+def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
+    """How many evaluations came before it, and what it says."""
+    said = dict(value) if isinstance(value, Mapping) else {}
+    order = said.pop("order", None)
+    if type(order) is not int:
+        raise FileError(place, [f"order is {order!r}; possible: a whole number"])
+    return order, from_mapping(Evaluation, said, place)
+
+
+def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: StudyConfig) -> str | None:
+    """What an evaluation cannot say if it is one of this study."""
+    verdict = judged(evaluation, config)
+    if verdict.status != evaluation.status:
+        return verdict.error
+    if evaluation.rung not in range(len(config.rungs)):
+        return f"rung {evaluation.rung}; the study has {len(config.rungs)}"
+    last = max((stage.block for stage in (evaluation.schedule or schedule).stages), default=-1)
+    if evaluation.tokens and last >= len(evaluation.tokens):
+        return f"a stage at block {last} of a model with {len(evaluation.tokens)} blocks"
+    return None
+
+
+def _beat(value: Any) -> Beat | None:
+    try:
+        return from_mapping(Beat, value, "beat")
+    except FileError as error:  # as good as none: its driver counts as silent
+        logger.warning("a sign of life of a driver cannot be read: %s", error)
+        return None
+
+
+def _candidates(trials: list[FrozenTrial], first: int) -> list[FrozenTrial]:
+    """By number, from the first that counts, without those that are void."""
+    found = [trial for trial in trials if trial.number >= first and "void" not in trial.user_attrs]
     return sorted(found, key=lambda trial: trial.number)
+
+
+def _first_number(attributes: Mapping[str, Any]) -> int:
+    """The number of the first trial that counts: see `open_store`."""
+    first = attributes.get("first", 0)
+    return first if type(first) is int else 0
 
 
 def _marks(trial: FrozenTrial) -> object:
     """What tells whether a trial is as it was."""
     about = trial.user_attrs
-    return trial.state, list(about["attempts"]), about.get("owner"), _rung_keys(trial)
+    return trial.state, about.get("attempts"), about.get("owner"), _rung_keys(trial)
 
 
 def _confirmations(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluation, ...]:
-    prefix = f"confirm:{uid}:"
-    names = sorted((name for name in attributes if name.startswith(prefix)), key=lambda name: int(name[len(prefix) :]))
-    return tuple(from_mapping(Evaluation, attributes[name], name) for name in names)
+    """The evaluations after the search that can be read, in their order."""
+    prefix, found = f"confirm:{uid}:", {}
+    for name, value in attributes.items():
+        index = name.removeprefix(prefix)
+        if name.startswith(prefix) and index.isdecimal():
+            try:
+                found[int(index)] = from_mapping(Evaluation, value, name)
+            except FileError as error:
+                logger.warning("%s; it is left out", error)
+    return tuple(found[index] for index in sorted(found))
 
 
 def _rung_keys(trial: FrozenTrial) -> list[str]:
     """Names of the attributes that hold its evaluations, lowest rung first."""
-    names = (name for name in trial.user_attrs if name.startswith("rung:"))
-    return sorted(names, key=lambda name: int(name.removeprefix("rung:")))
+    rungs = [name.removeprefix("rung:") for name in trial.user_attrs if name.startswith("rung:")]
+    return [f"rung:{rung}" for rung in sorted((rung for rung in rungs if rung.isdecimal()), key=int)]

@@ -21,7 +21,7 @@ from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.problems import anchors_of
 from prunesearch.search.record import Record
-from prunesearch.search.storage import sqlite_file, storage_url
+from prunesearch.search.storage import check_url, sqlite_file, storage_url
 from prunesearch.search.study import Store, open_store
 from prunesearch.search.tasks import task_of
 from prunesearch.search.verdict import judged, same_work
@@ -54,8 +54,9 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
             f"`prunesearch.search.tune.trainable` on a disk of this machine (RunConfig's storage_path/name). Name it."
         )
     folder = folder.absolute()
+    url = storage_url(folder) if storage is None else storage
+    check_url(url)
     folder.mkdir(parents=True, exist_ok=True)
-    url = storage or storage_url(folder)
     alone = storage is None or storage.startswith(("journal:", "memory:"))
     with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place:
         store = open_store(config, url, owner=place.name, alone=alone)

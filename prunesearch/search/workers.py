@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
+import logging
+import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from prunesearch.config import WorkersConfig
+from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Cause, Evaluation, Task
 
 EVALUATE = "prunesearch.evaluate:evaluate"
@@ -53,6 +61,38 @@ class NoWorkers:
 
     def close(self) -> None:
         return None
+
+
+def refuse_many(config: WorkersConfig) -> None:
+    """Raises ResourceError when kind serial is asked for several workers."""
+    if config.count not in (None, 1):
+        raise ResourceError(
+            f"workers.count: {config.count}, but kind serial evaluates one by one. Possible with kind: ray. Use that, "
+            f"or leave count out."
+        )
+
+
+def took_too_long(task: Task, since: float, timeout: float | None) -> Lost | None:
+    """Whether a task that began at `since` (of `time.monotonic`) counts as hung; shared weights take as long as they
+    take."""
+    if timeout is None or task.supernet is not None or time.monotonic() - since <= timeout:
+        return None
+    return Lost("timeout", f"no result after {timeout:g} s")
+
+
+def spoils_its_process(evaluation: Evaluation) -> bool:
+    """Whether the process that brought this evaluation has its memory or its CUDA context in disorder."""
+    return evaluation.cause == "oom" or "CUDA error" in evaluation.error
+
+
+def log_to(path: Path) -> None:
+    """Everything this process says, also in its last moment, goes to a file of the study."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    faulthandler.enable(file=2)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
 
 
 def find_evaluate(path: str) -> Callable[[Task], Evaluation]:

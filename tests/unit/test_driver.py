@@ -17,7 +17,7 @@ from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_s
 from optuna.storages import JournalStorage
 
 from prunesearch.config import Budget, DataConfig, Limit, ModelConfig, Objective, SpaceConfig, StopConfig, WorkersConfig
-from prunesearch.errors import DataError, FileError, ModelError, ResourceError, RunError, StudyError
+from prunesearch.errors import DataError, FileError, ModelError, RunError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
@@ -331,12 +331,6 @@ def test_a_study_needs_its_start_files_only_once(tmp_path: Path, monkeypatch: py
     (tmp_path / "mine.yaml").unlink()
     done, _ = run(config, tmp_path)
     assert done.complete == 6 and records(tmp_path)[2].schedule == Schedule((Stage(3, keep=0.5),))
-
-
-def test_what_only_other_processes_can_do_is_refused_for_serial(tmp_path: Path) -> None:
-    for changes in ({"count": 4}, {"timeout": 5.0}):
-        with pytest.raises(ResourceError, match=f"workers.{next(iter(changes))}: .* kind: ray"):
-            run(study(workers=WorkersConfig(kind="serial", **changes)), tmp_path)
 
 
 def test_tasks_carry_what_the_study_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

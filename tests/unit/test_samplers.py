@@ -22,7 +22,6 @@ from prunesearch.config import (
     SamplerConfig,
     SpaceConfig,
     ThresholdRange,
-    WorkersConfig,
 )
 from prunesearch.errors import UnknownNameError
 from prunesearch.search import loop, quasi_random, samplers, token_gp
@@ -232,11 +231,9 @@ def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None
 
 def test_auto_hands_over_to_nsga2() -> None:
     config = study(sampler="auto")
-    many = replace(config, workers=WorkersConfig(count=17))
-    assert [samplers.in_charge(config, known).name for known in (0, 999, 1000)] == ["token_gp", "token_gp", "nsga2"]
-    assert samplers.in_charge(many, 0).name == "nsga2"
-    assert samplers.in_charge(replace(config, workers=WorkersConfig(count=None)), 0).name == "token_gp"
-    assert samplers.in_charge(study(sampler="gp"), 5000) == study(sampler="gp").sampler
+    assert [samplers.in_charge(config, known, 16).name for known in (0, 999, 1000)] == ["token_gp", "token_gp", "nsga2"]
+    assert samplers.in_charge(config, 0, 17).name == "nsga2"
+    assert samplers.in_charge(study(sampler="gp"), 5000, 17) == study(sampler="gp").sampler
 
 
 @pytest.mark.parametrize("rungs", [1, 3])

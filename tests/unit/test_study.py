@@ -39,7 +39,9 @@ RECORD = Record(-1, "abc", Schedule((Stage(2, keep=0.7), Stage(4, keep=0.5, redu
 
 def evaluation(uid: str = "abc", top1: float = 91.5, latency: float = 2.5) -> Evaluation:
     metrics = (("gmacs", 0.009), ("latency_ms", latency), ("top1", top1))
-    return Evaluation(uid, "complete", metrics=metrics, tokens=(65, 46), seconds=(("train", 1.0),))
+    return Evaluation(
+        uid, "complete", metrics=metrics, tokens=(65, 65, 65, 46, 46, 23, 23, 23), seconds=(("train", 1.0),)
+    )
 
 
 @pytest.fixture(params=["sqlite", "journal"])
