@@ -260,14 +260,15 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
 def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
     """The same schedule written in the one way that all its spellings share.
 
-    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options at
-    their default are dropped; two schedules that do the same to this model compare (and hash) equal.
+    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options are
+    dropped that are at their default or have no effect on this model; two schedules that do the same to this model
+    compare (and hash) equal.
     """
     stages: list[Stage] = []
     for step in resolve(schedule, shape):
         if step.is_idle:
             continue
-        stage = replace(step.stage, options=_given_options(step.stage))
+        stage = replace(step.stage, options=_given_options(step.stage, shape))
         if not any(earlier.is_adaptive for earlier in (*stages, stage)):
             stage = replace(stage, keep=None, tokens=step.kept)
         stages.append(stage)
@@ -315,6 +316,7 @@ def stage_problems(stage: Stage) -> list[str]:
             f"Possible: keep or tokens; with a threshold {possible}. Change one of them."
         )
     known_options = _default_options(stage)
+    choices = {**({} if stage.score == "none" else SCORERS[stage.score].choices), **reducer.choices}
     for name, value in stage.options:
         if name not in known_options:
             known = ", ".join(known_options) or "none"
@@ -326,6 +328,11 @@ def stage_problems(stage: Stage) -> list[str]:
             kind = type(known_options[name]).__name__
             problems.append(
                 f"option {name} is {value!r}; possible: a value of type {kind}. Its default is {known_options[name]!r}."
+            )
+        elif name in choices and value not in choices[name]:
+            problems.append(
+                f"option {name} is {value!r}; possible: {', '.join(choices[name])}. Its default is "
+                f"{known_options[name]!r}. Write one of them.{did_you_mean(value, choices[name])}"
             )
     return problems
 
@@ -342,10 +349,12 @@ def _default_options(stage: Stage) -> dict[str, Scalar]:
     return {**scorer, **dict(REDUCERS[stage.reduce].options)}
 
 
-def _given_options(stage: Stage) -> Options:
-    """The options that differ from their default."""
-    defaults = _default_options(stage)
-    return as_options({name: value for name, value in stage.options if value != defaults[name]})
+def _given_options(stage: Stage, shape: ModelShape) -> Options:
+    """The options that differ from their default and do something on this model."""
+    from prunesearch.tokens import REDUCERS
+
+    defaults, idle = _default_options(stage), REDUCERS[stage.reduce].no_effect(shape)
+    return as_options({name: value for name, value in stage.options if value != defaults[name] and name not in idle})
 
 
 def _fits(value: Scalar, default: Scalar) -> bool:
