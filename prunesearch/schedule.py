@@ -29,8 +29,9 @@ class ModelShape:
     distillation token, or 0.
 
     Of a model with a feature map (`holds`), depth, dim and patch tokens are those of its third stage: blocks, width,
-    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, and `layer_scale`
-    whether its blocks scale what they add.
+    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, `layer_scale`
+    whether its blocks scale what they add, and `norm_eps` the epsilon of their LayerNorms, which learned parts take
+    over. Learned parts of other models have PyTorch's default, as in the released code.
     """
 
     depth: int
@@ -49,6 +50,7 @@ class ModelShape:
     pool_macs_per_pair: int = 0
     holds: bool = False
     layer_scale: bool = False
+    norm_eps: float = 1e-5
 
     @property
     def has_class_token(self) -> bool:

@@ -96,9 +96,7 @@ class _Reduced:
 
     def _traced(self: Any, x: Tensor, masked: bool) -> Trace:
         state = self._features(x, None, False, masked=masked)
-        prefix = self.num_prefix_tokens
-        logits = self._head(state)
-        return Trace(logits, state.tokens_BNC[:, prefix:], state.present_Bn, state.counts)
+        return Trace(self._head(state), patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
 
     def _head(self: Any, state: TokenState) -> Tensor:
         weighs = state.size_Bn is not None and _weighs_patches(self)
@@ -209,8 +207,9 @@ def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
-    """See `prunesearch.models.patches_of`."""
-    return features[:, model.num_prefix_tokens :]
+    """See `prunesearch.models.patches_of`. A model that pools over patches has its last norm behind the pooling; it is
+    applied to each token here."""
+    return model.fc_norm(features[:, model.num_prefix_tokens :])
 
 
 def input_size(model: Any) -> tuple[int, int, int]:
