@@ -28,15 +28,25 @@ def _scores(pattern: str) -> Iterator[Row]:
     from prunesearch.tokens import SCORERS
 
     for name, entry in SCORERS.items():
-        yield name, "yes" if entry.needs_class_token else "no", entry.summary, entry.source
+        needs = "yes" if entry.needs_class_token else "no"
+        yield name, needs, _options(entry.options, entry.choices), entry.summary, entry.source
 
 
 def _reduces(pattern: str) -> Iterator[Row]:
     from prunesearch.tokens import REDUCERS
 
     for name, entry in REDUCERS.items():
-        options = ", ".join(f"{option}={value}" for option, value in entry.options.items())
+        options = _options(entry.options, entry.choices)
         yield name, "yes" if entry.ranks else "no", options, entry.summary, entry.source
+
+
+def _options(options: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> str:
+    """Each option with its default, and with what else it can be, such as "parity=patches (or all)"."""
+    texts = []
+    for name, default in options.items():
+        others = [value for value in choices.get(name, ()) if value != default]
+        texts.append(f"{name}={default}" + (f" (or {', '.join(others)})" if others else ""))
+    return ", ".join(texts)
 
 
 def _presets(pattern: str) -> Iterator[Row]:
@@ -104,7 +114,7 @@ def _spaces(pattern: str) -> Iterator[Row]:
 
 
 CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
-    "scores": (("score", "class token", "what it is", "source"), _scores),
+    "scores": (("score", "class token", "options", "what it is", "source"), _scores),
     "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
     "presets": (("preset", "what it is", "published top-1 @ MACs"), _presets),
     "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),

@@ -38,8 +38,9 @@ class ModelShape:
     distillation token, or 0.
 
     Of a model with a feature map (`holds`), depth, dim and patch tokens are those of its third stage: blocks, width,
-    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, and `layer_scale`
-    whether its blocks scale what they add.
+    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, `layer_scale`
+    whether its blocks scale what they add, and `norm_eps` the epsilon of their LayerNorms, which learned parts take
+    over. Learned parts of other models have PyTorch's default, as in the released code.
     """
 
     depth: int
@@ -58,6 +59,7 @@ class ModelShape:
     pool_macs_per_pair: int = 0
     holds: bool = False
     layer_scale: bool = False
+    norm_eps: float = 1e-5
 
     @property
     def has_class_token(self) -> bool:
@@ -270,14 +272,15 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
 def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
     """The same schedule written in the one way that all its spellings share.
 
-    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options at
-    their default are dropped; two schedules that do the same to this model compare (and hash) equal.
+    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options are
+    dropped that are at their default or have no effect on this model; two schedules that do the same to this model
+    compare (and hash) equal.
     """
     stages: list[Stage] = []
     for step in resolve(schedule, shape):
         if step.is_idle:
             continue
-        stage = replace(step.stage, options=_given_options(step.stage))
+        stage = replace(step.stage, options=_given_options(step.stage, shape))
         if not any(earlier.is_adaptive for earlier in (*stages, stage)):
             stage = replace(stage, keep=None, tokens=step.kept)
         stages.append(stage)
@@ -321,6 +324,7 @@ def stage_problems(stage: Stage) -> list[str]:
             f"Possible: keep or tokens; with a threshold {possible}. Change one of them."
         )
     known_options = _default_options(stage)
+    choices = {**({} if stage.score == "none" else SCORERS[stage.score].choices), **reducer.choices}
     for name, value in stage.options:
         if name not in known_options:
             known = ", ".join(known_options) or "none"
@@ -332,6 +336,11 @@ def stage_problems(stage: Stage) -> list[str]:
             kind = type(known_options[name]).__name__
             problems.append(
                 f"option {name} is {value!r}; possible: a value of type {kind}. Its default is {known_options[name]!r}."
+            )
+        elif name in choices and value not in choices[name]:
+            problems.append(
+                f"option {name} is {value!r}; possible: {', '.join(choices[name])}. Its default is "
+                f"{known_options[name]!r}. Write one of them.{did_you_mean(value, choices[name])}"
             )
     return problems
 
@@ -366,10 +375,18 @@ def _default_options(stage: Stage) -> dict[str, Scalar]:
     return {**scorer, **reducer}
 
 
-def _given_options(stage: Stage) -> Options:
-    """The options that differ from their default."""
-    defaults = _default_options(stage)
-    return as_options({name: value for name, value in stage.options if name not in defaults or value != defaults[name]})
+def _given_options(stage: Stage, shape: ModelShape) -> Options:
+    """The options that differ from their default and do something on this model."""
+    from prunesearch.tokens import REDUCERS
+
+    defaults, idle = _default_options(stage), REDUCERS[stage.reduce].no_effect(shape)
+    return as_options(
+        {
+            name: value
+            for name, value in stage.options
+            if name not in idle and (name not in defaults or value != defaults[name])
+        }
+    )
 
 
 def _score_unless_written(reduce: str) -> str:

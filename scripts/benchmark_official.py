@@ -111,7 +111,10 @@ computes the one row (or the mean keys) that it needs. That has not been measure
 
 Logits agree to rounding, but for ToMe with several merging blocks: its second merge pairs tokens by the order the first
 one left them in, the authors put merged tokens behind the others, we keep image order, so the pairs differ by design.
-With one merging block they agree.
+With one merging block they agree, whatever the number of prefix tokens (`parity: all`, which the presets name). The
+order has no effect on quality: a CIFAR-10 ViT with 2, 3, 4, 5 and 6 pairs merged in every block, without training, has
+69.15, 69.55, 69.30, 68.75 and 68.45 % with ours and 69.75, 69.55, 69.05, 68.40 and 68.75 % with the authors' code
+(2,000 images: a standard error of 1 point).
 
 Made with `python scripts/benchmark_official.py --tome ... --evit ... --batch {batch} --pairs {pairs}`.
 """
@@ -141,7 +144,7 @@ def main() -> None:
 
     for name, keep, fuse in (("evit-0.7", 0.7, False), ("evit-fuse-0.7", 0.7, True), ("evit-fuse-0.5", 0.5, True)):
         row(name, load_preset(name, shape), official_evit(arguments.evit, dense, keep, fuse))
-    once = Schedule((Stage(5, tokens=146, reduce="merge"),))
+    once = Schedule((Stage(5, tokens=146, reduce="merge", options={"parity": "all"}),))
     row("ToMe, 50 pairs at block 5", once, official_tome(arguments.tome, dense, [0] * 5 + [50]))
     for rate in (13, 16):
         row(f"tome-r{rate}", load_preset(f"tome-r{rate}", shape), official_tome(arguments.tome, dense, rate))

@@ -3,21 +3,27 @@
 
     python scripts/compare_methods.py --out benchmarks/methods_digits.md
     python scripts/compare_methods.py --study search_spaces/cifar10_vit.yaml --set data.root=train.tar ... --out FILE.md
+    python scripts/compare_methods.py --only DynamicViT,dTPS --shares 0.5 --seeds 5 --into benchmarks/methods_digits.md
 
 Each is measured as it comes and after the same short fine-tune, with several seeds. Model, data and how to train come
-from a study file (the digits by default). Draws the same as a picture beside the table.
+from a study file (the digits by default). Draws the same as a picture beside the table. With --into, rows of an
+existing page are measured anew and marked, and what follows from the table is written again; without a page, rows are
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 
@@ -32,16 +38,19 @@ from prunesearch.schedule import ModelShape, Schedule, Stage
 from prunesearch.tokens.class_attention import class_rows_BHRN
 
 SHARES = (0.7, 0.5)
+DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Method:
     """A published method: `schedule(shape, x)` gets cheaper as x, from 0 to 1, falls. trained: its score or queries
-    learn, so that without training there is nothing to measure."""
+    learn, so that without training there is nothing to measure. recipe: the name of the training recipe
+    (`finetune.recipe`) that goes with it; None for the study's own training."""
 
     name: str
     schedule: Callable[[ModelShape, float], Schedule]
     trained: bool = False
+    recipe: str | None = None
 
 
 def three_stages(shape: ModelShape, keep: float, score: str, reduce: str, at: str = "mid") -> Schedule:
@@ -56,8 +65,14 @@ def tome(shape: ModelShape, keep: float) -> Schedule:
     stages, present = [], shape.patch_tokens
     for block in range(shape.depth):
         present -= min(pairs, present // 2)
-        stages.append(Stage(block, tokens=present, reduce="merge"))
+        stages.append(Stage(block, tokens=present, reduce="merge", options={"parity": "all"}))
     return Schedule(tuple(stages))
+
+
+def ppt(shape: ModelShape, keep: float) -> Schedule:
+    """Drop or merge at three blocks, every second token counted as in the released code."""
+    schedule = three_stages(shape, keep, "value_weighted", "drop_or_merge")
+    return Schedule(tuple(replace(stage, options={"parity": "all"}) for stage in schedule.stages))  # type: ignore[arg-type]
 
 
 def diffrate(shape: ModelShape, keep: float) -> Schedule:
@@ -87,8 +102,8 @@ def ltmp(shape: ModelShape, share: float) -> Schedule:
     """Merging, then pruning, by thresholds in every block."""
     stages = []
     for block in range(shape.depth):
-        stages.append(Stage(block, threshold=0.9, reduce="merge"))
-        stages.append(Stage(block, score="attention_received", threshold=0.0))
+        stages.append(Stage(block, threshold=0.9, reduce="merge", options={"parity": "all"}))
+        stages.append(Stage(block, score="attention_received", threshold=0.0, options={"merged": "max"}))
     return Schedule(tuple(stages), target_gmacs=share * estimate_cost(shape).gmacs)
 
 
@@ -97,7 +112,7 @@ METHODS = (
     Method("EViT, drop", lambda shape, x: three_stages(shape, x, "class_attention", "drop")),
     Method("EViT, fuse", lambda shape, x: three_stages(shape, x, "class_attention", "fuse")),
     Method("eTPS", lambda shape, x: three_stages(shape, x, "class_attention", "squeeze")),
-    Method("PPT", lambda shape, x: three_stages(shape, x, "value_weighted", "drop_or_merge")),
+    Method("PPT", ppt),
     Method("ToMe", tome),
     Method("DiffRate's verbs", diffrate),
     Method("PatchMerger", patch_merger, trained=True),
@@ -145,7 +160,7 @@ def run(config: StudyConfig, schedule: Schedule, images: int, seed: int) -> Eval
 
 @dataclass
 class Row:
-    """What one method gave at one share."""
+    """What one method gave at one share: top-1 in %, and the measured shares of the dense MACs."""
 
     name: str
     share: float
@@ -154,23 +169,81 @@ class Row:
     shares: list[float]
 
 
-def sweep(config: StudyConfig, images: int, seeds: int, names: Sequence[str]) -> list[Row]:
-    """Everything, in parallel on all cores; rows in the order of METHODS, the dense model first."""
-    shape = model_shape(config.model)
+class Line(NamedTuple):
+    """A row of a page's table. Numbers are (mean, standard deviation or None); as_it_comes is None where nothing can be
+    measured without training. mark: stars that say by which later run it was measured."""
+
+    name: str
+    macs: float
+    as_it_comes: tuple[float, float | None] | None
+    finetuned: tuple[float, float | None]
+    mark: str = ""
+
+    @property
+    def share(self) -> float:
+        """The share that the schedule was made for."""
+        return min((1.0, *SHARES), key=lambda share: abs(share - self.macs))
+
+    def __str__(self) -> str:
+        def written(value: tuple[float, float | None] | None) -> str:
+            if value is None:
+                return "-"
+            return f"{value[0]:.2f}" + ("" if value[1] is None else f" ± {value[1]:.2f}")
+
+        numbers = f"{self.macs:.1%} | {written(self.as_it_comes)} | {written(self.finetuned)}"
+        return f"| {self.name}{self.mark} | {numbers} |"
+
+
+TABLE = "| method | MACs | as it comes | fine-tuned |\n|---|---|---|---|\n"
+LINE = re.compile(r"\| ([^|*]+)(\**) \| ([\d.]+)% \| (-|[\d. ±]+) \| ([\d. ±]+) \|")
+
+
+def line_of(row: Row, mark: str = "") -> Line:
+    """What the table says of a row."""
+
+    def number(values: Sequence[float]) -> tuple[float, float | None]:
+        return mean(values), stdev(values) if len(values) > 1 else None
+
+    as_it_comes = number(row.as_it_comes) if row.as_it_comes else None
+    return Line(row.name, mean(row.shares), as_it_comes, number(row.finetuned), mark)
+
+
+def read_line(text: str) -> Line:
+    """The inverse of str(Line)."""
+    found = LINE.fullmatch(text)
+    if found is None:
+        raise SystemExit(f"not a row of the table: {text!r}; expected one such as | dTPS | 70.0% | - | 97.30 ± 0.10 |")
+    name, mark, macs, before, after = found.groups()
+
+    def number(text: str) -> tuple[float, float | None]:
+        parts = [float(part) for part in text.split(" ± ")]
+        return parts[0], parts[1] if len(parts) > 1 else None
+
+    return Line(name, float(macs) / 100, None if before == "-" else number(before), number(after), mark)
+
+
+def sweep(
+    configs: Mapping[str | None, StudyConfig], images: int, seeds: int, wanted: Sequence[tuple[str, float]]
+) -> list[Row]:
+    """What is wanted (names and shares), in parallel on all cores, in that order; what cannot get to its share is left
+    out. configs: the study by the recipe that methods name."""
+    shape = model_shape(configs[None].model)
     dense = estimate_cost(shape).gmacs
-    wanted: list[tuple[str, float, Schedule, bool]] = [("dense", 1.0, Schedule(), False)]
-    for share in SHARES:
-        for method in METHODS:
-            schedule = at_share(method, shape, share) if not names or method.name in names else None
-            if schedule is not None:
-                wanted.append((method.name, share, schedule, method.trained))
-    rows = [Row(name, share, [], [], []) for name, share, _, _ in wanted]
+    methods = {method.name: method for method in METHODS}
+    rows: list[Row] = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         jobs = {}
-        for row, (_, _, schedule, trained) in zip(rows, wanted, strict=True):
+        for name, share in wanted:
+            method = methods.get(name)
+            schedule = Schedule() if method is None else at_share(method, shape, share)
+            if schedule is None:
+                continue
+            row = Row(name, share, [], [], [])
+            rows.append(row)
+            config = configs[None if method is None else method.recipe]
             for seed in range(seeds):
                 jobs[pool.submit(run, config, schedule, images, seed)] = (row, row.finetuned)
-                if seed == 0 and not trained:  # without training the seed changes nothing
+                if seed == 0 and not (method and method.trained):  # without training the seed changes nothing
                     jobs[pool.submit(run, config, schedule, 0, seed)] = (row, row.as_it_comes)
         for done, job in enumerate(as_completed(jobs), 1):
             row, values = jobs[job]
@@ -216,13 +289,8 @@ def _cells(score_Bn: torch.Tensor, kept: int) -> float:
 
 
 def report(rows: Sequence[Row], config: StudyConfig, images: int, seeds: int, command: str) -> str:
-    """The page."""
-
-    def spread(values: Iterable[float]) -> str:
-        numbers = list(values)
-        return f"{mean(numbers):.2f}" + (f" ± {stdev(numbers):.2f}" if len(numbers) > 1 else "") if numbers else "-"
-
-    lines = [
+    """A new page."""
+    head = [
         f"# Methods at the same cost: {config.name}",
         "",
         f"`{command}`. Model {config.model.name}; top-1 in %, as it comes (without any training; nothing to show for",
@@ -230,38 +298,61 @@ def report(rows: Sequence[Row], config: StudyConfig, images: int, seeds: int, co
         f"{seeds} seeds, mean ± standard deviation. MACs as a share of the dense model's. Thresholds start from",
         "keeping everything, are trained towards the share and then calibrated on it.",
         "",
-        "| method | MACs | as it comes | fine-tuned |",
-        "|---|---|---|---|",
     ]
-    lines += [
-        f"| {row.name} | {mean(row.shares):.1%} | {spread(row.as_it_comes)} | {spread(row.finetuned)} |" for row in rows
-    ]
-    return "\n".join([*lines, "", *expectations(rows), "", "Why, in the dense model:", "", *why(config)]) + "\n"
+    lines = [line_of(row) for row in rows]
+    tail = ["Why, in the dense model:", "", *why(config)]
+    return "\n".join(head) + "\n" + _table(lines, []) + "\n".join(["", *tail]) + "\n"
 
 
-def expectations(rows: Sequence[Row]) -> list[str]:
+def _table(lines: Sequence[Line], notes: Sequence[str]) -> str:
+    """The table, the notes on its marks, and what follows from it."""
+    below = [*(f"{note}\n" for note in notes), *expectations(lines)]
+    return TABLE + "\n".join([*map(str, lines), "", *below]) + "\n"
+
+
+def put_into(page: str, rows: Sequence[Row], seeds: int, day: date, command: str) -> tuple[str, list[Line]]:
+    """An existing page with these rows in their places, marked, and all that follows from the table written again; and
+    the lines of its table. A row that the page does not have yet goes behind those of its share."""
+    head, found, rest = page.partition(TABLE)
+    body, why_found, tail = rest.partition("\nWhy, in the dense model:")
+    if not found or not why_found:
+        raise SystemExit(
+            "--into: the page has no table of this script, or no text behind it. Write a new one with --out."
+        )
+    lines = [read_line(text) for text in body.splitlines() if text.startswith("| ")]
+    notes = [text for text in body.splitlines() if text.startswith("Rows marked ")]
+    mark = "*" * (len(notes) + 1)
+    for line in (line_of(row, mark) for row in rows):
+        same = [i for i, old in enumerate(lines) if (old.name, old.share) == (line.name, line.share)]
+        place = same[0] if same else max(i for i, old in enumerate(lines) if old.share >= line.share) + 1
+        lines[place : place + len(same)] = [line]
+    notes.append(f"Rows marked {mark} were measured anew on {day} with {seeds} seeds: `{command}`.")
+    return head + _table(lines, notes) + why_found + tail, lines
+
+
+def expectations(lines: Sequence[Line]) -> list[str]:
     """What the papers lead one to expect, and whether it came out."""
-    value = {(row.name, row.share): mean(row.finetuned) for row in rows}
-    lines = ["Expected from the papers, after fine-tuning:", ""]
+    value = {(line.name, line.share): line.finetuned[0] for line in lines}
+    texts = ["Expected from the papers, after fine-tuning:", ""]
     low = min(SHARES)
 
-    def line(text: str, holds: bool, numbers: str) -> None:
-        lines.append(f"- {text}: {'holds' if holds else 'does not hold here'} ({numbers})")
+    def say(text: str, holds: bool, numbers: str) -> None:
+        texts.append(f"- {text}: {'holds' if holds else 'does not hold here'} ({numbers})")
 
     for share in SHARES:
         random = value.get(("random drop", share))
-        for row in rows:
-            if random is not None and row.share == share and row.name != "random drop":
-                mine = mean(row.finetuned)
-                line(f"{row.name} beats random drop at {share}", mine > random, f"{mine:.2f} against {random:.2f}")
+        for line in lines:
+            if random is not None and line.share == share and line.name != "random drop":
+                mine = line.finetuned[0]
+                say(f"{line.name} beats random drop at {share}", mine > random, f"{mine:.2f} against {random:.2f}")
     chain = [value.get((name, low)) for name in ("eTPS", "EViT, fuse", "EViT, drop")]
     if all(number is not None for number in chain):
         squeeze, fuse, drop = (float(number) for number in chain if number is not None)
-        line(f"squeeze > fuse > drop at {low}", squeeze > fuse > drop, f"{squeeze:.2f}, {fuse:.2f}, {drop:.2f}")
-    return lines
+        say(f"squeeze > fuse > drop at {low}", squeeze > fuse > drop, f"{squeeze:.2f}, {fuse:.2f}, {drop:.2f}")
+    return texts
 
 
-def draw(rows: Sequence[Row], path: Path, title: str) -> None:
+def draw(lines: Sequence[Line], path: Path, title: str) -> None:
     """Top-1 against MACs: hollow as it comes, filled after fine-tuning."""
     import matplotlib
 
@@ -271,22 +362,43 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     for index, method in enumerate(METHODS):
-        mine = sorted((row for row in rows if row.name == method.name), key=lambda row: row.share)
+        mine = sorted((line for line in lines if line.name == method.name), key=lambda line: line.share)
         if not mine:
             continue
         colour = colours[index % len(colours)]
-        x, y = [mean(row.shares) for row in mine], [mean(row.finetuned) for row in mine]
-        error = [stdev(row.finetuned) if len(row.finetuned) > 1 else 0.0 for row in mine]
+        x, y = [line.macs for line in mine], [line.finetuned[0] for line in mine]
+        error = [line.finetuned[1] or 0.0 for line in mine]
         axes.errorbar(x, y, error, marker="o", color=colour, label=method.name, capsize=2)
-        if mine[0].as_it_comes:
-            axes.plot(x, [mean(row.as_it_comes) for row in mine], marker="o", mfc="none", ls=":", lw=0.8, color=colour)
-    dense = mean(rows[0].finetuned)
-    axes.axhline(dense, color="0.4", lw=0.8, ls="--")
-    axes.annotate(f"dense, fine-tuned: {dense:.2f}", (0.01, dense), (0, 3), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
+        before = [line.as_it_comes[0] for line in mine if line.as_it_comes is not None]
+        if len(before) == len(mine):
+            axes.plot(x, before, marker="o", mfc="none", ls=":", lw=0.8, color=colour)
+    for dense in (line.finetuned[0] for line in lines if line.name == DENSE):
+        axes.axhline(dense, color="0.4", lw=0.8, ls="--")
+        axes.annotate(f"dense, fine-tuned: {dense:.2f}", (0.01, dense), (0, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", fontsize=8, color="0.3")  # fmt: skip
     axes.set(xlabel="MACs, share of the dense model's", ylabel="top-1, %", title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _names(text: str) -> list[str]:
+    """Names of --only, separated by commas. Some have a comma themselves, so the longest name that fits is taken."""
+    known = sorted((DENSE, *(method.name for method in METHODS)), key=len, reverse=True)
+    names, left = [], text.strip()
+    while left:
+        name = next((name for name in known if left == name or left.startswith(f"{name},")), None)
+        if name is None:
+            raise argparse.ArgumentTypeError(f"{left!r} begins with no method. Possible: {'; '.join(sorted(known))}")
+        names.append(name)
+        left = left[len(name) :].lstrip(", ")
+    return names
+
+
+def _shares(text: str) -> list[float]:
+    shares = [float(part) for part in text.split(",")]
+    if not set(shares) <= set(SHARES):
+        raise argparse.ArgumentTypeError(f"{text!r}; possible: {', '.join(map(str, SHARES))}")
+    return shares
 
 
 def main() -> None:
@@ -297,19 +409,37 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
     parser.add_argument("--images", type=int, default=4792, help="of one fine-tune (default: four epochs of digits)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--method", action="append", default=[], help="only these")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", type=_names, help="these methods, with commas between; the dense model is one")
+    parser.add_argument("--shares", type=_shares, default=list(SHARES), help="of the dense MACs (default: 0.7,0.5)")
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument("--out", type=Path, help="a new page, with a picture beside it")
+    page.add_argument("--into", type=Path, help="an existing page, in which the rows are replaced and marked")
     given = parser.parse_args()
-    config = load_study(given.study, given.set)
+    names = given.only or [DENSE, *(method.name for method in METHODS)]
+    wanted = [(DENSE, 1.0)] if DENSE in names else []
+    wanted += [(name, share) for share in given.shares for name in names if name != DENSE]
+    recipes = {method.recipe for method in METHODS if method.name in names}
+    configs = {
+        recipe: load_study(given.study, given.set if recipe is None else [*given.set, f"finetune.recipe={recipe}"])
+        for recipe in {None, *recipes}
+    }
     study = os.path.relpath(given.study)
     command = f"python scripts/compare_methods.py --study {study} --images {given.images} --seeds {given.seeds}"
-    rows = sweep(config, given.images, given.seeds, given.method)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = given.out.with_suffix(".png")
-    page = report(rows, config, given.images, given.seeds, command)
-    given.out.write_text(f"{page}\n![the same as a picture]({picture.name})\n", encoding="utf-8")
-    draw(rows, picture, f"{config.model.name}: methods at the same cost")
-    print(page)
+    if given.only:
+        command += f" --only '{','.join(names)}' --shares {','.join(map(str, given.shares))}"
+    rows = sweep(configs, given.images, given.seeds, wanted)
+    lines = [line_of(row) for row in rows]
+    print("", *lines, sep="\n")
+    if not (path := given.out or given.into):
+        return
+    if given.into:
+        text, lines = put_into(path.read_text(encoding="utf-8"), rows, given.seeds, date.today(), command)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = report(rows, configs[None], given.images, given.seeds, command)
+        text += f"\n![the same as a picture]({path.with_suffix('.png').name})\n"
+    path.write_text(text, encoding="utf-8")
+    draw(lines, path.with_suffix(".png"), f"{configs[None].model.name}: methods at the same cost")
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def patches_of(model: nn.Module, features: Tensor) -> Tensor:
-    """The patch tokens (B, n, C) in what the dense model's `forward_features` returns; of a feature map, all
-    positions."""
+    """The patch tokens (B, n, C) in what the dense model's `forward_features` returns, after the model's last norm; of
+    a feature map, all positions."""
     return _family(model).patches_of(model, features)
 
 

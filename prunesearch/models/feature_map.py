@@ -113,8 +113,11 @@ def trace(model: Any, images: Tensor, masked: bool) -> Trace:
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
-    """See `prunesearch.models.patches_of`."""
-    return _positions(features, isinstance(model, SwinTransformer))
+    """See `prunesearch.models.patches_of`. timm's ConvNeXt pools before its last norm; here that norm is applied to
+    each position."""
+    is_swin = isinstance(model, SwinTransformer)
+    normalise = nn.Identity() if is_swin else getattr(model.head, "norm", nn.Identity())
+    return _positions(normalise(features), is_swin)
 
 
 def _run_stage(

@@ -55,11 +55,12 @@ def shape_of(model: Any) -> ModelShape:
     block = blocks[0]
     if isinstance(block, SwinTransformerBlock):
         attention = block.attn
-        dim, heads = attention.qkv.in_features, attention.num_heads
+        dim, heads, norm = attention.qkv.in_features, attention.num_heads, block.norm2
         per_window = 2 * attention.proj.in_features * attention.window_area
         mixing = attention.qkv.weight.numel() + attention.proj.weight.numel() + per_window
     else:
         dim, heads, mixing = block.conv_dw.out_channels, 0, block.conv_dw.weight.numel()
+        norm = block.norm
     mlp = block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel()
     head = sum(layer.weight.numel() for layer in model.head.modules() if isinstance(layer, nn.Linear))
     macs, positions = _one_pass(model, dim)
@@ -77,6 +78,7 @@ def shape_of(model: Any) -> ModelShape:
         gate_macs=mixing,
         holds=True,
         layer_scale=getattr(block, "gamma", None) is not None,
+        norm_eps=getattr(norm, "eps", ModelShape.norm_eps),
     )
 
 

@@ -43,6 +43,9 @@ from prunesearch.tokens.regroup import Evidence, TokenState, gather_evidence, ta
 
 MOST_GROUPS = 8
 """Into which a batch is parted when its images have different counts; measured in benchmarks/adaptive.md."""
+MOST_GAP = 10.0
+"""Nats by which the logit of an absent key may lie above all present ones and still count in full for gradients. It
+bounds them: at gaps of 17 and more nats, which occur when few tokens stay, one image would outweigh a whole batch."""
 SUPPORTS = "timm VisionTransformer and VisionTransformerDistilled with plain blocks"
 
 
@@ -93,9 +96,7 @@ class _Reduced:
 
     def _traced(self: Any, x: Tensor, masked: bool) -> Trace:
         state = self._features(x, None, False, masked=masked)
-        prefix = self.num_prefix_tokens
-        logits = self._head(state)
-        return Trace(logits, state.tokens_BNC[:, prefix:], state.present_Bn, state.counts)
+        return Trace(self._head(state), patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
 
     def _head(self: Any, state: TokenState) -> Tensor:
         weighs = state.size_Bn is not None and _weighs_patches(self)
@@ -206,8 +207,9 @@ def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
-    """See `prunesearch.models.patches_of`."""
-    return features[:, model.num_prefix_tokens :]
+    """See `prunesearch.models.patches_of`. A model that pools over patches has its last norm behind the pooling; it is
+    applied to each token here."""
+    return model.fc_norm(features[:, model.num_prefix_tokens :])
 
 
 def input_size(model: Any) -> tuple[int, int, int]:
@@ -224,7 +226,8 @@ def attend(
     learning: bool = False,
 ) -> tuple[Tensor, Attended]:
     """timm's Attention.forward, which also returns what scorers read. Attention stays fused, except when the decisions
-    of former stages are `learning` and `present_Bn` must get gradients through it."""
+    of former stages are `learning` and `present_Bn` must get gradients through it; then `bias_B11N` is that of all
+    slots, and absent ones are masked here."""
     images, tokens, _ = x_BNC.shape
     gate = gate_of(attention)
     opening = None if gate is None else gate(x_BNC).sigmoid()
@@ -238,8 +241,10 @@ def attend(
     if learning and present_Bn is not None:
         present_B11N = F.pad(present_Bn, (shape.prefix_tokens, 0), value=1.0)[:, None, None]
         logits = ((query * attention.scale) @ key.transpose(-2, -1)).float()
-        logits = logits if bias is None else logits + bias.masked_fill(present_B11N == 0, 0.0).float()
+        logits = logits if bias is None else logits + bias.float()
         output = attention.attn_drop(masked_softmax(logits, present_B11N)).to(value.dtype) @ value
+        bias = torch.zeros_like(present_B11N, dtype=query.dtype) if bias is None else bias
+        bias = bias.masked_fill(present_B11N == 0, -torch.inf)
     elif attention.fused_attn:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     else:
@@ -254,14 +259,18 @@ def attend(
 
 
 def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor) -> Tensor:
-    """Softmax over the keys that are present, with gradients to their presence, also to that of absent ones.
+    """Softmax over the keys that are present and the query's own, with gradients to presence (DynamicViT, eq. 8-10).
 
-    The largest logit is taken over present keys only: over all keys, as in DynamicViT's code, a large one of an absent
-    key makes every present one vanish. Absent keys get exactly 0.
+    Every token attends to itself, also an absent one, whose row so stays finite and passes on what present keys would
+    have changed. The gradient to the presence of an absent key is what it would get, exp(its logit - those present),
+    up to `MOST_GAP` nats above the largest present one and constant beyond. The released code takes the largest logit
+    over all keys and adds an epsilon; a large logit of an absent key then makes every present one vanish. Other absent
+    keys get exactly 0.
     """
-    largest = logits_BHNN.masked_fill(present_B11N == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
-    # what an absent key would get has no bound, and its gradient should have one
-    weights_BHNN = (logits_BHNN - largest).clamp(max=0.0).exp() * present_B11N
+    itself_NN = torch.eye(logits_BHNN.shape[-1], dtype=present_B11N.dtype, device=present_B11N.device)
+    seen_B1NN = present_B11N + (1 - present_B11N) * itself_NN
+    largest = logits_BHNN.masked_fill(seen_B1NN == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
+    weights_BHNN = (logits_BHNN - largest).clamp(max=MOST_GAP).exp() * seen_B1NN
     return weights_BHNN / weights_BHNN.sum(dim=-1, keepdim=True)
 
 
@@ -280,9 +289,9 @@ def _run_in_groups(blocks: Any, run: Run, state: TokenState) -> TokenState:
 
 def _run_block(block: Any, block_plan: BlockPlan, run: Run, state: TokenState) -> TokenState:
     state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
-    bias = _attention_bias(state, run.plan)
     listening = listeners(block_plan.mid) + block_plan.ahead
     learning = state.present_Bn is not None and run.training
+    bias = _size_bias(state, run.plan) if learning else _attention_bias(state, run.plan)
     if not block_plan.mid and not listening and not learning:
         return state._replace(tokens_BNC=block(state.tokens_BNC, attn_mask=bias), evidence=())
     x = state.tokens_BNC
@@ -336,16 +345,25 @@ def _parts_of(planned: PlannedStep, run: Run) -> StageParts | None:
 
 
 def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
-    """What is added to the logits of each key, (B, 1, 1, N): ToMe's proportional attention, where a token that stands
-    for s patches is attended to as s tokens would be; and -inf for empty slots."""
-    sizes = plan.log_size_bias and state.size_Bn is not None
-    if state.present_Bn is not None:
-        bias_Bn = _log_size(state.size_Bn if sizes else None, state.present_Bn)
-    elif state.size_Bn is not None and sizes:
-        bias_Bn = state.size_Bn.log()
-    else:
+    """What is added to the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots."""
+    bias_B11N = _size_bias(state, plan)
+    if state.present_Bn is None:
+        return bias_B11N
+    empty_B11N = F.pad(state.present_Bn == 0, (plan.shape.prefix_tokens, 0))[:, None, None]
+    if bias_B11N is None:
+        bias_B11N = torch.zeros_like(empty_B11N, dtype=state.tokens_BNC.dtype)
+    return bias_B11N.masked_fill(empty_B11N, -torch.inf)
+
+
+def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
+    """ToMe's proportional attention, (B, 1, 1, N): a token that stands for s patches is attended to as s tokens would
+    be. 0 for a slot that never held a token. None without sizes."""
+    size_Bn = state.size_Bn
+    if size_Bn is None or not plan.log_size_bias:
         return None
-    bias_BN = F.pad(bias_Bn, (plan.shape.prefix_tokens, 0))  # prefix tokens stand for themselves: log 1
+    if state.present_Bn is not None:
+        size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
+    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # prefix tokens stand for themselves: log 1
     return bias_BN[:, None, None, :].to(state.tokens_BNC.dtype)
 
 

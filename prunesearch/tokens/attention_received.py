@@ -13,11 +13,19 @@ def _matrix_macs(shape: ModelShape, tokens: int) -> int:
     return tokens * tokens * shape.attention_dim
 
 
-@scorer("attention_received", source="LTMP (TMLR 2023, arXiv 2307.10780)", macs=_matrix_macs)
-def attention_received(scene: ScoreInput) -> Tensor:
+@scorer(
+    "attention_received",
+    source="LTMP (TMLR 2023, arXiv 2307.10780)",
+    macs=_matrix_macs,
+    options={"merged": "sum"},
+    choices={"merged": ("sum", "max")},
+)
+def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     """Attention each patch token receives, averaged over heads and over all queries (prefix tokens included).
 
     Builds the attention matrix a second time beside the fused one: N^2 A extra MACs and B H N^2 floats.
+    merged: the score of tokens that an earlier stage of the same attention merged: the sum of their scores or the
+    largest of them (LTMP). It has no effect on a stage before which nothing merges.
     """
     attended = scene.attended
     assert attended is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prunesearch.tokens.merge import _half, _matching_macs, merge
+from prunesearch.tokens.merge import PARITIES, _half, _matching_macs, merge, parity_no_effect
 from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
 from prunesearch.tokens.select import top_k
 
@@ -16,17 +16,19 @@ from prunesearch.tokens.select import top_k
     merges=True,
     fewest_kept=_half,
     macs=_matching_macs,
-    options={"variance": 7e-5, "proportional_attention": True},
+    options={"variance": 7e-5, "proportional_attention": True, "parity": "patches"},
+    choices={"parity": PARITIES},
+    no_effect=parity_no_effect,
 )
-def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool) -> Grouping:
+def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:
     """Merge as `merge` does where the scores are alike (their variance is below `variance`), else drop the lowest.
 
     Both remove the same number of tokens, so counts are equal for all images. PPT found 7e-5 for 197 tokens and the
-    score value_weighted, off the shelf (6e-5 when fine-tuned).
+    score value_weighted, off the shelf (6e-5 when fine-tuned). parity: see `merge`.
     """
     assert scene.scores_Bn is not None and scene.size_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
-    merged = merge(scene, proportional_attention=proportional_attention)
+    merged = merge(scene, proportional_attention=proportional_attention, parity=parity)
     assert isinstance(merged, Grouping) and merged.guests_BG is not None and merged.host_BG is not None
     assert merged.guest_share_BG is not None and merged.host_share_BK is not None
     alike_B1 = scene.scores_Bn.var(dim=1, keepdim=True) < variance

@@ -15,9 +15,9 @@ LAYER_SCALE = 1e-6
 class FastPath(nn.Module):
     """LayerNorm and one linear layer C -> C; with a layer scale, in models that have it."""
 
-    def __init__(self, dim: int, layer_scale: bool) -> None:
+    def __init__(self, dim: int, layer_scale: bool, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.linear = nn.Linear(dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if layer_scale else None
         # as both Swin and ConvNeXt start their own
@@ -40,7 +40,7 @@ def _masked(scene: MaskedInput) -> Joining:
     source="Dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
     masked=_masked,
     holds=True,
-    part=lambda shape, kept: FastPath(shape.dim, shape.layer_scale),
+    part=lambda shape, kept: FastPath(shape.dim, shape.layer_scale, shape.norm_eps),
 )
 def hold(scene: ReduceInput) -> Grouping:
     """Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses among all."""

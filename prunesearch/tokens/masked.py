@@ -75,6 +75,7 @@ def take_masked_step(
             threshold,
             softness,
             part,
+            prefix_tokens,
         )
         assert entry.masked is not None, "resolve refuses it"
         joining = entry.masked(scene, **{name: options[name] for name in entry.options})
@@ -114,9 +115,9 @@ def compact(
             present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
         ),
         tuple(
-            Evidence(
-                None if evidence.scores_Bn is None else evidence.scores_Bn.gather(1, order_BK),
-                None if evidence.keys_BnD is None else _gather(evidence.keys_BnD, order_BK),
+            evidence._replace(
+                scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn.gather(1, order_BK),
+                keys_BnD=None if evidence.keys_BnD is None else _gather(evidence.keys_BnD, order_BK),
             )
             for evidence in later
         ),
@@ -147,7 +148,13 @@ def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
         part = TokenState(
             state.tokens_BNC[places_B],
             None if state.size_Bn is None else state.size_Bn[places_B],
-            tuple(Evidence(*(None if x is None else x[places_B] for x in evidence)) for evidence in state.evidence),
+            tuple(
+                evidence._replace(
+                    scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn[places_B],
+                    keys_BnD=None if evidence.keys_BnD is None else evidence.keys_BnD[places_B],
+                )
+                for evidence in state.evidence
+            ),
             state.present_Bn[places_B],
             tuple(count[places_B] for count in state.counts),
         )
@@ -235,6 +242,16 @@ def join_amounts(amount_Bn: Tensor, joining: Joining, present_Bn: Tensor) -> Ten
     return amount_Bn.scatter_add(1, joining.host_Bn, amount_Bn * guest_Bn)
 
 
+def join_largest(amount_Bn: Tensor, joining: Joining) -> Tensor:
+    """Apply a joining to amounts (non-negative) of which a token has the largest of its parts."""
+    if joining.guest_share_Bn is None:
+        return amount_Bn
+    guests_Bn = amount_Bn * (joining.guest_share_Bn > 0)
+    if joining.host_Bn is None:
+        return torch.cat([amount_Bn, guests_Bn.amax(dim=1, keepdim=True)], dim=1)
+    return amount_Bn.scatter_reduce(1, joining.host_Bn, guests_Bn, "amax")
+
+
 def _with_fused(joining: Joining, present_Bn: Tensor) -> Tensor:
     if joining.guest_share_Bn is None or joining.host_Bn is not None:
         return joining.stays_Bn
@@ -243,9 +260,12 @@ def _with_fused(joining: Joining, present_Bn: Tensor) -> Tensor:
 
 
 def _follow(evidence: Evidence, joining: Joining, present_Bn: Tensor) -> Evidence:
-    scores_Bn = None if evidence.scores_Bn is None else join_amounts(evidence.scores_Bn, joining, present_Bn)
-    keys_BnD = None if evidence.keys_BnD is None else join(evidence.keys_BnD, joining)
-    return Evidence(scores_Bn, keys_BnD)
+    scores_Bn, keys_BnD = evidence.scores_Bn, evidence.keys_BnD
+    if scores_Bn is not None and evidence.takes_largest:
+        scores_Bn = join_largest(scores_Bn, joining)
+    elif scores_Bn is not None:
+        scores_Bn = join_amounts(scores_Bn, joining, present_Bn)
+    return evidence._replace(scores_Bn=scores_Bn, keys_BnD=None if keys_BnD is None else join(keys_BnD, joining))
 
 
 def _gather(values_BnC: Tensor, order_BK: Tensor) -> Tensor:

@@ -9,6 +9,14 @@ from prunesearch.schedule import ModelShape
 from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
 from prunesearch.tokens.select import best, straight_through
 
+PARITIES = ("patches", "all")
+"""Among which tokens places are counted, of which every second one looks for a partner."""
+
+
+def parity_no_effect(shape: ModelShape) -> tuple[str, ...]:
+    """An odd number of prefix tokens leaves patches 1, 3, 5, ... at even places among all tokens."""
+    return ("parity",) if shape.prefix_tokens % 2 else ()
+
 
 def _matching_macs(shape: ModelShape, before: int, kept: int) -> int:
     return (before // 2) * ((before + 1) // 2) * (shape.attention_dim // shape.heads)
@@ -18,20 +26,29 @@ def _half(present: int) -> int:
     return (present + 1) // 2
 
 
-def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
+def _first_guest(parity: str, prefix_tokens: int) -> int:
+    """The place among the patch tokens of the first one that looks for a partner; every second one does."""
+    return 0 if parity == "all" and prefix_tokens % 2 == 0 else 1
+
+
+def _masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> Joining:
     """The same matching among the tokens that are present, by counts or by a threshold on the cosine."""
     keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
     assert keys_BnD is not None and size_Bn is not None
+    if present_Bn.shape[1] < 2:
+        return Joining(present_Bn)
+    first = _first_guest(parity, scene.prefix_tokens)
+    guests, hosts = slice(first, None, 2), slice(1 - first, None, 2)
     # tokens that are there to the front, so that odd and even places are those of the image alone
     order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
     unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6).gather(
         1, order_Bn[..., None].expand(-1, -1, keys_BnD.shape[-1])
     )
     there_Bn = present_Bn.detach().gather(1, order_Bn)
-    cosine_BAP = unit_BnD[:, 1::2] @ unit_BnD[:, 0::2].transpose(1, 2)
-    cosine_BAP = cosine_BAP.masked_fill(there_Bn[:, None, 0::2] == 0, -torch.inf)
+    cosine_BAP = unit_BnD[:, guests] @ unit_BnD[:, hosts].transpose(1, 2)
+    cosine_BAP = cosine_BAP.masked_fill(there_Bn[:, None, hosts] == 0, -torch.inf)
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
-    candidate_BA = there_Bn[:, 1::2]
+    candidate_BA = there_Bn[:, guests]
     if scene.threshold is not None:
         # the threshold moves, not the keys: LTMP trains nothing else
         soft_BA = ((best_BA.detach() - scene.threshold) / scene.softness).sigmoid()
@@ -39,9 +56,9 @@ def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     else:
         assert scene.kept_B is not None
         joins_BA = best(best_BA, candidate_BA, there_Bn.sum(dim=1).round().to(torch.int64) - scene.kept_B)
-    guest_Bn = torch.zeros_like(present_Bn).scatter(1, order_Bn[:, 1::2], joins_BA) * present_Bn
+    guest_Bn = torch.zeros_like(present_Bn).scatter(1, order_Bn[:, guests], joins_BA) * present_Bn
     slots_Bn = torch.arange(present_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
-    host_Bn = slots_Bn.scatter(1, order_Bn[:, 1::2], order_Bn[:, 0::2].gather(1, partner_BA))
+    host_Bn = slots_Bn.scatter(1, order_Bn[:, guests], order_Bn[:, hosts].gather(1, partner_BA))
     moved_Bn = guest_Bn * size_Bn
     total_Bn = size_Bn.scatter_add(1, host_Bn, moved_Bn)
     return Joining(
@@ -63,29 +80,34 @@ def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     macs=_matching_macs,
     masked=_masked,
     takes_threshold=True,
-    options={"proportional_attention": True},
+    options={"proportional_attention": True, "parity": "patches"},
+    choices={"parity": PARITIES},
+    no_effect=parity_no_effect,
 )
-def merge(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
+def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> Grouping:
     """Match every second token to its most similar neighbour set and average the closest pairs, weighted by size.
 
     Bipartite matching on head-mean keys: patch tokens 1, 3, 5, ... look for a partner among 0, 2, 4, ...; the pairs
     with the highest cosine merge, so at most half of the tokens go in one stage. With proportional_attention later
     attention adds log(size) to its logits (the models does that; see `models`). Prefix tokens take no part.
+    parity: count places among the patches, or among all tokens, prefix included, as the released code does; with an
+    even number of prefix tokens 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """
     keys_BnD, size_Bn = scene.keys_BnD, scene.size_Bn
     assert keys_BnD is not None and size_Bn is not None
     images, tokens, _ = keys_BnD.shape
+    first = _first_guest(parity, scene.prefix_tokens)
     unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6)
-    cosine_BAP = unit_BnD[:, 1::2] @ unit_BnD[:, 0::2].transpose(1, 2)
+    cosine_BAP = unit_BnD[:, first::2] @ unit_BnD[:, 1 - first :: 2].transpose(1, 2)
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     order_BA = best_BA.sort(dim=1, descending=True, stable=True).indices
     merging_BG = order_BA[:, : tokens - scene.kept]
-    guests_BG = 2 * merging_BG + 1
+    guests_BG = 2 * merging_BG + first
     is_guest_Bn = torch.zeros(images, tokens, dtype=torch.int64, device=keys_BnD.device).scatter(1, guests_BG, 1)
     # stable: tokens that stay come first, each group in image order
     kept_BK = is_guest_Bn.sort(dim=1, stable=True).indices[:, : scene.kept]
     slot_Bn = (1 - is_guest_Bn).cumsum(dim=1) - 1  # where a staying token ends up
-    host_BG = slot_Bn.gather(1, 2 * partner_BA.gather(1, merging_BG))
+    host_BG = slot_Bn.gather(1, 2 * partner_BA.gather(1, merging_BG) + 1 - first)
     guest_size_BG = size_Bn.gather(1, guests_BG)
     own_size_BK = size_Bn.gather(1, kept_BK)
     total_BK = own_size_BK.scatter_add(1, host_BG, guest_size_BG)

@@ -16,9 +16,9 @@ class Predictor(nn.Module):
     C -> C/2 -> C/4 -> 2 with GELU between (DynamicViT's PredictorLG; widths rounded down).
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.embed = nn.Linear(dim, dim)
         self.decide = nn.Sequential(
             nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
@@ -48,7 +48,7 @@ def _macs(shape: ModelShape, tokens: int) -> int:
     source="DynamicViT (NeurIPS 2021, arXiv 2106.02034), eq. 1-6",
     needs_attention=False,
     macs=_macs,
-    part=lambda shape: Predictor(shape.dim),
+    part=lambda shape: Predictor(shape.dim, shape.norm_eps),
 )
 def predictor(scene: ScoreInput) -> Tensor:
     """Probability that a token stays, from a learned two-way classifier (local and global features)."""

@@ -54,7 +54,8 @@ class ScoreInput(NamedTuple):
 
 class ReduceInput(NamedTuple):
     """What a reducer may look at. `scores_Bn` is None for verbs that do not rank, `keys_BnD` (mean over heads)
-    unless the reducer declares needs_keys, `size_Bn` as long as no stage has merged, `part` unless it learns."""
+    unless the reducer declares needs_keys, `size_Bn` as long as no stage has merged, `part` unless it learns.
+    `prefix_tokens` stand before the patches and take no part."""
 
     patches_BnC: Tensor
     scores_Bn: Tensor | None
@@ -62,6 +63,7 @@ class ReduceInput(NamedTuple):
     size_Bn: Tensor | None
     kept: int
     part: nn.Module | None = None
+    prefix_tokens: int = 0
 
 
 class MaskedInput(NamedTuple):
@@ -81,6 +83,7 @@ class MaskedInput(NamedTuple):
     threshold: Tensor | None = None
     softness: float = 1.0
     part: nn.Module | None = None
+    prefix_tokens: int = 0
 
 
 class Grouping(NamedTuple):
@@ -145,6 +148,8 @@ class Scorer:
     part: Callable[[ModelShape], nn.Module] | None = None
     """Makes the learned module of one stage, for scorers that learn."""
     options: Mapping[str, Scalar] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The possible values of each option that is a string."""
 
     def unit(self, shape: ModelShape) -> float:
         """The size of a typical score, in which thresholds are moved: scores are shares of a sum over the tokens,
@@ -184,6 +189,10 @@ class Reducer:
     """(shape, tokens kept) -> the learned module of one stage, for reducers that learn; of each block until the next
     stage, for those that hold."""
     options: Mapping[str, Scalar] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The possible values of each option that is a string."""
+    no_effect: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()
+    """(shape) -> options that change nothing on this model; schedules that differ in those only are the same."""
 
 
 SCORERS: Registry[Scorer] = Registry("score")

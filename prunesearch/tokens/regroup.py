@@ -13,10 +13,14 @@ from prunesearch.tokens.registry import REDUCERS, SCORERS, Attended, Grouping, P
 
 
 class Evidence(NamedTuple):
-    """What a stage will decide by, gathered when its attention ran: scores, or head-mean keys, or neither."""
+    """What a stage will decide by, gathered when its attention ran: scores, or head-mean keys, or neither.
+
+    takes_largest: the score of a token that others join is the largest of all their scores, instead of the sum.
+    """
 
     scores_Bn: Tensor | None = None
     keys_BnD: Tensor | None = None
+    takes_largest: bool = False
 
 
 class TokenState(NamedTuple):
@@ -42,15 +46,16 @@ def gather_evidence(
 ) -> Evidence:
     """Score the patch tokens for a stage, or take the keys it matches by. `part`: of a scorer that learns."""
     scores_Bn = keys_BnD = None
+    options = options_of(stage)
     with full_precision(patches_BnC):
         if REDUCERS[stage.reduce].needs_keys:
             assert attended is not None
             keys_BnD = attended.key_BHND[:, :, attended.prefix_tokens :].float().mean(dim=1)
         if stage.score != "none":
-            entry, options = SCORERS[stage.score], options_of(stage)
+            entry = SCORERS[stage.score]
             scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
             scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
-    return Evidence(scores_Bn, keys_BnD)
+    return Evidence(scores_Bn, keys_BnD, takes_largest=options.get("merged") == "max")
 
 
 def take_step(
@@ -73,7 +78,7 @@ def take_step(
     if entry.merges and size_Bn is None:
         size_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
     with full_precision(patches_BnC):
-        scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part)
+        scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
         grouping = entry.function(scene, **{name: options[name] for name in entry.options})
         if isinstance(grouping, Pooled):
             patches_BnC = grouping.patches_BKC.to(patches_BnC.dtype)
@@ -117,6 +122,18 @@ def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     return kept_BK.scatter_add(1, grouping.host_BG, guests_BG)
 
 
+def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
+    """Apply a grouping to amounts (non-negative) of which a token has the largest of its parts."""
+    kept_BK = amount_Bn.gather(1, grouping.kept_BK)
+    if grouping.guests_BG is None:
+        return kept_BK
+    assert grouping.guest_share_BG is not None
+    guests_BG = amount_Bn.gather(1, grouping.guests_BG) * (grouping.guest_share_BG > 0)  # others are dropped
+    if grouping.host_BG is None:
+        return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
+    return kept_BK.scatter_reduce(1, grouping.host_BG, guests_BG, "amax")
+
+
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """Leave mixed precision for a while: ranks, cosines and shares need fp32 (in fp16, near scores tie)."""
     kind = like.device.type
@@ -129,7 +146,10 @@ def equal_sizes(size_Bn: Tensor, count: int) -> Tensor:
 
 
 def _follow(evidence: Evidence, grouping: Grouping) -> Evidence:
-    """Evidence for the new tokens: attention to tokens that joined adds up, keys mix as the tokens did."""
-    scores_Bn = None if evidence.scores_Bn is None else add_up(evidence.scores_Bn, grouping)
-    keys_BnD = None if evidence.keys_BnD is None else regroup(evidence.keys_BnD, grouping)
-    return Evidence(scores_Bn, keys_BnD)
+    """Evidence for the new tokens: scores of tokens that joined add up or the largest stays, keys mix as the tokens
+    did."""
+    combine = largest_part if evidence.takes_largest else add_up
+    return evidence._replace(
+        scores_Bn=None if evidence.scores_Bn is None else combine(evidence.scores_Bn, grouping),
+        keys_BnD=None if evidence.keys_BnD is None else regroup(evidence.keys_BnD, grouping),
+    )

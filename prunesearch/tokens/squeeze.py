@@ -18,13 +18,19 @@ def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
 
 
 def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
-    """For each slot its most similar token that stays: cosine, slot; and 1 for guests, with gradients."""
+    """For each slot the most similar other token that stays: cosine, slot; and 1 for guests, with gradients.
+
+    A token is never its own host: the gradient to its stay says what happens if it joins another. One that has no
+    other to join (it alone stays) is no guest, whose cosine is 0.
+    """
     assert scene.stays_Bn is not None
     unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
     cosine_Bnn = unit_BnC @ unit_BnC.transpose(1, 2)
-    cosine_Bn, host_Bn = cosine_Bnn.masked_fill(scene.stays_Bn[:, None] == 0, -torch.inf).max(dim=-1)
-    guest_Bn = scene.present_Bn - scene.stays_Bn
-    return cosine_Bn, host_Bn, guest_Bn
+    itself_nn = torch.eye(cosine_Bnn.shape[-1], dtype=torch.bool, device=cosine_Bnn.device)
+    hosts_Bnn = (scene.stays_Bn[:, None] > 0) & ~itself_nn
+    cosine_Bn, host_Bn = cosine_Bnn.masked_fill(~hosts_Bnn, -torch.inf).max(dim=-1)
+    hosted_Bn = hosts_Bnn.any(dim=-1)
+    return cosine_Bn.masked_fill(~hosted_Bn, 0.0), host_Bn, (scene.present_Bn - scene.stays_Bn) * hosted_Bn
 
 
 def _masked(scene: MaskedInput, *, temperature: float) -> Joining:

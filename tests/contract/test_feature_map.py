@@ -138,11 +138,12 @@ def test_masked_and_gathered_agree_and_count_what_stays(layout: str) -> None:
 
 def _before_last_stage(model: Any, x: torch.Tensor) -> torch.Tensor:
     seen: list[torch.Tensor] = []
-    stage = (model.layers if isinstance(model, SwinTransformer) else model.stages)[3]
-    hook = stage.register_forward_pre_hook(lambda module, given: seen.append(patches_of(model, given[0])))
+    is_swin = isinstance(model, SwinTransformer)
+    stage = (model.layers if is_swin else model.stages)[3]
+    hook = stage.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     model(x)
     hook.remove()
-    return seen[0]
+    return seen[0].flatten(1, 2) if is_swin else seen[0].flatten(2).transpose(1, 2)
 
 
 @pytest.mark.parametrize("layout", FEW)

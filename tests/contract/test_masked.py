@@ -161,11 +161,11 @@ def test_counts_carry_gradients_to_the_thresholds() -> None:
     assert model.get_parameter("token_stages.block1_mid.threshold").grad < 0, "a higher threshold keeps fewer"
 
 
-def test_masked_softmax_is_the_softmax_over_what_is_present() -> None:
-    logits = torch.randn(2, 3, 4, 6)
+def test_masked_softmax_is_the_softmax_over_what_is_present_and_the_query_itself() -> None:
+    logits = torch.randn(2, 3, 6, 6)
     logits[..., 5] += 80  # an absent key far above the others, under which the released softmax turns uniform
     present = torch.tensor([1.0, 1, 0, 1, 1, 0]).expand(2, 6)[:, None, None].clone().requires_grad_()
-    expected = logits.masked_fill(present == 0, -torch.inf).softmax(dim=-1)
+    expected = logits.masked_fill((present == 0) & ~torch.eye(6, dtype=torch.bool), -torch.inf).softmax(dim=-1)
     attention = masked_softmax(logits, present)
     torch.testing.assert_close(attention, expected)
     (attention * torch.randn_like(attention)).sum().backward()

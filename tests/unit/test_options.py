@@ -1,0 +1,67 @@
+"""Options of scores and verbs: a string has named values, and another one is refused with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from prunesearch.catalogue import CATALOGUES
+from prunesearch.schedule import Stage, stage_problems
+from prunesearch.tokens import REDUCERS, SCORERS
+
+WORDS = [
+    (kind, name, option)
+    for kind, registry in (("score", SCORERS), ("reduce", REDUCERS))
+    for name, entry in registry.items()
+    for option, default in entry.options.items()
+    if isinstance(default, str)
+]
+
+
+def stage_with(kind: str, name: str, option: str, value: object) -> Stage:
+    chosen = {"reduce": "drop", "score": "class_attention", kind: name}
+    if not REDUCERS[chosen["reduce"]].ranks:
+        chosen["score"] = "none"
+    return Stage(2, keep=0.5, options={option: value}, **chosen)  # type: ignore[arg-type]
+
+
+def test_there_are_some() -> None:
+    assert {option for _, _, option in WORDS} == {"merged", "parity"}
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), WORDS)
+def test_a_string_option_has_named_values(kind: str, name: str, option: str) -> None:
+    entry = (SCORERS if kind == "score" else REDUCERS)[name]
+    values = entry.choices[option]
+    assert len(set(values)) == len(values) > 1
+    assert values[0] == entry.options[option], "the default comes first"
+    for value in values:
+        assert stage_problems(stage_with(kind, name, option, value)) == []
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), WORDS)
+@pytest.mark.parametrize("wrong", ["", "SUM", "Max", "everything", 1, True, 0.5])
+def test_another_value_is_refused(kind: str, name: str, option: str, wrong: object) -> None:
+    (problem,) = stage_problems(stage_with(kind, name, option, wrong))
+    assert f"option {option} is {wrong!r}; possible: " in problem
+    if isinstance(wrong, str):
+        values = (SCORERS if kind == "score" else REDUCERS)[name].choices[option]
+        assert f"possible: {', '.join(values)}. Its default is {values[0]!r}" in problem
+
+
+def test_a_close_word_is_guessed() -> None:
+    (problem,) = stage_problems(stage_with("reduce", "merge", "parity", "patch"))
+    assert 'Did you mean "patches"?' in problem
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), WORDS)
+def test_lists_show_the_other_values(kind: str, name: str, option: str) -> None:
+    columns, rows = CATALOGUES[f"{kind}s"]
+    row = next(row for row in rows("*") if row[0] == name)
+    values = (SCORERS if kind == "score" else REDUCERS)[name].choices[option]
+    assert f"{option}={values[0]} (or {', '.join(values[1:])})" in row[columns.index("options")]
+
+
+@pytest.mark.parametrize("registry", [SCORERS, REDUCERS])
+def test_only_options_have_choices(registry) -> None:
+    for entry in registry.values():
+        assert entry.choices.keys() <= entry.options.keys()
