@@ -18,6 +18,7 @@ import yaml
 
 from prunesearch.config import Options, StudyConfig
 from prunesearch.errors import FileError
+from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
@@ -77,7 +78,8 @@ class PresetFile:
     """A published schedule as a rule, and what its paper reports (rows with model, gmacs, top1, trained).
 
     depth, patch_tokens: of the model that blocks, thresholds and lists of counts are written for. target: share of
-    the dense model's MACs towards which thresholds are trained.
+    the dense model's MACs towards which thresholds are trained. recipe: how the method trains it, as a study's
+    `finetune.recipe` says it; a study that starts from the preset trains it by its own fine-tune.
     """
 
     version: Literal[1]
@@ -87,6 +89,7 @@ class PresetFile:
     depth: int = 12
     patch_tokens: int = 196
     target: float | None = None
+    recipe: RecipeName | None = None
     published: tuple[Mapping[str, Any], ...] = ()
 
 

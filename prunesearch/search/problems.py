@@ -37,7 +37,17 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
     problems += _sampler_problems(config) + (_start_problems(config, shape) if starts else [])
-    return problems + _rung_problems(config) + _supernet_problems(config, shape)
+    return problems + _finetune_problems(config) + _rung_problems(config) + _supernet_problems(config, shape)
+
+
+def _finetune_problems(config: StudyConfig) -> list[str]:
+    settings = config.finetune
+    if settings.cross_entropy_weight != 0 or (settings.distill and settings.distill_weight > 0):
+        return []
+    return [
+        "finetune.cross_entropy_weight: 0, and without distillation no loss knows the classes. Possible: above 0, or "
+        "distill: true with a distill_weight above 0. Raise it, or leave it out."
+    ]
 
 
 def _rung_problems(config: StudyConfig) -> list[str]:

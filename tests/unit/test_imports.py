@@ -23,7 +23,7 @@ TIERS = (
     ("files", "json_schema"),
     ("strict",),
     ("schedule",),
-    ("config", "registry", "errors"),
+    ("config", "recipes", "registry", "errors"),
 )
 ROOMS = {
     "timm": ("models", "evaluate", "catalogue"),
