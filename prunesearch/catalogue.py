@@ -63,6 +63,18 @@ def _reported(row: Mapping[str, Any]) -> str:
     return f"{model} {row['top1']}{cost}"
 
 
+def _recipes(pattern: str) -> Iterator[Row]:
+    from prunesearch.presets import presets
+    from prunesearch.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        fields = [f"{field}: {str(value).lower()}" for field, value in recipe.fields.items()]
+        if recipe.learned_rate is not None:
+            fields.append(f"learned_learning_rate: {recipe.learned_rate:g} x learning_rate")
+        of = ", ".join(preset for preset, file in presets().items() if file.recipe == name)
+        yield name, recipe.summary, "\n".join(fields), of, recipe.source
+
+
 def _models(pattern: str) -> Iterator[Row]:
     import timm
     import torch
@@ -117,6 +129,7 @@ CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
     "scores": (("score", "class token", "options", "what it is", "source"), _scores),
     "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
     "presets": (("preset", "what it is", "published top-1 @ MACs"), _presets),
+    "recipes": (("recipe", "what is trained", "fields of finetune", "presets", "source"), _recipes),
     "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),
     "metrics": (("metric", "unit", "goal", "how", "what it is"), _metrics),
     "samplers": (("sampler", "what it is"), _samplers),

@@ -665,7 +665,7 @@ def _parser() -> argparse.ArgumentParser:
     from_tune.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
 
     listing = verb("list", _list, "what there is to choose from")
-    kinds = ["scores", "reduces", "presets", "models", "metrics", "samplers", "spaces"]
+    kinds = ["scores", "reduces", "presets", "recipes", "models", "metrics", "samplers", "spaces"]
     listing.add_argument("what", choices=kinds)
     listing.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="with what this one registers")
     listing.add_argument("pattern", nargs="?", default="*", help="only names like this, for example 'deit*'")

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from prunesearch.errors import UserError
+from prunesearch.recipes import RecipeName, expanded
+
 DEFAULT_SCORE = "class_attention"
 """The score of a stage that names none, when its verb ranks."""
 Scalar = bool | int | float | str
@@ -231,16 +234,32 @@ class Limit:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How a candidate is trained for its budget."""
+    """How a candidate is trained for its budget.
 
+    recipe: a word of files only. Whoever reads a section replaces it by the fields it stands for, so that it is None in
+    every value; the constructor cannot know which fields were given, and refuses it.
+    """
+
+    recipe: RecipeName | None = field(
+        default=None,
+        metadata={
+            "text": "a published training recipe, which stands for other fields of this section; those written beside "
+            "it win; see `prunesearch list recipes`",
+            "expand": lambda section: expanded(section, FinetuneConfig.learning_rate),
+        },
+    )
     learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0, high=10)
     weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0, high=10)
     batch_size: int = _field("images per training step", 128, low=1, high=65_536)
     warmup: float = _field("fraction of the budget spent in linear warm-up", 0.0, low=0, high=1)
     label_smoothing: float = _field("label smoothing of the cross entropy", 0.0, low=0, high=1)
     distill: bool = _field("soft distillation from the dense model", True)
-    distill_weight: float = _field(
-        "weight of the distillation loss against the cross entropy, 0 to 1", 0.5, low=0, high=1
+    distill_weight: float = _field("weight of the distillation loss, 0 to 1", 0.5, low=0, high=1)
+    cross_entropy_weight: float | None = _field(
+        "weight of the cross entropy; when absent 1 - distill_weight, or 1 without distillation",
+        None,
+        low=0,
+        high=LARGEST,
     )
     temperature: float = _field("softmax temperature of the distillation", 1.0, low=0.01, high=1000)
     clip_grad: float | None = _field("largest gradient norm", 1.0, above=0, high=LARGEST)
@@ -265,8 +284,9 @@ class FinetuneConfig:
         "weight of the loss that holds a predictor to its stage's keep (DynamicViT)", 2.0, low=0, high=LARGEST
     )
     budget_weight: float = _field("weight of the loss that holds thresholds to target_gmacs", 10.0, low=0, high=LARGEST)
-    budget_loss: Literal["absolute", "squared"] = _field(
-        "of the cost as a share of the dense model's: distance (AS-ViT) or its square (LTMP)", "absolute"
+    budget_loss: Literal["absolute", "squared", "absolute_gmacs"] = _field(
+        "distance from target_gmacs: as a share of the dense model's cost, its square (LTMP), or in GMACs (AS-ViT)",
+        "absolute",
     )
     distill_tokens_weight: float = _field(
         "weight of the distance between kept tokens and the dense model's, for schedules with a predictor (DynamicViT)",
@@ -274,12 +294,24 @@ class FinetuneConfig:
         low=0,
         high=LARGEST,
     )
+    distill_tokens_loss: Literal["squared", "kl"] = _field(
+        "that distance: mean squared (DynamicViT), or KL divergence of the softmax over channels (TPS)", "squared"
+    )
     calibration_images: int = _field(
         "training images on which thresholds are moved onto target_gmacs after training; 0 = leave them as trained",
         1024,
         low=0,
         high=MOST_IMAGES,
     )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a recipe."""
+        if self.recipe is not None:
+            raise UserError(
+                f"FinetuneConfig(recipe={self.recipe!r}): a recipe is replaced by its fields when a section is read. "
+                f'Possible: study files, and from_mapping(FinetuneConfig, {{"recipe": {self.recipe!r}, ...}}, "here"). '
+                f"Use that."
+            )
 
 
 @dataclass(frozen=True)

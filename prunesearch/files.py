@@ -30,6 +30,7 @@ from prunesearch.config import (
 )
 from prunesearch.errors import FileError
 from prunesearch.plugins import import_plugins, missing_plugins
+from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
@@ -94,7 +95,8 @@ class PresetFile:
     """A published schedule as a rule, and what its paper reports (rows with model, gmacs, top1, trained).
 
     depth, patch_tokens: of the model that blocks, thresholds and lists of counts are written for. target: share of
-    the dense model's MACs towards which thresholds are trained.
+    the dense model's MACs towards which thresholds are trained. recipe: how the method trains it, as a study's
+    `finetune.recipe` says it; a study that starts from the preset trains it by its own fine-tune.
     """
 
     version: Literal[1]
@@ -104,6 +106,7 @@ class PresetFile:
     depth: int = bounded("blocks of the model that the numbers are for", 12, low=1, high=MOST_BLOCKS)
     patch_tokens: int = bounded("patch tokens of that model", 196, low=1, high=MOST_TOKENS)
     target: float | None = bounded("share of the dense model's MACs", None, above=0, high=1)
+    recipe: RecipeName | None = None
     published: tuple[Mapping[str, Any], ...] = bounded("what the paper reports", (), most=MOST_NAMES)
 
 

@@ -375,11 +375,12 @@ def _default_options(stage: Stage) -> dict[str, Scalar]:
     return {**scorer, **reducer}
 
 
-def _given_options(stage: Stage, shape: ModelShape) -> Options:
-    """The options that differ from their default and do something on this model."""
+def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
+    """The options that differ from their default and, given a model's shape, do something there."""
     from prunesearch.tokens import REDUCERS
 
-    defaults, idle = _default_options(stage), REDUCERS[stage.reduce].no_effect(shape)
+    defaults = _default_options(stage)
+    idle = () if shape is None else REDUCERS[stage.reduce].no_effect(shape)
     return as_options(
         {
             name: value

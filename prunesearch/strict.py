@@ -169,6 +169,9 @@ def _dataclass(kind: type, value: Any, path: FieldPath, report: _Report) -> Any:
     if not isinstance(value, dict):
         report(path, f"is {_shown(value)}; possible: a mapping with the fields {', '.join(fields)}.")
         return _WRONG
+    for name, field in fields.items():
+        if name in value and "expand" in field.metadata:  # a word that stands for other fields
+            value = field.metadata["expand"](value)
     unknown = [name for name in value if name not in fields]
     for name in unknown[:MOST_UNKNOWN]:
         report((*path, name), f"unknown field. Known: {', '.join(fields)}.{did_you_mean(name, fields)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,8 @@ class Batch(NamedTuple):
         return None if self.dense is None else self.dense.logits
 
 
+logger = logging.getLogger(__name__)
+
 SCHEDULE_UNITS = 10_000  # timm's scheduler counts whole updates; ours is a fraction of the budget
 
 
@@ -83,13 +86,17 @@ def finetune(
 
     A continued training takes up the order of images and the optimiser's moments where they were; its learning rate
     goes through a whole cosine over the part that is left. The last batch is cut so that exactly `budget.images`
-    images are seen. Raises LossNotFinite.
+    images are seen. A model in which nothing learns, as with freeze_backbone: 1 and a schedule without learned parts,
+    stays as it is and sees none. Raises LossNotFinite.
     """
     if budget.images is None and budget.seconds is None:
         raise UserError(
             "budget: neither images nor seconds given. Possible: either or both. For no training: images: 0."
         )
     if is_spent(budget, progress):
+        return
+    if not parameter_groups(model, config):
+        logger.info("nothing learns with this schedule and freeze_backbone: 1; the model stays as it is")
         return
     schedule_loss = ScheduleLoss(model, config) if learns_decisions(model) else None
     earlier = replace(progress)
@@ -244,13 +251,19 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, config: FinetuneConfig) -> Tensor:
-    """Cross entropy mixed with temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015)."""
+    """Cross entropy plus temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015), weighted.
+
+    target: logits of the dense model; without them there is the cross entropy alone.
+    """
+    weight = config.cross_entropy_weight
+    if weight is None:
+        weight = 1.0 if target is None else 1 - config.distill_weight
     hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if target is None:
-        return hard
+        return weight * hard
     student, dense = ((x / config.temperature).log_softmax(dim=1) for x in (logits, target.to(logits.device)))
     soft = F.kl_div(student, dense, reduction="batchmean", log_target=True) * config.temperature**2
-    return (1 - config.distill_weight) * hard + config.distill_weight * soft
+    return weight * hard + config.distill_weight * soft
 
 
 def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:

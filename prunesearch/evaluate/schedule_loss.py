@@ -6,9 +6,11 @@ Letters in tensor names as in `tokens/registry.py`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunesearch.config import FinetuneConfig
 from prunesearch.cost import estimate_cost, macs_of_counts
@@ -46,9 +48,12 @@ class ScheduleLoss:
         if self._target is not None:
             share = macs_of_images(trace, self._steps, self._shape).mean() / self._dense_macs
             miss = share - 1e9 * self._target / self._dense_macs
-            loss = loss + config.budget_weight * (miss.abs() if config.budget_loss == "absolute" else miss.square())
+            if config.budget_loss == "absolute_gmacs":
+                miss = miss * (self._dense_macs / 1e9)
+            loss = loss + config.budget_weight * (miss.square() if config.budget_loss == "squared" else miss.abs())
         if dense_patches_BnC is not None:
-            loss = loss + config.distill_tokens_weight * token_loss(trace, dense_patches_BnC)
+            distance = token_loss(trace, dense_patches_BnC, config.distill_tokens_loss)
+            loss = loss + config.distill_tokens_weight * distance
         return loss
 
 
@@ -63,10 +68,19 @@ def ratio_loss(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) ->
     return torch.stack(losses).mean() if losses else trace.logits.new_zeros(())
 
 
-def token_loss(trace: Trace, dense_patches_BnC: Tensor) -> Tensor:
-    """DynamicViT, eq. 12: mean squared distance of the tokens kept to the end to the dense model's."""
+def token_loss(trace: Trace, dense_patches_BnC: Tensor, kind: Literal["squared", "kl"] = "squared") -> Tensor:
+    """Distance of the tokens kept to the end to the dense model's, mean over them.
+
+    squared: mean over the channels (DynamicViT, eq. 12). kl: KL(dense || pruned) of the softmax over the channels, as
+    in the released code of TPS.
+    """
     tokens = dense_patches_BnC.shape[1]  # a fused token, in a slot behind, has no counterpart
-    distance_Bn = (trace.patches_BnC[:, :tokens].float() - dense_patches_BnC.float()).square().mean(dim=-1)
+    pruned_BnC, dense_BnC = trace.patches_BnC[:, :tokens].float(), dense_patches_BnC.float()
+    if kind == "kl":
+        logs = pruned_BnC.log_softmax(dim=-1), dense_BnC.log_softmax(dim=-1)
+        distance_Bn = F.kl_div(*logs, reduction="none", log_target=True).sum(dim=-1)
+    else:
+        distance_Bn = (pruned_BnC - dense_BnC).square().mean(dim=-1)
     if trace.present_Bn is None:
         return distance_Bn.mean()
     kept_Bn = trace.present_Bn[:, :tokens].detach()

@@ -79,7 +79,10 @@ def schedules_of_step(task: Task, work: SupernetWork, images: int) -> list[Sched
 
 
 def made_with(task: Task) -> str:
-    """16 hexadecimal digits of everything that decides what the shared weights become. Where images lie does not."""
+    """16 hexadecimal digits of everything that decides what the shared weights become. Where images lie does not.
+
+    Fields at their default are left out, so that a field that a later version adds does not change it.
+    """
     assert task.supernet is not None
     data = replace(task.data, root=None, val_root=None, test_root=None, test_split=None, loaders=0, in_memory=True)
     parts = {
@@ -89,7 +92,7 @@ def made_with(task: Task) -> str:
         "supernet": replace(task.supernet, space=replace(task.supernet.space, start_from=())),
         "seed": task.seed,
     }
-    text = json.dumps(to_mapping(parts, defaults=True), sort_keys=True)
+    text = json.dumps(to_mapping(parts), sort_keys=True)
     return blake2b(text.encode(), digest_size=8).hexdigest()
 
 

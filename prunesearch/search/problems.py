@@ -72,7 +72,18 @@ def model_free_problems(config: StudyConfig) -> list[str]:
                 f"within. Possible: at_least up to at_most. Swap them."
             )
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
-    return problems + _sampler_problems(config) + _rung_problems(config) + _supernet_problems(config)
+    problems += _sampler_problems(config) + _finetune_problems(config)
+    return problems + _rung_problems(config) + _supernet_problems(config)
+
+
+def _finetune_problems(config: StudyConfig) -> list[str]:
+    settings = config.finetune
+    if settings.cross_entropy_weight != 0 or (settings.distill and settings.distill_weight > 0):
+        return []
+    return [
+        "finetune.cross_entropy_weight: 0, and without distillation no loss knows the classes. Possible: above 0, or "
+        "distill: true with a distill_weight above 0. Raise it, or leave it out."
+    ]
 
 
 def _rung_problems(config: StudyConfig) -> list[str]:

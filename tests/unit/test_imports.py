@@ -23,7 +23,7 @@ TIERS = (
     ("files", "json_schema", "yaml_text"),
     ("strict",),
     ("schedule",),
-    ("config", "registry", "plugins", "printable", "errors"),
+    ("config", "recipes", "registry", "plugins", "printable", "errors"),
 )
 ROOMS = {
     "timm": ("models", "evaluate", "catalogue"),
