@@ -1,8 +1,17 @@
 """How a schedule gets into a model: `apply_schedule`, `remove_schedule`, `schedule_of`, `shape_of`, `trace`.
 
-One file per timm family. A family swaps the class of the *model* for an importable subclass with another
-`forward`; parameters, their names and the blocks themselves stay as they are. What a schedule learns is attached as
-one module, `token_stages`.
+One file per timm family. A family swaps the classes of the model, and of those modules inside it that a step works in,
+for importable subclasses with another `forward`; parameters and their names stay as they are. What a schedule learns is
+attached as one module, `token_stages`.
+
+The rule for what others attach to a model: **what timm's forward calls as a module is called as that module, with
+tensors, also where a step works**. So forward and backward hooks, parametrizations, replaced layers, `block.compile()`,
+DistributedDataParallel and `fully_shard` (of blocks and of the model, after `apply_schedule`) work as they do without a
+schedule; a hook sees the tokens that are there. Three things differ. A `forward` that was replaced on the instance is
+used, but where a step works inside (the model, `blocks`, the block, an attention that a score reads) only if it was
+replaced after `apply_schedule`; else a ModelError names it. With thresholds, in evaluation mode, a block is called once
+for each group of images with similar counts (once, when it is sharded). And a graph that PyTorch records cannot hold
+thresholds, so that tracing, compiling (fullgraph=True) and exporting refuse them.
 """
 
 from __future__ import annotations
@@ -14,13 +23,26 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
 from prunesearch.models import digits_vit, feature_map, vision_transformer  # digits_vit registers its model with timm
-from prunesearch.models.plan import PARTS, Plan, PlannedStep, make_parts, make_plan, threshold_unit
-from prunesearch.models.trace import Trace
-from prunesearch.models.weights import load_weights
+from prunesearch.models.plan import (
+    PARTS,
+    Plan,
+    PlannedStep,
+    attach,
+    attached,
+    detach,
+    make_parts,
+    make_plan,
+    plan_for,
+    threshold_unit,
+)
+from prunesearch.models.swap import Swapped, check_forwards, check_takes_call, check_unwrapped, check_was_called
+from prunesearch.models.trace import ModelCall, Trace
+from prunesearch.models.weights import fitting_weights
 from prunesearch.schedule import ModelShape, Schedule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,7 +89,8 @@ def apply_schedule(
     `untrained` says that training follows. An empty schedule leaves the output bit-equal.
 
     Raises ModelError for a model that is not supported or weights that do not fit, ScheduleError for a schedule that
-    does not fit it, FileError for a file that cannot be read.
+    does not fit it, FileError for a file that cannot be read. When it raises anything, the model is as it was before,
+    with the schedule that it had.
     """
     if not isinstance(schedule, Schedule):
         path = Path(schedule)
@@ -76,19 +99,37 @@ def apply_schedule(
         if weights is None and file.weights is not None:
             weights = path.parent / file.weights
     family = _family(model)
-    remove_schedule(model)
-    family.apply(model, schedule, seed)
-    if weights is not None:
-        load_weights(model, weights)
-    elif not untrained and learned_parts(model):
-        names = ", ".join(learned_parts(model))
+    plan = family.plan_of(model, schedule)
+    places = family.places_of(model, plan)
+    check_forwards(places)
+    if isinstance(model, Swapped):
+        check_unwrapped(places)
+    parts = make_parts(plan, seed)
+    if parts is not None:
+        # half precision is for the model's own layers; scores and thresholds are compared in fp32
+        parts = parts.to(next(model.parameters()).device)
+    state = None if weights is None else fitting_weights(weights, _state_with(model, parts))
+    names = _learned_names(parts)
+    if state is None and names and not untrained:
         warnings.warn(
-            f"apply_schedule: {names} of this schedule learn, and no weights were given, so they are random. "
-            f"Give weights=..., the file that was exported with the schedule, or train the model.",
+            f"apply_schedule: {', '.join(names)} of this schedule learn, and no weights were given, so they are "
+            f"random. Give weights=..., the file that was exported with the schedule, or train the model.",
             UntrainedWarning,
             stacklevel=2,
         )
+    # from here on nothing can fail, so that a model never has half of a schedule
+    remove_schedule(model)
+    attach(model, plan, parts, places)
+    if state is not None:
+        model.load_state_dict(state)
     return model
+
+
+def _state_with(model: nn.Module, parts: nn.ModuleDict | None) -> dict[str, Tensor]:
+    """The state_dict that the model will have with these parts in the place of those it has."""
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{PARTS}.")}
+    learned = {} if parts is None else {f"{PARTS}.{name}": value for name, value in parts.state_dict().items()}
+    return own | learned
 
 
 def learned_parts(model: nn.Module) -> tuple[str, ...]:
@@ -96,10 +137,13 @@ def learned_parts(model: nn.Module) -> tuple[str, ...]:
 
     A threshold is not among them: the schedule holds its value.
     """
-    stages = getattr(model, PARTS, None)
-    if not isinstance(stages, nn.ModuleDict):
+    return _learned_names(getattr(model, PARTS, None))
+
+
+def _learned_names(parts: object) -> tuple[str, ...]:
+    if not isinstance(parts, nn.ModuleDict):
         return ()
-    return tuple(f"{PARTS}.{key}.{name}" for key, stage in stages.items() for name, _ in stage.named_children())
+    return tuple(f"{PARTS}.{key}.{name}" for key, stage in parts.items() for name, _ in stage.named_children())
 
 
 def learned_parameters(schedule: Schedule, shape: ModelShape) -> int:
@@ -112,7 +156,7 @@ def learned_parameters(schedule: Schedule, shape: ModelShape) -> int:
 def steps_of(model: nn.Module) -> tuple[PlannedStep, ...]:
     """The steps that a model takes on images of its own size, in their order; none without a schedule."""
     plan = getattr(model, "_plan", None)
-    return plan.steps if isinstance(plan, Plan) else ()
+    return plan_for(plan, _family(model).patch_tokens_of(model)).steps if isinstance(plan, Plan) else ()
 
 
 def threshold_of(model: nn.Module, step: PlannedStep) -> nn.Parameter | None:
@@ -122,15 +166,21 @@ def threshold_of(model: nn.Module, step: PlannedStep) -> nn.Parameter | None:
 
 
 def remove_schedule(model: Model) -> Model:
-    """Undo `apply_schedule`, in place, and return the model. Does nothing to a model without a schedule."""
-    for family in FAMILIES:
-        family.remove(model)
+    """Undo `apply_schedule`, in place, and return the model. Does nothing to a model without a schedule.
+
+    Raises ModelError, and changes nothing, when the class of a module was changed after the schedule was applied (by
+    `fully_shard`, for example).
+    """
+    if isinstance(model, Swapped):
+        places = _family(model).places_of(model, model._plan)
+        check_unwrapped(places)
+        detach(model, places)
     return model
 
 
 def schedule_of(model: nn.Module) -> Schedule | None:
     """The schedule that was applied to this model, with thresholds as they are now; or None."""
-    return next((found for family in FAMILIES if (found := family.schedule_of(model)) is not None), None)
+    return attached(model)
 
 
 def shape_of(model: nn.Module) -> ModelShape:
@@ -167,11 +217,17 @@ def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Tr
     """Run a model that carries a schedule, and tell what became of the tokens beside the logits.
 
     masked: keep every token in its slot from the first learned decision on (as training does, so by default when the
-    model is in training mode); else tokens that go are gone. Raises ModelError for a model without a schedule.
+    model is in training mode); else tokens that go are gone. The model may be wrapped in DistributedDataParallel, to
+    train with its counts in the loss. Raises ModelError for a model without a schedule.
     """
-    if schedule_of(model) is None:
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(inner, Swapped):
         raise ModelError("trace: the model carries no schedule. Possible: one after apply_schedule. Call that first.")
-    return _family(model).trace(model, images, model.training if masked is None else masked)
+    call = ModelCall(inner.training if masked is None else masked)
+    check_takes_call(inner, "model")
+    logits = model(images, call=call)
+    check_was_called(call.trace, "model")
+    return call.trace._replace(logits=logits)  # type: ignore[union-attr]
 
 
 def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package

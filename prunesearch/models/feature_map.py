@@ -1,29 +1,31 @@
 """Schedules in timm's SwinTransformer and ConvNeXt: positions are held in the third stage, and the map stays whole.
 
-The model's class is swapped for a subclass whose `forward_features` runs timm's stages, but for the third: there,
-from the first schedule stage on, token mixing (window attention, depth-wise convolution) sees all positions, the MLP
-those that stay, and a linear fast path the others. The blocks before that are timm's own code.
+The classes of the model, of its sequence of stages, of the third stage and of its blocks are swapped for subclasses.
+In the third stage, from the first schedule stage on, token mixing (window attention, depth-wise convolution) sees all
+positions, the MLP those that stay, and a linear fast path the others. Each module is called as timm calls it, with a
+map, to a map; what else a step needs goes with a `call`, as in vision_transformer.py. Without one, timm's code runs.
 Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`; n are positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.convnext import ConvNeXt
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunesearch.errors import ModelError
-from prunesearch.models.map_shape import STAGE, stages_of
+from prunesearch.models.map_shape import STAGE, place_of, stages_of
 from prunesearch.models.map_shape import input_size as input_size
-from prunesearch.models.map_shape import shape_of as shape_of_dense
-from prunesearch.models.plan import PARTS, Plan, PlannedStep, attach, attached, block_key, detach, make_plan, plan_for
-from prunesearch.models.trace import Trace
-from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.models.map_shape import shape_of as shape_of
+from prunesearch.models.plan import PARTS, Plan, PlannedStep, block_key, make_plan, plan_for
+from prunesearch.models.swap import Place, Swapped, check_takes_call, check_was_called, timm_class
+from prunesearch.models.trace import ModelCall, Trace
+from prunesearch.schedule import Schedule
 from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.masked import take_masked_step
 from prunesearch.tokens.registry import Grouping, ReduceInput
@@ -42,14 +44,132 @@ class Choice(NamedTuple):
     kept: int
 
 
-class _Holding:
+class StageCall:
+    """What the stages, the third of them and its `blocks` are handed in one pass beside the map. No dataclass, as FSDP
+    would copy it and look for tensors; so is `BlockCall`.
+
+    counts: left by the blocks; the positions of each image that stay, (B,), of each masked step.
+    """
+
+    def __init__(self, plan: Plan, parts: nn.ModuleDict | None, is_swin: bool, masked: bool, training: bool) -> None:
+        self.plan, self.parts, self.is_swin, self.masked, self.training = plan, parts, is_swin, masked, training
+        self.counts: tuple[Tensor, ...] | None = None
+
+
+class BlockCall:
+    """What a block is handed in which positions are held; and whether it did so."""
+
+    def __init__(self, choice: Choice, fast_path: nn.Module) -> None:
+        self.choice, self.fast_path = choice, fast_path
+        self.done: bool | None = None
+
+
+class _HoldingBlock(Swapped):
+    def forward(self: Any, x: Tensor, call: BlockCall | None = None) -> Tensor:
+        """Map to map, as timm's."""
+        if call is None:
+            return timm_class(self).forward(self, x)
+        call.done = True
+        return self._hold(x, call.choice, call.fast_path)
+
+
+class HoldingSwinTransformerBlock(_HoldingBlock, SwinTransformerBlock):
+    """timm's block, with its MLP for some positions only when it is handed a call."""
+
+    stands_for = SwinTransformerBlock
+
+    def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
+        x = x + self.drop_path1(self._attn(self.norm1(x)))
+        added_BnC = _add(x.flatten(1, 2), choice, lambda x_BKC: self.mlp(self.norm2(x_BKC)), fast_path)
+        return x + self.drop_path2(added_BnC.reshape(x.shape))
+
+
+class HoldingConvNeXtBlock(_HoldingBlock, ConvNeXtBlock):
+    """timm's block, with its MLP for some positions only when it is handed a call."""
+
+    stands_for = ConvNeXtBlock
+
+    def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
+        def mlp(mixed_BKC: Tensor) -> Tensor:
+            added_BKC = self.mlp(self.norm(mixed_BKC))
+            return added_BKC if self.gamma is None else added_BKC * self.gamma
+
+        mixed = self.conv_dw(x).permute(0, 2, 3, 1)
+        added_BnC = _add(mixed.flatten(1, 2), choice, mlp, fast_path)
+        return self.drop_path(added_BnC.reshape(mixed.shape).permute(0, 3, 1, 2)) + self.shortcut(x)
+
+
+class HoldingBlocks(Swapped, nn.Sequential):
+    """The third stage's `blocks`, with the schedule when they are handed a call."""
+
+    stands_for = nn.Sequential
+
+    def forward(self, input: Tensor, call: StageCall | None = None, checkpointed: bool = False) -> Tensor:
+        """Map to map."""
+        return nn.Sequential.forward(self, input) if call is None else _run_blocks(self, input, call, checkpointed)
+
+
+class _HoldingStage(Swapped):
+    def forward(self: Any, x: Tensor, call: StageCall | None = None) -> Tensor:
+        """Map to map, as timm's."""
+        if call is None:
+            return timm_class(self).forward(self, x)
+        path = f"{_stage_path(call)}.blocks"
+        check_takes_call(self.blocks, path)
+        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+        x = self.blocks(self.downsample(x), call=call, checkpointed=checkpointed)
+        check_was_called(call.counts, path)
+        return x
+
+
+class HoldingSwinTransformerStage(_HoldingStage, SwinTransformerStage):
+    """timm's stage, with the schedule when it is handed a call."""
+
+    stands_for = SwinTransformerStage
+
+
+class HoldingConvNeXtStage(_HoldingStage, ConvNeXtStage):
+    """timm's stage, with the schedule when it is handed a call."""
+
+    stands_for = ConvNeXtStage
+
+
+class HoldingStages(Swapped, nn.Sequential):
+    """A model's sequence of stages; the third gets the call, if there is one."""
+
+    stands_for = nn.Sequential
+
+    def forward(self, input: Tensor, call: StageCall | None = None) -> Tensor:
+        """Map to map."""
+        if call is None:
+            return nn.Sequential.forward(self, input)
+        for index, stage in enumerate(self):
+            if index == STAGE:
+                check_takes_call(stage, _stage_path(call))
+                input = stage(input, call=call)
+                check_was_called(call.counts, _stage_path(call))
+            else:
+                input = stage(input)
+        return input
+
+
+class _Holding(Swapped):
     """The forward pass with a schedule, for either class."""
 
     _plan: Plan
 
+    def forward(self: Any, x: Tensor, call: ModelCall | None = None) -> Tensor:
+        """Image to logits."""
+        if call is None:
+            return timm_class(self).forward(self, x)
+        features, counts = self._features(x, call)
+        logits = self.forward_head(features)
+        call.trace = Trace(logits, patches_of(self, features), None, counts)
+        return logits
+
     def forward_features(self: Any, x: Tensor) -> Tensor:
         """Image to the final map, as timm's."""
-        return self._features(x, self.training)[0]
+        return self._features(x, ModelCall(self.training))[0]
 
     def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused: timm's code would run the stages without the schedule."""
@@ -58,58 +178,80 @@ class _Holding:
             "Possible: model(images), forward_features, or a model without one. Call remove_schedule(model) first."
         )
 
-    def _features(self: Any, x: Tensor, masked: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _features(self: Any, x: Tensor, model_call: ModelCall) -> tuple[Tensor, tuple[Tensor, ...]]:
         is_swin = isinstance(self, SwinTransformer)
+        stages, path = stages_of(self), "model.layers" if is_swin else "model.stages"
         x = self.patch_embed(x) if is_swin else self.stem(x)
-        counts: tuple[Tensor, ...] = ()
-        for index, stage in enumerate(stages_of(self)):
-            if index == STAGE:
-                x, counts = _run_stage(stage, self._plan, getattr(self, PARTS, None), x, is_swin, masked)
-            else:
-                x = stage(x)
-        return (self.norm(x) if is_swin else self.norm_pre(x)), counts
+        if model_call.dense:
+            return (self.norm(stages(x)) if is_swin else self.norm_pre(stages(x))), ()
+        parts, training = getattr(self, PARTS, None), stages[STAGE].training
+        call = StageCall(self._plan, parts, is_swin, model_call.masked, training)
+        check_takes_call(stages, path)
+        x = stages(x, call=call)
+        check_was_called(call.counts, path)
+        return (self.norm(x) if is_swin else self.norm_pre(x)), call.counts or ()
 
 
 class HoldingSwinTransformer(_Holding, SwinTransformer):
     """A SwinTransformer with a token schedule; made by `apply_schedule`, never constructed."""
 
+    stands_for = SwinTransformer
+
 
 class HoldingConvNeXt(_Holding, ConvNeXt):
     """A ConvNeXt with a token schedule; made by `apply_schedule`, never constructed."""
 
+    stands_for = ConvNeXt
 
-HOLDING: dict[type, type] = {SwinTransformer: HoldingSwinTransformer, ConvNeXt: HoldingConvNeXt}
+
+HOLDING: dict[type, type[Swapped]] = {
+    kind.stands_for: kind
+    for kind in (
+        HoldingSwinTransformer,
+        HoldingSwinTransformerStage,
+        HoldingSwinTransformerBlock,
+        HoldingConvNeXt,
+        HoldingConvNeXtStage,
+        HoldingConvNeXtBlock,
+    )
+}
 
 
 def is_family(model: nn.Module) -> bool:
     """Exactly one of the classes here, with or without a schedule."""
-    return type(model) in HOLDING or type(model) in HOLDING.values()
+    return timm_class(model) in (SwinTransformer, ConvNeXt)
 
 
-def apply(model: Any, schedule: Schedule, seed: int) -> None:
-    """Swap the class of a model without a schedule. Raises ModelError or ScheduleError, and then changes nothing."""
-    attach(model, make_plan(schedule, shape_of(model)), seed, HOLDING)
+def plan_of(model: Any, schedule: Schedule) -> Plan:
+    """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
+    return make_plan(schedule, shape_of(model))
 
 
-def remove(model: nn.Module) -> None:
-    """Swap the class back."""
-    detach(model, HOLDING)
+def places_of(model: Any, plan: Plan) -> Sequence[Place]:
+    """The modules whose class is swapped."""
+    stages: Any = stages_of(model)
+    stage, path = stages[STAGE], place_of(model)
+    places = [
+        Place("model", model, HOLDING[timm_class(model)], calls=True),
+        Place(path.removesuffix(f"[{STAGE}]"), stages, HoldingStages, calls=True),
+        Place(path, stage, HOLDING[timm_class(stage)], calls=True),
+        Place(f"{path}.blocks", stage.blocks, HoldingBlocks, calls=True),
+    ]
+    first = min((planned.stage.block for planned in plan.steps), default=len(stage.blocks))
+    places += [
+        Place(f"{path}.blocks[{index}]", block, HOLDING[timm_class(block)], calls=index >= first)
+        for index, block in enumerate(stage.blocks)
+    ]
+    return places
 
 
-def schedule_of(model: nn.Module) -> Schedule | None:
-    """The applied schedule, or None."""
-    return attached(model, HOLDING)
-
-
-def shape_of(model: Any) -> ModelShape:
-    """See `map_shape.shape_of`; with a schedule, the shape it was resolved for."""
-    return model._plan.shape if type(model) in HOLDING.values() else shape_of_dense(model)
-
-
-def trace(model: Any, images: Tensor, masked: bool) -> Trace:
-    """See `prunesearch.models.trace`."""
-    features, counts = model._features(images, masked)
-    return Trace(model.forward_head(features), patches_of(model, features), None, counts)
+def patch_tokens_of(model: Any) -> int:
+    """Positions of the third stage's map on an image of the model's own size, as it is now."""
+    if not isinstance(model, SwinTransformer):
+        return model._plan.shape.patch_tokens
+    stage: Any = stages_of(model)[STAGE]
+    height, width = stage.output_resolution
+    return height * width
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
@@ -120,29 +262,33 @@ def patches_of(model: Any, features: Tensor) -> Tensor:
     return _positions(normalise(features), is_swin)
 
 
-def _run_stage(
-    stage: Any, plan: Plan, parts: nn.ModuleDict | None, x: Tensor, is_swin: bool, masked: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """timm's stage with the schedule. Also returns the positions of each image that stay, of each masked step."""
-    x = stage.downsample(x)
-    plan = plan_for(plan, x[0].numel() // plan.shape.dim)
+def _stage_path(call: StageCall) -> str:
+    return f"model.layers[{STAGE}]" if call.is_swin else f"model.stages[{STAGE}]"
+
+
+def _run_blocks(blocks: Any, x: Tensor, call: StageCall, checkpointed: bool) -> Tensor:
+    """The third stage's blocks with the schedule."""
+    parts = call.parts
+    plan = plan_for(call.plan, x.shape[1:].numel() // call.plan.shape.dim)
     choice: Choice | None = None
     counts: tuple[Tensor, ...] = ()
     fast_paths: dict[str, nn.Module] = {}
     for part in () if parts is None else parts.values():
         fast_paths |= dict(part.reducer.items())  # type: ignore[operator, union-attr]
-    for index, (block, block_plan) in enumerate(zip(stage.blocks, plan.blocks, strict=True)):
+    for index, (block, block_plan) in enumerate(zip(blocks, plan.blocks, strict=True)):
         for planned in block_plan.pre:
             assert parts is not None, "a verb that holds learns"
             own: Any = parts[planned.key]
-            choice = _choose(planned, _positions(x, is_swin), own.scorer, masked, stage.training)
+            choice = _choose(planned, _positions(x, call.is_swin), own.scorer, call.masked, call.training)
             counts += () if choice.stays_Bn is None else (choice.stays_Bn.sum(dim=1),)
         fast_path = None if choice is None else fast_paths[block_key(index)]
-        if stage.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint(_run_block, block, x, choice, fast_path, use_reentrant=False)
+        path = f"{_stage_path(call)}.blocks[{index}]"
+        if checkpointed:
+            x = checkpoint(_run_block, block, path, x, choice, fast_path, use_reentrant=False)
         else:
-            x = _run_block(block, x, choice, fast_path)
-    return x, counts
+            x = _run_block(block, path, x, choice, fast_path)
+    call.counts = counts
+    return x
 
 
 def _choose(planned: PlannedStep, x_BnC: Tensor, scorer: nn.Module | None, masked: bool, training: bool) -> Choice:
@@ -159,22 +305,14 @@ def _choose(planned: PlannedStep, x_BnC: Tensor, scorer: nn.Module | None, maske
     return Choice(None, order_Bn, order_Bn.argsort(dim=1), step.kept)
 
 
-def _run_block(block: Any, x: Tensor, choice: Choice | None, fast_path: nn.Module | None) -> Tensor:
-    """timm's block, with its MLP for some positions only."""
+def _run_block(block: nn.Module, path: str, x: Tensor, choice: Choice | None, fast_path: nn.Module | None) -> Tensor:
     if choice is None or fast_path is None:
         return block(x)
-    if isinstance(block, SwinTransformerBlock):
-        x = x + block.drop_path1(block._attn(block.norm1(x)))
-        added_BnC = _add(x.flatten(1, 2), choice, lambda x_BKC: block.mlp(block.norm2(x_BKC)), fast_path)
-        return x + block.drop_path2(added_BnC.reshape(x.shape))
-
-    def mlp(mixed_BKC: Tensor) -> Tensor:
-        added_BKC = block.mlp(block.norm(mixed_BKC))
-        return added_BKC if block.gamma is None else added_BKC * block.gamma
-
-    mixed = block.conv_dw(x).permute(0, 2, 3, 1)
-    added_BnC = _add(mixed.flatten(1, 2), choice, mlp, fast_path)
-    return block.drop_path(added_BnC.reshape(mixed.shape).permute(0, 3, 1, 2)) + block.shortcut(x)
+    call = BlockCall(choice, fast_path)
+    check_takes_call(block, path)
+    x = block(x, call=call)
+    check_was_called(call.done, path)
+    return x
 
 
 def _add(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor], fast_path: nn.Module) -> Tensor:

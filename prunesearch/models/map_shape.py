@@ -13,6 +13,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
+from prunesearch.models.layers import check_countable, macs_per_token
+from prunesearch.models.swap import Swapped, timm_class
+from prunesearch.models.trace import ModelCall
 from prunesearch.schedule import ModelShape
 
 STAGE = 2
@@ -39,7 +42,8 @@ def input_size(model: Any) -> tuple[int, int, int]:
 
 
 def shape_of(model: Any) -> ModelShape:
-    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain ones.
+    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain ones, and for
+    layers whose cost is not known.
 
     What the third stage's blocks do not account for is in `stem_macs`, so that the dense cost is that of one counted
     pass; also the padding of windows that do not tile the map, which no schedule changes.
@@ -52,16 +56,21 @@ def shape_of(model: Any) -> ModelShape:
     blocks: Any = stages[STAGE].blocks
     for index, block in enumerate(blocks):
         _check(index, block)
+    check_countable(model, "model")
     block = blocks[0]
     if isinstance(block, SwinTransformerBlock):
         attention = block.attn
         dim, heads, norm = attention.qkv.in_features, attention.num_heads, block.norm2
-        per_window = 2 * attention.proj.in_features * attention.window_area
-        mixing = attention.qkv.weight.numel() + attention.proj.weight.numel() + per_window
     else:
-        dim, heads, mixing = block.conv_dw.out_channels, 0, block.conv_dw.weight.numel()
-        norm = block.norm
-    mlp = block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel()
+        dim, heads, norm = block.conv_dw.out_channels, 0, block.norm
+    sizes = [_block_macs(block, f"{place_of(model)}.blocks[{index}]") for index, block in enumerate(blocks)]
+    for index, other in enumerate(sizes):
+        if other != sizes[0]:
+            raise ModelError(
+                f"{place_of(model)}.blocks[{index}]: token mixing and MLP have {other} MACs a position, those of block "
+                f"0 {sizes[0]}. Possible: blocks of one size. Use a model whose blocks are alike."
+            )
+    mixing, mlp = sizes[0]
     head = sum(layer.weight.numel() for layer in model.head.modules() if isinstance(layer, nn.Linear))
     macs, positions = _one_pass(model, dim)
     return ModelShape(
@@ -82,16 +91,31 @@ def shape_of(model: Any) -> ModelShape:
     )
 
 
+def place_of(model: Any) -> str:
+    """How the third stage is reached from the model."""
+    return f"model.layers[{STAGE}]" if isinstance(model, SwinTransformer) else f"model.stages[{STAGE}]"
+
+
+def _block_macs(block: Any, place: str) -> tuple[int, int]:
+    """MACs per position of token mixing, and of the MLP. Raises ModelError for a layer that is not known."""
+    mlp = macs_per_token(block.mlp, f"{place}.mlp")
+    if not isinstance(block, SwinTransformerBlock):
+        return block.conv_dw.weight.numel(), mlp
+    attention = block.attn
+    matrices = [macs_per_token(getattr(attention, name), f"{place}.attn.{name}") for name in ("qkv", "proj")]
+    return sum(matrices) + 2 * attention.proj.in_features * attention.window_area, mlp
+
+
 def _check(index: int, block: Any) -> None:
     """Whether a block does what our own pass through it does."""
     kinds: list[tuple[Any, tuple[type, ...]]] = [
         (block, (SwinTransformerBlock, ConvNeXtBlock)),
         (getattr(block, "mlp", None), (Mlp,)),
     ]
-    if type(block) is SwinTransformerBlock:
+    if isinstance(block, SwinTransformerBlock):
         kinds.append((block.attn, (WindowAttention,)))
     for part, wanted in kinds:
-        if type(part) not in wanted:
+        if timm_class(part) not in wanted:
             found = f"{type(part).__module__}.{type(part).__qualname__}"
             reason = (
                 "it normalises over all positions, so that an MLP on some of them computes something else"
@@ -123,7 +147,9 @@ def _one_pass(model: Any, dim: int) -> tuple[int, int]:
     try:
         # the counter's own bookkeeping needs gradients to be on
         with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model, on_meta, (image,))
+            # without its schedule, if it has one
+            dense = {"call": ModelCall(masked=False, dense=True)} if isinstance(model, Swapped) else {}
+            functional_call(model, on_meta, (image,), dense)
     finally:
         hook.remove()
     return counter.get_total_flops() // 2, positions[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, nn
 
+from prunesearch.errors import ScheduleError
+from prunesearch.models.swap import Place, Swapped, swap, swap_back
 from prunesearch.schedule import ModelShape, Schedule, Stage, Step, options_of, reads_attention, resolve
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer
 
@@ -100,10 +103,57 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
 
 
 def plan_for(plan: Plan, patch_tokens: int) -> Plan:
-    """The plan for images of another size (dynamic_img_size); itself for its own."""
+    """The plan for images of another size (dynamic_img_size); itself for its own. Raises ScheduleError when the
+    schedule, or what it has learned, does not fit that many patch tokens."""
     if patch_tokens == plan.shape.patch_tokens:
         return plan
-    return make_plan(plan.schedule, replace(plan.shape, patch_tokens=patch_tokens))
+    return _plan_at(plan, int(patch_tokens))
+
+
+@lru_cache(maxsize=64)
+def _plan_at(plan: Plan, patch_tokens: int) -> Plan:
+    place = f"schedule, on images of {patch_tokens} patch tokens (the model is built for {plan.shape.patch_tokens})"
+    try:
+        other = make_plan(plan.schedule, replace(plan.shape, patch_tokens=patch_tokens))
+    except ScheduleError as error:
+        raise ScheduleError(place, error.problems) from None
+    here, there = _learned_shapes(plan), _learned_shapes(other)
+    problems = [
+        f"stage at block {planned.stage.block} ({planned.stage.at}): {planned.stage.reduce} to {planned.step.kept} of "
+        f"{planned.step.before} needs {what}. Possible: images of the model's own size, or a model built for this "
+        f"size, with weights trained there. Resize the images."
+        for planned in (*other.steps, *_idle_there(plan, other))
+        if (what := _misfit(planned.key, here, there)) is not None
+    ]
+    if problems:
+        raise ScheduleError(place, problems)
+    return other
+
+
+def _learned_shapes(plan: Plan) -> dict[str, dict[str, torch.Size]]:
+    """Of each stage that learns: the shapes of its parts' parameters and buffers."""
+    with torch.device("meta"):
+        parts = make_parts(plan, seed=0)
+    stages = {} if parts is None else dict(parts.items())
+    return {key: {name: value.shape for name, value in stage.state_dict().items()} for key, stage in stages.items()}
+
+
+def _idle_there(plan: Plan, other: Plan) -> list[PlannedStep]:
+    """Steps whose verb learns, and which remove nothing at the other size: what comes after was trained on what the
+    verb makes, so the step cannot be left out. A score that learns can: its tokens all stay."""
+    keys = {planned.key for planned in other.steps}
+    return [step for step in plan.steps if step.key not in keys and REDUCERS[step.stage.reduce].part is not None]
+
+
+def _misfit(key: str, here: dict[str, dict[str, torch.Size]], there: dict[str, dict[str, torch.Size]]) -> str | None:
+    """How what a stage learned differs from what it needs at another size; None when it does not."""
+    if here.get(key) == there.get(key):
+        return None
+    if key not in here:
+        return "learned parts, which it has not, as it removes nothing at the model's own size"
+    if key not in there:
+        return "more patch tokens than these images have"
+    return "learned parts of other shapes than it has"
 
 
 def listeners(steps: Iterable[PlannedStep]) -> tuple[PlannedStep, ...]:
@@ -134,29 +184,25 @@ def make_parts(plan: Plan, seed: int) -> nn.ModuleDict | None:
     return nn.ModuleDict(parts) if parts else None
 
 
-def attach(model: nn.Module, plan: Plan, seed: int, classes: Mapping[type, type]) -> None:
-    """Give a model its plan, fresh parts, and the class that `classes` has for its own."""
-    parts = make_parts(plan, seed)
+def attach(model: nn.Module, plan: Plan, parts: nn.ModuleDict | None, places: Sequence[Place]) -> None:
+    """Give a model without a schedule its plan, its parts, and the classes of `places`. Cannot fail."""
     if parts is not None:
-        # half precision is for the model's own layers; scores and thresholds are compared in fp32
-        setattr(model, PARTS, parts.to(next(model.parameters()).device))
+        setattr(model, PARTS, parts)
     model._plan = plan  # type: ignore[assignment]
-    model.__class__ = classes[type(model)]
+    swap(places)
 
 
-def detach(model: nn.Module, classes: Mapping[type, type]) -> None:
-    """Undo `attach`; does nothing to a model of another class."""
-    for plain, reduced in classes.items():
-        if type(model) is reduced:
-            model.__class__ = plain
-            del model._plan
-            if hasattr(model, PARTS):
-                delattr(model, PARTS)
+def detach(model: nn.Module, places: Sequence[Place]) -> None:
+    """Undo `attach`."""
+    swap_back(places)
+    del model._plan
+    if hasattr(model, PARTS):
+        delattr(model, PARTS)
 
 
-def attached(model: nn.Module, classes: Mapping[type, type]) -> Schedule | None:
+def attached(model: nn.Module) -> Schedule | None:
     """The schedule that `attach` gave, with the thresholds as they are now, or None."""
-    if type(model) not in classes.values():
+    if not isinstance(model, Swapped):
         return None
     plan: Plan = model._plan  # type: ignore[assignment]
     return with_thresholds(plan.schedule, plan, getattr(model, PARTS, None))

@@ -17,3 +17,14 @@ class Trace(NamedTuple):
     patches_BnC: Tensor
     present_Bn: Tensor | None
     counts: tuple[Tensor, ...]
+
+
+class ModelCall:
+    """What a model with a schedule is handed in one call beside the images; and what it leaves beside the logits.
+
+    masked: as `prunesearch.models.trace`. dense: run as without the schedule. No dataclass, as FSDP would copy it.
+    """
+
+    def __init__(self, masked: bool, dense: bool = False) -> None:
+        self.masked, self.dense = masked, dense
+        self.trace: Trace | None = None

@@ -1,13 +1,14 @@
 """Schedules in timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DINOv2, CLIP, SigLIP, ...).
 
-The model's class is swapped for a subclass whose `forward` is one loop over the blocks. A block without a stage runs
-timm's own code; a block with one runs the same layers with a step between attention and MLP, or before both.
+The classes of the model, of `blocks`, of each block and of its attention are swapped for subclasses. Each is called as
+a module, as timm calls it: with a tensor, to a tensor. What else a step needs and leaves goes with a `call`, an object
+that hooks, FSDP and mixed precision pass on untouched. Without one, the subclasses run timm's own code.
 Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,25 +16,22 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunesearch.errors import ModelError
 from prunesearch.models.plan import (
     PARTS,
-    BlockPlan,
     Plan,
     PlannedStep,
     StageParts,
-    attach,
-    attached,
-    detach,
     listeners,
     make_plan,
     plan_for,
 )
-from prunesearch.models.trace import Trace
+from prunesearch.models.swap import Place, Swapped, check_takes_call, check_was_called, timm_class
+from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
 from prunesearch.schedule import ModelShape, Schedule, reads_attention
@@ -58,7 +56,100 @@ class Run(NamedTuple):
     masked: bool
 
 
-class _Reduced:
+class BlocksCall:
+    """What `blocks` is handed in one pass beside the tokens; and the state it leaves.
+
+    most_groups: into which a batch is parted when its images have different counts.
+    No dataclass, as FSDP would copy it and look for tensors; so is `BlockCall`.
+    """
+
+    def __init__(self, run: Run, checkpointed: bool, most_groups: int) -> None:
+        self.run, self.checkpointed, self.most_groups = run, checkpointed, most_groups
+        self.left: TokenState | None = None
+
+
+class BlockCall:
+    """What a block with work for the schedule, and its attention, are handed beside the tokens; and what they leave.
+
+    listening: the steps that decide by what the attention leaves. learning: the attention passes gradients to former
+    decisions.
+    """
+
+    def __init__(
+        self, index: int, run: Run, state: TokenState, listening: tuple[PlannedStep, ...], learning: bool
+    ) -> None:
+        self.index, self.run, self.state, self.listening, self.learning = index, run, state, listening, learning
+        self.attended: Attended | None = None
+        self.left: TokenState | None = None
+
+
+class AttendingAttention(Swapped, Attention):
+    """timm's Attention, which leaves what scorers read when it is handed a call."""
+
+    stands_for = Attention
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, *args: Any, call: BlockCall | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Tokens (B, N, C) to what is added to them, (B, N, C)."""
+        if call is None:
+            return Attention.forward(self, x, attn_mask, *args, **kwargs)
+        shape, present_Bn = call.run.plan.shape, call.state.present_Bn
+        x, call.attended = attend(self, x, attn_mask, shape, present_Bn, call.learning)
+        return x
+
+
+class ReducedBlock(Swapped, Block):
+    """timm's Block, with steps of the schedule between attention and MLP when it is handed a call."""
+
+    stands_for = Block
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, *args: Any, call: BlockCall | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Tokens (B, N, C) to tokens (B, N', C)."""
+        if call is None:
+            return Block.forward(self, x, attn_mask, *args, **kwargs)
+        if call.listening or call.learning:
+            path = f"model.blocks[{call.index}].attn"
+            check_takes_call(self.attn, path)
+            attention = self.attn(self.norm1(x), attn_mask=attn_mask, call=call)
+            check_was_called(call.attended, path)
+        else:
+            attention = self.attn(self.norm1(x), attn_mask=attn_mask)
+        x = x + self.drop_path1(self.ls1(attention))
+        evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.listening)
+        state, ahead = _take_steps(
+            call.run.plan.blocks[call.index].mid, call.state._replace(tokens_BNC=x), evidence, call.run
+        )
+        call.left = state._replace(evidence=ahead)
+        return state.tokens_BNC + self.drop_path2(self.ls2(self.mlp(self.norm2(state.tokens_BNC))))
+
+
+class ReducedBlocks(Swapped, nn.Sequential):
+    """A model's `blocks`, with a schedule when they are handed a call."""
+
+    stands_for = nn.Sequential
+
+    def forward(self, input: Tensor, call: BlocksCall | None = None) -> Tensor:
+        """Tokens (B, N, C) to tokens (B, N at the end, C)."""
+        if call is None:
+            return nn.Sequential.forward(self, input)
+        run, state = call.run, TokenState(input)
+        if run.plan.counts_differ and not run.masked:
+            _refuse_to_be_traced()
+            state = _run_in_groups(self, run, state, call.most_groups)
+        else:
+            for index, block in enumerate(self):
+                if call.checkpointed:
+                    state = checkpoint(_run_block, index, block, run, state, use_reentrant=False)
+                else:
+                    state = _run_block(index, block, run, state)
+        call.left = state
+        return state.tokens_BNC
+
+
+class _Reduced(Swapped):
     """The forward pass with a schedule, for any class that is laid out as timm's VisionTransformer."""
 
     _plan: Plan
@@ -73,9 +164,19 @@ class _Reduced:
             )
         return state.tokens_BNC
 
-    def forward(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self: Any,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        call: ModelCall | None = None,
+    ) -> Tensor:
         """Image to logits."""
-        return self._head(self._features(x, attn_mask, is_causal))
+        state = self._features(x, attn_mask, is_causal, None if call is None else call.masked)
+        logits = self._head(state)
+        if call is not None:
+            call.trace = Trace(logits, patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
+        return logits
 
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits. Tokens alone do not say how many patches each stands for, so this refuses to guess."""
@@ -93,10 +194,6 @@ class _Reduced:
             "forward_intermediates: the model carries a token schedule, and feature maps need every token in its "
             "place. Possible: a model without one. Call remove_schedule(model) first."
         )
-
-    def _traced(self: Any, x: Tensor, masked: bool) -> Trace:
-        state = self._features(x, None, False, masked=masked)
-        return Trace(self._head(state), patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
 
     def _head(self: Any, state: TokenState) -> Tensor:
         weighs = state.size_Bn is not None and _weighs_patches(self)
@@ -117,46 +214,45 @@ class _Reduced:
         x = self.norm_pre(self.patch_drop(x))
         plan = plan_for(self._plan, x.shape[1] - self._plan.shape.prefix_tokens)
         run = Run(plan, getattr(self, PARTS, None), self.training, self.training if masked is None else masked)
-        if plan.counts_differ and not run.masked:
-            state = _run_in_groups(self.blocks, run, TokenState(x))
-        else:
-            state = TokenState(x)
-            for block, block_plan in zip(self.blocks, plan.blocks, strict=True):
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    state = checkpoint(_run_block, block, block_plan, run, state, use_reentrant=False)
-                else:
-                    state = _run_block(block, block_plan, run, state)
-        return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
+        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+        call = BlocksCall(run, checkpointed, 1 if _is_distributed(self.blocks) else MOST_GROUPS)
+        check_takes_call(self.blocks, "model.blocks")
+        x = self.blocks(x, call=call)
+        check_was_called(call.left, "model.blocks")
+        return call.left._replace(tokens_BNC=self.norm(x))  # type: ignore[union-attr]
 
     def _run_from(self: Any, tokens_BNC: Tensor, first: int) -> Tensor:
         plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
         run, state = Run(plan, None, self.training, masked=False), TokenState(tokens_BNC)
-        for block, block_plan in zip(self.blocks[first:], plan.blocks[first:], strict=True):
-            state = _run_block(block, block_plan, run, state)
+        for index in range(first, len(self.blocks)):
+            state = _run_block(index, self.blocks[index], run, state)
         return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
 
 
 class ReducedVisionTransformer(_Reduced, VisionTransformer):
     """A VisionTransformer with a token schedule; made by `apply_schedule`, never constructed."""
 
+    stands_for = VisionTransformer
+
 
 class ReducedVisionTransformerDistilled(_Reduced, VisionTransformerDistilled):
     """A VisionTransformerDistilled with a token schedule; made by `apply_schedule`, never constructed."""
 
+    stands_for = VisionTransformerDistilled
 
-REDUCED: dict[type, type] = {
-    VisionTransformer: ReducedVisionTransformer,
-    VisionTransformerDistilled: ReducedVisionTransformerDistilled,
+
+REDUCED: dict[type, type[Swapped]] = {
+    kind.stands_for: kind for kind in (ReducedVisionTransformer, ReducedVisionTransformerDistilled)
 }
 
 
 def is_family(model: nn.Module) -> bool:
     """Exactly one of the classes here, with or without a schedule."""
-    return type(model) in REDUCED or type(model) in REDUCED.values()
+    return timm_class(model) in REDUCED
 
 
-def apply(model: Any, schedule: Schedule, seed: int) -> None:
-    """Swap the class of a model without a schedule. Raises ModelError or ScheduleError, and then changes nothing."""
+def plan_of(model: Any, schedule: Schedule) -> Plan:
+    """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
     plan = make_plan(schedule, shape_of(model))
     if (plan.merges or plan.decisions_learn) and model.global_pool == "prr":
         raise ModelError(
@@ -168,22 +264,29 @@ def apply(model: Any, schedule: Schedule, seed: int) -> None:
             "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
             "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
         )
-    attach(model, plan, seed, REDUCED)
+    return plan
 
 
-def remove(model: nn.Module) -> None:
-    """Swap the class back."""
-    detach(model, REDUCED)
+def places_of(model: Any, plan: Plan) -> Sequence[Place]:
+    """The modules whose class is swapped."""
+    places = [
+        Place("model", model, REDUCED[timm_class(model)], calls=True),
+        Place("model.blocks", model.blocks, ReducedBlocks, calls=True),
+    ]
+    learning = False
+    for index, (block, block_plan) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
+        learning = learning or any(step.decisions_learn for step in block_plan.pre)
+        listens = learning or bool(listeners(block_plan.mid) or block_plan.ahead)
+        path = f"model.blocks[{index}]"
+        places.append(Place(path, block, ReducedBlock, calls=listens or bool(block_plan.mid)))
+        places.append(Place(f"{path}.attn", block.attn, AttendingAttention, calls=listens))
+        learning = learning or any(step.decisions_learn for step in block_plan.mid)
+    return places
 
 
-def schedule_of(model: nn.Module) -> Schedule | None:
-    """The applied schedule with the thresholds as they are now, or None."""
-    return attached(model, REDUCED)
-
-
-def trace(model: Any, images: Tensor, masked: bool) -> Trace:
-    """See `prunesearch.models.trace`."""
-    return model._traced(images, masked)
+def patch_tokens_of(model: Any) -> int:
+    """Patch tokens of an image of the model's own size, as it is now."""
+    return model.patch_embed.num_patches
 
 
 def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -274,37 +377,51 @@ def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor) -> Tensor:
     return weights_BHNN / weights_BHNN.sum(dim=-1, keepdim=True)
 
 
-def _run_in_groups(blocks: Any, run: Run, state: TokenState) -> TokenState:
+def _refuse_to_be_traced() -> None:
+    """Raise ModelError while PyTorch records a graph: it would hold the groups of the images it was recorded with."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        raise ModelError(
+            "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
+            "or exported graph would hold the numbers of the images it was made with. Possible: fixed counts. Run "
+            "`prunesearch freeze` on the schedule file first, which turns thresholds into counts."
+        )
+
+
+def _is_distributed(blocks: nn.Module) -> bool:
+    """Whether a block's parameters are gathered from other processes when it is called (FSDP). Then all processes must
+    call it equally often, whatever their images keep."""
+    kinds = [kind for module in (blocks, *blocks.children()) for kind in type(module).__mro__]
+    return any(kind.__module__.startswith("torch.distributed.") for kind in kinds)
+
+
+def _run_in_groups(blocks: Any, run: Run, state: TokenState, most: int) -> TokenState:
     """The blocks, with the batch parted wherever its images come to have different counts: images with few tokens do
     not wait for padding that others need."""
     prefix = run.plan.shape.prefix_tokens
     groups = [Group(None, state)]
-    for block, block_plan in zip(blocks, run.plan.blocks, strict=True):
-        groups = [Group(group.places_B, _run_block(block, block_plan, run, group.state)) for group in groups]
+    for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
+        groups = [Group(group.places_B, _run_block(index, block, run, group.state)) for group in groups]
         if any(step.stage.is_adaptive for step in (*block_plan.pre, *block_plan.mid)):
-            most = MOST_GROUPS // len(groups)
-            groups = [part for group in groups for part in split_by_count(group, prefix, most)]
+            parts = most // len(groups)
+            groups = [part for group in groups for part in split_by_count(group, prefix, parts)]
     return join_groups(groups, prefix)
 
 
-def _run_block(block: Any, block_plan: BlockPlan, run: Run, state: TokenState) -> TokenState:
+def _run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState:
+    block_plan = run.plan.blocks[index]
     state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
+    x = state.tokens_BNC
     listening = listeners(block_plan.mid) + block_plan.ahead
     learning = state.present_Bn is not None and run.training
     bias = _size_bias(state, run.plan) if learning else _attention_bias(state, run.plan)
     if not block_plan.mid and not listening and not learning:
-        return state._replace(tokens_BNC=block(state.tokens_BNC, attn_mask=bias), evidence=())
-    x = state.tokens_BNC
-    evidence: tuple[Evidence, ...] = ()
-    if listening or learning:
-        attention, attended = attend(block.attn, block.norm1(x), bias, run.plan.shape, state.present_Bn, learning)
-        x = x + block.drop_path1(block.ls1(attention))
-        evidence = tuple(_evidence(step, x, attended, state, run) for step in listening)
-    else:
-        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
-    state, ahead = _take_steps(block_plan.mid, state._replace(tokens_BNC=x), evidence, run)
-    x = state.tokens_BNC
-    return state._replace(tokens_BNC=x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), evidence=ahead)
+        x = block(x) if bias is None else block(x, attn_mask=bias)
+        return state._replace(tokens_BNC=x, evidence=())
+    call, path = BlockCall(index, run, state, listening, learning), f"model.blocks[{index}]"
+    check_takes_call(block, path)
+    x = block(x, attn_mask=bias, call=call)
+    check_was_called(call.left, path)
+    return call.left._replace(tokens_BNC=x)  # type: ignore[union-attr]
 
 
 def _take_steps(

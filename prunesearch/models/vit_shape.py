@@ -13,16 +13,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
+from prunesearch.models.layers import check_countable, macs_per_token
+from prunesearch.models.swap import timm_class
 from prunesearch.schedule import ModelShape
 
 
 def shape_of(model: Any) -> ModelShape:
-    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain Block."""
+    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain Block, and for
+    layers whose cost is not known."""
     _check_blocks(model)
-    block = model.blocks[0]
-    attention = block.attn
-    gate = gate_of(attention)
-    heads = [layer for layer in (model.head, getattr(model, "head_dist", None)) if isinstance(layer, nn.Linear)]
+    attention = model.blocks[0].attn
+    gate_macs, mlp_macs = _block_macs(model)
+    for name in ("norm_pre", "norm", "fc_norm", "head_drop"):
+        macs_per_token(getattr(model, name), f"model.{name}")
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
     return ModelShape(
         depth=len(model.blocks),
@@ -32,10 +35,10 @@ def shape_of(model: Any) -> ModelShape:
         patch_tokens=model.patch_embed.num_patches,
         prefix_tokens=model.num_prefix_tokens,
         class_tokens=model.has_class_token + isinstance(model, VisionTransformerDistilled),
-        mlp_macs=_matrix_sizes(block.mlp),
+        mlp_macs=mlp_macs,
         stem_macs=_stem_macs(model),
-        head_macs=sum(layer.weight.numel() for layer in heads),
-        gate_macs=0 if gate is None else gate.weight.numel(),
+        head_macs=sum(macs_per_token(getattr(model, name, None), f"model.{name}") for name in ("head", "head_dist")),
+        gate_macs=gate_macs,
         pool_macs=pool_macs,
         pool_macs_per_token=pool_macs_per_token,
         pool_macs_per_pair=pool_macs_per_pair,
@@ -48,9 +51,14 @@ def gate_of(attention: Attention) -> nn.Linear | None:
 
 
 def _check_blocks(model: Any) -> None:
+    if timm_class(model.blocks) is not nn.Sequential:
+        raise ModelError(
+            f"model.blocks: {type(model.blocks).__qualname__} is not supported. Possible: the nn.Sequential that timm "
+            f"makes. Put that back."
+        )
     for index, block in enumerate(model.blocks):
-        for part, wanted in ((block, Block), (getattr(block, "attn", None), Attention)):
-            if type(part) is not wanted:
+        for part, wanted in ((block, Block), (getattr(block, "attn", block), Attention)):
+            if timm_class(part) is not wanted:
                 found = f"{type(part).__module__}.{type(part).__qualname__}"
                 raise ModelError(
                     f"model block {index}: {found} is not supported. Possible: timm's {wanted.__name__}, exactly; "
@@ -58,13 +66,38 @@ def _check_blocks(model: Any) -> None:
                 )
 
 
-def _matrix_sizes(module: nn.Module) -> int:
-    """MACs per token of the linear layers in a module."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+def _block_macs(model: Any) -> tuple[int, int]:
+    """MACs per token of the gate and of the MLP, the same in each block. Raises ModelError where blocks differ, or
+    attention's layers have other sizes than the arithmetic takes them to have."""
+    first = model.blocks[0].attn
+    width = first.num_heads * first.head_dim
+    for index, block in enumerate(model.blocks):
+        layers = {
+            name: macs_per_token(layer, f"model.blocks[{index}].{name}")
+            for name, layer in (*_flat_children(block, "attn"), *_flat_children(block.attn, prefix="attn."))
+        }
+        gate, mlp = layers.pop("attn.gate", 0), layers.pop("mlp")
+        sizes = {name: size for name, size in layers.items() if size}
+        if index == 0:
+            gate_of_first, mlp_of_first = gate, mlp
+        wanted = {"attn.qkv": 3 * model.embed_dim * width, "attn.proj": model.embed_dim * width}
+        if sizes != wanted or (gate, mlp) != (gate_of_first, mlp_of_first):
+            found = ", ".join(f"{name} {size}" for name, size in {**sizes, "attn.gate": gate, "mlp": mlp}.items())
+            raise ModelError(
+                f"model.blocks[{index}]: its layers have other sizes than the arithmetic takes all blocks to have, in "
+                f"MACs a token: {found}. Possible: {', '.join(f'{name} {size}' for name, size in wanted.items())}, "
+                f"attn.gate {gate_of_first}, mlp {mlp_of_first}. Use a model whose blocks are alike."
+            )
+    return gate_of_first, mlp_of_first
+
+
+def _flat_children(module: nn.Module, but: str = "", prefix: str = "") -> list[tuple[str, nn.Module]]:
+    return [(prefix + name, child) for name, child in module.named_children() if name != but]
 
 
 def _stem_macs(model: Any) -> int:
     embed = model.patch_embed
+    check_countable(embed, "model.patch_embed")
     if type(embed) is PatchEmbed:
         return embed.proj.weight.numel() * embed.num_patches
     # a hybrid stem (a small CNN) has no closed form: count one pass without data
@@ -78,7 +111,13 @@ def _pool_macs(model: Any) -> tuple[int, int, int]:
     pool = model.attn_pool
     if pool is None:
         return 0, 0, 0
-    if isinstance(pool, AttentionPoolLatent):
-        per_token = pool.kv.weight.numel() + 2 * pool.latent_len * pool.kv.in_features
-        return pool.latent_len * (_matrix_sizes(pool) - pool.kv.weight.numel()), per_token, 0
-    return 0, 0, 2 * model.embed_dim  # timm's AttentionPoolPrr: self-attention without projections
+    layers = {name: macs_per_token(layer, f"model.attn_pool.{name}") for name, layer in pool.named_children()}
+    if type(pool) is AttentionPoolLatent:
+        per_token = layers.pop("kv")
+        return pool.latent_len * sum(layers.values()), per_token + 2 * pool.latent_len * pool.kv.in_features, 0
+    if type(pool).__qualname__ == "AttentionPoolPrr" and not any(layers.values()):  # timm 1.0.24 does not have it yet
+        return 0, 0, 2 * model.embed_dim  # self-attention without projections
+    raise ModelError(
+        f"model.attn_pool: the cost of a {type(pool).__module__}.{type(pool).__qualname__} is not known. Possible: "
+        f"timm's AttentionPoolLatent and AttentionPoolPrr, exactly. Choose a model with one of those, or without."
+    )

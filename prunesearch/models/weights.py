@@ -12,37 +12,48 @@ from prunesearch.errors import ModelError
 
 
 def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> None:
-    """Load into a model with a schedule. Raises ModelError, with what is missing or does not fit, and then loads
-    nothing."""
+    """Load into a model. Raises ModelError, with what is missing or does not fit, and then loads nothing."""
+    model.load_state_dict(fitting_weights(weights, model.state_dict()))
+
+
+def fitting_weights(weights: str | Path | Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the tensors of `wanted` are: each name, shape, dtype and device, so that loading them cannot fail.
+
+    Raises ModelError for a file that cannot be read, and with what is missing or does not fit.
+    """
     if isinstance(weights, (str, Path)):
         place, state = f"weights {str(weights)!r}", read_weights(weights)
     else:
         place, state = "weights", dict(weights)
-    problems = misfits(state, model.state_dict())
+    problems = misfits(state, wanted)
     if problems:
         raise ModelError(
             f"{place}: does not fit the model with this schedule: {'; '.join(problems)}. Possible: the weights that "
             f"were exported with exactly this schedule. Check that the files belong together."
         )
-    model.load_state_dict(state)
+    return {name: state[name].to(value) for name, value in wanted.items()}
 
 
 def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """How weights differ from those a model has: names it lacks, names too many, other shapes. Empty when they fit."""
+    """How weights differ from those a model has: names it lacks, names too many, other shapes, no values. Empty when
+    they fit."""
 
     def listed(text: str, names: list[str]) -> list[str]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         return [f"{text} {', '.join(names[:4])}{more}"] if names else []
 
+    there = {name: value for name, value in state.items() if isinstance(value, Tensor) and name in wanted}
     shapes = [
-        f"{name} ({tuple(state[name].shape)}, not {tuple(value.shape)})"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
+        f"{name} ({tuple(value.shape)}, not {tuple(wanted[name].shape)})"
+        for name, value in there.items()
+        if value.shape != wanted[name].shape
     ]
     return (
         listed("it lacks", [name for name in wanted if name not in state])
         + listed("the model has no", [name for name in state if name not in wanted])
         + listed("other shapes:", shapes)
+        + listed("no tensors:", [name for name in state if name in wanted and name not in there])
+        + listed("tensors without values:", [n for n, v in there.items() if v.is_meta and not wanted[n].is_meta])
     )
 
 

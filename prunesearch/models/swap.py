@@ -1,0 +1,98 @@
+"""The classes of a model and of modules inside it, swapped for ours and back; and what a module's forward must take."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+from prunesearch.errors import ModelError
+
+
+class Swapped(nn.Module):
+    """Base of the classes that `apply_schedule` puts in the place of timm's. Each is importable, so that modules
+    pickle, and does what timm's does unless it is handed a `call`."""
+
+    stands_for: ClassVar[type[nn.Module]]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """PyTorch asks this before it scripts a module. A script cannot express the steps of a schedule."""
+        raise ModelError(
+            "torch.jit.script: the model carries a token schedule, which TorchScript cannot compile. Possible: "
+            "torch.jit.trace, torch.export or torch.compile, for a schedule with fixed counts. Use one of those."
+        )
+
+
+class Place(NamedTuple):
+    """A module inside a model, its path, and the class that it gets. calls: whether passes hand it a `call`."""
+
+    path: str
+    module: nn.Module
+    swapped: type[Swapped]
+    calls: bool
+
+
+def timm_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without a schedule."""
+    return module.stands_for if isinstance(module, Swapped) else type(module)
+
+
+def check_forwards(places: Iterable[Place]) -> None:
+    """Raise ModelError for a module whose forward was replaced on the instance: what was wrapped is timm's own, in
+    which no step can run."""
+    for place in places:
+        if place.calls and "forward" in vars(place.module):
+            raise ModelError(
+                f"{place.path}: its forward was replaced on the instance, but a step of the schedule has to run in it. "
+                f"Possible: forward hooks, or a replacement made after apply_schedule that passes its arguments on. "
+                f"Undo the replacement (del {place.path}.forward), or move the stage to another block."
+            )
+
+
+def check_unwrapped(places: Iterable[Place]) -> None:
+    """Raise ModelError when a module's class was changed after the schedule was applied, so that swapping it back
+    would take that away too."""
+    for place in places:
+        if type(place.module) is not place.swapped:
+            raise ModelError(
+                f"{place.path}: is a {type(place.module).__qualname__} by now, which something made of it after the "
+                f"schedule was applied (fully_shard, parametrize). Possible: to change the schedule before that. "
+                f"Build the model anew, or undo it first."
+            )
+
+
+def swap(places: Iterable[Place]) -> None:
+    """Give each module its class."""
+    for place in places:
+        place.module.__class__ = place.swapped
+
+
+def swap_back(places: Iterable[Place]) -> None:
+    """Give each module the class it had."""
+    for place in places:
+        place.module.__class__ = place.swapped.stands_for
+
+
+def check_takes_call(module: nn.Module, path: str) -> None:
+    """Raise ModelError when a forward that was replaced on the instance cannot be handed a `call`."""
+    if "forward" in module.__dict__:
+        try:
+            inspect.signature(module.forward).bind(None, call=None)
+        except TypeError:
+            _refuse_replacement(path)
+
+
+def check_was_called(done: Any, path: str) -> None:
+    """Raise ModelError when `done`, which our forward leaves behind, is None: another one ran in its place."""
+    if done is None:
+        _refuse_replacement(path)
+
+
+def _refuse_replacement(path: str) -> None:
+    raise ModelError(
+        f"{path}: its forward was replaced by one that does not run the step of the schedule inside it. Possible: "
+        f"forward hooks, or a replacement that calls the one it replaces with all arguments (*args, **kwargs). "
+        f"Undo the replacement (del {path}.forward), or move the stage to another block."
+    )

@@ -1,0 +1,276 @@
+"""What others attach to a model works with a schedule as without: hooks, replaced forwards and layers, compiled blocks.
+
+The rule is in the docstring of `prunesearch.models`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_models import images, small_model, some_pairs, two_stages
+from test_feature_map import HOLDS, inputs, map_model
+from test_masked import adaptive, learned_first
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prunesearch.errors import ModelError
+from prunesearch.models import apply_schedule, remove_schedule, shape_of, trace
+from prunesearch.schedule import Schedule
+
+pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning", "ignore:Full backward hook")
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Schedule]] = {
+    "vit": (small_model, two_stages("class_attention", "squeeze")),
+    "swin": (lambda: map_model("swin"), HOLDS),
+    "convnext": (lambda: map_model("convnext"), HOLDS),
+}
+SEQUENCE = {"vit": "blocks", "swin": "layers", "convnext": "stages"}
+BLOCK = {"vit": "blocks.1", "swin": "layers.2.blocks.1", "convnext": "stages.2.blocks.1"}
+PARTS = {
+    "vit": ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"),
+    "swin": ("norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1"),
+    "convnext": ("conv_dw", "norm", "mlp", "mlp.fc1"),
+}
+MODULES = [
+    (family, path)
+    for family in FAMILIES
+    for path in dict.fromkeys(
+        (
+            "",
+            SEQUENCE[family],
+            BLOCK[family].rpartition(".blocks")[0],
+            BLOCK[family].rpartition(".")[0],
+            BLOCK[family],
+            *(f"{BLOCK[family]}.{part}" for part in PARTS[family]),
+        )
+    )
+]
+CASES = {
+    **{f"{score}-{verb}-{at}": two_stages(score, verb, at) for score, verb in some_pairs() for at in ("pre", "mid")},
+    "masked": learned_first("none", "merge", "mid"),
+    "threshold": adaptive("class_attention", "fuse"),
+}
+
+
+def made(family: str) -> tuple[nn.Module, Tensor, Schedule]:
+    make, schedule = FAMILIES[family]
+    model = make()
+    return model, images() if family == "vit" else inputs(model), schedule
+
+
+def fired(model: nn.Module, x: Tensor, kind: str) -> list[str]:
+    """Names of the dense model's modules whose hooks of one kind fire in a training step, in that order."""
+    names: list[str] = []
+    register = {
+        "forward": lambda module, note: module.register_forward_hook(note),
+        "forward_pre": lambda module, note: module.register_forward_pre_hook(note),
+        "full_backward": lambda module, note: module.register_full_backward_hook(note),
+        "full_backward_pre": lambda module, note: module.register_full_backward_pre_hook(note),
+    }[kind]
+    hooks = [
+        register(module, lambda *_, name=name: names.append(name))
+        for name, module in model.named_modules()
+        if not name.startswith("token_stages")
+    ]
+    model(x.requires_grad_()).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return names
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_hooks_fire_in_the_same_order(family: str, kind: str) -> None:
+    model, x, schedule = made(family)
+    before = fired(model, x, kind)
+    after = fired(apply_schedule(model, schedule), x, kind)
+    assert BLOCK[family] in before and f"{BLOCK[family]}.mlp.fc1" in before
+    assert after == before if kind.startswith("forward") else sorted(after) == sorted(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_fire_with_every_score_and_verb(case: str) -> None:
+    for training in (False, True):
+        model = small_model("registers").train(training)
+        before = fired(model, images(), "forward")
+        after = fired(apply_schedule(model, CASES[case]), images(), "forward")
+        if case == "threshold" and not training:  # once for each group of images
+            assert list(dict.fromkeys(after)) == list(dict.fromkeys(before))
+        else:
+            assert [name for name in after if "attn_drop" not in name] == [
+                name for name in before if "attn_drop" not in name
+            ]
+
+
+def changed(model: nn.Module, path: str, x: Tensor, change: Callable[[nn.Module], object]) -> Tensor:
+    """Logits of a copy in which one module was changed."""
+    model = copy.deepcopy(model)
+    change(model.get_submodule(path))
+    with torch.no_grad():
+        return model(x)
+
+
+def doubling_forward(module: nn.Module) -> None:
+    old = module.forward
+    module.forward = lambda *args, **kwargs: 2 * old(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("family", "path"), MODULES)
+def test_what_hooks_and_replaced_forwards_change_is_used(family: str, path: str) -> None:
+    model, x, schedule = made(family)
+    dense = changed(model, path, x, lambda module: module.register_forward_hook(lambda *given: 2 * given[-1]))
+    apply_schedule(model, schedule)
+    with torch.no_grad():
+        plain = model(x)
+    hooked = changed(model, path, x, lambda module: module.register_forward_hook(lambda *given: 2 * given[-1]))
+    assert not torch.allclose(hooked, plain) and not torch.allclose(hooked, dense)
+    assert torch.equal(changed(model, path, x, doubling_forward), hooked)
+    pre = changed(model, path, x, lambda module: module.register_forward_pre_hook(lambda _, given: (given[0] * 1.5,)))
+    assert not torch.allclose(pre, plain)
+
+
+@pytest.mark.parametrize(("family", "path"), MODULES)
+def test_a_forward_replaced_before_is_used_or_named(family: str, path: str) -> None:
+    """It wraps timm's own forward. In a module where a step works that cannot be used."""
+    model, x, schedule = made(family)
+    hooked = copy.deepcopy(model)
+    hooked.get_submodule(path).register_forward_hook(lambda *given: 2 * given[-1])
+    doubling_forward(model.get_submodule(path))
+    before = model(x)
+    works_inside = path in ("", SEQUENCE[family], *BLOCK[family].split(".mlp")) or path.endswith((".2", ".blocks"))
+    if works_inside or path == "blocks.1.attn":
+        named = r"\.blocks\[1\]" if path.startswith(BLOCK[family]) else "model"
+        with pytest.raises(ModelError, match=rf"{named}.*its forward was replaced on the instance.*Undo the"):
+            apply_schedule(model, schedule)
+        assert torch.equal(model(x), before)
+    else:
+        assert torch.equal(apply_schedule(model, schedule)(x), apply_schedule(hooked, schedule)(x))
+
+
+@pytest.mark.parametrize(("family", "path"), MODULES)
+def test_a_forward_that_leaves_out_the_step_is_named(family: str, path: str) -> None:
+    model, x, schedule = made(family)
+    dense = copy.deepcopy(model).get_submodule(path)
+    module = apply_schedule(model, schedule).get_submodule(path)
+    works_inside = path in (SEQUENCE[family], BLOCK[family], "blocks.1.attn") or path.endswith((".2", ".blocks"))
+    if works_inside:
+        for forward in (lambda x: dense(x), lambda x, *args, **kwargs: dense(x)):
+            module.forward = forward
+            with pytest.raises(ModelError, match=r"does not run the step of the schedule.*del model\."):
+                model(x)
+    elif path:
+        module.forward = lambda *args, **kwargs: dense(*args, **kwargs)
+        model(x)
+    else:
+        module.forward = lambda x: dense(x)
+        with pytest.raises(ModelError, match="does not run the step"):
+            trace(model, x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replaced_forward_where_no_step_works_is_used(family: str) -> None:
+    model, x, schedule = made(family)
+    hooked, path = copy.deepcopy(model), f"{BLOCK[family][:-1]}0"
+    hooked.get_submodule(path).register_forward_hook(lambda *given: 2 * given[-1])
+    doubling_forward(model.get_submodule(path))
+    assert torch.equal(apply_schedule(model, schedule)(x), apply_schedule(hooked, schedule)(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replaced_forward_outlives_the_schedule(family: str) -> None:
+    model, x, schedule = made(family)
+    hooked = copy.deepcopy(model)
+    hooked.get_submodule(BLOCK[family]).register_forward_hook(lambda *given: 2 * given[-1])
+    doubling_forward(apply_schedule(model, schedule).get_submodule(BLOCK[family]))
+    assert torch.equal(remove_schedule(model)(x), hooked(x))
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Half the weight."""
+        return 0.5 * weight
+
+
+class WithLora(nn.Module):
+    """A linear layer with a low-rank addition, as peft wraps one."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        generator = torch.Generator().manual_seed(0)
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=generator))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+LINEAR = [(family, path) for family, path in MODULES if path.endswith(("qkv", "proj", "fc1"))]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("family", "path"), LINEAR)
+def test_parametrized_and_replaced_layers_are_used(family: str, path: str, when: str) -> None:
+    model, x, schedule = made(family)
+    weight = f"{path}.weight"
+
+    def with_schedule(change: Callable[[nn.Module], object]) -> nn.Module:
+        changed = copy.deepcopy(model)
+        for step in (change, lambda it: apply_schedule(it, schedule))[:: 1 if when == "before" else -1]:
+            step(changed)
+        return changed
+
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        halved.get_parameter(weight).mul_(0.5)
+    expected = apply_schedule(halved, schedule)(x)
+    found = with_schedule(lambda it: parametrize.register_parametrization(it.get_submodule(path), "weight", Halved()))
+    torch.testing.assert_close(found(x), expected)
+    assert shape_of(found) == shape_of(halved)
+
+    def put_lora(it: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(it.get_submodule(parent), name, WithLora(it.get_submodule(path)))
+
+    if when == "before":
+        with pytest.raises(ModelError, match=rf"{path.rpartition('.')[2]}: the cost of a .*WithLora is not known"):
+            with_schedule(put_lora)
+        return
+    lora = with_schedule(put_lora)
+    merged = copy.deepcopy(model)
+    wrapped = lora.get_submodule(path)
+    with torch.no_grad():
+        merged.get_parameter(weight).add_(wrapped.up @ wrapped.down)
+    torch.testing.assert_close(lora(x), apply_schedule(merged, schedule)(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_block_runs_compiled(family: str, when: str) -> None:
+    model, x, schedule = made(family)
+    expected = apply_schedule(copy.deepcopy(model), schedule)(x)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    block = model.get_submodule(BLOCK[family])
+    if when == "before":
+        block.compile(backend=backend, fullgraph=True)
+        model(x)
+        graphs.clear()
+    apply_schedule(model, schedule)
+    if when == "after":
+        block.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(model(x[:2]), expected[:2])
+    assert graphs
