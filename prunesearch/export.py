@@ -61,6 +61,7 @@ def export(
             "finetuned_images": evaluation.images,
             **({"supernet_images": config.supernet.images} if evaluation.start and config.supernet else {}),
             "device": evaluation.device,
+            **({"data_notes": list(evaluation.data_notes)} if evaluation.data_notes else {}),
             **({"again": again_row(record)} if record.confirmations else {}),
         },
         made_by={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prunesearch.config import DataConfig, ModelConfig
 from prunesearch.evaluate.build import build_model, check_checkpoint, model_shape
 from prunesearch.evaluate.data import DATASETS, check_paths
+from prunesearch.evaluate.inputs import Inputs, check_inputs
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
 from prunesearch.evaluate.run import evaluate
 from prunesearch.evaluate.task import Evaluation, Task
@@ -13,12 +14,14 @@ __all__ = [
     "DATASETS",
     "METRICS",
     "Evaluation",
+    "Inputs",
     "Measured",
     "Metric",
     "Subject",
     "Task",
     "build_model",
     "check_files",
+    "check_inputs",
     "computed_metric",
     "evaluate",
     "measured_metric",
