@@ -163,8 +163,8 @@ def _check_inputs(config: StudyConfig) -> int:
     here = config.workers.address is None
     inputs = check_inputs(config.model, config.data, config.workers.device, here=here, report=progress)
     classes = "" if inputs.classes is None else f", {len(inputs.classes)} classes"
-    counts = ", ".join(f"{count:,} {split} pictures" for split, count in inputs.counts)
-    print(f"Weights and data: fine. {counts or 'A stream'}{classes}.")
+    counts = [f"{split} {'a stream' if count is None else f'{count:,} pictures'}" for split, count in inputs.counts]
+    print(f"Weights and data: fine{''.join(f', {text}' for text in counts)}{classes}.")
     for note in inputs.notes:
         print(f"  {note}")
     if inputs.unseen:

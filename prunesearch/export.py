@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.errors import RunError, StudyError, UserError
-from prunesearch.evaluate import Evaluation, Task, evaluate
+from prunesearch.evaluate import Evaluation, Task, check_inputs, evaluate
 from prunesearch.files import ScheduleFile, from_mapping, save_schedule, to_mapping
 from prunesearch.schedule import Schedule
 from prunesearch.search.again import again_row
@@ -185,11 +186,14 @@ def measure_again(
     """Evaluate the dense model and an exported schedule, as they come: (dense, pruned).
 
     Model and data are those given, else the study's, else those the file names. Weights beside the file (relative to
-    `folder`) are used for the pruned model. Raises UserError when model or data are known from nowhere, RunError when
-    an evaluation fails.
+    `folder`) are used for the pruned model. Raises UserError when model or data are known from nowhere or
+    are not as they must be, RunError when an evaluation fails.
     """
     model, data = model_and_data(file, study, model, data)
     weights = None if file.weights is None else str(folder / file.weights)
+    for plugin in study.plugins if study else ():
+        importlib.import_module(plugin)
+    check_inputs(model, data, device, keep=True)
     results = []
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +30,11 @@ from prunesearch.evaluate.data import (
     unreadable_note,
     warn_once,
 )
-from prunesearch.evaluate.images import image_input, refuse_unreadable
+from prunesearch.evaluate.images import ImageInput, ImageSet, image_input, refuse_unreadable
 from prunesearch.evaluate.machine import find_device
 from prunesearch.evaluate.picture_files import PictureFiles
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 FILE = "inputs.json"
 """In the study folder: which lists of pictures were found to be readable, so that a large set is looked at once."""
@@ -49,13 +46,14 @@ Report = Callable[[Split, int, "int | None"], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found. counts: how many images of each split are used. classes: their names, None when unknown.
+    """What was found.
 
-    notes: what was left out. unseen: what was not looked at. order_is_open: whether the classes would have other
-    indices in torchvision's order, and the study does not say which it means.
+    counts: how many images of each split are used, None for a stream. classes: their names, None when unknown. outputs:
+    of the model. notes: what was left out. unseen: what was not looked at. order_is_open: whether the classes would
+    have other indices in torchvision's order, and the study does not say which it means.
     """
 
-    counts: tuple[tuple[Split, int], ...] = ()
+    counts: tuple[tuple[Split, int | None], ...] = ()
     classes: tuple[str, ...] | None = None
     outputs: int = 0
     notes: tuple[str, ...] = ()
@@ -94,41 +92,38 @@ def check_inputs(
     if not (here or _is_visible(data)):
         return Inputs(unseen=(*unseen, "the data"), outputs=outputs)
     check_paths(data)
-    splits: list[Split] = ["train", "validation", *(["test"] if data.has_test else [])]  # type: ignore[list-item]
+    splits: list[Split] = ["train", "validation"]
+    splits += ["test"] if data.has_test else []
     check_classes(data, outputs, splits)
-    known = _recall(memory)
-    notes, found = [], dict(known)
-    counts: list[tuple[Split, int]] = []
-    keys: dict[Split, str | None] = {}
     for split in splits:
         check_labels(data, outputs, split)
-        notes += notes_of(data, split)
-        images, chosen = chosen_images(data, split)
-        keys[split] = _key(images, chosen, split, data)
-        if chosen is not None:
-            counts.append((split, len(chosen)))
-    decoded: set[Split] = set()
-    if keep and data.in_memory and not all(_is_known(known, split, keys[split]) for split in ("train", "validation")):
-        sets = open_data(data, dense)
-        decoded = {"train", "validation"}
-        for split, images in zip(("train", "validation"), sets, strict=True):
-            own = [note for note in images.notes if note not in notes]
-            notes += own
-            _learn(found, split, keys[split], own)
+    known = _recall(memory)
+    keys = {split: _key(data, split) for split in splits}
+    fresh = [split for split in splits if keys[split] is None or known.get(split, {}).get("key") != keys[split]]
+    opened: dict[str, ImageSet] = {}
+    if keep and data.in_memory and {"train", "validation"} & set(fresh):
+        opened = dict(zip(("train", "validation"), open_data(data, dense), strict=True))
+    found, notes = dict(known), list[str]()
     for split in splits:
-        if split in decoded:
-            continue
-        if _is_known(known, split, keys[split]):
-            own = list(known[split]["notes"])
+        if split in opened:
+            left_out = [note for note in opened[split].notes if note not in notes_of(data, split)]
+        elif split in fresh:
+            left_out = _look(data, wanted, outputs, split, report)
         else:
-            own = _look(data, wanted, outputs, split, report)
-            _learn(found, split, keys[split], own)
-        for note in own:
+            left_out = known[split]["notes"]
+        if keys[split] is not None:
+            found[split] = {"key": keys[split], "notes": left_out}
+        for note in left_out:
             warn_once(f"data: {note}")
-        notes += own
+        notes += [*notes_of(data, split), *left_out]
     if memory is not None and found != known:
         memory.mkdir(parents=True, exist_ok=True)
         write_atomically(memory / FILE, json.dumps(found, indent=1).encode())
+    counts = [
+        (split, None if chosen is None else len(chosen))
+        for split in splits
+        for _, chosen in [chosen_images(data, split)]
+    ]
     classes, order_is_open = classes_of(data)
     return Inputs(tuple(counts), classes, outputs, tuple(notes), tuple(unseen), order_is_open)
 
@@ -155,7 +150,7 @@ def _is_visible(data: DataConfig) -> bool:
     return data.name in DATASETS or (bool(roots) and all(Path(root).exists() for root in roots))
 
 
-def _look(data: DataConfig, wanted: Any, outputs: int, split: Split, report: Report) -> list[str]:
+def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Report) -> list[str]:
     """Read the pictures of a split; what is left out of it. Raises DataError when that is too much."""
     images, chosen = chosen_images(data, split)
     often = _seldom(lambda done, total: report(split, done, total))
@@ -183,32 +178,26 @@ def _seldom(report: Callable[[int, int | None], None]) -> Callable[[int, int | N
     return often
 
 
-def _key(images: Any, chosen: Sequence[int] | None, split: Split, data: DataConfig) -> str | None:
-    """What a look at these pictures depends on: their names, and of those that are decoded, sizes and times too; of a
-    large training set these would take minutes over a network. None for what has no files."""
+def _key(data: DataConfig, split: Split) -> str | None:
+    """What a look at the pictures of a split depends on: their names, and of those that are decoded, sizes and times
+    too; of a large training set these would take minutes over a network. None for what has no files."""
+    images, chosen = chosen_images(data, split)
     if not isinstance(images, PictureFiles) or chosen is None:
         return None
-    digest = hashlib.sha256(f"{PIL.__version__} {data.allow_unreadable} {data.root} {data.in_memory}".encode())
+    digest = hashlib.sha256(f"{PIL.__version__} {data.allow_unreadable} {data.root}".encode())
     for index in chosen:
-        name, stamp = images.name(index), "" if split == "train" else images.stamp(index)
+        stamp = "" if split == "train" else images.stamp(index)
         if stamp is None:
             return None
-        digest.update(f"{name}\0{stamp}\n".encode(errors="surrogateescape"))
+        digest.update(f"{images.name(index)}\0{stamp}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _recall(memory: Path | None) -> dict[str, Any]:
-    """What earlier runs noted; nothing when the file is missing or damaged, as it only saves time."""
+    """By split: the key of what an earlier run looked at, and what it left out. Nothing when the file is missing or
+    damaged, as it only saves time."""
     try:
-        return dict(json.loads((memory / FILE).read_text())) if memory is not None else {}
-    except (OSError, ValueError):
+        content = json.loads((memory / FILE).read_text()) if memory is not None else {}
+        return {split: {"key": one["key"], "notes": list(one["notes"])} for split, one in content.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
-
-
-def _is_known(known: dict[str, Any], split: Split, key: str | None) -> bool:
-    return key is not None and isinstance(known.get(split), dict) and known[split].get("key") == key
-
-
-def _learn(found: dict[str, Any], split: Split, key: str | None, notes: list[str]) -> None:
-    if key is not None:
-        found[split] = {"key": key, "notes": notes}

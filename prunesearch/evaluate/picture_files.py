@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -257,6 +257,7 @@ def _list_tar(path: str, field: str) -> Listing:
                     target = info.linkname if info.islnk() else f"{PurePosixPath(clean).parent}/{info.linkname}"
                     known = members.get(os.path.normpath(target), Member(clean, -1, 0))
                     members[clean] = known._replace(name=clean)
+            _check_end(tar)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
             f"data.{field}: {path!r} is a file, but cannot be read as a tar file: {error}. Possible: a folder, or a "
@@ -270,12 +271,18 @@ def _walk_tar(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, int]
     its name, as in ImageNet's training set."""
     for info in tar:
         if info.isfile() and info.name.lower().endswith(".tar") and not is_hidden(os.path.basename(info.name)):
+            folder = os.path.splitext(info.name)[0]
             with tarfile.open(fileobj=tar.extractfile(info), mode="r:") as inner:
                 for inside in inner:
-                    yield (
-                        inside,
-                        f"{Path(info.name).with_suffix('')}/{inside.name}",
-                        info.offset_data + inside.offset_data,
-                    )
+                    yield inside, f"{folder}/{inside.name}", info.offset_data + inside.offset_data
+                _check_end(inner)
         else:
             yield info, info.name, info.offset_data
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raises ReadError unless a block of zeros follows the last member: tarfile takes any other end for one."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("unexpected end of data")
