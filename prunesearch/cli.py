@@ -137,8 +137,11 @@ def _check(parsed: argparse.Namespace) -> int:
     from prunesearch.files import is_schedule_file, load_study
 
     if is_schedule_file(parsed.file):
+        if parsed.deep:
+            raise UserError(f"{parsed.file}: --deep opens weights and data, which a study names. Leave --deep out.")
         return _check_schedule(parsed)
-    return _check_study(load_study(parsed.file, parsed.set))
+    config = load_study(parsed.file, parsed.set)
+    return _check_study(config) or (_check_inputs(config) if parsed.deep else 0)
 
 
 def _check_study(config: StudyConfig) -> int:
@@ -172,6 +175,24 @@ def _check_study(config: StudyConfig) -> int:
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
         print(f"  {WORD:<20} up to {STARTS} schedules, predicted from {len(stages)} stages that the run measures first")
+    return 0
+
+
+def _check_inputs(config: StudyConfig) -> int:
+    from prunesearch.evaluate import check_inputs
+
+    def progress(split: str, done: int, total: int | None) -> None:
+        _say(f"{split}: {done:,}{'' if total is None else f' of {total:,}'} pictures looked at")
+
+    here = config.workers.address is None
+    inputs = check_inputs(config.model, config.data, config.workers.device, here=here, report=progress)
+    classes = "" if inputs.classes is None else f", {len(inputs.classes)} classes"
+    counts = [f"{split} {'a stream' if count is None else f'{count:,} pictures'}" for split, count in inputs.counts]
+    print(f"Weights and data: fine{''.join(f', {text}' for text in counts)}{classes}.")
+    for note in inputs.notes:
+        print(f"  {note}")
+    if inputs.unseen:
+        print(f"  not looked at, as workers are on a cluster: {', '.join(inputs.unseen)}")
     return 0
 
 
@@ -602,6 +623,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path)
     check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
     _plugin_arguments(check)
+    check.add_argument("--deep", action="store_true", help="of a study: open weights and data too, as run does")
     check.add_argument("--model", metavar="NAME", help="check a schedule against this timm model")
 
     sensitivity = verb("sensitivity", _sensitivity, "what each stage alone does to the model's outputs, untrained")

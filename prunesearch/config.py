@@ -100,6 +100,18 @@ class DataConfig:
         above=0,
         high=1,
     )
+    class_order: tuple[str, ...] | None = _field(
+        "which class folder has which index: natural (2 before 10, as timm; the default), ascii (10 before 2, as "
+        "torchvision's ImageFolder), a list of class names, or a text file with one name in each line",
+        None,
+    )
+    allow_unreadable: float = _field(
+        "share of the training pictures that may be unreadable; they are left out, counted and named. Pictures for "
+        "validation and test must all be readable",
+        0.01,
+        low=0,
+        high=1,
+    )
     in_memory: bool = _field("decode once and keep uint8 images in memory; false decodes them each time", True)
     loaders: int = _field("processes that decode images; 0 decodes in the worker itself", 2, low=0, high=256)
 

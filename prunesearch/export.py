@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.errors import RunError, StudyError, UserError
-from prunesearch.evaluate import Evaluation, Task, evaluate
+from prunesearch.evaluate import Evaluation, Task, check_inputs, evaluate
 from prunesearch.files import ScheduleFile, save_schedule, to_mapping
-from prunesearch.plugins import all_plugins, missing_plugins
+from prunesearch.plugins import all_plugins, import_plugins, missing_plugins
 from prunesearch.schedule import Schedule
 from prunesearch.search.again import again_row
 from prunesearch.search.record import Record
@@ -71,6 +71,7 @@ def export(
             "finetuned_images": evaluation.images,
             **({"supernet_images": config.supernet.images} if evaluation.start and config.supernet else {}),
             "device": evaluation.device,
+            **({"data_notes": list(evaluation.data_notes)} if evaluation.data_notes else {}),
             **({"again": again_row(record)} if record.confirmations else {}),
         },
         made_by={
@@ -206,6 +207,8 @@ def measure_again(
     known_model, known_data = model_and_data(file, study)
     model, data = needed(model or known_model, data or known_data)
     weights = None if file.weights is None else str(folder / file.weights)
+    import_plugins(all_plugins(study.plugins if study else (), plugins))
+    check_inputs(model, data, device, keep=True)
     results = []
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(

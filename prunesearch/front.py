@@ -198,6 +198,7 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "tokens": list(evaluation.tokens) if evaluation else [],
                 "finetuned_images": evaluation.images if evaluation else 0,
                 "schedule": to_mapping(record.outcome),
+                **({"data_notes": list(evaluation.data_notes)} if evaluation and evaluation.data_notes else {}),
                 **({"again": again_row(record)} if record.confirmations else {}),
             }
         )

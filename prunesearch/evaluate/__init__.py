@@ -13,6 +13,7 @@ from prunesearch.evaluate.build import (
 )
 from prunesearch.evaluate.data import DATASETS, check_paths
 from prunesearch.evaluate.images import ImageInput, image_input
+from prunesearch.evaluate.inputs import Inputs, check_inputs
 from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
 from prunesearch.evaluate.run import evaluate
 from prunesearch.evaluate.task import Evaluation, Task
@@ -21,12 +22,14 @@ __all__ = [
     "DATASETS",
     "METRICS",
     "Evaluation",
+    "Inputs",
     "Measured",
     "Metric",
     "Subject",
     "Task",
     "build_model",
     "check_files",
+    "check_inputs",
     "computed_metric",
     "evaluate",
     "image_input_of",

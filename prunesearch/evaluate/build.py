@@ -273,13 +273,16 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
     place = f"model.checkpoint {path!r}"
     try:
         state = load_state_dict(path, weights_only=True)
+        other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+        if other:
+            raise TypeError(f"no tensors: {', '.join(other[:4])}")
+        if isinstance(model, VisionTransformer):
+            state = checkpoint_filter_fn(state, model)  # also resizes position embeddings, as timm does for its own
     except Exception as error:  # a damaged or foreign file raises anything
         raise ModelError(
-            f"{place}: cannot be read: {type(error).__name__}: {error}. Possible: .safetensors, or a .pth file that "
-            f"holds tensors only. Save the weights as safetensors."
+            f"{place}: cannot be read as weights of the model: {type(error).__name__}: {error}. Possible: "
+            f".safetensors, or a .pth file that holds tensors only. Save the weights as safetensors."
         ) from error
-    if isinstance(model, VisionTransformer):
-        state = checkpoint_filter_fn(state, model)  # also resizes position embeddings, as timm does for its own weights
     problems = misfits(state, model.state_dict())
     if problems:
         raise ModelError(

@@ -67,8 +67,8 @@ def mean_macs(
     amp: bool,
 ) -> float:
     """Mean MACs of the chosen images (indices), each by its own counts."""
-    counts = predict(model, images, batch_size, device, amp, indices=chosen).counts
-    return macs_by_counts(counts, steps_of(model), shape, len(chosen)).mean().item()
+    logits, _, counts = predict(model, images, batch_size, device, amp, indices=chosen)
+    return macs_by_counts(counts, steps_of(model), shape, len(logits)).mean().item()
 
 
 def _step_size(stage: Stage, shape: ModelShape) -> float:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL.Image import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torchvision.datasets import DatasetFolder
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
+from prunesearch.evaluate.class_order import class_of_folders, in_order, listed_classes, natural_key
 from prunesearch.evaluate.digits import PARTS, load_digits
-from prunesearch.evaluate.images import ImageInput, ImageSet, image_input
+from prunesearch.evaluate.images import ImageInput, ImageSet, Unreadable, collate, image_input, refuse_unreadable
+from prunesearch.evaluate.picture_files import (
+    FolderPictures,
+    PictureFiles,
+    ReaderPictures,
+    TarPictures,
+    list_pictures,
+)
 from prunesearch.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -32,10 +43,15 @@ FEW_IMAGES = 5000
 
 
 class Opened(NamedTuple):
-    """One split: a sequence of (PIL image, class index), or an iterable one, and the class names if they are known."""
+    """One split: a sequence of (PIL image, class index), or an iterable one, and the class names if they are known.
+
+    notes: what was left out, for people. ambiguous: whether the order of the classes was a choice that nobody made.
+    """
 
     images: Any
     classes: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
+    ambiguous: bool = False
 
 
 DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
@@ -70,22 +86,88 @@ def open_data(config: DataConfig, model: nn.Module, measured: Split = "validatio
     Raises DataError for what is not there, not readable, empty, or does not fit the model's classes.
     """
     wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
-    _check_classes(config, _open_split(config, "train").classes, _open_split(config, measured).classes, outputs)
+    check_classes(config, outputs, ("train", measured))
     return _open(config, wanted, outputs, "train"), _open(config, wanted, outputs, measured)
 
 
 def open_training(config: DataConfig, model: nn.Module) -> ImageSet:
     """The training images alone. Raises DataError as `open_data`."""
     wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
-    classes = _open_split(config, "train").classes
-    _check_classes(config, classes, classes, outputs)
+    check_classes(config, outputs, ("train",))
     return _open(config, wanted, outputs, "train")
 
 
 @lru_cache(maxsize=4)
 def _open(config: DataConfig, wanted: ImageInput, outputs: int, split: Split) -> ImageSet:
-    limit = {"train": config.train_images, "validation": config.val_images}.get(split)
-    return _image_set(config, wanted, outputs, _open_split(config, split).images, split, limit)
+    opened = _open_split(config, split)
+    return _image_set(config, wanted, outputs, opened.images, split, opened.notes)
+
+
+def chosen_images(config: DataConfig, split: Split) -> tuple[Any, Sequence[int] | None]:
+    """What a split holds, and the indices of the images that are used of it, in order; None for a stream."""
+    images = _open_split(config, split).images
+    if isinstance(images, IterableDataset):
+        return images, None
+    limit, count = _limit(config, split), len(images)
+    if limit is None or limit >= count:
+        return images, range(count)
+    generator = torch.Generator().manual_seed(SUBSET_SEED)
+    return images, torch.randperm(count, generator=generator)[:limit].sort().values.tolist()
+
+
+def _limit(config: DataConfig, split: Split) -> int | None:
+    return {"train": config.train_images, "validation": config.val_images}.get(split)
+
+
+def most_unreadable(config: DataConfig, split: Split, count: int) -> int:
+    """How many of `count` images of a split may be left out because they cannot be read."""
+    return math.floor(config.allow_unreadable * count) if split == "train" else 0
+
+
+def unreadable_images(
+    config: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Callable[[int, int], None]
+) -> list[Unreadable]:
+    """Decode all images that are used of a split, keep none, and say which cannot be read.
+
+    report: gets how many are done, and of how many. Raises DataError for a label that the model has no output for.
+    """
+    images, chosen = chosen_images(config, split)
+    prepare = partial(_prepare, wanted, outputs, split)
+    found: list[Unreadable] = []
+    if chosen is None:
+        for done, _ in enumerate(_stream(images, prepare, split, _limit(config, split))):
+            report(done, done)
+        return found
+    source = _Prepared(images, chosen, prepare)
+    done = 0
+    for labels, bad in _in_batches(source, config.loaders, _labels_alone):
+        found += bad
+        done += len(labels) + len(bad)
+        report(done, len(chosen))
+    return found
+
+
+def unreadable_headers(
+    pictures: PictureFiles, chosen: Sequence[int], loaders: int, report: Callable[[int, int], None]
+) -> list[Unreadable]:
+    """Open the files with these indices, decode none, and say which do not begin like a picture."""
+    found, done = [], 0
+    for batch in _in_batches(_Headers(pictures, chosen), loaders, list):
+        found += [one for one in batch if one is not None]
+        done += len(batch)
+        report(done, len(chosen))
+    return found
+
+
+def _in_batches(source: Dataset[Any], loaders: int, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
+    count = len(source)  # type: ignore[arg-type]
+    workers = loaders if count >= FEW_IMAGES else 0
+    return iter(DataLoader(source, batch_size=64, num_workers=workers, collate_fn=collate))
+
+
+def _labels_alone(items: list[Any]) -> tuple[list[int], list[Unreadable]]:
+    bad = [item for item in items if isinstance(item, Unreadable)]
+    return [item[1] for item in items if not isinstance(item, Unreadable)], bad
 
 
 def check_paths(config: DataConfig) -> None:
@@ -93,6 +175,12 @@ def check_paths(config: DataConfig) -> None:
     opens nothing."""
     if config.name in ("", "folder"):
         _folders(config)
+        listed_classes(config)
+    elif config.class_order is not None:
+        raise DataError(
+            f"data.class_order: {', '.join(config.class_order[:5])}, but {config.name!r} brings an order of its own. "
+            f"Possible: with a folder or .tar of class/image files. Leave class_order out."
+        )
     elif config.name not in DATASETS:
         _check_timm_name(config.name)
     if config.name == "digits" and config.has_test:
@@ -113,23 +201,107 @@ def _open_split(config: DataConfig, split: Split) -> Opened:
 
 
 def open_with_timm(config: DataConfig, split: Split) -> Opened:
-    """Folder, tar, torch/..., hfds/..., wds/... through timm.data.create_dataset."""
+    """torch/..., hfds/..., wds/... through timm.data.create_dataset; a folder or tar file by ourselves.
+
+    timm's own reader of folders leaves out most formats, and gives a neighbour for a picture that it cannot read.
+    """
     name = config.name
-    root = {"validation": config.val_root, "test": config.test_root}.get(split) or config.root
     if name in ("", "folder"):
-        name, root = "", _folders(config)[split]
-    else:
-        _check_timm_name(name)
+        return open_folder(config, split)
+    check_paths(config)
+    root = {"validation": config.val_root, "test": config.test_root}.get(split) or config.root
     wanted = _named_split(config, split)
     try:
-        images = create_dataset(name, root=root, split=wanted, search_split=name != "")
+        images = create_dataset(name, root=root, split=wanted, search_split=True)
     except Exception as error:  # readers raise anything: AssertionError, RuntimeError, ImportError, ...
         raise DataError(
-            f"data ({split}): timm cannot open {config.name or 'folder'!r} with root {root!r}, split {wanted!r}: "
+            f"data ({split}): timm cannot open {name!r} with root {root!r}, split {wanted!r}: "
             f"{type(error).__name__}: {error}. Possible: a folder or .tar of class/image files, or a name that "
             f"timm.data.create_dataset opens. Check name, root and the split's name."
         ) from error
-    return Opened(images, _class_names(images))
+    return Opened(_as_files(images), _class_names(images))
+
+
+def _as_files(images: Any) -> Any:
+    """What timm or torchvision opened by index, as files where there are any: theirs would be converted to 8-bit RGB
+    by dropping bits, and timm gives a neighbour for what it cannot read."""
+    if isinstance(images, ImageDataset):
+        return ReaderPictures(images)
+    if isinstance(images, DatasetFolder):
+        paths, labels = zip(*images.samples, strict=True)
+        return FolderPictures("", paths, labels)
+    return images
+
+
+def open_folder(config: DataConfig, split: Split) -> Opened:
+    """Pictures in class folders, on disk or in a tar file. Raises DataError for what is no such thing."""
+    check_paths(config)
+    field = _root_field(config, split)
+    root = _folders(config)[split]
+    listing = list_pictures(root, field)
+    folders = [name.rpartition("/")[0] for name in listing.pictures]
+    order = sorted(range(len(folders)), key=lambda index: natural_key(listing.pictures[index]))
+    if not order:
+        others = f" but {_some(listing.others)}" if listing.others else ""
+        raise DataError(
+            f"data.{field}: {root!r} has no pictures{others}. Possible: class/image files in a format that Pillow "
+            f"reads. Check the path."
+        )
+    class_of, classes = class_of_folders(config, folders, field)
+    index_of = {name: index for index, name in enumerate(classes)}
+    labels = [index_of[class_of[folders[index]]] for index in order]
+    pictures: PictureFiles
+    if listing.members is not None:
+        pictures = TarPictures(root, [listing.members[index] for index in order], labels)
+    else:
+        pictures = FolderPictures(root, [listing.pictures[index] for index in order], labels)
+    notes = []
+    if listing.others:
+        verb = (
+            "are no pictures that Pillow reads and were"
+            if len(listing.others) > 1
+            else "is no picture that Pillow reads and was"
+        )
+        notes.append(f"{_count(len(listing.others), split, 'file')} {verb} left out ({_some(listing.others)})")
+    if listing.empty:
+        what = "has an empty folder" if len(listing.empty) == 1 else f"has {len(listing.empty)} empty folders"
+        notes.append(f"the {_WORDS[split]} set {what}, which is no class ({_some(listing.empty)})")
+    for note in notes:
+        warn_once(f"data: {note}")
+    ambiguous = config.class_order is None and in_order(classes, "ascii") != classes
+    if ambiguous:
+        other = in_order(classes, "ascii")
+        place = next(index for index, name in enumerate(classes) if name != other[index])
+        warn_once(
+            f"data: the classes are in natural order, as in timm (index {place} is {classes[place]!r}); torchvision's "
+            f"ImageFolder has them in ASCII order (index {place} is {other[place]!r}). With weights of the other order "
+            f"nearly every answer is wrong. Possible: data.class_order: natural, ascii, or a list. Write the one that "
+            f"the weights were trained with."
+        )
+    return Opened(pictures, classes, tuple(notes), ambiguous)
+
+
+_WORDS: dict[Split, str] = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def _count(count: int, split: Split, what: str) -> str:
+    return f"{count} {_WORDS[split]} {what}{'s' if count != 1 else ''}"
+
+
+def _some(names: Collection[str]) -> str:
+    """The first few names of many."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@lru_cache(maxsize=256)
+def warn_once(text: str) -> None:
+    """Log a warning, the first time in this process that it is given."""
+    logger.warning("%s", text)
+
+
+def _root_field(config: DataConfig, split: Split) -> str:
+    given = {"validation": ("val_root", config.val_root), "test": ("test_root", config.test_root)}.get(split)
+    return given[0] if given is not None and given[1] is not None else "root"
 
 
 def _check_timm_name(name: str) -> None:
@@ -189,23 +361,21 @@ def _class_names(images: Any) -> tuple[str, ...] | None:
     return None
 
 
-def _check_classes(
-    config: DataConfig, train: tuple[str, ...] | None, validation: tuple[str, ...] | None, outputs: int
-) -> None:
-    if train is None or validation is None:
+def check_classes(config: DataConfig, outputs: int, splits: Sequence[Split]) -> None:
+    """Raises DataError when splits have other classes than the training images, or others than the model has outputs.
+    What the data set does not name cannot be compared."""
+    train = _open_split(config, "train").classes
+    if train is None:
         return
-    if train != validation:
-        differing = sorted(set(train) ^ set(validation))[:5]
-        raise DataError(
-            f"data {config.name!r}: training and validation have different classes ({len(train)} and "
-            f"{len(validation)}; for example {', '.join(map(repr, differing))}), so equal labels would mean different "
-            f"things. Possible: the same class folders in both. Check root and val_root."
-        )
-    if train in (("",), (".",)):
-        raise DataError(
-            f"data {config.name!r}: the images are not in class folders. Possible: files named class/image. "
-            f"Put each image in a folder named after its class."
-        )
+    for split in splits:
+        other = _open_split(config, split).classes
+        if other is not None and train != other:
+            differing = sorted(set(train) ^ set(other))[:5] or list(train[:5])
+            raise DataError(
+                f"data {config.name!r}: training and {split} have different classes ({len(train)} and "
+                f"{len(other)}; for example {', '.join(map(repr, differing))}), so equal labels would mean different "
+                f"things. Possible: the same class folders in both. Check root and {_root_field(config, split)}."
+            )
     if len(train) != outputs:
         shown = ", ".join(train[:5]) + (", ..." if len(train) > 5 else "")
         raise DataError(
@@ -214,64 +384,154 @@ def _check_classes(
         )
 
 
+def classes_of(config: DataConfig) -> tuple[tuple[str, ...] | None, bool]:
+    """The class names, None when they are unknown, and whether their order was a choice that nobody made."""
+    opened = _open_split(config, "train")
+    return opened.classes, opened.ambiguous
+
+
+def notes_of(config: DataConfig, split: Split) -> tuple[str, ...]:
+    """What is no picture of a split, for people."""
+    return _open_split(config, split).notes
+
+
+def check_labels(config: DataConfig, outputs: int, split: Split) -> None:
+    """Raises DataError for a class index beyond the model's outputs, where they are known without opening files."""
+    images = _open_split(config, split).images
+    labels = getattr(images, "labels", None)
+    if labels is None:
+        labels = getattr(images, "targets", None)  # torchvision
+    if labels is not None and len(labels):
+        values = torch.as_tensor(labels)
+        for label in (int(values.min()), int(values.max())):
+            _check_label(outputs, split, label)
+
+
+def _stream(
+    images: Any, prepare: Callable[[Image, Any], tuple[Tensor, int]], split: Split, limit: int | None
+) -> Iterator[tuple[Tensor, int]]:
+    """The first ones of a stream: to draw among all of them, all would have to be read."""
+    try:
+        for image, label in itertools.islice(images, limit):
+            yield prepare(image, label)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # readers raise anything
+        raise DataError(
+            f"data ({split}): the stream cannot be read: {type(error).__name__}: {error}. Possible: images with labels "
+            f"that timm's reader decodes. Check name, root and the split's name."
+        ) from error
+
+
 def _image_set(
-    config: DataConfig, wanted: ImageInput, outputs: int, images: Any, split: Split, limit: int | None
+    config: DataConfig, wanted: ImageInput, outputs: int, images: Any, split: Split, notes: tuple[str, ...]
 ) -> ImageSet:
     prepare = partial(_prepare, wanted, outputs, split)
+    _, chosen = chosen_images(config, split)
     source: Any
-    if isinstance(images, IterableDataset):
+    if chosen is None:
         if not config.in_memory:
             raise DataError(
                 f"data ({split}): {config.name!r} can only be read in order, but training reads in random order. "
                 f"Possible: in_memory: true with train_images and val_images, or a data set of files. Change data."
             )
-        # the first ones of the stream: to draw among all of them, all would have to be read
-        source = [prepare(image, label) for image, label in itertools.islice(images, limit)]
+        source = list(_stream(images, prepare, split, _limit(config, split)))
     else:
-        if limit is not None and limit < len(images):
-            generator = torch.Generator().manual_seed(SUBSET_SEED)
-            images = Subset(images, torch.randperm(len(images), generator=generator)[:limit].sort().values.tolist())
-        source = _Prepared(images, prepare)
+        source = _Prepared(images, chosen, prepare)
     if not len(source):
         raise DataError(f"data ({split}): {config.name!r} has no images. Possible: one or more. Check root and splits.")
+    most = most_unreadable(config, split, len(source))
     if not config.in_memory:
-        return ImageSet(wanted, source, loaders=config.loaders)
-    decoded = _decode(wanted, source, config.loaders if len(source) >= FEW_IMAGES else 0)
+        return ImageSet(wanted, source, config.loaders, split=split, most_unreadable=most, notes=notes)
+    decoded = _decode(wanted, source, config.loaders, split, most, notes)
     size = "x".join(map(str, wanted.size))
     logger.info("%s: %d %s images of %s in memory", config.name or "folder", len(decoded), split, size)
     return decoded
 
 
-def _decode(wanted: ImageInput, source: Any, loaders: int) -> ImageSet:
+def _decode(
+    wanted: ImageInput, source: Any, loaders: int, split: Split, most_unreadable: int, notes: tuple[str, ...]
+) -> ImageSet:
     images = torch.empty((len(source), *wanted.size), dtype=torch.uint8)
     labels = torch.empty(len(source), dtype=torch.int64)
-    filled = 0
-    for some, their_labels in DataLoader(source, batch_size=64, num_workers=loaders):
-        images[filled : filled + len(some)] = some
-        labels[filled : filled + len(some)] = their_labels
+    filled, bad = 0, list[Unreadable]()
+    for some, their_labels, unreadable in _in_batches(source, loaders, collate):
+        if len(some):
+            images[filled : filled + len(some)] = some
+            labels[filled : filled + len(some)] = their_labels
         filled += len(some)
+        bad += unreadable
+    if bad:
+        refuse_unreadable(split, bad, len(source), most_unreadable)
+        notes += (unreadable_note(split, bad, len(source)),)
+        warn_once(f"data: {notes[-1]}")
+        images, labels = images[:filled].clone(), labels[:filled].clone()
     digest = hashlib.sha256(images.numpy().data)
     digest.update(labels.numpy().data)
-    return ImageSet(wanted, TensorDataset(images, labels), fingerprint=f"{len(images)}:{digest.hexdigest()[:12]}")
+    fingerprint = f"{len(images)}:{digest.hexdigest()[:12]}"
+    return ImageSet(wanted, TensorDataset(images, labels), fingerprint=fingerprint, split=split, notes=notes)
+
+
+def unreadable_note(split: Split, bad: Sequence[Unreadable], count: int) -> str:
+    """For people: how many of the images of a split were left out."""
+    names = _some([one.name for one in bad])
+    return f"{len(bad)} of {_count(count, split, 'picture')} could not be read and were left out ({names})"
 
 
 def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any) -> tuple[Tensor, int]:
-    if not 0 <= int(label) < outputs:  # on a GPU a wrong label would take the whole process down
-        raise DataError(
-            f"data ({split}): an image has label {int(label)}, but the model has {outputs} outputs. "
-            f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."
-        )
+    _check_label(outputs, split, int(label))
     return wanted.transform(image), int(label)
 
 
-class _Prepared(Dataset[tuple[Tensor, int]]):
-    """PIL images and labels as a model wants them."""
+def _check_label(outputs: int, split: Split, label: int) -> None:
+    if not 0 <= label < outputs:  # on a GPU a wrong label would take the whole process down
+        raise DataError(
+            f"data ({split}): an image has label {label}, but the model has {outputs} outputs. "
+            f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."
+        )
 
-    def __init__(self, images: Any, prepare: Callable[[Image, Any], tuple[Tensor, int]]) -> None:
-        self._images, self._prepare = images, prepare
+
+class _Prepared(Dataset[Any]):
+    """PIL images and labels as a model wants them, of those `chosen`; an Unreadable for what cannot be read."""
+
+    def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[[Image, Any], tuple[Tensor, int]]) -> None:
+        self._images, self._chosen, self._prepare = images, chosen, prepare
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._chosen)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._prepare(*self._images[index])
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | Unreadable:
+        index = self._chosen[position]
+        try:
+            return self._prepare(*self._images[index])
+        except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
+            return _unreadable(self._images, index, error)
+
+
+class _Headers(Dataset[Any]):
+    """For each of the files `chosen`: None, or an Unreadable when it does not begin like a picture."""
+
+    def __init__(self, pictures: PictureFiles, chosen: Sequence[int]) -> None:
+        self._pictures, self._chosen = pictures, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, position: int) -> Unreadable | None:
+        index = self._chosen[position]
+        try:
+            self._pictures.read_header(index)
+        except Exception as error:
+            return _unreadable(self._pictures, index, error)
+        return None
+
+
+def _unreadable(images: Any, index: int, error: Exception) -> Unreadable:
+    """Raises what is no fault of the picture: a wrong label, no memory, too many open files."""
+    if isinstance(error, (DataError, MemoryError)) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        raise error
+    name = images.name(index) if isinstance(images, PictureFiles) else f"picture {index}"
+    if isinstance(error, FileNotFoundError):
+        return Unreadable(index, name, "a link to a file that is not there, or it was removed")
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Unreadable(index, name, why or type(error).__name__)

@@ -86,8 +86,9 @@ def finetune(
 
     A continued training takes up the order of images and the optimiser's moments where they were; its learning rate
     goes through a whole cosine over the part that is left. The last batch is cut so that exactly `budget.images`
-    images are seen. A model in which nothing learns, as with freeze_backbone: 1 and a schedule without learned parts,
-    stays as it is and sees none. Raises LossNotFinite.
+    images are seen; one that cannot be read counts among them. A model in which nothing learns, as with
+    freeze_backbone: 1 and a schedule without learned parts, stays as it is and sees none. Raises LossNotFinite, and
+    DataError when too many images cannot be read.
     """
     if budget.images is None and budget.seconds is None:
         raise UserError(
@@ -150,12 +151,15 @@ def take_steps(
     order = training_order(len(train), config.batch_size, seed, progress.images, budget.images)
     announced, to_read = itertools.tee(order)  # loading processes read ahead
     for indices, (images, labels) in zip(announced, train.batches(to_read, device), strict=False):
+        if len(labels) == 0:  # none of them could be read
+            progress.images += len(indices)
+            continue
         now = share()
         schedule.step_update(round(SCHEDULE_UNITS * now))
         if now < config.freeze_backbone:
             for group in optimizer.param_groups:
                 group["lr"] *= group["part"] != "backbone"
-        mirrored = torch.rand(len(indices), generator=mirror) < mirror_share
+        mirrored = torch.rand(len(indices), generator=mirror)[: len(labels)] < mirror_share
         if mirrored.any():
             images = torch.where(mirrored.to(device).view(-1, 1, 1, 1), images.flip(-1), images)
         optimizer.zero_grad()

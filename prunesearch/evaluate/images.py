@@ -6,20 +6,27 @@ made each time, and is normalised on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import InterpolationMode
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
+from prunesearch.evaluate.pixels import grey_or_rgb
 from prunesearch.models import input_size
+from prunesearch.registry import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class ImageInput:
     def transform(self, image: Image) -> Tensor:
         """PIL image to uint8 (channels, height, width)."""
         channels, height, width = self.size
-        image = image.convert("L" if channels == 1 else "RGB")
+        image = grey_or_rgb(image, channels)
         return _pixels(self, cropped=not (self.take_sized and image.size == (width, height)))(image)
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
@@ -49,17 +56,49 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class Unreadable:
+    """A picture that cannot be read: its index, what messages call it, and why."""
+
+    index: int
+    name: str
+    why: str
+
+
+def refuse_unreadable(split: str, bad: Sequence[Unreadable], count: int, most: int) -> None:
+    """Raises DataError when more than `most` of the `count` pictures of a split cannot be read."""
+    if len(bad) <= most and len(bad) < count:
+        return
+    shown = "; ".join(f"{one.name}: {one.why}" for one in bad[:3]) + ("; ..." if len(bad) > 3 else "")
+    what = f"{len(bad)} of {count} pictures cannot be read ({shown})"
+    if split == "train":
+        raise DataError(
+            f"data (train): {what}. Possible: at most {most}, the share data.allow_unreadable of them, which are left "
+            f"out. Repair or remove the files, or raise allow_unreadable."
+        )
+    raise DataError(
+        f"data ({split}): {what}. Possible: pictures that Pillow decodes, as accuracy is measured on all of them. "
+        f"Repair or remove the files."
+    )
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images and labels of one split, read by index.
 
-    source: uint8 tensors (C, H, W) and labels, in memory when it is a TensorDataset. fingerprint: count and hash of
-    pixels and labels, "" unless in memory.
+    source: uint8 tensors (C, H, W) and labels, in memory when it is a TensorDataset; else an Unreadable may stand in
+    its place. fingerprint: count and hash of pixels and labels, "" unless in memory. most_unreadable: how many of its
+    pictures may be left out when they are decoded each time; unreadable: those that were in this process, by index.
+    notes: what was left out when it was opened, for people.
     """
 
     input: ImageInput
     source: Any
     loaders: int = 0
     fingerprint: str = ""
+    split: str = "train"
+    most_unreadable: int = 0
+    notes: tuple[str, ...] = ()
+    unreadable: dict[int, Unreadable] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -70,20 +109,43 @@ class ImageSet:
         return isinstance(self.source, TensorDataset)
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each vector of indices: normalised float32 images (B, C, H, W) and int64 labels (B), on `device`."""
-        batches: Iterable[tuple[Tensor, Tensor]]
+        """For each vector of indices: normalised float32 images (B, C, H, W) and int64 labels (B), on `device`.
+
+        A training picture that cannot be decoded is left out of its batch, which may then be empty. Raises DataError
+        when there are more of them than allowed, or for any other picture.
+        """
+        batches: Iterable[tuple[Tensor, Tensor, list[Unreadable]]]
         if self.in_memory:
-            batches = (self.source[batch] for batch in indices)
+            batches = ((*self.source[batch], []) for batch in indices)
         else:
             order: Any = (batch.tolist() for batch in indices)
-            batches = DataLoader(self.source, batch_sampler=order, num_workers=self.loaders)
-        for images, labels in batches:
+            batches = DataLoader(self.source, batch_sampler=order, num_workers=self.loaders, collate_fn=collate)
+        for images, labels, bad in batches:
+            for one in bad:
+                if one.index not in self.unreadable:
+                    self.unreadable[one.index] = one
+                    logger.warning("data (%s): %s cannot be read: %s", self.split, one.name, one.why)
+            if bad:
+                refuse_unreadable(self.split, list(self.unreadable.values()), len(self), self.most_unreadable)
             yield self.input.normalise(images.to(device)), labels.to(device)
+
+
+def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """Images (B, C, H, W) and labels (B) of those that could be read, and the others."""
+    good = [item for item in items if not isinstance(item, Unreadable)]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return images, labels, [item for item in items if isinstance(item, Unreadable)]
 
 
 def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
     """What the model's pretrained settings say, for the size it was built with; `config` wins. Raises DataError."""
     size = input_size(model)
+    if size[0] not in (1, 3):
+        raise DataError(
+            f"data: the pictures have 1 or 3 channels, the model wants {size[0]}. Possible: in_chans 1 (grey) or 3 "
+            f"(RGB). Change model.options, or choose another checkpoint."
+        )
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     for name in ("mean", "std"):
         if given[name] is not None and len(given[name]) != size[0]:
@@ -98,6 +160,12 @@ def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
                 f"data.{name}: the model has {size[0]} input channels, but its pretrained settings are for "
                 f"{len(own[name])}. Possible: one value per channel. Write {name} under data."
             )
+    possible = [mode.value for mode in InterpolationMode if _is_interpolation(mode.value)]
+    if config.interpolation is not None and config.interpolation not in possible:
+        raise DataError(
+            f"data.interpolation: {config.interpolation!r} is unknown. Possible: {', '.join(possible)}."
+            f"{did_you_mean(config.interpolation, possible)} Correct it."
+        )
     chosen = {**own, **{name: value for name, value in given.items() if value is not None}}
     return ImageInput(
         size=size,
@@ -109,6 +177,14 @@ def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
         # crop_pct belongs to the size the weights were trained at: 0.9 of 224 says nothing about a 32 x 32 image
         take_sized=config.crop_pct is None and tuple(own["input_size"]) != size,
     )
+
+
+def _is_interpolation(name: str) -> bool:
+    try:
+        str_to_interp_mode(name)
+    except KeyError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=8)

@@ -17,12 +17,19 @@ def find_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. Raises ResourceError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, is_there in available.items() if is_there))
-    if not available.get(name.split(":")[0], False):
-        possible = ", ".join(["auto", *(kind for kind, is_there in available.items() if is_there)])
+        return torch.device(next(kind for kind, has in available.items() if has))
+    try:
+        device = torch.device(name)
+        is_there = available.get(device.type, False)
+        if is_there and device.index:
+            is_there = device.type == "cuda" and device.index < torch.cuda.device_count()
+    except RuntimeError:  # no name of a device
+        is_there = False
+    if not is_there:
+        possible = ", ".join(["auto", *(kind for kind, has in available.items() if has)])
         host = socket.gethostname()
         raise ResourceError(f"device: {name!r} is not available on {host}. Possible: {possible}. Write one of them.")
-    return torch.device(name)
+    return device
 
 
 def describe(device: torch.device) -> str:

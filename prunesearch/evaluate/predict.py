@@ -66,7 +66,8 @@ def predict(
 ) -> Predictions:
     """Run a model on a set of images, or on those with these `indices`, in their order.
 
-    Sets the model to evaluation mode. `flip` mirrors the images left to right.
+    Sets the model to evaluation mode. `flip` mirrors the images left to right. Training images that cannot be read and
+    are not in memory are left out.
     """
     model.eval()
     indices = torch.arange(len(images)) if indices is None else indices
@@ -74,6 +75,8 @@ def predict(
     logits, labels, counts = [], [], []
     with reproducible(device):
         for batch, their_labels in images.batches(indices.split(batch_size), device):
+            if len(their_labels) == 0:  # none of these training images could be read
+                continue
             batch = batch.flip(-1) if flip else batch
             with autocast(device, amp):
                 if traces:

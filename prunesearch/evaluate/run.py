@@ -24,7 +24,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, UserError
 from prunesearch.evaluate.build import build_model, model_shape
 from prunesearch.evaluate.calibrate import calibrate
-from prunesearch.evaluate.data import Split, open_data
+from prunesearch.evaluate.data import Split, open_data, unreadable_note
 from prunesearch.evaluate.finetune import (
     DenseOutput,
     LossNotFinite,
@@ -66,6 +66,8 @@ class _Findings:
     checkpoint: str | None = None
     schedule: Schedule | None = None
     data: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    train: ImageSet | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -114,7 +116,16 @@ def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
         checkpoint=found.checkpoint,
         start=task.start,
         schedule=found.schedule,
+        data_notes=_data_notes(found),
     )
+
+
+def _data_notes(found: _Findings) -> tuple[str, ...]:
+    """What was left out when the images were opened, and of those decoded each time, what this task met."""
+    if found.train is None or not found.train.unreadable:
+        return found.notes
+    bad = list(found.train.unreadable.values())
+    return (*found.notes, unreadable_note("train", bad, len(found.train)))
 
 
 def _run(task: Task, found: _Findings) -> None:
@@ -133,6 +144,8 @@ def _run(task: Task, found: _Findings) -> None:
         found.tokens = estimate_cost(model_shape(task.model), task.schedule).tokens
         model = build_model(task.model, device, task.start)
         train, held_out = open_data(task.data, model, task.split)
+        found.train, found.notes = train, tuple(dict.fromkeys(train.notes + held_out.notes))
+        train.unreadable.clear()  # of earlier tasks
         if train.in_memory:
             found.data = (("data", f"{train.fingerprint} {held_out.fingerprint}"),)
         apply_schedule(model, task.schedule, weights=task.weights, seed=task.seed, untrained=True)
@@ -177,6 +190,7 @@ def _train_shared(task: Task, work: SupernetWork, device: torch.device, found: _
     with found.phase("load"):
         model = build_model(task.model, device)
         train, _ = open_data(task.data, model)
+        train.unreadable.clear()
         found.progress = load_supernet(task, work, model)
         found.checkpoint = task.save_to
         if is_spent(task.budget, found.progress):

@@ -130,10 +130,13 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
         images = open_training(few, model)
     starts = [_start(stage) for stage in stages]
     divergence, same = (torch.zeros(len(stages), dtype=torch.float64) for _ in range(2))
-    confidence = 0.0
+    confidence, seen = 0.0, 0
     on_device = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=on_device), reproducible(device), torch.inference_mode():
-        for batch, _ in images.batches(torch.arange(len(images)).split(config.measure.batch_size), device):
+        for batch, labels in images.batches(torch.arange(len(images)).split(config.measure.batch_size), device):
+            if len(labels) == 0:  # none of them could be read
+                continue
+            seen += len(labels)
             logits, inputs = block_inputs(model, batch, set(starts))
             dense_BC = _log_probabilities(logits)
             confidence += dense_BC.exp().amax(dim=1).sum().item()
@@ -145,7 +148,7 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
                 same[index] += (dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)).sum()
             remove_schedule(model)
     effects = [
-        Effect(stage, _short(max(total / len(images), 0.0)), _short(100 * equal / len(images)))
+        Effect(stage, _short(max(total / seen, 0.0)), _short(100 * equal / seen))
         for stage, total, equal in zip(stages, divergence.tolist(), same.tolist(), strict=True)
     ]
     seconds = round(time.perf_counter() - begin, 3)
@@ -153,14 +156,14 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
         version=1,
         model=config.model,
         data=config.data,
-        images=len(images),
-        confidence=_short(confidence / len(images)),
+        images=seen,
+        confidence=_short(confidence / seen),
         effects=tuple(effects),
         seconds=seconds,
         device=describe(device),
         left_out=left_out,
     )
-    logger.info("%d stages measured alone on %d images in %.1f s", len(stages), len(images), seconds)
+    logger.info("%d stages measured alone on %d images in %.1f s", len(stages), seen, seconds)
     return found
 
 

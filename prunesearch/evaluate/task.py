@@ -94,7 +94,7 @@ class Evaluation:
     over the validation images. images: training images seen. seconds: wall time by phase ("load", "train",
     "calibrate", "measure"). versions: of python, torch, timm, prunesearch, and "data": counts and hashes.
     checkpoint: path without suffix of the weights that were written, or None. start: as in the task. schedule: with the
-    thresholds that were learned, None for fixed counts.
+    thresholds that were learned, None for fixed counts. data_notes: which pictures and files were left out, for people.
     """
 
     uid: str
@@ -115,6 +115,7 @@ class Evaluation:
     checkpoint: str | None = None
     start: str | None = None
     schedule: Schedule | None = None
+    data_notes: tuple[str, ...] = ()
 
     def value(self, metric: str) -> float:
         """The value of one metric; KeyError when it was not measured."""

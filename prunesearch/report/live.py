@@ -22,7 +22,18 @@ from prunesearch.printable import printable
 from prunesearch.report.rungs import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, front_table, said, short
 from prunesearch.search.confirm import Confirmed
-from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted, Waiting
+from prunesearch.search.events import (
+    Done,
+    Event,
+    Finished,
+    LookingAtData,
+    Reason,
+    Retrying,
+    Started,
+    Stopping,
+    Submitted,
+    Waiting,
+)
 from prunesearch.search.record import Record
 from prunesearch.search.supernet import SupernetTrained
 
@@ -64,7 +75,7 @@ class Progress:
     def add(self, event: Event, now: float) -> None:
         """Take in one event; `now` and `begun` are seconds of the same clock."""
         if isinstance(event, Started):
-            self.begun, self.workers, self.total = now, event.workers, event.total
+            self.begun, self.workers, self.total, self.note = now, event.workers, event.total, ""
             known = sorted((record for record in event.records if record.evaluations), key=_when)
             self.records = {record.number: record for record in known}
             self._judge()
@@ -83,6 +94,9 @@ class Progress:
                     f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
                 )
             self._judge()
+        elif isinstance(event, LookingAtData):
+            of = "" if event.total is None else f" of {event.total:,}"
+            self.note = f"looking at the {event.split} pictures: {event.done:,}{of}"
         elif isinstance(event, Waiting):
             self.note = f"waiting for the storage ({event.why}), for {duration(event.waited)} so far"
         elif isinstance(event, SupernetTrained):

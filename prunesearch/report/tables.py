@@ -125,6 +125,7 @@ def front_table(
         table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
     notes = ["* the knee: what export takes when nothing else is asked"] if bend in shown else []
     if title is None:
+        notes += data_lines(records)
         notes += _again_notes(found, objectives, dense)
     if title is None and any(record.rung_done != highest_rung(records) for record in records if record.evaluations):
         there = [record for record in records if values_of(record) and record.rung_done == highest_rung(records)]
@@ -192,6 +193,7 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
     among = f" {compared(records, config)}" if several else ""
     hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
     lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
+    lines += [("data", line.removeprefix("data: ")) for line in data_lines(records)]
     width = max(len(name) for name, _ in lines) + 2
     text = Text()
     for index, (name, value) in enumerate(lines):
@@ -199,6 +201,18 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
     if not several:
         return text
     return Group(text, Text(), rungs_table(records, config), *(Text(one) for one in warnings(records, config)))
+
+
+def data_lines(records: Iterable[Record]) -> list[str]:
+    """What was left out of the images, such as "data: 3 of 300 training pictures could not be read"; the most common
+    three, where evaluations differ."""
+    evaluations = [one for record in records for one in (*record.evaluations, *record.confirmations)]
+    found = Counter(note for evaluation in evaluations for note in evaluation.data_notes)
+    lines = []
+    for note, count in found.most_common(3):
+        some = "" if count == len(evaluations) else f" (in {count} of {len(evaluations)} evaluations)"
+        lines.append(f"data: {note}{some}")
+    return lines
 
 
 def causes(records: Iterable[Record]) -> str:

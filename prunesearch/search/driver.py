@@ -6,6 +6,7 @@ shared weights before the search and the front measured again after it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,13 @@ from pathlib import Path
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
-from prunesearch.evaluate import check_files, model_shape
+from prunesearch.evaluate import Inputs, check_files, check_inputs, model_shape
+from prunesearch.evaluate.inputs import suspicion
 from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
 from prunesearch.search.child_worker import ChildWorker
 from prunesearch.search.confirm import confirm, missing
-from prunesearch.search.events import Done, Event, Waiting
+from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
@@ -31,6 +33,8 @@ from prunesearch.search.team import Team
 from prunesearch.search.vocabulary import vocabulary_of
 from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
 from prunesearch.strict import to_mapping
+
+logger = logging.getLogger(__name__)
 
 
 def run_study(
@@ -64,7 +68,9 @@ def run_study(
     if problems:
         raise FileError(f"study {config.name}", problems)
     shape = model_shape(config.model)
-    if config.workers.address is None:  # else they are on other machines
+    if make_workers is None:
+        on_event = _suspicious(config, _look(config, folder, on_event), on_event)
+    elif config.workers.address is None:  # else they are on other machines
         check_files(config.model, config.data)
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
     with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place, Interrupt() as interrupt:
@@ -106,6 +112,35 @@ def run_study(
             if team is not None:
                 team.close()
             store.close()
+
+
+def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) -> Inputs:
+    """Open what the workers will read. Raises the UserErrors of `check_inputs`."""
+    inputs = check_inputs(
+        config.model,
+        config.data,
+        config.workers.device,
+        here=config.workers.address is None,
+        keep=config.workers.kind == "serial",
+        memory=folder,
+        report=lambda split, done, total: on_event(LookingAtData(split, done, total)),
+    )
+    if inputs.unseen:
+        logger.warning("not looked at, as workers are on a cluster: %s", ", ".join(inputs.unseen))
+    return inputs
+
+
+def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Hand on events, and warn when the dense model comes out as if its classes were in another order."""
+
+    def pass_on(event: Event) -> None:
+        on_event(event)
+        if isinstance(event, Finished) and event.record.origin == "dense":
+            why = suspicion(inputs, config.model, event.evaluation)
+            if why is not None:
+                logger.warning("%s", why)
+
+    return pass_on
 
 
 def _has_come(interrupt: Interrupt) -> bool:

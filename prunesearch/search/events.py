@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prunesearch.evaluate.data import Split
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.record import Record
@@ -15,6 +16,16 @@ Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupte
 hopeless: the first ones all failed; `run_study` raises RunError once the running ones are back. disk: a worker could
 not write its weights; what it evaluated runs again next time.
 interrupted: asked to stop, running candidates were waited for. cancelled: asked twice, they were not."""
+
+
+@dataclass(frozen=True)
+class LookingAtData:
+    """Before workers start, pictures are opened: so many of a split so far. Comes every few seconds; total: None for a
+    stream."""
+
+    split: Split
+    done: int
+    total: int | None
 
 
 @dataclass(frozen=True)
@@ -91,4 +102,6 @@ class Done:
     paused: int = 0
 
 
-Event = Started | SupernetTrained | Submitted | Finished | Retrying | Waiting | Stopping | Confirmed | Done
+Event = (
+    LookingAtData | Started | SupernetTrained | Submitted | Finished | Retrying | Waiting | Stopping | Confirmed | Done
+)

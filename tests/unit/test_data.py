@@ -146,8 +146,8 @@ def test_subsets_are_fixed(folder: Path):
 
 def test_a_data_set_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    create = data.create_dataset
-    monkeypatch.setattr(data, "create_dataset", lambda *args, **kwargs: calls.append(args) or create(*args, **kwargs))
+    create = data.open_folder
+    monkeypatch.setattr(data, "open_folder", lambda *args: calls.append(args) or create(*args))
     config = DataConfig("folder", root=str(folder))
     assert open_data(config, tiny_vit())[0] is open_data(config, tiny_vit())[0]
     assert len(calls) == 2  # one for each split
@@ -238,7 +238,7 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path):
         r"\('.*/train'\) and validation images \('.*/train'\) overlap": DataConfig("folder", root=train),
         r"\('.*/half'\) and validation images \('.*/half/val'\) overlap": DataConfig("", root=str(tmp_path / "half")),
         'Did you mean "digits"': DataConfig("digit", root=str(folder)),
-        "Found 0 images": DataConfig("folder", root=str(tmp_path / "empty"), val_root=val),
+        "has no pictures": DataConfig("folder", root=str(tmp_path / "empty"), val_root=val),
         "not in class folders": DataConfig("folder", root=flat[0], val_root=flat[1]),
         "different classes": DataConfig("folder", root=train, val_root=str(folder / "val" / "ant")),
         "Unknown torchvision dataset": DataConfig("torch/nothing", root=str(folder)),

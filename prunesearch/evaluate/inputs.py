@@ -1,0 +1,203 @@
+"""Everything that a study reads, opened before its workers start: weights, device, classes, labels, every picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import PIL
+
+from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.evaluate.build import build_model
+from prunesearch.evaluate.data import (
+    DATASETS,
+    Split,
+    check_classes,
+    check_labels,
+    check_paths,
+    chosen_images,
+    classes_of,
+    most_unreadable,
+    notes_of,
+    open_data,
+    unreadable_headers,
+    unreadable_images,
+    unreadable_note,
+    warn_once,
+)
+from prunesearch.evaluate.images import ImageInput, ImageSet, image_input, refuse_unreadable
+from prunesearch.evaluate.machine import find_device
+from prunesearch.evaluate.picture_files import PictureFiles
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.files import write_atomically
+
+FILE = "inputs.json"
+"""In the study folder: which lists of pictures were found to be readable, so that a large set is looked at once."""
+REPORT_SECONDS = 5.0
+
+Report = Callable[[Split, int, "int | None"], None]
+"""Gets a split, how many of its pictures were looked at, and of how many; None for a stream."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was found.
+
+    counts: how many images of each split are used, None for a stream. classes: their names, None when unknown. outputs:
+    of the model. notes: what was left out. unseen: what was not looked at. order_is_open: whether the classes would
+    have other indices in torchvision's order, and the study does not say which it means.
+    """
+
+    counts: tuple[tuple[Split, int | None], ...] = ()
+    classes: tuple[str, ...] | None = None
+    outputs: int = 0
+    notes: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    order_is_open: bool = False
+
+
+def check_inputs(
+    model: ModelConfig,
+    data: DataConfig,
+    device: str = "auto",
+    *,
+    here: bool = True,
+    keep: bool = False,
+    memory: Path | None = None,
+    report: Report = lambda split, done, total: None,
+) -> Inputs:
+    """Open all that the evaluations of a study will read, and refuse what cannot be right.
+
+    Pictures for validation and test are decoded, training pictures only opened. here: whether evaluations run on this
+    machine; if not, what cannot be seen from it is left to them, and named. keep: whether they run in this process, so
+    that decoded images should stay. memory: folder of the study, where it is noted which pictures were looked at.
+    Raises ModelError, DataError and ResourceError.
+    """
+    unseen = []
+    if here:
+        find_device(device)
+    else:
+        unseen.append(f"device {device!r}")
+    if here or (not model.pretrained if model.checkpoint is None else Path(model.checkpoint).is_file()):
+        dense = build_model(model)
+    else:
+        dense = build_model(replace(model, pretrained=False, checkpoint=None))
+        unseen.append("the weights")
+    wanted, outputs = image_input(dense, data), int(dense.num_classes)  # type: ignore[arg-type]
+    if not (here or _is_visible(data)):
+        return Inputs(unseen=(*unseen, "the data"), outputs=outputs)
+    check_paths(data)
+    splits: list[Split] = ["train", "validation"]
+    splits += ["test"] if data.has_test else []
+    check_classes(data, outputs, splits)
+    for split in splits:
+        check_labels(data, outputs, split)
+    known = _recall(memory)
+    keys = {split: _key(data, split) for split in splits}
+    fresh = [split for split in splits if keys[split] is None or known.get(split, {}).get("key") != keys[split]]
+    opened: dict[str, ImageSet] = {}
+    if keep and data.in_memory and {"train", "validation"} & set(fresh):
+        opened = dict(zip(("train", "validation"), open_data(data, dense), strict=True))
+    found, notes = dict(known), list[str]()
+    for split in splits:
+        if split in opened:
+            left_out = [note for note in opened[split].notes if note not in notes_of(data, split)]
+        elif split in fresh:
+            left_out = _look(data, wanted, outputs, split, report)
+        else:
+            left_out = known[split]["notes"]
+        if keys[split] is not None:
+            found[split] = {"key": keys[split], "notes": left_out}
+        for note in left_out:
+            warn_once(f"data: {note}")
+        notes += [*notes_of(data, split), *left_out]
+    if memory is not None and found != known:
+        memory.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory / FILE, json.dumps(found, indent=1).encode())
+    counts = [
+        (split, None if chosen is None else len(chosen))
+        for split in splits
+        for _, chosen in [chosen_images(data, split)]
+    ]
+    classes, order_is_open = classes_of(data)
+    return Inputs(tuple(counts), classes, outputs, tuple(notes), tuple(unseen), order_is_open)
+
+
+def suspicion(inputs: Inputs, model: ModelConfig, dense: Evaluation) -> str | None:
+    """What to say when the dense model with given weights is near chance and nobody chose the order of classes."""
+    top1 = dict(dense.metrics).get("top1")
+    has_weights = model.pretrained or model.checkpoint is not None
+    if top1 is None or not has_weights or not inputs.order_is_open or inputs.outputs < 2:
+        return None
+    if top1 >= 100 * min(0.5, 3 / inputs.outputs):
+        return None
+    return (
+        f"data.class_order: the dense model is right on {top1:.4g} % of the images of {inputs.outputs} classes, near "
+        f"chance, though weights were given. The likely cause is the order of the classes: it is natural now, as "
+        f"in timm. Possible: ascii, as in torchvision's ImageFolder, or a list. Write the order that the weights were "
+        f"trained with, and give the new search another name."
+    )
+
+
+def _is_visible(data: DataConfig) -> bool:
+    """Whether this machine has the files; what needs a network is left to the workers."""
+    roots = [root for root in (data.root, data.val_root, data.test_root) if root is not None]
+    return data.name in DATASETS or (bool(roots) and all(Path(root).exists() for root in roots))
+
+
+def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Report) -> list[str]:
+    """Read the pictures of a split; what is left out of it. Raises DataError when that is too much."""
+    images, chosen = chosen_images(data, split)
+    often = _seldom(lambda done, total: report(split, done, total))
+    if split != "train":
+        bad = unreadable_images(data, wanted, outputs, split, often)
+    elif isinstance(images, PictureFiles) and chosen is not None:
+        bad = unreadable_headers(images, chosen, data.loaders, often)
+    else:
+        return []  # nothing to open before it is decoded
+    if not bad or chosen is None:
+        return []
+    refuse_unreadable(split, bad, len(chosen), most_unreadable(data, split, len(chosen)))
+    return [unreadable_note(split, bad, len(chosen))]
+
+
+def _seldom(report: Callable[[int, int | None], None]) -> Callable[[int, int | None], None]:
+    last = time.monotonic()
+
+    def often(done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            report(done, total)
+
+    return often
+
+
+def _key(data: DataConfig, split: Split) -> str | None:
+    """What a look at the pictures of a split depends on: their names, and of those that are decoded, sizes and times
+    too; of a large training set these would take minutes over a network. None for what has no files."""
+    images, chosen = chosen_images(data, split)
+    if not isinstance(images, PictureFiles) or chosen is None:
+        return None
+    digest = hashlib.sha256(f"{PIL.__version__} {data.allow_unreadable} {data.root}".encode())
+    for index in chosen:
+        stamp = "" if split == "train" else images.stamp(index)
+        if stamp is None:
+            return None
+        digest.update(f"{images.name(index)}\0{stamp}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _recall(memory: Path | None) -> dict[str, Any]:
+    """By split: the key of what an earlier run looked at, and what it left out. Nothing when the file is missing or
+    damaged, as it only saves time."""
+    try:
+        content = json.loads((memory / FILE).read_text()) if memory is not None else {}
+        return {split: {"key": one["key"], "notes": list(one["notes"])} for split, one in content.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
