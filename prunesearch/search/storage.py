@@ -79,6 +79,11 @@ def sqlite_file(url: str) -> Path | None:
     return Path(parsed.database) if is_file and parsed.database else None
 
 
+def journal_file(url: str) -> Path | None:
+    """The file of a journal URL; None for every other storage."""
+    return Path(url.removeprefix("journal:")) if url.startswith("journal:") else None
+
+
 def close_storage(storage: BaseStorage) -> None:
     """Give back its connections."""
     storage.remove_session()

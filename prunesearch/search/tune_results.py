@@ -20,7 +20,7 @@ from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.problems import anchors_of
 from prunesearch.search.record import Record
-from prunesearch.search.storage import sqlite_file, storage_url
+from prunesearch.search.storage import journal_file, sqlite_file, storage_url
 from prunesearch.search.study import Store, open_store
 from prunesearch.search.tasks import task_of
 from prunesearch.search.verdict import judged, same_work
@@ -54,7 +54,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
     folder.mkdir(parents=True, exist_ok=True)
     url = storage or storage_url(folder)
     alone = storage is None or storage.startswith(("journal:", "memory:"))
-    with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place:
+    with only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url)) as place:
         store = open_store(config, url, owner=place.name, alone=alone)
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
@@ -112,7 +112,10 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
             begun = recorded
         elif not store.promote(begun):
             return True  # another driver goes on with it
-        record = store.finish(begun, judged(replace(evaluation, checkpoint=weights), config))
+        finished = store.finish(begun, judged(replace(evaluation, checkpoint=weights), config))
+        if finished is None:
+            return True  # another driver took it over
+        record = finished
     return True
 
 

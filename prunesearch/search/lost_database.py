@@ -1,0 +1,70 @@
+"""A study whose database is gone, or is not the one it was: this is noticed, and nothing starts over in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import RunError, StudyError
+from prunesearch.search.storage import journal_file, sqlite_file
+
+
+def storage_file(url: str) -> Path | None:
+    """The file of an SQLite database or of a journal; None for servers and for memory."""
+    return journal_file(url) or sqlite_file(url)
+
+
+def contradiction(where: str, found: str) -> RunError:
+    """The database does not hold what this search wrote to it."""
+    return RunError(
+        f"{where}: {found}. Possible: the database that the search began with, as the search left it. What finished "
+        f"since stays in the outbox. Put that database back, or its newest copy, and run the study again to continue; "
+        f"or move the study folder away to start over."
+    )
+
+
+class DatabaseFile:
+    """The file of a storage as it is now. `check` tells later whether the path still leads to the same file.
+
+    only_grows: true for a journal. SQLite may give pages back, but never all of them.
+    """
+
+    def __init__(self, path: Path, only_grows: bool) -> None:
+        self.path = path.absolute()
+        self._only_grows = only_grows
+        self._watched = [self.path, self.path.with_name(f"{self.path.name}-wal")]  # SQLite's newest changes are there
+        self._identities = {path: identity for path in self._watched if (identity := _identity(path)) is not None}
+        self._size = self.path.stat().st_size
+
+    def check(self) -> None:
+        """Raise RunError when the file was removed, replaced or cut off."""
+        for path, before in self._identities.items():
+            now = _identity(path)
+            if now is None:
+                raise contradiction(str(path), "the file was removed while the search used it")
+            if now != before:
+                raise contradiction(str(path), "the file was replaced by another one while the search used it")
+        size = self.path.stat().st_size
+        if size < (self._size if self._only_grows else 1):
+            raise contradiction(str(self.path), f"the file was cut off to {size} bytes while the search used it")
+        self._size = size
+
+
+def refuse_lost_database(config: StudyConfig, folder: Path, found: str) -> None:
+    """Raise StudyError when a study folder has weights of a study whose database lacks it. found: what is wrong with
+    the database, as a sentence without its full stop."""
+    weights = [path for path in sorted((folder / "weights").glob("*")) if not path.name.startswith(".")]
+    if weights and (folder / "study.yaml").exists():
+        raise StudyError(
+            f"{folder}: here are study.yaml and {len(weights)} files in weights/ from a study, but {found}. "
+            f"Starting {config.name!r} over would mix both. Possible: put the database back where it was, move the "
+            f"folder away, or give the study another name. Do one of these and run it again."
+        )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
