@@ -24,8 +24,8 @@ from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.storage import journal_file, sqlite_file, storage_url
-from prunesearch.search.study import has_study, open_store, what_is_lost
+from prunesearch.search.storage import journal_file, shown, sqlite_file, storage_url
+from prunesearch.search.study import has_candidates, has_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
 from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
@@ -68,9 +68,7 @@ def run_study(
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
     only = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
     with only as place, Interrupt() as interrupt:
-        lost = what_is_lost(url, config.name)
-        if lost is not None:
-            refuse_lost_database(config, folder, lost)
+        refuse_lost_database(config, folder, shown(url), lambda: has_candidates(url, config.name))
 
         def wait_for_storage(why: str, waited: float) -> bool:
             on_event(Waiting(why, waited))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import RunError, StudyError
+from prunesearch.errors import FileError, RunError, StudyError
+from prunesearch.files import load_study
 from prunesearch.search.storage import journal_file, sqlite_file
 
 
@@ -50,16 +52,24 @@ class DatabaseFile:
         self._size = size
 
 
-def refuse_lost_database(config: StudyConfig, folder: Path, found: str) -> None:
-    """Raise StudyError when a study folder has weights of a study whose database lacks it. found: what is wrong with
-    the database, as a sentence without its full stop."""
-    weights = [path for path in sorted((folder / "weights").glob("*")) if not path.name.startswith(".")]
-    if weights and (folder / "study.yaml").exists():
-        raise StudyError(
-            f"{folder}: here are study.yaml and {len(weights)} files in weights/ from a study, but {found}. "
-            f"Starting {config.name!r} over would mix both. Possible: put the database back where it was, move the "
-            f"folder away, or give the study another name. Do one of these and run it again."
-        )
+def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, has_candidates: Callable[[], bool]) -> None:
+    """Raise StudyError when a folder has weights of this study, and its storage, called so, has no candidate of it."""
+    weights = [path for path in (folder / "weights").glob("*") if not path.name.startswith(".")]
+    if not weights or _name_in(folder / "study.yaml") != config.name or has_candidates():
+        return
+    raise StudyError(
+        f"{folder}: here are study.yaml and {len(weights)} files in weights/ of study {config.name!r}, but {storage} has "
+        f"no candidate of it. Possible: to continue with the database of these files, or to begin anew in another "
+        f"folder. Put the database back, move the folder away, or give the study another name, and run it again."
+    )
+
+
+def _name_in(path: Path) -> str | None:
+    """The name of the study that was run in a folder; None when there is none, or nobody can tell."""
+    try:
+        return load_study(path).name
+    except FileError:
+        return None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -104,6 +104,11 @@ class StudyReader:
             records.setdefault(record.uid, replace(record, confirmations=_confirmations(attributes, record.uid)))
         return list(records.values())
 
+    def has_candidates(self) -> bool:
+        """Whether it has any, without reading them."""
+        with storage_errors():
+            return self._storage.get_n_trials(self._study_id) > 0
+
     def close(self) -> None:
         """Give back connections."""
         close_storage(self._storage)
@@ -606,21 +611,17 @@ def has_study(url: str, name: str) -> bool:
     return reader.has_begun
 
 
-def what_is_lost(url: str, name: str) -> str | None:
-    """Why a storage holds no candidate of a study, as a sentence without its full stop; None when it does.
-
-    Raises what opening raises when the storage is away or broken, which says nothing about what it holds.
-    """
-    if url == "memory:":
-        return None
+def has_candidates(url: str, name: str) -> bool:
+    """Whether a storage holds any candidate of a study. Raises StudyError or RunError when it cannot be read, but not
+    when there is no such database, study or table."""
     try:
         reader = open_study_readonly(storage=url, name=name)
     except (StudyError, RunError) as error:
-        if error.__cause__ is not None and "no such table" not in str(error) and "does not exist" not in str(error):
-            raise
-        return f"the storage lacks it ({str(error).split('. Possible')[0].split('. What')[0]})"
+        if error.__cause__ is None or "no such table" in str(error) or "does not exist" in str(error):
+            return False
+        raise
     try:
-        return None if reader.records() else f"the storage {shown(url)} holds no candidate of it"
+        return reader.has_candidates()
     finally:
         reader.close()
 
