@@ -25,7 +25,7 @@ from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.storage import journal_file, shown, sqlite_file, storage_url
-from prunesearch.search.study import has_candidates, has_study, open_store
+from prunesearch.search.study import has_study, knows_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
 from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
@@ -68,7 +68,7 @@ def run_study(
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
     only = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
     with only as place, Interrupt() as interrupt:
-        refuse_lost_database(config, folder, shown(url), lambda: has_candidates(url, config.name))
+        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
 
         def wait_for_storage(why: str, waited: float) -> bool:
             on_event(Waiting(why, waited))

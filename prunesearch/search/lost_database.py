@@ -52,15 +52,15 @@ class DatabaseFile:
         self._size = size
 
 
-def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, has_candidates: Callable[[], bool]) -> None:
-    """Raise StudyError when a folder has weights of this study, and its storage, called so, has no candidate of it."""
+def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, knows_study: Callable[[], bool]) -> None:
+    """Raise StudyError when a folder has weights of this study, and its storage, called so, does not know it."""
     weights = [path for path in (folder / "weights").glob("*") if not path.name.startswith(".")]
-    if not weights or _name_in(folder / "study.yaml") != config.name or has_candidates():
+    if not weights or _name_in(folder / "study.yaml") != config.name or knows_study():
         return
     raise StudyError(
-        f"{folder}: here are study.yaml and {len(weights)} files in weights/ of study {config.name!r}, but {storage} has "
-        f"no candidate of it. Possible: to continue with the database of these files, or to begin anew in another "
-        f"folder. Put the database back, move the folder away, or give the study another name, and run it again."
+        f"{folder}: here are study.yaml and {len(weights)} files in weights/ of study {config.name!r}, but the storage "
+        f"{storage} has no such study. Possible: to continue with the database of these files, or to begin anew "
+        f"elsewhere. Put the database back, move the folder away, or give the study another name; then run it again."
     )
 
 

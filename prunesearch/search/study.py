@@ -104,11 +104,6 @@ class StudyReader:
             records.setdefault(record.uid, replace(record, confirmations=_confirmations(attributes, record.uid)))
         return list(records.values())
 
-    def has_candidates(self) -> bool:
-        """Whether it has any, without reading them."""
-        with storage_errors():
-            return self._storage.get_n_trials(self._study_id) > 0
-
     def close(self) -> None:
         """Give back connections."""
         close_storage(self._storage)
@@ -611,19 +606,16 @@ def has_study(url: str, name: str) -> bool:
     return reader.has_begun
 
 
-def has_candidates(url: str, name: str) -> bool:
-    """Whether a storage holds any candidate of a study. Raises StudyError or RunError when it cannot be read, but not
-    when there is no such database, study or table."""
+def knows_study(url: str, name: str) -> bool:
+    """Whether a storage holds a study. Raises StudyError or RunError when it cannot be read, but not when there is no
+    such database, study or table."""
     try:
-        reader = open_study_readonly(storage=url, name=name)
+        open_study_readonly(storage=url, name=name).close()
     except (StudyError, RunError) as error:
         if error.__cause__ is None or "no such table" in str(error) or "does not exist" in str(error):
             return False
         raise
-    try:
-        return reader.has_candidates()
-    finally:
-        reader.close()
+    return True
 
 
 def open_study_readonly(

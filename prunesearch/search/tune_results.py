@@ -22,7 +22,7 @@ from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of
 from prunesearch.search.record import Record
 from prunesearch.search.storage import journal_file, shown, sqlite_file, storage_url
-from prunesearch.search.study import Store, has_candidates, open_store
+from prunesearch.search.study import Store, knows_study, open_store
 from prunesearch.search.tasks import task_of
 from prunesearch.search.verdict import judged, same_work
 from prunesearch.space import Value, uid_of
@@ -56,7 +56,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
     url = storage or storage_url(folder)
     alone = storage is None or storage.startswith(("journal:", "memory:"))
     with only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url)) as place:
-        refuse_lost_database(config, folder, shown(url), lambda: has_candidates(url, config.name))
+        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
         store = open_store(config, url, owner=place.name, alone=alone)
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
