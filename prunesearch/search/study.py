@@ -612,8 +612,13 @@ def knows_study(url: str, name: str) -> bool:
     try:
         open_study_readonly(storage=url, name=name).close()
     except (StudyError, RunError) as error:
-        if error.__cause__ is None or "no such table" in str(error) or "does not exist" in str(error):
+        if error.__cause__ is None:
             return False
+        cause: BaseException | None = error
+        while cause is not None:
+            if "no such table" in str(cause) or "does not exist" in str(cause):
+                return False
+            cause = cause.__cause__
         raise
     return True
 

@@ -90,7 +90,7 @@ def start(folder: Path, url: str, config: StudyConfig, seconds: float = 0.0, lea
 def end(*processes: BaseProcess) -> None:
     """Wait until all are done, well."""
     for process in processes:
-        process.join(timeout=200)
+        process.join(timeout=600)
     try:
         assert [process.exitcode for process in processes] == [0] * len(processes)
     finally:
@@ -120,9 +120,11 @@ def drivers(place: Path) -> int:
 
 
 def wait_for(place: Path, count: int) -> None:
-    """Until so many evaluations were begun."""
-    deadline = time.monotonic() + 120
-    while evaluated(place).total() < count:
+    """Until so many evaluations were begun. Raises AssertionError when none begins for two minutes."""
+    before, deadline = -1, 0.0
+    while (now := evaluated(place).total()) < count:
+        if now > before:
+            before, deadline = now, time.monotonic() + 120
         assert time.monotonic() < deadline, "the drivers do not get on"
         time.sleep(0.05)
 
