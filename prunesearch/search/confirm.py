@@ -6,33 +6,31 @@ Each evaluation is stored as it comes, so that a kill repeats nothing that is fi
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Iterable
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from string import ascii_letters
+from typing import Literal
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.front import dense_of, front
 from prunesearch.search.again import name_of
-from prunesearch.search.outbox import delivered, discard
+from prunesearch.search.outbox import delete, delivered, discard
 from prunesearch.search.propose import seed_of
 from prunesearch.search.record import Record
+from prunesearch.search.study import Claim, Store
 from prunesearch.search.tasks import task_of
+from prunesearch.search.team import Team
 from prunesearch.search.verdict import failed, judged, same_work
 from prunesearch.search.workers import Lost, Workers
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
-
-
-class Storage(Protocol):
-    """What is needed of a study."""
-
-    def records(self) -> list[Record]: ...
-    def confirm(self, uid: str, index: int, evaluation: Evaluation) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -58,45 +56,71 @@ def confirm(
     config: StudyConfig,
     folder: Path,
     outbox: Path,
-    store: Storage,
+    store: Store,
     workers: Workers,
     on_event: Callable[[Confirmed], None] = lambda event: None,
     is_stopped: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
 ) -> None:
     """Evaluate the front and the dense model again, `config.confirm.seeds` times each, as far as that is not done.
 
     folder: of the study. outbox: of the workers. is_stopped: asked before each evaluation; those under way are waited
-    for. What fails is logged and not stored, so that the next call tries it again.
+    for. What fails is logged and not stored, so that the next call tries it again. team: other drivers, each of which
+    claims what it evaluates. What they evaluate is waited for, and taken over when they die.
     """
-    every = wanted(config, folder, store.records())
-    _adopt(every, outbox, store)
-    waiting = deque(missing(config, folder, store.records()))
-    done, total = len(every) - len(waiting), len(every)
+    _adopt(config, folder, outbox, store)
+    failed_before = {name for name, claim in store.claims().items() if claim.failed}
+    failed_now: set[str] = set()
     under_way: dict[str, Confirmation] = {}
     deaths: Counter[str] = Counter()
-    while waiting or under_way:
-        while waiting and len(under_way) < workers.count and not is_stopped():
-            one = waiting.popleft()
-            under_way[one.task.uid] = one
-            workers.submit(replace(one.task, attempt=deaths[one.task.uid]))
+    while True:
+        claims: dict[str, Claim] = {}
+        dead: set[str] = set()
+        if team is not None:
+            claims = store.claims()
+            failed_now |= {name for name, claim in claims.items() if claim.failed} - failed_before
+            dead = _adopt_from_dead(claims, team, config, folder, store)
+        records = store.records()
+        every = wanted(config, folder, records)
+        left = [one for one in missing(config, folder, records) if one.task.uid not in failed_now]
+        for one in left:
+            name = one.task.uid
+            if len(under_way) == workers.count or is_stopped():
+                break
+            if name not in under_way and (team is None or _claim(one, claims.get(name), dead, store)):
+                under_way[name] = one
+                workers.submit(replace(one.task, attempt=deaths[name]))
         if not under_way:
-            return
+            if not left or is_stopped():
+                return
+            time.sleep(TICK_SECONDS)  # the others are at it
+            continue
+        done = len(every) - len(left)
         for task, outcome in workers.wait(TICK_SECONDS):
             one = under_way.pop(task.uid)
             if isinstance(outcome, Lost):
                 deaths[task.uid] += 1
                 if outcome.cause == "crash" and deaths[task.uid] <= config.workers.retries:
-                    waiting.appendleft(one)
-                    continue
+                    continue  # it is still missing, and claimed
                 outcome = failed(task, outcome.cause, outcome.error)
             evaluation = judged(outcome, config)
             if evaluation.status == "complete":
                 store.confirm(one.record.uid, one.index, evaluation)
             else:
                 logger.warning("%s: not confirmed (%s): %s", task.uid, evaluation.cause, evaluation.error)
+                failed_now.add(task.uid)
+                store.give_up(task.uid, failed=True)
             discard(outbox, task.uid, task.rung)
             done += 1
-            on_event(Confirmed(one.record, evaluation, done, total))
+            on_event(Confirmed(one.record, evaluation, done, len(every)))
+
+
+def take_up_confirmations(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
+    """What an earlier process with this driver's name finished is stored, and what it only claimed is free again."""
+    _adopt(config, folder, outbox, store)
+    for name, claim in store.claims().items():
+        if claim == Claim(store.owner):
+            store.give_up(name, failed=False)
 
 
 def missing(config: StudyConfig, folder: Path, records: Iterable[Record]) -> list[Confirmation]:
@@ -132,11 +156,36 @@ def _task(record: Record, index: int, config: StudyConfig, folder: Path) -> Task
     )
 
 
-def _adopt(every: Iterable[Confirmation], outbox: Path, store: Storage) -> None:
-    """Store what workers of an earlier process finished and nobody took."""
-    expected = {one.task.uid: one for one in every}
-    for path, task, evaluation in delivered(outbox):
-        one = expected.get(task.uid)
-        if one is not None and same_work(task, one.task) and evaluation.status == "complete":
-            store.confirm(one.record.uid, one.index, evaluation)
-            path.unlink(missing_ok=True)
+def _adopt_from_dead(
+    claims: Mapping[str, Claim], team: Team, config: StudyConfig, folder: Path, store: Store
+) -> set[str]:
+    """Store what dead drivers finished of what they claimed; returns who they are."""
+    others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}
+    dead = team.dead(others) if others else set()
+    for owner in sorted(dead):
+        for place in team.outboxes(owner, folder):
+            _adopt(config, folder, place, store)
+    return dead
+
+
+def _claim(one: Confirmation, before: Claim | None, dead: Container[str], store: Store) -> bool:
+    """Whether this driver may evaluate it: not while another one does."""
+    if before is not None and not before.failed and before.owner != store.owner and before.owner not in dead:
+        return False
+    return store.claim(one.record.uid, one.index, one.task.uid, before)
+
+
+def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
+    """Store what workers of an earlier process, or of a dead driver, finished and nobody took."""
+    found = [entry for entry in delivered(outbox, deep=store.alone) if "." in entry[1].uid]
+    records = {record.uid: record for record in store.records()} if found else {}
+    for path, task, evaluation in found:
+        uid, _, name = task.uid.partition(".")
+        index = int(name.lstrip(ascii_letters)) if re.fullmatch("[a-z]+[0-9]{1,6}", name) else None
+        if uid not in records or index is None or evaluation.uid != task.uid:
+            continue
+        if records[uid].rung_done >= 0 and same_work(task, _task(records[uid], index, config, folder)):
+            evaluation = judged(evaluation, config)
+            if evaluation.status == "complete":
+                store.confirm(uid, index, evaluation)
+            delete(path)

@@ -19,15 +19,16 @@ from prunesearch.evaluate.inputs import suspicion
 from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
 from prunesearch.search.child_worker import ChildWorker
-from prunesearch.search.confirm import confirm, missing
+from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
+from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of, study_problems
 from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.storage import check_url, sqlite_file, storage_url
-from prunesearch.search.study import has_study, open_store
+from prunesearch.search.storage import check_url, journal_file, shown, sqlite_file, storage_url
+from prunesearch.search.study import has_study, knows_study, open_store
 from prunesearch.search.supernet import prepare_supernet
 from prunesearch.search.team import Team
 from prunesearch.search.vocabulary import vocabulary_of
@@ -73,7 +74,9 @@ def run_study(
     elif config.workers.address is None:  # else they are on other machines
         check_files(config.model, config.data)
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place, Interrupt() as interrupt:
+    only = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
+    with only as place, Interrupt() as interrupt:
+        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
 
         def wait_for_storage(why: str, waited: float) -> bool:
             on_event(Waiting(why, waited))
@@ -87,6 +90,7 @@ def run_study(
             anchors = store.starts(lambda: anchors_of(config, shape, folder))
             store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in anchors]))
             run = Search(config, shape, anchors, folder, store, team, interrupt, on_event)
+            take_up_confirmations(config, folder, run.outbox, store)
             workers: Workers = NoWorkers()
             if (search and run.has_work()) or missing(config, folder, store.records()):
                 make = make_workers or partial(_start_workers, run.outbox)
@@ -101,7 +105,7 @@ def run_study(
                     search = False
                 done = run.run(workers) if search else run.look()
                 if done.reason not in STOPPED_BY_HAND and not interrupt.count:
-                    confirm(config, folder, run.outbox, store, workers, on_event, is_stopped)
+                    confirm(config, folder, run.outbox, store, workers, on_event, is_stopped, team)
                 if interrupt.count and done.reason not in STOPPED_BY_HAND:
                     done = replace(done, reason="interrupted")
                 on_event(done)

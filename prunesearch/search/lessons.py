@@ -74,11 +74,6 @@ class Lessons:
         if self._best_rung() != self.rung or self._in_charge() != self._sampler:
             self._start_over(records.values())
 
-    def forget(self, record: Record) -> None:
-        """It is no candidate after all."""
-        self._parameters.pop(record.uid, None)
-        self.model.tell(record.uid, None, {})
-
     def take_up(self, records: Iterable[Record]) -> None:
         """Learn all that an earlier run found."""
         records = sorted(records, key=lambda record: record.number)

@@ -28,13 +28,21 @@ class Place:
 
 
 @contextmanager
-def only_driver(folder: Path) -> Iterator[Place]:
-    """Be the only driver of a study in its folder. Raises StudyError when there is another one."""
-    with (folder / "lock").open("a+") as file:
-        if not _lock(file, fcntl.LOCK_EX):
-            raise StudyError(_taken(folder, file))
-        name = f"{socket.gethostname()}:{os.getpid()}"
-        _write(file, name)
+def only_driver(folder: Path, journal: Path | None = None) -> Iterator[Place]:
+    """Be the only driver of a study in its folder, and of its journal, which drivers of other folders may name too.
+    Raises StudyError when there is another one."""
+    name = f"{socket.gethostname()}:{os.getpid()}"
+    places = {folder: folder / "lock"}
+    if journal is not None:
+        journal = journal.resolve()  # by whatever name it was given, its lock is one file
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        places[journal] = journal.with_name(f"{journal.name}.driver")  # NAME.lock is Optuna's
+    with ExitStack() as stack:
+        for place, path in places.items():
+            file = stack.enter_context(path.open("a+"))
+            if not _lock(file, fcntl.LOCK_EX):
+                raise StudyError(_taken(place, file))
+            _write(file, name)
         yield Place(name)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +32,8 @@ from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, S
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.limits import computed_excess
-from prunesearch.search.outbox import delivered, discard, set_aside
+from prunesearch.search.lost_database import contradiction
+from prunesearch.search.outbox import delete, delivered, discard, set_aside
 from prunesearch.search.promotions import Promotions
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, State, with_evaluation
@@ -76,13 +77,12 @@ class Search:
         self.lessons, self.promotions = Lessons(config), Promotions(config)
         self.last_rung = len(config.rungs) - 1
         self.records = {record.uid: record for record in store.records()}
-        self.recovered = self._adopt_outbox(self.outbox) + self._close_half_closed()
+        self.kept: set[tuple[str, int]] = set()  # uid and rung of results in the outbox of what others run by now
+        self.recovered = len(self._adopt_outbox(self.outbox)) + len(self._close_half_closed())
         self.rerun: deque[Record] = deque()
         self.looked = 0.0
-        self.stray: dict[str, float] = {}  # running under this driver's name without it, since when
         self.under_way: dict[str, Task] = {}
         self.unrecorded: list[Record] = []  # submitted, and the storage does not know it yet
-        self.unwritten: set[str] = set()  # finished, and the storage does not know it yet
         self.deaths: Counter[tuple[str, int]] = Counter()
         self.failures: list[Evaluation] = []
         self.rejected = 0
@@ -101,7 +101,7 @@ class Search:
     def run(self, workers: Workers) -> Done:
         self.workers = workers
         self.lessons.workers = workers.count
-        self.recovered += self._adopt_outbox(self.outbox)  # again: workers of a killed driver live on for a moment
+        self.recovered += len(self._adopt_outbox(self.outbox))  # again: workers of a killed driver live on for a moment
         self._take_up()
         try:
             self._fill()
@@ -146,29 +146,30 @@ class Search:
             )
             self._stop("disk", "no space is left for weights")
             return
-        self.unwritten.add(task.uid)
         evaluation = judged(outcome, self.config)
         if evaluation.status == "failed":
             self.failures.append(evaluation)
-        reached("result")
         after = with_evaluation(record, evaluation, self.store.results, self.last_rung)
-        self._learn(after, evaluation)
-        if self.team is not None:  # who else would promote it, must find it closed
-            self._write(record, evaluation)
-        self._fill()
-        reached("submitted")
         if self.team is None:
-            self._write(record, evaluation)
-        reached("finished")
+            self._learn(after, evaluation)
+            self._fill()
+        if self.store.finish(record, evaluation) is None:  # another driver took it over
+            self.kept.add((task.uid, task.rung))  # until that one has a result, or dies
+            self._leave_to_the_others(task.uid)
+            self._fill()
+            return
+        if self.team is not None:  # after it was written: the others must find it closed before anyone promotes it
+            self._learn(after, evaluation)
+            self._fill()
         self.on_event(Finished(after, evaluation, self.rejected))
         self._record_submitted()
-        reached("begun")
-        discard(self.outbox, task.uid, task.rung)
-        reached("discarded")
+        self._discard(record, task.rung)
 
-    def _write(self, record: Record, evaluation: Evaluation) -> None:
-        self.store.finish(record, evaluation)
-        self.unwritten.discard(record.uid)
+    def _discard(self, record: Record, rung: int) -> None:
+        """Delete a result from the outbox, now that the storage has it."""
+        if not self.store.holds(record.number, rung):
+            raise contradiction(f"candidate {record.number}", f"the database lacks its result at rung {rung}")
+        discard(self.outbox, record.uid, rung)
 
     def _learn(self, record: Record, evaluation: Evaluation) -> None:
         self.records[record.uid] = record
@@ -260,6 +261,7 @@ class Search:
     def _submit_again(self, record: Record) -> None:
         attempt = self.store.begin_again(record.number)
         if attempt is None:
+            self._leave_to_the_others(record.uid)
             return
         self._submit(record, attempt)
         self.on_event(Submitted(record, attempt))
@@ -348,68 +350,97 @@ class Search:
     def _is_mine(self, record: Record) -> bool:
         return self.team is None or record.owner == self.store.owner
 
-    def _adopt_outbox(self, outbox: Path) -> int:
-        """Finish what is in an outbox and not in the storage; returns how many. Alone, this includes the outboxes of
-        drivers that once were several."""
-        recovered = 0
+    def _adopt_outbox(self, outbox: Path, dead: Container[str] = ()) -> list[Record]:
+        """Finish what is in an outbox and not in the storage; returns what was finished. Alone, this includes the
+        outboxes of drivers that once were several. dead: drivers whose candidates may be taken over for that."""
+        adopted = []
         for path, task, evaluation in delivered(outbox, deep=self.team is None):
             if "." in task.uid or task.supernet is not None:  # of the front measured again; shared weights are a file
                 continue
-            record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
-            begun = replace(record, rung=task.rung)
-            is_ours = task.rung <= self.last_rung and same_work(
-                task, task_of(begun, task.attempt, self.config, self.folder)
-            )
-            if not is_ours:
-                set_aside(path, "it comes from a study with other settings")
+            try:
+                record = self._record_of(task, evaluation)
+            except Exception as error:  # whatever the file says, it must not stop the search
+                set_aside(path, f"it does not belong to this study: {error}")
                 continue
             is_next = task.rung == record.rung + 1 and record.state == "paused"
             if (record.number < 0 and task.rung == 0) or is_next:  # it was submitted, and the storage does not know
-                self._record_begun(begun)
-            elif record.number < 0:
+                if not self._record_begun(replace(record, state="running", rung=task.rung)):
+                    continue  # another driver is at it
+                record = self.records[task.uid]
+            if record.number < 0:
                 set_aside(path, "its smaller budgets are not in the storage")
                 continue
-            known = self.records.get(task.uid)
-            if known is not None and known.state == "running" and known.rung == task.rung:
-                self.records[task.uid] = self.store.finish(known, judged(evaluation, self.config))
-                recovered += 1
-            path.unlink(missing_ok=True)
-        return recovered
+            if record.state == "running" and record.rung == task.rung and not self._is_mine(record):
+                if record.owner not in dead or not self.store.take_over(record):
+                    self.kept.add((task.uid, task.rung))
+                    continue
+                record = replace(record, owner=self.store.owner)
+            if record.state == "running" and record.rung == task.rung:
+                after = self.store.finish(record, judged(evaluation, self.config))
+                if after is not None:
+                    self.records[task.uid] = after
+                    adopted.append(after)
+            if self.store.holds(record.number, task.rung):
+                delete(path)
+            elif not self._is_mine(record):
+                self.kept.add((task.uid, task.rung))
+            else:
+                set_aside(path, f"its candidate is {record.state} at rung {record.rung} and does not wait for it")
+        return adopted
 
-    def _close_half_closed(self) -> int:
-        """The result is there but the candidate is not closed: a kill between two commits, and no outbox."""
+    def _record_of(self, task: Task, evaluation: Evaluation) -> Record:
+        """The candidate that an outbox entry is about, with number -1 when the study lacks it. Raises ValueError when
+        it is of another study, and anything for values that make no sense."""
+        if not 0 <= task.rung <= self.last_rung or (task.uid, task.rung) != (evaluation.uid, evaluation.rung):
+            raise ValueError(f"rung {task.rung} of {task.uid} does not fit rung {evaluation.rung} of {evaluation.uid}")
+        record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
+        expected = task_of(replace(record, rung=task.rung), task.attempt, self.config, self.folder)
+        if record.uid != task.uid or not same_work(task, expected):
+            raise ValueError("it comes from a study with other settings")
+        if record.number < 0:
+            self.store.check(record, computed_excess(self.config, record.schedule))
+        return record
+
+    def _close_half_closed(self) -> list[Record]:
+        """The result is there but the candidate is not closed: a kill between two writes to a journal."""
         running = [record for record in self.records.values() if record.state == "running" and self._is_mine(record)]
         half = [record for record in running if record.rung_done == record.rung]
         for record in half:
-            assert record.evaluation is not None
-            self.records[record.uid] = self.store.finish(record, record.evaluation)
-        return len(half)
+            self._close(record)
+        return half
+
+    def _close(self, record: Record) -> None:
+        assert record.evaluation is not None
+        self.records[record.uid] = self.store.finish(record, record.evaluation) or record
 
     # --- together with other drivers ---
 
     def _others_run(self) -> bool:
-        """Whether it is worth to wait for them: what they find may deserve a promotion, and they may die."""
+        """True while other drivers run candidates. Their results can trigger promotions here, and their candidates must
+        be taken over if they die."""
         if self.team is None or self.reason not in GOES_ON:
             return False
         return bool(self.rerun) or any(not self._is_here(record) for record in self.store.running())
 
     def _is_here(self, record: Record) -> bool:
-        """Whether this driver is at work on it, or has its result in hand."""
-        queued = (waiting.uid for waiting in self.rerun)
-        return record.uid in self.under_way or record.uid in self.unwritten or record.uid in queued
+        """Whether this driver is at work on it."""
+        return record.uid in self.under_way or any(record.uid == waiting.uid for waiting in self.rerun)
 
     def _look_at_the_others(self, at_once: bool = False) -> None:
         """Learn what other drivers found, and take over what dead ones ran."""
         if self.team is None or (time.monotonic() - self.looked < LOOK_SECONDS and not at_once):
             return
         self.looked = time.monotonic()
-        changed = self.store.changed()
-        for uid in self.store.voided:
-            self.lessons.forget(self.records.pop(uid))
-        for record in changed:
+        for record in self.store.poll():
             if not self._is_here(record):
                 self._learn_of(record)
         self._take_over(self.team)
+
+    def _leave_to_the_others(self, uid: str) -> None:
+        """This candidate is not this driver's any more, or another one has its result already."""
+        record = self.store.find(uid)
+        if record is not None:
+            self._learn_of(record)
 
     def _learn_of(self, record: Record) -> None:
         known = self.records.get(record.uid)
@@ -419,30 +450,33 @@ class Search:
         for evaluation in record.evaluations[0 if known is None else len(known.evaluations) :]:
             self.lessons.finish(record, evaluation, self.records)
             self.on_event(Finished(record, evaluation, self.rejected))
+            if (record.uid, evaluation.rung) in self.kept:  # another driver has evaluated it as well
+                self.kept.remove((record.uid, evaluation.rung))
+                discard(self.outbox, record.uid, evaluation.rung)
         self.promotions.add(record)
 
     def _take_over(self, team: Team) -> None:
+        """Adopt what dead drivers finished, and evaluate again what they ran, as far as workers are free."""
         elsewhere = [record for record in self.store.running() if not self._is_here(record)]
         dead = team.dead({record.owner for record in elsewhere if not self._is_mine(record)})
-        for owner in sorted(dead):
-            self.recovered += self._adopt_outbox(self.folder / "outbox" / owner)
-        # what runs under this driver's name and not here: who claimed its promotion died before it said so
-        self.stray = {one.uid: self.stray.get(one.uid, self.looked) for one in elsewhere if self._is_mine(one)}
+        places = [place for owner in sorted(dead) for place in team.outboxes(owner, self.folder)]
+        if dead and self.kept:  # what this driver finished after others had taken it over
+            places.append(self.outbox)
+        for record in (record for place in places for record in self._adopt_outbox(place, dead)):
+            self.recovered += 1
+            if record.evaluation is not None:
+                self._learn(record, record.evaluation)
+                self.on_event(Finished(record, record.evaluation, self.rejected))
         for record in elsewhere:
-            is_stray = self.looked - self.stray.get(record.uid, self.looked) > team.lease
-            is_left = record.owner in dead and self.records[record.uid].state == "running"
-            if is_stray or (is_left and self.store.take_over(record)):
-                self._run_again(record)
+            if len(self.under_way) + len(self.rerun) >= self.workers.count:
+                break  # the others, who may be free, shall have the rest
+            if record.owner in dead and self.records[record.uid].state == "running" and self.store.take_over(record):
+                self._run_again(replace(record, owner=self.store.owner))
 
     def _run_again(self, record: Record) -> None:
         """Queue what runs nowhere; when only its closing is missing, close it."""
-        record = replace(record, owner=self.store.owner)
-        if record.state == "running" and record.rung_done == record.rung and record.evaluation is not None:
-            record = self.store.finish(record, record.evaluation)
         self.records[record.uid] = record
-        if record.state == "running":
+        if record.rung_done == record.rung:
+            self._close(record)
+        else:
             self.rerun.append(record)
-
-
-def reached(step: str) -> None:
-    """Does nothing; tests replace it to die at a step of the loop."""

@@ -1,22 +1,28 @@
 """The outbox: a finished evaluation is a file before it is a row, so that a kill in between loses nothing.
 
 A worker writes `UID.RUNG.ATTEMPT.json` with task and evaluation before it returns; the driver deletes it after the
-storage has the result. What is left over is adopted when the search continues.
+storage has the result. What is left over is adopted when the search continues, or by another driver when this one died.
+So several processes may read an outbox at once, and any file may vanish at any moment.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from prunesearch.errors import FileError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_atomically
 from prunesearch.strict import from_mapping, to_mapping
 
 logger = logging.getLogger(__name__)
+
+MOST_BYTES = 16 * 2**20
+"""A real entry has some tens of kilobytes, a few hundred with a long traceback."""
 
 
 def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Task) -> Evaluation:
@@ -31,28 +37,69 @@ def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Ta
 
 
 def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evaluation]]:
-    """Everything in the outbox, oldest first; deep: with its folders. A file that cannot be read is set aside; its
-    candidate will run again."""
+    """Everything in the outbox, oldest first; deep: with its folders. What cannot be read is set aside; its candidate
+    will run again."""
     found = []
-    files = (outbox.rglob if deep else outbox.glob)("[!.]*.json")
-    for path in sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name)):
+    for path in (path for _, path in sorted(_entries(outbox, deep), key=lambda entry: (entry[0], entry[1].name))):
         try:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError("it is no file")
+            if about.st_size > MOST_BYTES:
+                raise ValueError(f"it has {about.st_size} bytes, and no result is that large")
             entry = json.loads(path.read_text(encoding="utf-8"))
             task = from_mapping(Task, entry["task"], str(path))
             found.append((path, task, from_mapping(Evaluation, entry["evaluation"], str(path))))
-        except (ValueError, KeyError, TypeError, FileError) as error:
-            set_aside(path, f"it is damaged ({error})")
+        except Exception as error:  # a foreign file may fail in any way, and none may stop a search
+            set_aside(path, f"it is damaged ({type(error).__name__}: {error})")
     return found
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Take a file out of the outbox without deleting it."""
-    aside = path.with_suffix(".aside")
-    path.replace(aside)
-    logger.warning("outbox: %s was not adopted and is now %s, because %s", path.name, aside.name, why)
+    """Take a file out of the outbox without deleting it. Nothing happens when somebody else was faster; where it cannot
+    be moved, it stays."""
+    names = (path.with_suffix(f".aside{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("outbox: %s was not adopted, because %s; it stays there (%s)", path, why, error)
+        return
+    logger.warning("outbox: %s was not adopted and is now %s, because %s", path, aside.name, why)
 
 
 def discard(outbox: Path, uid: str, rung: int) -> None:
     """Delete the files of a result that the storage has, whichever attempt it was."""
     for path in outbox.glob(f"{uid}.{rung}.*.json"):
+        delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete one file, unless somebody did. Where it cannot be deleted it stays, and is looked at again next time."""
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("outbox: %s is in the study, but cannot be deleted (%s)", path, error)
+
+
+def _entries(outbox: Path, deep: bool) -> Iterator[tuple[int, Path]]:
+    """Everything that looks like a result, with the time it was written. Unlike `Path.rglob`, this stands folders that
+    cannot be listed and files that vanish."""
+    try:
+        names = sorted(os.listdir(outbox))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("outbox: %s cannot be read (%s), so nothing in it is adopted", outbox, error)
+        return
+    for name in names:
+        path = outbox / name
+        if name.endswith(".json") and not name.startswith("."):
+            try:
+                yield path.lstat().st_mtime_ns, path
+            except FileNotFoundError:  # it was adopted meanwhile
+                continue
+        elif deep and path.is_dir() and not path.is_symlink():
+            yield from _entries(path, deep)

@@ -161,6 +161,11 @@ def file_of(url: str) -> Path | None:
     return Path(url.removeprefix("journal:")) if url.startswith("journal:") else sqlite_file(url)
 
 
+def journal_file(url: str) -> Path | None:
+    """The file of a journal URL; None for every other storage."""
+    return Path(url.removeprefix("journal:")) if url.startswith("journal:") else None
+
+
 def close_storage(storage: BaseStorage) -> None:
     """Give back its connections."""
     storage.remove_session()

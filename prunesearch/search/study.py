@@ -14,21 +14,22 @@ a study can be continued with more candidates, it is open who goes on. So COMPLE
 `create_new_trial` and `set_trial_state_values` are storage methods that Optuna does not promise to keep, hence the pin
 `optuna < 6`.
 
-Several drivers may write to one database. Whoever created the first trial with a uid has it; the trial of one who came
-later is void. Whoever turns WAITING into RUNNING promotes. Whoever changes the owner of a candidate that runs takes it
-over. The database makes each of these happen for one driver only.
+Several drivers may write to one database. Creating a trial, promoting it, taking it over, beginning it again and
+writing its result are each one transaction (`rows.py`), which changes nothing unless the trial is as the driver
+believes: so each of these happens for one driver only. A result is written by the owner only, and once for each rung.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy as sql
@@ -39,8 +40,10 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
+from prunesearch.search import rows
 from prunesearch.search.differences import refuse_other_settings
 from prunesearch.search.limits import excess
+from prunesearch.search.lost_database import DatabaseFile, contradiction
 from prunesearch.search.record import Record, State, with_evaluation
 from prunesearch.search.samplers import parameters_and_distributions, quiet_optuna
 from prunesearch.search.storage import (
@@ -67,10 +70,9 @@ _STATES: dict[TrialState, State] = {
     TrialState.FAIL: "failed",
     TrialState.PRUNED: "complete",
 }
-_TRIALS = sql.table("trials", sql.column("trial_id"), sql.column("study_id"), sql.column("number"))
 _DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading stored data raises that is not as it was written."""
-_ATTRIBUTES = sql.table("trial_user_attributes", sql.column("trial_id"), sql.column("key"), sql.column("value_json"))
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,14 @@ class Beat:
     count: int | None
     machine: str
     place: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A driver evaluates a candidate of the front again; failed: it did, in vain."""
+
+    owner: str
+    failed: bool = False
 
 
 class StudyReader:
@@ -128,7 +138,11 @@ class Store(StudyReader):
     """A study that a driver writes to.
 
     owner: the name of the driver. alone: no other driver writes, so that nothing need be claimed. patience: calls the
-    storage, and waits when it is away.
+    storage, and waits when it is away. url: of the storage.
+
+    In a database each method that writes is one transaction, which first looks whether everything is still as this
+    driver believes; when it is not, nothing is changed, and the caller is told. Raises RunError when the database is
+    not the one that was opened, or lacks what this driver wrote to it.
     """
 
     def __init__(
@@ -139,158 +153,170 @@ class Store(StudyReader):
         owner: str = "",
         alone: bool = True,
         patience: Patience | None = None,
+        url: str = "memory:",
     ) -> None:
         super().__init__(storage, study_id, config)
-        self.owner, self.alone, self._ask = owner, alone, patience or Patience()
+        self.owner, self.alone, self._patience = owner, alone, patience or Patience()
+        self._database = database_of(storage)
         self._last_rung = len(config.rungs) - 1
-        self._first = _first_number(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
         self._trial_ids: dict[int, int] = {}
         self._attempts: dict[int, list[int]] = {}
         self._seen: dict[str, tuple[object, Record]] = {}
+        self._unreported: dict[str, None] = {}
         self.results = 0
         """Evaluations in the study so far."""
-        self.voided: list[str] = []
-        """What the last `changed` found to be no candidate after all, though an earlier one had seen it run."""
-        self.changed()
+        self.file = path = file_of(url)
+        self._where = str(path or f"study {config.name}")
+        self._file: DatabaseFile | None = None
+        self._mark_key, self._mark = "written" if alone else f"written:{owner}", uuid.uuid4().hex
+        """What this driver wrote last there. Whatever else is found, the database was changed behind its back."""
+        if self._database is not None:
+            self._write_mark()
+        if path is not None:  # after the first write, when all its files are there
+            self._file = DatabaseFile(path, only_grows=self._database is None)
+        self._first = _first_number(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
+        self._refresh()
+        self._unreported.clear()
 
     def records(self) -> list[Record]:
-        """As of a reader; only what changed is read again."""
-        self.changed()
+        """As of a reader; only what changed is read again. Does not change what `poll` reports."""
+        self._refresh()
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         known = sorted((record for _, record in self._seen.values()), key=lambda record: record.number)
         return [replace(record, confirmations=_confirmations(attributes, record.uid)) for record in known]
 
-    def changed(self) -> list[Record]:
-        """Candidates that are new or other than when the study was last read, in the order of their numbers."""
-        trials, unreadable = self._ask(lambda: read_trials(self._storage, self._study_id))
-        void = {trial.number for trial in trials if "void" in trial.user_attrs}
-        self.voided = [record.uid for _, record in self._seen.values() if record.number in void]
-        for uid in self.voided:
-            del self._seen[uid]
-        found = []
-        for trial in _candidates(trials, self._first):
-            uid, marks = str(trial.user_attrs.get("uid")), _marks(trial)
-            before = self._seen.get(uid)
-            if before is not None and (before[0] == marks or before[1].number < trial.number):
-                continue
-            record = read_record(trial, self.config)
-            if isinstance(record, str):
-                unreadable[trial.number] = record
-                continue
-            record = self._with_fitting_parameters(record)
-            self.results += len(record.evaluations) - (0 if before is None else len(before[1].evaluations))
-            self._seen[uid] = marks, record
-            self._trial_ids[trial.number] = trial._trial_id
-            self._attempts[trial.number] = list(trial.user_attrs["attempts"])
-            found.append(record)
-        self._leave_out(unreadable)
-        return found
-
-    def _with_fitting_parameters(self, record: Record) -> Record:
-        """Without parameters that are not of the space: the schedule says them too."""
-        _, distributions = parameters_and_distributions(self.config.space, record.parameters)
-        try:
-            optuna.trial.create_trial(
-                state=TrialState.RUNNING, params=dict(record.parameters or {}), distributions=distributions
-            )
-        except ValueError as error:
-            logger.warning("trial %d: its parameters are not used, as they do not fit: %s", record.number, error)
-            return replace(record, parameters=None)
-        return record
+    def poll(self) -> list[Record]:
+        """Candidates that are new or changed since the last `poll` (at first: since the study was opened), in the order
+        of their numbers."""
+        self._refresh()
+        found = [self._seen[uid][1] for uid in self._unreported]
+        self._unreported.clear()
+        return sorted(found, key=lambda record: record.number)
 
     def running(self) -> list[Record]:
-        """What runs, anywhere, as of the last `changed`."""
+        """What runs, anywhere, as of the last look at the storage."""
         return [record for _, record in self._seen.values() if record.state == "running"]
+
+    def find(self, uid: str) -> Record | None:
+        """A candidate as it is now."""
+        self._refresh()
+        return self._seen[uid][1] if uid in self._seen else None
 
     def begin(self, record: Record, excess: Mapping[str, float], total: int | None = None) -> Record | None:
         """Record a new running candidate; the result has its number. `excess` is what arithmetic knows of the limits.
 
-        One commit when alone. With others, None: somebody has the same candidate, or there are `total` already.
+        With other drivers, None: somebody has the same candidate, or there are `total` already. Raises ValueError when
+        the record's parameters are not those of the space.
         """
-        parameters = record.parameters or parameters_of(record.schedule, self.config.space)
-        params, distributions = parameters_and_distributions(self.config.space, parameters)
-        trial = optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params=params,
-            distributions=distributions,
-            user_attrs={
-                "uid": record.uid,
-                "schedule": to_mapping(record.schedule),
-                "origin": record.origin,
-                "seed": record.seed,
-                "owner": self.owner,
-                "attempts": [1],
-            },
-            constraints=dict(excess),
-        )
-        trial_id, number = self._create(trial)
+        trial = self._template(record, excess)
+        if self._database is None:
+            trial_id = self._ask(lambda: self._storage.create_new_trial(self._study_id, template_trial=trial))
+            created = trial_id, self._ask(lambda: self._storage.get_trial_number_from_id(trial_id))
+        else:
+            found = self._create(trial, excess, total)
+            if found is None:
+                return None
+            created = found
+        trial_id, number = created
         self._trial_ids[number], self._attempts[number] = trial_id, [1]
-        why = None if self.alone else self._ask(lambda: self._why_void(record.uid, number, total))
-        if why is not None:
-            self._ask(lambda: self._void(trial_id, why))
-            return None
-        return replace(record, number=number, parameters=params or None, owner=self.owner)
+        return replace(record, number=number, parameters=dict(trial.params) or None, owner=self.owner)
+
+    def check(self, record: Record, excess: Mapping[str, float]) -> None:
+        """Raise ValueError when `begin` would, without writing anything."""
+        self._template(record, excess)
 
     def begin_again(self, number: int) -> int | None:
-        """Count another attempt at its rung, by this driver. Returns how many there were before; None: the driver that
-        was taken for dead closed it meanwhile."""
-        *earlier, before = self._attempts[number]
-        try:
+        """Count another attempt at its rung, by this driver. Returns how many there were before; None: it is not this
+        driver's any more, or has its result."""
+        trial_id = self._trial_ids[number]
+        if self._database is None:
+            *earlier, before = self._attempts[number]
             self._begin_at(number, [*earlier, before + 1])
-        except optuna.exceptions.UpdateFinishedTrialError:
-            if self.alone:
-                raise
+            return before
+
+        def swap(connection: sql.Connection) -> list[int] | None:
+            trial = rows.lock_trial(connection, trial_id)
+            if trial.state != "RUNNING" or not self._is_mine(trial) or trial.has(trial.rung):
+                return None
+            attempts = [*trial.attempts[:-1], trial.attempts[-1] + 1]
+            rows.change_trial(connection, trial, attributes={"attempts": attempts, "owner": self.owner})
+            return attempts
+
+        attempts = self._change(swap)
+        if attempts is None:
             return None
-        return before
+        self._attempts[number] = attempts
+        return attempts[-1] - 1
 
     def promote(self, record: Record) -> bool:
         """Record that a paused candidate runs again, at `record.rung`. False: another driver was faster."""
-        attempts = [*self._attempts[record.number][: record.rung], 1]
-        if self.alone:  # the state comes last, as in `finish`
-            self._begin_at(record.number, attempts)
-            return self._ask(lambda: self._set_running(record.number))
-        if not self._ask(lambda: self._claim_promotion(record)):
+        trial_id = self._trial_ids[record.number]
+        if self._database is None:  # the state comes last, as in `finish`
+            self._begin_at(record.number, [*self._attempts[record.number][: record.rung], 1])
+            return self._ask(lambda: self._storage.set_trial_state_values(trial_id, TrialState.RUNNING))
+
+        def swap(connection: sql.Connection) -> list[int] | None:
+            trial = rows.lock_trial(connection, trial_id)
+            attempts = [*trial.attempts[: record.rung], 1]
+            if trial.state == "RUNNING" and (trial.attempts, trial.owner) == (attempts, self.owner):
+                return attempts  # done before, and only the database's answer was lost
+            is_next = trial.has(record.rung - 1) and not trial.has(record.rung)
+            if trial.state != "WAITING" or not is_next:
+                return None
+            changes = {"attempts": attempts, "owner": self.owner}
+            rows.change_trial(connection, trial, state="RUNNING", attributes=changes)
+            return attempts
+
+        attempts = self._change(swap)
+        if attempts is None:
             return False
-        self._begin_at(record.number, attempts)
+        self._attempts[record.number] = attempts
         return True
 
     def take_over(self, record: Record) -> bool:
-        """Make a running candidate of another driver this one's. False: somebody else did."""
-        database = database_of(self._storage)
-        if database is None or record.owner == self.owner:
+        """Make a running candidate of another driver this one's, unless anything happened to it since it was read.
+        False: something did."""
+        if self._database is None or record.owner == self.owner:
             return True
-        trial_id = self._trial_ids[record.number]
-        of_owner = (_ATTRIBUTES.c.trial_id == trial_id) & (_ATTRIBUTES.c.key == "owner")
-        is_as_before = _ATTRIBUTES.c.value_json == json.dumps(record.owner)
-        change = sql.update(_ATTRIBUTES).where(of_owner & is_as_before).values(value_json=json.dumps(self.owner))
+        trial_id, attempts = self._trial_ids[record.number], self._attempts[record.number]
 
-        def swap() -> bool:
-            with database.engine.begin() as connection:
-                return bool(connection.execute(change).rowcount == 1)
+        def swap(connection: sql.Connection) -> bool:
+            trial = rows.lock_trial(connection, trial_id)
+            is_as_read = (trial.state, trial.attempts) == ("RUNNING", attempts)
+            if not is_as_read or trial.owner not in (record.owner, self.owner):
+                return False
+            rows.change_trial(connection, trial, attributes={"owner": self.owner})
+            return True
 
-        return self._ask(swap)
+        return self._change(swap)
 
-    def finish(self, record: Record, evaluation: Evaluation) -> Record:
-        """Record what came back, and pause or close the candidate. The state comes last: whoever sees it closed sees
-        it whole.
+    def finish(self, record: Record, evaluation: Evaluation) -> Record | None:
+        """Record what came back, and pause or close the candidate. None: the candidate is another driver's by now, or
+        has another result at this rung; nothing is changed. To the only driver that cannot happen, and is a RunError.
 
-        Doing it twice with the same evaluation is harmless as long as the first time was cut short. When another
-        driver, which took this one for dead, closed the candidate first, that stays.
+        Doing it twice with the same evaluation is harmless.
         """
         after = with_evaluation(record, evaluation, self.results, self._last_rung)
-        self.results = max(self.results, after.orders[-1] + 1)
-        try:
+        if self._database is None:
             self._ask(lambda: self._write_result(after, evaluation))
-        except optuna.exceptions.UpdateFinishedTrialError:
+        elif not self._change(lambda connection: self._swap_result(connection, after, evaluation)):
             if self.alone:
-                raise
+                raise contradiction(self._where, f"candidate {record.number} does not wait for rung {evaluation.rung}")
+            return None
+        self.results = max(self.results, after.orders[-1] + 1)
         return after
 
-    def confirm(self, uid: str, index: int, evaluation: Evaluation) -> None:
-        """Record the index-th evaluation of a candidate after the search. Optuna closes finished trials to changes,
-        so it belongs to the study."""
-        name, value = f"confirm:{uid}:{index}", to_mapping(evaluation)
-        self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, value))
+    def holds(self, number: int, rung: int) -> bool:
+        """Whether the storage has the result of a candidate at a rung, asked anew."""
+        trial_id, database = self._trial_ids[number], self._database
+        if database is None:
+            return f"rung:{rung}" in self._ask(lambda: self._storage.get_trial(trial_id)).user_attrs
+
+        def look() -> bool:
+            with database.engine.begin() as connection:
+                return rows.holds(connection, trial_id, rung)
+
+        return self._ask(look)
 
     def starts(self, find: Callable[[], list[tuple[str, Schedule]]]) -> list[tuple[str, Schedule]]:
         """What is evaluated first, by origin, as `find` said when the study began: it needs files and measurements
@@ -319,80 +345,262 @@ class Store(StudyReader):
         self.vocabulary = now
         self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "vocabulary", to_mapping(now)))
 
+    # --- confirmations ---
+
+    def confirm(self, uid: str, index: int, evaluation: Evaluation) -> bool:
+        """Record the index-th evaluation of a candidate after the search. False: it is there already. Optuna closes
+        finished trials to changes, so it belongs to the study."""
+        name, value = f"confirm:{uid}:{index}", to_mapping(evaluation)
+        if self._database is None:
+            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, value))
+            return True
+
+        def swap(connection: sql.Connection) -> bool:
+            rows.lock_study(connection, self._study_id)
+            rows.delete_study_attribute(connection, self._study_id, f"confirming:{evaluation.uid}")
+            known = rows.study_attribute(connection, self._study_id, name)
+            if known is not None and known["uid"] == evaluation.uid:
+                return bool(known == value)
+            rows.set_study_attribute(connection, self._study_id, name, value)
+            return True
+
+        return self._change(swap)
+
+    def claims(self) -> dict[str, Claim]:
+        """Who evaluates a candidate again, or did in vain, by the uid of the task."""
+        attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
+        prefix = "confirming:"
+        said = {name.removeprefix(prefix): value for name, value in attributes.items() if name.startswith(prefix)}
+        return {
+            name: read for name, value in said.items() if (read := _said(Claim, value, f"claim {name}")) is not None
+        }
+
+    def claim(self, uid: str, index: int, name: str, before: Claim | None) -> bool:
+        """Claim the index-th evaluation of a candidate again, whose task has the uid `name`. before: the claim that is
+        replaced, None where there was none. False: somebody else was faster."""
+        if self._database is None:
+            return True
+        key, mine = f"confirming:{name}", Claim(self.owner)
+
+        def swap(connection: sql.Connection) -> bool:
+            rows.lock_study(connection, self._study_id)
+            found = rows.study_attribute(connection, self._study_id, key)
+            known = rows.study_attribute(connection, self._study_id, f"confirm:{uid}:{index}")
+            if (known is not None and known["uid"] == name) or found not in (before and asdict(before), asdict(mine)):
+                return False
+            rows.set_study_attribute(connection, self._study_id, key, asdict(mine))
+            return True
+
+        return self._change(swap)
+
+    def give_up(self, name: str, failed: bool) -> None:
+        """End this driver's claim of a confirmation, if it still has it. failed: nobody else need try at once."""
+
+        def swap(connection: sql.Connection) -> None:
+            rows.lock_study(connection, self._study_id)
+            key = f"confirming:{name}"
+            if rows.study_attribute(connection, self._study_id, key) != asdict(Claim(self.owner)):
+                return
+            if failed:
+                rows.set_study_attribute(connection, self._study_id, key, asdict(Claim(self.owner, failed=True)))
+            else:
+                rows.delete_study_attribute(connection, self._study_id, key)
+
+        if self._database is not None:
+            self._change(swap)
+
     # --- drivers ---
 
-    def beat(self, beat: Beat) -> None:
-        """Say that this driver lives. Raises what the storage raises when it is away."""
-        self._storage.set_study_user_attr(self._study_id, f"driver:{self.owner}", asdict(beat))
+    def beat(self, beat: Beat, *, patiently: bool = False) -> None:
+        """Say that this driver lives. Raises what the storage raises when it is away, unless patiently."""
+
+        def say() -> None:
+            self._storage.set_study_user_attr(self._study_id, f"driver:{self.owner}", asdict(beat))
+
+        if patiently:
+            self._ask(say)
+        else:
+            if self._file is not None:
+                self._file.check()
+            say()
 
     def beats(self) -> dict[str, Beat]:
         """The last beat of every driver, by name."""
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         said = {name.removeprefix("driver:"): beat for name, beat in attributes.items() if name.startswith("driver:")}
-        return {name: read for name, beat in said.items() if (read := _beat(beat)) is not None}
+        return {name: read for name, beat in said.items() if (read := _said(Beat, beat, f"driver {name}")) is not None}
 
-    # --- one operation each, harmless when done twice ---
+    # --- within ---
 
-    def _create(self, trial: FrozenTrial) -> tuple[int, int]:
-        """Id and number of a new trial; of the one that is there when the first try worked and its answer was lost."""
-        tries = 0
+    def _ask(self, operation: Callable[[], T]) -> T:
+        """Call the storage, patiently, and make sure that it is the one that was opened, before and after."""
 
-        def create() -> tuple[int, int]:
+        def ask() -> T:
+            if self._file is not None:
+                self._file.check()
+            try:
+                found = operation()
+            except (KeyError, rows.Missing) as error:
+                raise contradiction(self._where, str(error.args[0] if error.args else error)) from error
+            if self._file is not None:
+                self._file.check()
+            return found
+
+        return self._patience(ask)
+
+    def _change(self, operation: Callable[[sql.Connection], T]) -> T:
+        """Call an operation in a transaction of a database that still holds what this driver wrote last."""
+        database, mark = self._database, uuid.uuid4().hex
+        assert database is not None
+
+        def change() -> T:
+            with database.engine.begin() as connection:
+                # the new mark is there when an earlier try came through and only its answer was lost
+                known = (self._mark, mark)
+                if not rows.swap_study_attribute(connection, self._study_id, self._mark_key, known, mark):
+                    raise rows.Missing("the database lacks what this search wrote to it last")
+                return operation(connection)
+
+        found = self._ask(change)
+        self._mark = mark
+        return found
+
+    def _write_mark(self) -> None:
+        database = self._database
+        assert database is not None
+
+        def write() -> None:
+            with database.engine.begin() as connection:
+                rows.lock_study(connection, self._study_id)
+                rows.set_study_attribute(connection, self._study_id, self._mark_key, self._mark)
+
+        self._ask(write)
+
+    def _refresh(self) -> None:
+        """Read what changed in the storage."""
+        trials, unreadable = self._ask(lambda: read_trials(self._storage, self._study_id))
+        if self._database is not None:
+            self._check_mark()
+        for trial in _candidates(trials, self._first):
+            uid, marks = str(trial.user_attrs.get("uid")), _marks(trial)
+            before = self._seen.get(uid)
+            if before is not None and (before[0] == marks or before[1].number < trial.number):
+                continue
+            record = read_record(trial, self.config)
+            if isinstance(record, str):
+                unreadable[trial.number] = record
+                continue
+            record = self._with_fitting_parameters(record)
+            self.results += len(record.evaluations) - (0 if before is None else len(before[1].evaluations))
+            self._seen[uid] = marks, record
+            self._trial_ids[trial.number] = trial._trial_id
+            self._attempts[trial.number] = list(trial.user_attrs["attempts"])
+            self._unreported[uid] = None
+        self._leave_out(unreadable)
+
+    def _with_fitting_parameters(self, record: Record) -> Record:
+        """Without parameters that are not of the space: the schedule says them too."""
+        _, distributions = parameters_and_distributions(self.config.space, record.parameters)
+        try:
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=dict(record.parameters or {}), distributions=distributions
+            )
+        except ValueError as error:
+            logger.warning("trial %d: its parameters are not used, as they do not fit: %s", record.number, error)
+            return replace(record, parameters=None)
+        return record
+
+    def _check_mark(self) -> None:
+        database = self._database
+        assert database is not None
+
+        def look() -> None:
+            with database.engine.begin() as connection:
+                if rows.study_attribute(connection, self._study_id, self._mark_key) != self._mark:
+                    raise rows.Missing("the database lacks what this search wrote to it last")
+
+        self._ask(look)
+
+    def _is_mine(self, trial: rows.Trial) -> bool:
+        return self.alone or trial.owner == self.owner
+
+    def _template(self, record: Record, excess: Mapping[str, float]) -> FrozenTrial:
+        parameters = record.parameters or parameters_of(record.schedule, self.config.space)
+        params, distributions = parameters_and_distributions(self.config.space, parameters)
+        return optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=distributions,
+            user_attrs={
+                "uid": record.uid,
+                "schedule": to_mapping(record.schedule),
+                "origin": record.origin,
+                "seed": record.seed,
+                "owner": self.owner,
+                "attempts": [1],
+            },
+            constraints=dict(excess),
+        )
+
+    def _create(self, trial: FrozenTrial, excess: Mapping[str, float], total: int | None) -> tuple[int, int] | None:
+        """Id and number of a new trial; None when it would be no candidate."""
+        about, tries = trial.user_attrs, 0
+        parameters = {
+            name: (
+                trial.distributions[name].to_internal_repr(value),
+                optuna.distributions.distribution_to_json(trial.distributions[name]),
+            )
+            for name, value in trial.params.items()
+        }
+
+        def swap(connection: sql.Connection) -> tuple[int, int] | None:
             nonlocal tries
             tries += 1
-            if tries > 1:
-                for other in _candidates(read_trials(self._storage, self._study_id)[0], self._first):
-                    about = other.user_attrs
-                    if (about.get("uid"), about.get("owner")) == (trial.user_attrs["uid"], self.owner):
-                        return other._trial_id, other.number
-            trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
-            return trial_id, self._storage.get_trial_number_from_id(trial_id)
+            rows.lock_study(connection, self._study_id)
+            if not self.alone or tries > 1:  # alone, it cannot be there but from an earlier try
+                same, known = rows.candidates_with(
+                    connection, self._study_id, about["uid"], self._first, self.unreadable
+                )
+                if same:
+                    is_mine = tries > 1 and rows.lock_trial(connection, same[0][0]).owner == self.owner
+                    return same[0] if is_mine else None
+                if not self.alone and total is not None and known >= total:
+                    return None
+            return rows.create_trial(connection, self._study_id, parameters, about, excess)
 
-        return self._ask(create)
+        return self._change(swap)
 
-    def _why_void(self, uid: str, number: int, total: int | None) -> str | None:
-        """Why a trial is no candidate: an earlier one has the same uid, or as many as wanted are there without it.
-
-        Whoever has a smaller number was written before this trial got its own.
-        """
-        database = database_of(self._storage)
-        assert database is not None, "only databases have several drivers"
-        joined = sql.join(_TRIALS, _ATTRIBUTES, _TRIALS.c.trial_id == _ATTRIBUTES.c.trial_id)
-        earlier = (_TRIALS.c.study_id == self._study_id) & (_TRIALS.c.number < number)
-        earlier &= (_TRIALS.c.number >= self._first) & _TRIALS.c.number.not_in(self.unreadable)
-        is_void = _ATTRIBUTES.c.key == "void"
-        is_same = (_ATTRIBUTES.c.key == "uid") & (_ATTRIBUTES.c.value_json == json.dumps(uid))
-        rows = sql.select(_TRIALS.c.number, _ATTRIBUTES.c.key).select_from(joined).where(earlier & (is_void | is_same))
-        with database.engine.begin() as connection:
-            found = connection.execute(rows).all()
-        void = {number for number, key in found if key == "void"}
-        same = sorted(number for number, key in found if key == "uid" and number not in void)
-        if same:
-            return f"trial {same[0]} is the same"
-        others = sum(self._first <= other < number for other in self.unreadable)
-        before = number - self._first - len(void) - others
-        return None if total is None or before < total else f"there are {total} candidates"
-
-    def _void(self, trial_id: int, why: str) -> None:
-        self._storage.set_trial_user_attr(trial_id, "void", why)
-        self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
-
-    def _set_running(self, number: int) -> bool:
-        return self._storage.set_trial_state_values(self._trial_ids[number], TrialState.RUNNING)
-
-    def _claim_promotion(self, record: Record) -> bool:
-        try:
-            if not self._set_running(record.number):
-                return False
-        except optuna.exceptions.UpdateFinishedTrialError:
+    def _swap_result(self, connection: sql.Connection, record: Record, evaluation: Evaluation) -> bool:
+        """Write a result if it is this driver's to write; whether it is there."""
+        trial = rows.lock_trial(connection, self._trial_ids[record.number])
+        runs = trial.state == "RUNNING" and trial.rung == evaluation.rung
+        key, about = f"rung:{evaluation.rung}", {"order": record.orders[-1], **to_mapping(evaluation)}
+        if key in trial.texts:
+            _, known = _evaluation(json.loads(trial.texts[key]), key)
+            is_same = known == evaluation
+            if not is_same or not runs:
+                return is_same
+        elif not runs or not self._is_mine(trial):
             return False
-        trial_id = self._trial_ids[record.number]
-        if f"rung:{record.rung}" not in self._storage.get_trial_user_attrs(trial_id):
+        attributes: dict[str, Any] = {key: about}
+        if record.state == "paused":
+            rows.change_trial(connection, trial, state="WAITING", attributes=attributes)
             return True
-        self._storage.set_trial_state_values(
-            trial_id, TrialState.WAITING
-        )  # another driver did this rung, and paused it
-        return False
+        values = dict(evaluation.metrics)
+        objectives = [values[objective.metric] for objective in self.config.objectives if record.state == "complete"]
+        if record.state == "failed":
+            attributes["error"] = evaluation.cause
+        rows.change_trial(
+            connection,
+            trial,
+            state="COMPLETE" if record.state == "complete" else "FAIL",
+            attributes=attributes,
+            constraints=excess(self.config, values),
+            values=objectives,
+        )
+        return True
+
+    # --- journals and memory have one driver; each step is harmless when it is done twice ---
 
     def _begin_at(self, number: int, attempts: list[int]) -> None:
         self._attempts[number] = attempts
@@ -401,6 +609,7 @@ class Store(StudyReader):
         self._ask(lambda: self._storage.set_trial_user_attr(trial_id, "owner", self.owner))
 
     def _write_result(self, record: Record, evaluation: Evaluation) -> None:
+        """The state comes last: whoever sees it closed sees it whole."""
         trial_id, values = self._trial_ids[record.number], dict(evaluation.metrics)
         about = {"order": record.orders[-1], **to_mapping(evaluation)}
         self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", about)
@@ -457,9 +666,7 @@ def open_store(
             _describe(storage, study_id, config)
         if attributes.get("config") != to_mapping(config):
             storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it says that all is there
-    store = Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file))
-    store.file = file
-    return store
+    return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
 
 
 def _is_under_way(trials: list[FrozenTrial], alone: bool) -> bool:
@@ -477,6 +684,23 @@ def has_study(url: str, name: str) -> bool:
         return False
     reader.close()
     return reader.has_begun
+
+
+def knows_study(url: str, name: str) -> bool:
+    """Whether a storage holds a study. Raises StudyError or RunError when it cannot be read, but not when there is no
+    such database, study or table."""
+    try:
+        open_study_readonly(storage=url, name=name).close()
+    except (StudyError, RunError) as error:
+        if error.__cause__ is None:
+            return False
+        cause: BaseException | None = error
+        while cause is not None:
+            if "no such table" in str(cause) or "does not exist" in str(cause):
+                return False
+            cause = cause.__cause__
+        raise
+    return True
 
 
 def open_study_readonly(
@@ -541,9 +765,8 @@ def read_trials(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial],
         database = database_of(storage)
         if database is None:
             raise
-        rows = sql.select(_TRIALS.c.trial_id, _TRIALS.c.number).where(_TRIALS.c.study_id == study_id)
         with database.engine.begin() as connection:
-            found = connection.execute(rows.order_by(_TRIALS.c.number)).all()
+            found = rows.trial_numbers(connection, study_id)
         if not found:  # it is not the trials that are damaged
             raise
     trials, unreadable = [], {}
@@ -624,11 +847,12 @@ def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: Stud
     return None
 
 
-def _beat(value: Any) -> Beat | None:
+def _said(kind: type[T], value: Any, place: str) -> T | None:
+    """What a driver wrote of itself; None when it cannot be read, as if it had said nothing."""
     try:
-        return from_mapping(Beat, value, "beat")
-    except FileError as error:  # as good as none: its driver counts as silent
-        logger.warning("a sign of life of a driver cannot be read: %s", error)
+        return from_mapping(kind, value, place)
+    except FileError as error:
+        logger.warning("%s; it is left out", error)
         return None
 
 

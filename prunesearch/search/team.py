@@ -29,6 +29,8 @@ class Team:
         self.store, self.lease = store, LEASE_SECONDS if lease is None else lease
         self._place, self._machine = place, _machine()
         self._seen: dict[str, tuple[int | None, float]] = {}
+        self._count = time.time_ns()  # other than any of an earlier process with this name
+        self.store.beat(self._said(self._count), patiently=True)  # before the first claim, so that none is without it
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
         self._thread.start()
@@ -37,6 +39,16 @@ class Team:
         """Which of these other drivers ended, or were silent for a lease since they were looked at first."""
         beats = self.store.beats()
         return {name for name in names if self._is_dead(name, beats.get(name))}
+
+    def outboxes(self, name: str, folder: Path) -> list[Path]:
+        """Where results of a driver may lie that the storage lacks: in its own folder, as its beat says, and in
+        `folder`, this driver's, which is the same one where its path is another on this machine. Without a beat it was
+        alone when it ran."""
+        beat = self.store.beats().get(name)
+        if beat is None:
+            return [folder / "outbox"]
+        its = Path(beat.place).parents[1]  # FOLDER/drivers/NUMBER
+        return [place / "outbox" / name for place in dict.fromkeys((its, folder))]
 
     def close(self) -> None:
         """Leave: what this driver still runs can be taken over at once."""
@@ -56,17 +68,18 @@ class Team:
         return has_left or now - self._seen[name][1] >= self.lease
 
     def _beat(self) -> None:
-        count = time.time_ns()  # other than any of an earlier process with this name
-        while not self._over.is_set():
-            count += 1
-            self._say(count)
-            self._over.wait(self.lease / BEATS_PER_LEASE)
+        while not self._over.wait(self.lease / BEATS_PER_LEASE):
+            self._count += 1
+            self._say(self._count)
 
     def _say(self, count: int | None) -> None:
         try:
-            self.store.beat(Beat(count, self._machine, str(self._place.file)))
+            self.store.beat(self._said(count))
         except Exception as error:  # the storage is away: the next one may come through
             logger.info("no beat: %s", error)
+
+    def _said(self, count: int | None) -> Beat:
+        return Beat(count, self._machine, str(self._place.file))
 
 
 def _machine() -> str:

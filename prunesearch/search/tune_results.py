@@ -19,10 +19,11 @@ from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
 from prunesearch.search.limits import computed_excess
 from prunesearch.search.lock import one_of_several, only_driver
+from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of
 from prunesearch.search.record import Record
-from prunesearch.search.storage import check_url, sqlite_file, storage_url
-from prunesearch.search.study import Store, open_store
+from prunesearch.search.storage import check_url, journal_file, shown, sqlite_file, storage_url
+from prunesearch.search.study import Store, knows_study, open_store
 from prunesearch.search.tasks import task_of
 from prunesearch.search.verdict import judged, same_work
 from prunesearch.search.vocabulary import vocabulary_of
@@ -58,7 +59,8 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
     check_url(url)
     folder.mkdir(parents=True, exist_ok=True)
     alone = storage is None or storage.startswith(("journal:", "memory:"))
-    with only_driver(folder) if alone else one_of_several(folder, sqlite_file(url)) as place:
+    with only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url)) as place:
+        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
         store = open_store(config, url, owner=place.name, alone=alone)
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
@@ -118,7 +120,10 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
             begun = recorded
         elif not store.promote(begun):
             return True  # another driver goes on with it
-        record = store.finish(begun, judged(replace(evaluation, checkpoint=weights), config))
+        finished = store.finish(begun, judged(replace(evaluation, checkpoint=weights), config))
+        if finished is None:
+            return True  # another driver took it over
+        record = finished
     return True
 
 

@@ -1,18 +1,30 @@
-"""One of several drivers, as a process: a fake study whose evaluations are written to a ledger."""
+"""One of several drivers, as a process: a fake study whose evaluations are written to a ledger.
+
+A line of the ledger is what happened, uid, rung, process, a token that no other evaluation has, and the time:
+
+    begun     its evaluation began; "known" instead when its result lay in an outbox at that moment
+    returned  the numbers are there
+    written   they are in the outbox
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+import uuid
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.search import serial_workers
 from prunesearch.search.driver import run_study
+from prunesearch.search.outbox import evaluate_into
 from prunesearch.search.record import Record
 from prunesearch.search.study import open_study_readonly
 
@@ -21,22 +33,51 @@ import fake_search
 
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["prunesearch.search.driver", "prunesearch.search.study"])  # imports take seconds
+BEGUN = ("begun", "known")
 _seconds = 0.0
 _ledger = Path()
 
 
+@dataclass(frozen=True)
+class Line:
+    """Of the ledger."""
+
+    what: str
+    uid: str
+    rung: int
+    process: int
+    token: str
+    time: float
+
+
 def evaluate(task: Task) -> Evaluation:
     """Note who does what, take a while."""
-    with _ledger.open("a") as file:
-        file.write(f"{task.uid} {task.rung} {os.getpid()}\n")
+    token = uuid.uuid4().hex
+    is_known = any(_ledger.parent.rglob(f"outbox/**/{task.uid}.{task.rung}.*.json"))
+    _note("known" if is_known else "begun", task, token)
     time.sleep(_seconds)
-    return fake_search.evaluate(task)
+    found = fake_search.evaluate(replace(task, uid=task.uid.partition(".")[0]))
+    _note("returned", task, token)
+    return replace(found, uid=task.uid, host=token)
+
+
+def evaluate_and_note(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Task) -> Evaluation:
+    """In place of `evaluate_into`."""
+    found = evaluate_into(outbox, evaluate, task)
+    _note("written", task, found.host)
+    return found
+
+
+def _note(what: str, task: Task, token: str) -> None:
+    with _ledger.open("a") as file:
+        file.write(f"{what} {task.uid} {task.rung} {os.getpid()} {token} {time.monotonic()}\n")
 
 
 def drive(folder: Path, url: str, config: StudyConfig, seconds: float, lease: float) -> None:
     """The process of a driver."""
     global _seconds, _ledger
     _seconds, _ledger = seconds, folder.parent / "ledger"
+    serial_workers.evaluate_into = evaluate_and_note  # type: ignore[assignment]
     run_study(config, folder, storage=url, evaluate="driving:evaluate", lease=lease)
 
 
@@ -49,7 +90,7 @@ def start(folder: Path, url: str, config: StudyConfig, seconds: float = 0.0, lea
 def end(*processes: BaseProcess) -> None:
     """Wait until all are done, well."""
     for process in processes:
-        process.join(timeout=200)
+        process.join(timeout=600)
     try:
         assert [process.exitcode for process in processes] == [0] * len(processes)
     finally:
@@ -57,21 +98,33 @@ def end(*processes: BaseProcess) -> None:
             process.kill()
 
 
+def ledger(place: Path) -> list[Line]:
+    """Everything that happened, in order."""
+    if not (place / "ledger").exists():
+        return []
+    found = []
+    for line in (place / "ledger").read_text().splitlines():
+        what, uid, rung, process, token, moment = line.split()
+        found.append(Line(what, uid, int(rung), int(process), token, float(moment)))
+    return found
+
+
 def evaluated(place: Path) -> Counter[tuple[str, str]]:
     """How often each candidate was begun at each rung."""
-    lines = (place / "ledger").read_text().splitlines() if (place / "ledger").exists() else []
-    return Counter((line.split()[0], line.split()[1]) for line in lines)
+    return Counter((line.uid, str(line.rung)) for line in ledger(place) if line.what in BEGUN)
 
 
 def drivers(place: Path) -> int:
     """How many processes took part."""
-    return len({line.split()[2] for line in (place / "ledger").read_text().splitlines()})
+    return len({line.process for line in ledger(place)})
 
 
 def wait_for(place: Path, count: int) -> None:
-    """Until so many evaluations were begun."""
-    deadline = time.monotonic() + 120
-    while evaluated(place).total() < count:
+    """Until so many evaluations were begun. Raises AssertionError when none begins for two minutes."""
+    before, deadline = -1, 0.0
+    while (now := evaluated(place).total()) < count:
+        if now > before:
+            before, deadline = now, time.monotonic() + 120
         assert time.monotonic() < deadline, "the drivers do not get on"
         time.sleep(0.05)
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the test's own, from the binaries that are installed; skipped where there are none."""
+"""A PostgreSQL server of the test's own, from the binaries that are installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+
+class Unavailable(Exception):
+    """No server can be started here; says why."""
 
 
 class Server:
@@ -41,16 +43,17 @@ class Server:
 
 @contextmanager
 def postgres() -> Iterator[Server]:
+    """A new server that ends with the block. Raises Unavailable."""
     binaries = _binaries()
     if binaries is None:
-        pytest.skip("no PostgreSQL server is installed (no initdb on the PATH or in /usr/lib/postgresql)")
+        raise Unavailable("no PostgreSQL server is installed (no initdb on the PATH or in /usr/lib/postgresql)")
     if importlib.util.find_spec("psycopg") is None:
-        pytest.skip("no driver for PostgreSQL is installed (pip install 'psycopg[binary]')")
+        raise Unavailable("no driver for PostgreSQL is installed (pip install 'psycopg[binary]')")
     user = None
     if os.getuid() == 0:  # which PostgreSQL refuses
         user = next((name for name in ("postgres", "nobody") if _exists(name)), None)
         if user is None:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody")
+            raise Unavailable("PostgreSQL does not run as root, and there is no user postgres or nobody")
     with tempfile.TemporaryDirectory(prefix="prunesearch-postgres-") as place:
         if user is not None:
             shutil.chown(place, user)

@@ -13,6 +13,7 @@ from typing import Any
 
 import fake_search
 import pytest
+from dying import Killed, die_at
 from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_study, study
 from optuna.storages import JournalStorage
 
@@ -27,26 +28,9 @@ from prunesearch.search.record import Record
 from prunesearch.search.workers import Lost, Outcome
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the driver handles it."""
-
-
 @pytest.fixture(autouse=True)
 def nothing_evaluated_yet() -> None:
     EVALUATED.clear()
-
-
-def die_at(monkeypatch: pytest.MonkeyPatch, step: str, time: int) -> None:
-    """Die when the loop reaches a step for the time-th time."""
-    times = 0
-
-    def reached(here: str) -> None:
-        nonlocal times
-        times += here == step
-        if times == time and here == step:
-            raise Killed
-
-    monkeypatch.setattr(loop, "reached", reached)
 
 
 def test_dense_first_then_start_schedules_then_the_sampler(tmp_path: Path) -> None:

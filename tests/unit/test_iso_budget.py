@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from dying import Killed, die_at
 from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
 
 from prunesearch.config import BlockSpace, IsoBudget, Limit, Objective, SamplerConfig, SpaceConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import ModelShape, Schedule, Stage, resolve
-from prunesearch.search import loop
 from prunesearch.search.iso_budget import within_budget
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.problems import study_problems
@@ -145,19 +145,10 @@ def test_a_search_competes_at_one_cost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun"])
 def test_a_kill_loses_nothing_of_what_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    class Killed(BaseException):
-        pass
-
-    times = iter(range(4))
-
-    def reached(here: str) -> None:
-        if here == step and next(times, None) is None:
-            raise Killed
-
     config = replace(study(9, "tpe", budget=IsoBudget(BUDGET)), sampler=SamplerConfig("tpe", startup=3))
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "reached", reached)
+        die_at(patch, step, 5)
         run(config, tmp_path / "killed")
     run(config, tmp_path / "killed")
     whole, killed = ([(one.uid, one.parameters) for one in records(tmp_path / name)] for name in ("whole", "killed"))

@@ -8,32 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dying import Killed, die_at
 from fake_search import evaluate, finished, records, run, study
 
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.schedule import Schedule
-from prunesearch.search import driver, loop
+from prunesearch.search import driver
 from prunesearch.search.events import Event, Started
 from prunesearch.search.outbox import delivered, discard, evaluate_into
 from prunesearch.search.workers import Workers
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
 def leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A study of three with a fourth result that only the outbox has."""
-    times = 0
-
-    def reached(step: str) -> None:
-        nonlocal times
-        times += step == "result"
-        if times == 4:
-            raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(loop, "reached", reached)
+        die_at(patch, "result", 4)
         run(study(6), tmp_path)
     (path,) = (tmp_path / "outbox").glob("*.json")
     return path

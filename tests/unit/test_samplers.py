@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from dying import Killed, die_at
 from fake_search import EVALUATED, SHAPE, SPACE, records, run, small_study, study
 from optuna.distributions import FloatDistribution
 
@@ -24,7 +24,7 @@ from prunesearch.config import (
     ThresholdRange,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.search import loop, quasi_random, samplers, token_gp
+from prunesearch.search import quasi_random, samplers, token_gp
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
 from prunesearch.space import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
@@ -242,9 +242,6 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
 ) -> None:
     """Through all three of its samplers."""
 
-    class Killed(BaseException):
-        pass
-
     monkeypatch.setattr(samplers, "MANY_CANDIDATES", 9)
     monkeypatch.setattr(token_gp, "FEWEST", 4)
     config = replace(small_study(13, "auto"), sampler=SamplerConfig("auto", startup=4))
@@ -252,14 +249,8 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
         config = replace(config, rungs=config.rungs[:1])
     run(config, tmp_path / "whole")
     for time in (2, 3, 4, 5):  # of each run, so that all of the search is covered
-        times = iter(range(time))
-
-        def reached(step: str, times: Iterator[int] = times) -> None:
-            if step == "begun" and next(times, None) is None:
-                raise Killed
-
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(loop, "reached", reached)
+            die_at(patch, "begun", time + 1)
             run(config, tmp_path / "killed")
     run(config, tmp_path / "killed")
     whole, killed = ([(one.uid, one.orders) for one in records(tmp_path / name)] for name in ("whole", "killed"))

@@ -80,13 +80,14 @@ def test_attempts_are_counted_across_processes(store: Store, url: str) -> None:
     again.close()
 
 
-def test_finishing_can_be_repeated_when_it_was_cut_short(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finishing_can_be_repeated_when_it_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(BaseException):
         pass
 
     def die(*args: object) -> None:
         raise Killed
 
+    store = open_store(LIMITED, f"journal:{tmp_path / 'study.log'}")  # in a database it is one transaction
     begun = store.begin(RECORD, {"gmacs": -0.001})
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(store._storage, "set_trial_state_values", die)

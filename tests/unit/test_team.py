@@ -45,14 +45,14 @@ def test_the_first_one_has_a_candidate(stores: tuple[Store, Store]) -> None:
     begun = one.begin(RECORD, {})
     assert begun is not None and (begun.number, begun.owner) == (0, "one")
     assert two.begin(RECORD, {}) is None
-    assert two.begin(replace(RECORD, uid="def"), {}) is not None  # number 2: the void trial is no obstacle to others
+    assert two.begin(replace(RECORD, uid="def"), {}) is not None
     assert [(record.number, record.uid, record.owner) for record in one.records()] == [
         (0, "abc", "one"),
-        (2, "def", "two"),
+        (1, "def", "two"),
     ]
 
 
-def test_void_trials_do_not_count(stores: tuple[Store, Store]) -> None:
+def test_there_are_never_more_than_wanted(stores: tuple[Store, Store]) -> None:
     one, two = stores
     one.begin(RECORD, {}, total=2)
     assert two.begin(RECORD, {}, total=2) is None
@@ -61,22 +61,12 @@ def test_void_trials_do_not_count(stores: tuple[Store, Store]) -> None:
     assert one.begin(replace(RECORD, uid="ghi"), {}, total=3) is not None
 
 
-def test_what_turns_out_void_is_taken_back(stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two = stores
-    with monkeypatch.context() as patch:
-        patch.setattr(two, "_void", lambda *arguments: None)  # it has not come to it yet
-        assert two.begin(RECORD, {}, total=0) is None
-    assert [record.uid for record in one.changed()] == ["abc"] and one.running()
-    two._void(two._trial_ids[0], "there are 0 candidates")
-    assert one.changed() == [] and one.voided == ["abc"] and one.running() == []
-
-
 def test_only_one_promotes_and_only_once(stores: tuple[Store, Store]) -> None:
     one, two = stores
     begun = one.begin(RECORD, {})
     assert begun is not None
     paused = one.finish(begun, finished())
-    assert [record.state for record in two.changed()] == ["paused"]
+    assert [record.state for record in two.poll()] == ["paused"]
     higher = replace(paused, state="running", rung=1)
     assert one.promote(higher) and not two.promote(higher)
     paused = one.finish(higher, finished(1))
@@ -85,7 +75,7 @@ def test_only_one_promotes_and_only_once(stores: tuple[Store, Store]) -> None:
     assert two.promote(replace(paused, state="running", rung=2))
     two.finish(replace(paused, state="running", rung=2), finished(2))
     assert not one.promote(replace(paused, state="running", rung=2)), "it is complete"
-    assert [record.state for record in one.changed()] == ["complete"]
+    assert [record.state for record in one.poll()] == ["complete"]
 
 
 def test_only_one_takes_over(stores: tuple[Store, Store], tmp_path: Path) -> None:
@@ -94,14 +84,12 @@ def test_only_one_takes_over(stores: tuple[Store, Store], tmp_path: Path) -> Non
     assert begun is not None
     three = open_store(small_study(9), f"sqlite:///{tmp_path / 'study.db'}", owner="three", alone=False)
     left = two.running()
-    assert left == [] and two.changed() == three.records()
+    assert left == [] and two.poll() == three.records()
     [left_by_one] = two.running()
     assert two.take_over(left_by_one) and not three.take_over(left_by_one)
-    assert [record.owner for record in three.changed()] == ["two"]
-    # the one that was taken for dead closes it after all; who took over goes without
-    one.finish(begun, finished())
-    one.finish(replace(begun, rung=2), finished(2))
-    assert two.begin_again(begun.number) is None
+    assert [record.owner for record in three.poll()] == ["two"]
+    assert one.finish(begun, finished()) is None and one.begin_again(begun.number) is None
+    assert two.begin_again(begun.number) == 1
     three.close()
 
 
