@@ -89,7 +89,7 @@ def _parsed(url: str) -> URL:
         return make_url(url)
     except (SQLAlchemyError, ValueError):  # their texts may hold a part of the password
         raise StudyError(
-            f"storage {shown(url)} cannot be read as a URL. Possible: sqlite:///FILE, "
+            f"storage {shown(url)} cannot be opened: it is no URL. Possible: sqlite:///FILE, "
             f"postgresql://USER:PASSWORD@HOST:PORT/DATABASE, mysql://..., journal:FILE, with %40, %3A and %2F for @, : "
             f"and / in the password. Correct the URL."
         ) from None
