@@ -158,7 +158,7 @@ def sqlite_file(url: str) -> Path | None:
 
 def file_of(url: str) -> Path | None:
     """The SQLite or journal file of a URL; None for servers and memory."""
-    return Path(url.removeprefix("journal:")) if url.startswith("journal:") else sqlite_file(url)
+    return journal_file(url) or sqlite_file(url)
 
 
 def journal_file(url: str) -> Path | None:

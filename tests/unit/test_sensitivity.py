@@ -362,4 +362,4 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(file)]) == 0
     assert "up to 16 schedules, predicted from 12 stages" in capsys.readouterr().out
     assert main(["sensitivity", str(file), "--images", "0"]) == 2
-    assert "possible: from 1" in capsys.readouterr().err
+    assert "possible: a whole number from 1" in capsys.readouterr().err
