@@ -64,7 +64,8 @@ def _nsga2(seed: int, startup: int | None) -> BaseSampler:
 
 
 def _gp(seed: int, startup: int | None) -> BaseSampler:
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=10 if startup is None else startup)
+    n_startup_trials = 10 if startup is None else max(startup, 1)  # it cannot begin with no result
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=n_startup_trials)
 
 
 def _random(seed: int, startup: int | None) -> BaseSampler:
