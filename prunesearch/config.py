@@ -180,14 +180,6 @@ class FinetuneConfig:
     every value; the constructor cannot know which fields were given, and refuses it.
     """
 
-    recipe: RecipeName | None = field(
-        default=None,
-        metadata={
-            "text": "a published training recipe, which stands for other fields of this section; those written beside "
-            "it win; see `prunesearch list recipes`",
-            "expand": lambda section: expanded(section, FinetuneConfig.learning_rate),
-        },
-    )
     learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0)
     weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0)
     batch_size: int = _field("images per training step", 128, low=1)
@@ -234,6 +226,14 @@ class FinetuneConfig:
         "training images on which thresholds are moved onto target_gmacs after training; 0 = leave them as trained",
         1024,
         low=0,
+    )
+    recipe: RecipeName | None = field(
+        default=None,
+        metadata={
+            "text": "a published training recipe, which stands for other fields of this section; those written beside "
+            "it win; see `prunesearch list recipes`",
+            "expand": lambda section: expanded(section, FinetuneConfig.learning_rate),
+        },
     )
 
     def __post_init__(self) -> None:
