@@ -252,14 +252,6 @@ class FinetuneConfig:
     every value; the constructor cannot know which fields were given, and refuses it.
     """
 
-    recipe: RecipeName | None = field(
-        default=None,
-        metadata={
-            "text": "a published training recipe, which stands for other fields of this section; those written beside "
-            "it win; see `prunesearch list recipes`",
-            "expand": lambda section: expanded(section, FinetuneConfig.learning_rate),
-        },
-    )
     learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0, high=10)
     weight_decay: float = _field("weight decay of AdamW", 1.0e-6, low=0, high=10)
     batch_size: int = _field("images per training step", 128, low=1, high=65_536)
@@ -314,6 +306,14 @@ class FinetuneConfig:
         1024,
         low=0,
         high=MOST_IMAGES,
+    )
+    recipe: RecipeName | None = field(
+        default=None,
+        metadata={
+            "text": "a published training recipe, which stands for other fields of this section; those written beside "
+            "it win; see `prunesearch list recipes`",
+            "expand": lambda section: expanded(section, FinetuneConfig.learning_rate),
+        },
     )
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ leaves the latter out where the published figure does.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,17 +15,16 @@ from prunesearch.config import ModelConfig
 from prunesearch.cost import block_macs, estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
-from prunesearch.files import PresetStage
 from prunesearch.presets import load_preset, presets
-from prunesearch.presets.rule import expand
 from prunesearch.schedule import ModelShape, Schedule, Stage
 
 NAMES = {letter: f"{family}_{size}_patch16_224" for letter, family, size in (
     ("t", "deit", "tiny"), ("s", "deit", "small"), ("b", "deit", "base"), ("l", "vit", "large"))}  # fmt: skip
+NAMES["h"] = "vit_huge_patch14_224"
 
 
 def shape(letter: str) -> ModelShape:
-    return model_shape(ModelConfig(NAMES[letter]))
+    return model_shape(ModelConfig(NAMES[letter], num_classes=1000))  # timm's own ViT-H has no classifier
 
 
 def bare(model: ModelShape, schedule: Schedule) -> int:
@@ -109,13 +109,15 @@ DIFFRATE = [
     ("b-mae-11.5", 11.517, "197,192,178,164,150,133,115,101,96,82,49,49"),
     ("l-mae-31.0", 31.005, "197,191,184,172,161,151,145,135,125,117,106,96,89,80,72,64,54,50,40,27,27,23,14,14"),
     ("l-mae-42.3", 42.290, "197,197,196,194,193,192,187,183,181,173,154,146,137,127,123,114,105,98,87,75,43,39,32,32"),
-]
-
-# after each block of ViT-H (MAE) at 103.4 G
-HUGE = (
-    "257,256,253,247,238,211,201,195,193,185,179,171,162,154,150,144,141,138,137,135,134,133,130,127,125,125,122,114,"
-    "101,90,53,53"
-)
+    ("h-mae-83.7", 83.647, "257,252,240,212,186,172,160,159,148,142,138,132,118,114,111,108,103,100,100,100,100,100,"
+     "100,97,96,96,95,86,79,77,56,56"),
+    ("h-mae-93.2", 92.107, "257,257,257,249,242,241,239,229,209,203,159,150,124,107,107,101,100,100,100,89,85,85,85,85,"
+     "85,85,85,83,78,78,75,75"),  # its label is 93.2
+    ("h-mae-103.4", 103.337, "257,256,253,247,238,211,201,195,193,185,179,171,162,154,150,144,141,138,137,135,134,133,"
+     "130,127,125,125,122,114,101,90,53,53"),
+    ("h-mae-124.5", 124.388, "257,254,251,244,238,223,220,203,194,186,186,186,186,184,184,184,184,183,183,182,182,182,"
+     "182,181,181,181,179,167,167,133,133,133"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("row", "gmacs", "counts"), DIFFRATE)
@@ -127,14 +129,10 @@ def test_diffrate(row: str, gmacs: float, counts: str) -> None:
     assert round((bare(model, schedule) + embedding_of_class_token) / 1e9, 3) == gmacs
 
 
-def test_diffrate_of_a_huge_model() -> None:
-    """No preset, but a published figure; the largest model and patch size of the released file."""
-    model = model_shape(ModelConfig("vit_huge_patch14_224", num_classes=1000))  # timm's own has no classifier
-    counts = [int(count) - 1 for count in HUGE.split(",")]
-    row = PresetStage(score="class_attention", tokens=tuple(counts), reduce="absorb")
-    schedule = Schedule(expand([row], model.depth, model.patch_tokens))
-    assert [count - 1 for count in estimate_cost(model, schedule).tokens] == counts
-    assert round((bare(model, schedule) + model.stem_macs / model.patch_tokens) / 1e9, 3) == 103.337
+def test_every_plain_vit_row_of_diffrate_is_a_preset() -> None:
+    """28 in the released file: 5 DeiT-T, 5 DeiT-S, 5 DeiT-B, and with MAE weights 4 ViT-B, 5 ViT-L, 4 ViT-H."""
+    rows = [name.removeprefix("diffrate-").rpartition("-")[0] for name in presets() if name.startswith("diffrate-")]
+    assert Counter(rows) == {"t": 5, "s": 5, "b": 5, "b-mae": 4, "l-mae": 5, "h-mae": 4}
 
 
 def test_diffrate_drops_then_absorbs() -> None:
@@ -204,6 +202,7 @@ DIFFERENT = {
     ("diffrate-b-11.5", "deit_base_patch16_224"): 11.527,
     ("diffrate-b-mae-11.5", "vit_base_patch16_224"): 11.527,
     ("diffrate-l-mae-42.3", "vit_large_patch16_224"): 42.308,
+    ("diffrate-h-mae-103.4", "vit_huge_patch14_224"): 103.372,
     ("dynswin-0.7", "swin_small_patch4_window7_224"): 6.85,  # the dense model is 8.74 here and by PyTorch's counter
 }
 
@@ -252,7 +251,10 @@ def test_presets_fit_other_models_or_say_why_not(preset: str, model: str) -> Non
         with pytest.raises(ScheduleError, match="models with a feature map"):
             load_preset(preset, other)
         return
-    if preset.startswith("diffrate") and (other.depth, other.patch_tokens) != (searched.depth, 196):
+    if preset.startswith("diffrate") and (other.depth, other.patch_tokens) != (
+        searched.depth,
+        searched.patch_tokens,
+    ):
         with pytest.raises(ScheduleError, match="no rule makes them fit"):
             load_preset(preset, other)
         return
