@@ -168,6 +168,8 @@ def _check_study(config: StudyConfig) -> int:
     shape = model_shape(config.model)
     total = combinations(config.space)
     size = "continuous" if total is None else f"{total:,} combinations"
+    if total is not None and total > 10**15:
+        size = f"about 10^{math.log10(total):.0f} combinations"
     _print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
     for origin, schedule in anchors_of(config, shape):
         cost = estimate_cost(shape, schedule)

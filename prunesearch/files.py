@@ -241,7 +241,7 @@ def override(text: Text, assignment: str) -> None:
         raise FileError(shown, ["not of the form field=value. Write for example --set stop.trials=20."])
     value = read_yaml_text(written)
     if value.problems:
-        raise FileError(shown, value.problems)
+        raise FileError(shown, [re.sub(r"^line 1(, column \d+)?: | \(line 1\)", "", text) for text in value.problems])
     here: Any = text.content
     path: list[str | int] = []
     *above, last = name.split(".")

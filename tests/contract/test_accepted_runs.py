@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from fuzz_check import CANDIDATES, DIGITS, peak_megabytes, proposals, run
+from fuzz_check import CANDIDATES, DIGITS, MOST_SECONDS, check, peak_megabytes, proposals, run
 
 from prunesearch.config import (
     BlockSpace,
@@ -27,6 +27,7 @@ from prunesearch.config import (
 )
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
+from prunesearch.files import write_yaml
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.problems import study_problems
 from prunesearch.search.samplers import SAMPLERS
@@ -193,6 +194,41 @@ def test_a_study_made_in_python_is_held_to_the_bounds_of_a_file() -> None:
         "sampler.seed: is -1; possible: a whole number from 0 up to 9,223,372,036,854,775,807."
     ]
     assert from_mapping(StudyConfig, to_mapping(StudyConfig(1, "x", DIGITS, SpaceConfig((1,)))), "x")
+
+
+VERBS = [name for name, verb in REDUCERS.items() if not verb.holds and verb.masked is not None]
+LARGE = {
+    "blocks": list(range(1, 100)),
+    "keep": [round(0.5 + index / 400, 4) for index in range(200)],
+    "at": ["mid", "pre"],
+    "score": [name for name, score in SCORERS.items() if score.part is None],
+    "reduce": VERBS,
+}
+OWN = {name: values for name, values in LARGE.items() if name != "blocks"}
+LARGEST: dict[str, dict[str, Any]] = {
+    "lists": {"space": LARGE},
+    "thresholds": {
+        "space": {
+            **LARGE,
+            "amount": ["keep", "threshold", "none"],
+            "threshold": [index / 1000 for index in range(1, 201)],
+            "merge_threshold": [index / 1000 for index in range(200)],
+            "tokens": list(range(1, 65)),
+        }
+    },
+    "blocks of their own": {"space": {**LARGE, "blocks": [{**OWN, "block": index} for index in range(1, 30)]}},
+    "starts": {"space": {**LARGE, "start_from": ["tome-r8", "evit-0.7", "asvit-0.65", "ltmp-0.6", "dtps-0.5"] * 20}},
+    "budget": {"space": {**LARGE, "keep": [0.5, 0.7, 1.0]}, "budget": {"gmacs": 0.08}},
+    "sensitivity": {"space": {**LARGE, "start_from": ["sensitivity"]}},
+}
+
+
+@pytest.mark.parametrize("changes", LARGEST.values(), ids=LARGEST)
+def test_the_largest_studies_are_checked_in_time(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = {"name": DIGITS.name, "options": {"depth": 100}}
+    write_yaml({"version": 1, "name": "large", "model": model, **changes}, tmp_path / "study.yaml")
+    outcome = check(tmp_path / "study.yaml")
+    assert outcome.where in ("accepted", "meaning") and outcome.seconds < MOST_SECONDS, outcome
 
 
 def test_mistaken_files_are_sentences_and_accepted_ones_run(tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_a_crooked_value_is_a_sentence(tmp_path: Path, value: str, says: str, ho
     else:
         path.write_text(STUDY)
         text = refusal(load_study, path, [f"finetune.learning_rate={value}"])
+        assert "line " not in text or "up to here" in text or "within each other" in text
     assert re.search(says, text), text
 
 
