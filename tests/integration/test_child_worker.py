@@ -22,17 +22,19 @@ from prunesearch.search.child_worker import ChildWorker
 from prunesearch.search.outbox import delivered
 from prunesearch.search.workers import Lost, Outcome
 
+PATIENCE = 280.0
+"""Imports take a minute where others load the machine."""
 SERIAL = WorkersConfig(kind="serial")
 
 
-def task(uid: str, stages: int = 0, attempt: int = 0) -> Task:
+def task(uid: str, stages: int = 0) -> Task:
     schedule = Schedule(tuple(Stage(block, keep=0.5) for block in range(1, stages + 1)))
-    return Task(uid, study().model, study().data, schedule, Budget(images=0), attempt=attempt)
+    return Task(uid, study().model, study().data, schedule, Budget(images=0))
 
 
 def outcome(worker: ChildWorker, given: Task) -> Evaluation | Lost:
     worker.submit(given)
-    deadline, found = time.monotonic() + 120, list[Outcome]()
+    deadline, found = time.monotonic() + PATIENCE, list[Outcome]()
     while not found and time.monotonic() < deadline:
         found = worker.wait(0.5)
     [(task, what)] = found
@@ -55,8 +57,7 @@ def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
         begun = time.monotonic()
         assert outcome(worker, task("a4", stages=4)) == Lost("timeout", "no result after 2 s")
         assert time.monotonic() - begun < 60
-        assert outcome(worker, task("a5", stages=5)) == Lost("crash", "its process ended: SIGKILL")
-        assert isinstance(outcome(worker, task("a5", stages=5, attempt=1)), Evaluation)
+        assert isinstance(outcome(worker, task("a5")), Evaluation)
     finally:
         worker.close()
     assert worker.wait(0.1) == []
@@ -78,9 +79,9 @@ def test_plugins_and_timeouts_evaluate_in_a_child_with_the_same_numbers(
     assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_child_is_left_behind(tmp_path: Path, end: signal.Signals) -> None:
-    """By SIGKILL the driver ends at once; SIGTERM and Ctrl-C ask first, and cancel what runs when they come again."""
+@pytest.mark.parametrize("ends", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
+def test_no_child_is_left_behind(tmp_path: Path, ends: list[signal.Signals]) -> None:
+    """By SIGKILL the driver ends at once; SIGTERM and Ctrl-C ask first, and the second one cancels what runs."""
     code = (
         "from pathlib import Path; import sys; from dataclasses import replace; from fake_search import study\n"
         "from prunesearch.search.driver import run_study\n"
@@ -97,9 +98,9 @@ def test_no_child_is_left_behind(tmp_path: Path, end: signal.Signals) -> None:
     try:
         wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2, "the evaluation does not begin")
         children = [int(pid) for pid in pids.read_text().split()]
-        driver.send_signal(end)
-        if end != signal.SIGKILL:
-            time.sleep(1)
+        driver.send_signal(ends[0])
+        for end in ends[1:]:
+            time.sleep(2)
             assert driver.poll() is None and all(map(lives, children))  # it waits for what runs
             driver.send_signal(end)
         driver.wait(timeout=60)
@@ -109,7 +110,7 @@ def test_no_child_is_left_behind(tmp_path: Path, end: signal.Signals) -> None:
 
 
 def wait_until(holds: object, else_say: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not holds():  # type: ignore[operator]
         assert time.monotonic() < deadline, else_say
         time.sleep(0.05)

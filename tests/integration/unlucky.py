@@ -12,8 +12,6 @@ import fake_search
 
 from prunesearch.evaluate.task import Evaluation, Task
 
-HERE = Path(__file__).parent
-
 
 def evaluate(task: Task) -> Evaluation:
     """Only the candidates with one stage or none are well."""
@@ -24,8 +22,6 @@ def evaluate(task: Task) -> Evaluation:
         sys.exit("leaving")
     if count == 4:
         time.sleep(1000)
-    if count == 5 and task.attempt == 0:
-        os.kill(os.getpid(), 9)
     return fake_search.evaluate(task)
 
 
