@@ -352,6 +352,22 @@ def test_the_docs_hold_every_value(name: RecipeName) -> None:
     assert recipe.source in row
 
 
+@pytest.mark.parametrize(
+    ("space", "name", "own"),
+    [
+        ("convnext_tiny", "dynamicvit-maps", set()),
+        ("deit_small_predictor", "dynamicvit", set()),
+        ("cifar10_predictor", "dynamicvit", set()),
+        ("deit_small_thresholds", "asvit", set()),
+        ("cifar10_thresholds", "asvit", {"budget_weight", "budget_loss"}),  # too small a model for a weight per GMAC
+    ],
+)
+def test_spaces_of_one_methods_stages_train_as_it_does(space: str, name: RecipeName, own: set[str]) -> None:
+    trained = load_study(DOCS.parents[1] / "search_spaces" / f"{space}.yaml").finetune
+    recipe = RECIPES[name].fields
+    assert {field for field, value in recipe.items() if getattr(trained, field) != value} == own
+
+
 # --- what cannot apply is harmless -------------------------------------------------------------------------------
 
 
