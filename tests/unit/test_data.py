@@ -240,7 +240,9 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path):
         'Did you mean "digits"': DataConfig("digit", root=str(folder)),
         "has no pictures": DataConfig("folder", root=str(tmp_path / "empty"), val_root=val),
         "not in class folders": DataConfig("folder", root=flat[0], val_root=flat[1]),
-        "different classes": DataConfig("folder", root=train, val_root=str(folder / "val" / "ant")),
+        "data.val_root: there are images that are not in class folders": DataConfig(
+            "folder", root=train, val_root=str(folder / "val" / "ant")
+        ),
         "Unknown torchvision dataset": DataConfig("torch/nothing", root=str(folder)),
     }
     model = tiny_vit()
