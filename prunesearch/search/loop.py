@@ -393,9 +393,10 @@ class Search:
         it is of another study, and anything for values that make no sense."""
         if not 0 <= task.rung <= self.last_rung or (task.uid, task.rung) != (evaluation.uid, evaluation.rung):
             raise ValueError(f"rung {task.rung} of {task.uid} does not fit rung {evaluation.rung} of {evaluation.uid}")
-        record = self.records.get(task.uid) or self._new_record(task.schedule, dict(task.parameters) or None)
+        new = self._new_record(task.schedule, dict(task.parameters) or None)
+        record = self.records.get(new.uid, new)
         expected = task_of(replace(record, rung=task.rung), task.attempt, self.config, self.folder)
-        if record.uid != task.uid or not same_work(task, expected):
+        if new.uid != task.uid or not same_work(task, expected):
             raise ValueError("it comes from a study with other settings")
         if record.number < 0:
             self.store.check(record, computed_excess(self.config, record.schedule))

@@ -576,8 +576,8 @@ class Store(StudyReader):
         runs = trial.state == "RUNNING" and trial.rung == evaluation.rung
         key, about = f"rung:{evaluation.rung}", {"order": record.orders[-1], **to_mapping(evaluation)}
         if key in trial.texts:
-            _, known = _evaluation(json.loads(trial.texts[key]), key)
-            is_same = known == evaluation
+            known = {**json.loads(trial.texts[key]), "order": about["order"]}
+            is_same = json.dumps(known, sort_keys=True) == json.dumps(about, sort_keys=True)
             if not is_same or not runs:
                 return is_same
         elif not runs or not self._is_mine(trial):

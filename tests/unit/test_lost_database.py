@@ -120,20 +120,19 @@ ANY: tuple[Callable[[Path, Path], None], ...] = (
 )
 SQLITE = (remove_newest_changes, restore_older_copy, write_older_copy_over_all_of_it, delete_trials)
 JOURNAL = (write_older_copy_over_it,)
-CASES = [("study.db", strike) for strike in ANY + SQLITE] + [("study.log", strike) for strike in ANY + JOURNAL]
+CASES = [
+    *((drivers, "study.db", strike) for strike in ANY + SQLITE for drivers in ("alone", "several")),
+    *(("alone", "study.log", strike) for strike in ANY + JOURNAL),  # a journal has one driver
+]
 
 
-@pytest.mark.parametrize("drivers", ["alone", "several"])
-@pytest.mark.parametrize(("name", "strike"), CASES, ids=[f"{name}-{strike.__name__}" for name, strike in CASES])
+@pytest.mark.parametrize(("drivers", "name", "strike"), CASES, ids=[f"{a}-{b}-{c.__name__}" for a, b, c in CASES])
 def test_a_search_stops_when_its_database_is_not_what_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, strike: Callable[[Path, Path], None], drivers: str
 ) -> None:
     folder = tmp_path / "study"
-    storage = {"study.db": None, "study.log": f"journal:{folder / name}"}[name]
-    if drivers == "several":
-        if storage is not None:
-            pytest.skip("a journal has one driver")
-        storage = f"sqlite:///{folder / name}"
+    named = {"study.db": f"sqlite:///{folder / name}", "study.log": f"journal:{folder / name}"}[name]
+    storage = None if drivers == "alone" and name == "study.db" else named
     monkeypatch.setattr("test_lost_database.mishap", Mishap(folder / name, strike))
     monkeypatch.setattr("prunesearch.search.storage.PAUSE_SECONDS", 0.01)
     with pytest.raises(RunError) as caught:
@@ -160,12 +159,16 @@ def test_a_folder_whose_database_is_lost_is_not_started_over(
     storage = {"study.db": None, "study.log": f"journal:{folder / name}"}[name]
     run_study(config, folder, storage=storage, evaluate="fake_search:evaluate")
     strike(folder / name, folder / "copy")
-    before = sorted(path.name for path in folder.rglob("*"))
+    before = files(folder)
     with pytest.raises(StudyError, match=r"study.yaml and \d+ files in weights.*no such study.*Put the database back"):
         run_study(config, folder, storage=storage, evaluate="fake_search:evaluate")
-    assert sorted(path.name for path in folder.rglob("*")) == before, "nothing was made or removed"
+    assert files(folder) == before, "nothing was made or removed"
     other = fake_search.small_study(4, "random", name="other")
     assert run_study(other, folder, storage=storage, evaluate="fake_search:evaluate").reason == "trials"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if not path.name.endswith(("-wal", "-shm")))
 
 
 def test_the_command_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,276 @@
+"""Several drivers with folders of their own: what one finished is not evaluated again, whoever dies or comes late."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_search
+import pytest
+from dying import STEPS, Killed, die_at
+from fake_search import EVALUATED, small_study, study
+
+from prunesearch.config import ConfirmConfig, StudyConfig
+from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.files import write_atomically
+from prunesearch.search.confirm import confirm, missing, take_up_confirmations
+from prunesearch.search.driver import run_study
+from prunesearch.search.events import Event, Started
+from prunesearch.search.lock import Place
+from prunesearch.search.outbox import evaluate_into
+from prunesearch.search.record import Record
+from prunesearch.search.serial_workers import SerialWorkers
+from prunesearch.search.study import Store, open_store, open_study_readonly
+from prunesearch.search.team import Team
+
+during: Callable[[Task], None] = lambda task: None
+
+
+@pytest.fixture(autouse=True)
+def nothing_evaluated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    EVALUATED.clear()
+    monkeypatch.setattr("prunesearch.search.loop.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("prunesearch.search.loop.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("prunesearch.search.confirm.TICK_SECONDS", 0.02)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def evaluate(task: Task) -> Evaluation:
+    during(task)
+    found = fake_search.evaluate(replace(task, uid=task.uid.partition(".")[0]))
+    EVALUATED[-1] = f"{task.uid} {task.rung}"
+    return replace(found, uid=task.uid)
+
+
+def search(config: StudyConfig, folder: Path, url: str, lease: float = 0.2) -> list[Event]:
+    events: list[Event] = []
+    run_study(
+        config, folder, storage=url, on_event=events.append, evaluate="test_drivers_together:evaluate", lease=lease
+    )
+    return events
+
+
+def read(url: str) -> list[Record]:
+    reader = open_study_readonly(storage=url)
+    try:
+        return reader.records()
+    finally:
+        reader.close()
+
+
+def undelivered(place: Path) -> list[str]:
+    return sorted(path.name for path in place.rglob("outbox/**/*") if path.is_file())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_survivor_adopts_from_the_folder_of_the_dead(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    config = small_study(6, "random")
+    for time_ in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            die_at(patch, step, time_)
+            search(config, tmp_path / f"dead{time_}", url)
+    search(config, tmp_path / "survivor", url)
+    found = read(url)
+    assert len(found) == 6 and {record.state for record in found} <= {"complete", "paused"}
+    assert sorted(EVALUATED) == sorted(f"{one.uid} {one.rung}" for record in found for one in record.evaluations)
+    left = undelivered(tmp_path)
+    for time_ in (2, 3):  # whoever comes back finds that all of it is known
+        search(config, tmp_path / f"dead{time_}", url)
+    assert not undelivered(tmp_path), left
+
+
+def test_without_a_shared_disk_only_what_was_not_yet_written_is_repeated(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, "result", 3)
+        search(study(6), tmp_path / "dead", url)
+    (tmp_path / "dead").rename(tmp_path / "away")
+    search(study(6), tmp_path / "survivor", url)
+    assert len(read(url)) == 6 and Counter(EVALUATED).most_common(2)[0][1] == 2 and len(EVALUATED) == 7
+    again = len(EVALUATED)
+    (tmp_path / "away").rename(tmp_path / "dead")
+    events = search(study(6), tmp_path / "dead", url)
+    assert isinstance(events[0], Started) and events[0].recovered == 0
+    assert len(EVALUATED) == again and not undelivered(tmp_path)
+
+
+def test_what_a_driver_that_was_alone_left_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, "result", 3)
+        run_study(study(6), tmp_path, evaluate="test_drivers_together:evaluate")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    search(study(6), tmp_path, url)
+    assert len(read(url)) == 6 == len(EVALUATED) and not undelivered(tmp_path)
+
+
+def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, beats = Store.begin, []
+
+    def look_and_begin(store: Store, *arguments: Any) -> Record | None:
+        beats.append(store.beats()[store.owner])
+        return begin(store, *arguments)
+
+    monkeypatch.setattr(Store, "begin", look_and_begin)
+    monkeypatch.setattr("prunesearch.search.team.Team._beat", lambda team: None)  # the thread has not come to it yet
+    search(study(2), tmp_path / "one", url)
+    assert len(beats) == 2
+    assert all(beat.count is not None and Path(beat.place).parents[1] == tmp_path / "one" for beat in beats)
+
+
+@pytest.mark.parametrize("finishes", [True, False], ids=["the other one finishes it", "the other one dies"])
+def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, finishes: bool
+) -> None:
+    config, uids = study(4), []
+
+    def take_it_over(task: Task) -> None:
+        if uids or task.schedule.stages == ():
+            return
+        uids.append(task.uid)
+        other = open_store(config, url, owner="other", alone=False)
+        record = other.find(task.uid)
+        assert record is not None and other.take_over(record) and other.begin_again(record.number) == 1
+        if finishes:
+            found = replace(fake_search.evaluate(task), host="the other one")
+            EVALUATED.pop()
+            assert other.finish(replace(record, owner="other"), found) is not None
+        other.close()
+
+    monkeypatch.setattr("test_drivers_together.during", take_it_over)
+    events = search(config, tmp_path / "late", url, lease=0.5)
+    found = read(url)
+    assert {record.state for record in found} == {"complete"} and len(found) == 4
+    assert len(EVALUATED) == len(set(EVALUATED)) == 4
+    (record,) = (record for record in found if record.uid == uids[0])
+    assert record.evaluation is not None and (record.evaluation.host == "the other one") == finishes
+    assert record.owner == ("other" if finishes else found[0].owner)
+    assert not undelivered(tmp_path)
+    assert sum(getattr(event, "record", None) is not None for event in events) >= 8
+
+
+class Driver:
+    """One that only measures the front again."""
+
+    def __init__(self, name: str, place: Path, config: StudyConfig, url: str) -> None:
+        self.config, self.folder = config, place / name
+        self.outbox = self.folder / "outbox" / name
+        self.store = open_store(config, url, owner=name, alone=False)
+        self.team = Team(self.store, Place(name, self.folder / "drivers" / "0"), lease=0.3)
+
+    def confirm(self, evaluate: str = "test_drivers_together:evaluate") -> None:
+        workers = SerialWorkers(self.config.workers, self.outbox, evaluate)
+        confirm(self.config, self.folder, self.outbox, self.store, workers, team=self.team)
+
+    def close(self) -> None:
+        self.team.close()
+        self.store.close()
+
+
+@pytest.fixture
+def searched(tmp_path: Path, url: str) -> Iterator[Callable[[str], Driver]]:
+    """A study whose front is to be measured again, by drivers that are made as they are named."""
+    search(study(12), tmp_path / "searcher", url)
+    EVALUATED.clear()
+    made: list[Driver] = []
+
+    def make(name: str) -> Driver:
+        made.append(Driver(name, tmp_path, replace(study(12), confirm=ConfirmConfig(seeds=2)), url))
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.close()
+
+
+def test_each_confirmation_is_made_by_one_of_the_drivers(
+    searched: Callable[[str], Driver], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drivers = [searched(name) for name in ("one", "two", "three")]
+    who: set[str] = set()
+
+    def take_a_while(task: Task) -> None:
+        who.add(threading.current_thread().name)
+        time.sleep(0.05)
+
+    monkeypatch.setattr("test_drivers_together.during", take_a_while)
+    threads = [threading.Thread(target=driver.confirm) for driver in drivers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    confirmed = [one.uid for record in read(url) for one in record.confirmations]
+    assert sorted(EVALUATED) == sorted(f"{uid} 0" for uid in confirmed) and len(confirmed) >= 4
+    assert len(who) > 1, "one did everything"
+    assert missing(drivers[0].config, drivers[0].folder, read(url)) == [] and drivers[0].store.claims() == {}
+
+
+def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callable[[str], Driver], url: str) -> None:
+    dead, late, other = searched("dead"), searched("late"), searched("other")
+    first, second, *rest = missing(dead.config, dead.folder, dead.store.records())
+    for one in (first, second):
+        assert dead.store.claim(one.record.uid, one.index, one.task.uid, None)
+    evaluate_into(dead.outbox, evaluate, first.task)
+    write_atomically(dead.outbox / "bad.json", b"[" * 100_000)
+    dead.team.close()
+    other.confirm()
+    assert sorted(EVALUATED) == sorted(f"{one.task.uid} 0" for one in (first, second, *rest))
+    assert not dead.store.confirm(second.record.uid, second.index, evaluate(second.task)), "it is there already"
+    assert missing(late.config, late.folder, read(url)) == [] and undelivered(dead.folder) == ["bad.aside"]
+
+
+def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Driver]) -> None:
+    slow, other = searched("slow"), searched("other")
+    one = missing(slow.config, slow.folder, slow.store.records())[0]
+    assert slow.store.claim(one.record.uid, one.index, one.task.uid, None)
+    assert not other.store.claim(one.record.uid, one.index, one.task.uid, None)
+    thread = threading.Thread(target=other.confirm)
+    thread.start()
+    time.sleep(0.8)  # more than a lease
+    assert thread.is_alive() and f"{one.task.uid} 0" not in EVALUATED
+    assert slow.store.confirm(one.record.uid, one.index, evaluate(one.task))
+    thread.join()
+    assert Counter(EVALUATED).most_common(1)[0][1] == 1
+
+
+def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[[str], Driver]) -> None:
+    again, other = searched("again"), searched("other")
+    one, two = missing(again.config, again.folder, again.store.records())[:2]
+    for claimed in (one, two):
+        assert again.store.claim(claimed.record.uid, claimed.index, claimed.task.uid, None)
+    evaluate_into(again.outbox, evaluate, one.task)
+    take_up_confirmations(again.config, again.folder, again.outbox, again.store)
+    assert again.store.claims() == {} and not undelivered(again.folder)
+    assert other.store.claim(two.record.uid, two.index, two.task.uid, None)
+    assert not other.store.claim(one.record.uid, one.index, one.task.uid, None)
+
+
+def fail_for_test(task: Task) -> Evaluation:
+    EVALUATED.append(task.uid)
+    return Evaluation(task.uid, "failed", cause="nan", error="no luck")
+
+
+def test_what_fails_is_tried_once_by_all_together_and_again_next_time(searched: Callable[[str], Driver]) -> None:
+    one, two = searched("one"), searched("two")
+    threads = [
+        threading.Thread(target=driver.confirm, args=("test_drivers_together:fail_for_test",)) for driver in (one, two)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tried = len(EVALUATED)
+    assert tried == len(set(EVALUATED)) or tried < 2 * len(set(EVALUATED))
+    one.confirm()
+    assert missing(one.config, one.folder, one.store.records()) == []
