@@ -224,14 +224,12 @@ def _check_answers(address: str) -> None:
     try:
         # auto is what RAY_ADDRESS says, or the last cluster that was started on this machine, which may be gone
         where = ray._private.services.canonicalize_bootstrap_address(address) if address == "auto" else address
-        if where is None:
-            raise ConnectionError("no cluster runs on this machine, and RAY_ADDRESS is not set")
         parts = urlsplit(where if "://" in where else f"//{where}")
         if parts.hostname is None or parts.port is None:
             raise ValueError("it is not of the form HOST:PORT")
         socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise _no_cluster(address, str(error)) from error
+        raise _no_cluster(address, str(error).rstrip(".")) from error
 
 
 def _no_cluster(address: str, why: str) -> ResourceError:
