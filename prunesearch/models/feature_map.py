@@ -162,14 +162,14 @@ class _Holding(Swapped):
         """Image to logits."""
         if call is None:
             return timm_class(self).forward(self, x)
-        features, counts = self._features(x, call)
+        features, counts = self._features(x, call.masked)
         logits = self.forward_head(features)
         call.trace = Trace(logits, patches_of(self, features), None, counts)
         return logits
 
     def forward_features(self: Any, x: Tensor) -> Tensor:
         """Image to the final map, as timm's."""
-        return self._features(x, ModelCall(self.training))[0]
+        return self._features(x, self.training)[0]
 
     def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused: timm's code would run the stages without the schedule."""
@@ -178,14 +178,12 @@ class _Holding(Swapped):
             "Possible: model(images), forward_features, or a model without one. Call remove_schedule(model) first."
         )
 
-    def _features(self: Any, x: Tensor, model_call: ModelCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _features(self: Any, x: Tensor, masked: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         is_swin = isinstance(self, SwinTransformer)
         stages, path = stages_of(self), "model.layers" if is_swin else "model.stages"
         x = self.patch_embed(x) if is_swin else self.stem(x)
-        if model_call.dense:
-            return (self.norm(stages(x)) if is_swin else self.norm_pre(stages(x))), ()
         parts, training = getattr(self, PARTS, None), stages[STAGE].training
-        call = StageCall(self._plan, parts, is_swin, model_call.masked, training)
+        call = StageCall(self._plan, parts, is_swin, masked, training)
         check_takes_call(stages, path)
         x = stages(x, call=call)
         check_was_called(call.counts, path)

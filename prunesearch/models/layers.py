@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NoReturn
 
+import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import nn
@@ -35,8 +36,26 @@ def check_countable(root: nn.Module, place: str) -> None:
     """Raise ModelError for a layer that PyTorch's counter of one pass would not see: one whose class is neither
     PyTorch's nor timm's, as its arithmetic may be no operator that is counted (a quantised one)."""
     for path, layer in _parts(root, place):
-        if not timm_class(layer).__module__.startswith(("torch.nn.modules.", "timm.")):
+        if not _kind(layer).__module__.startswith(("torch.nn.modules.", "timm.")):
             _refuse(layer, path)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without values, to count a pass with, and without what was attached: hooks, replaced forwards, compiled
+    calls. What others attached must not run in it, and its owners must not see it."""
+    copied = module.__class__.__new__(module.__class__)
+    # a new module's own attributes are its empty dicts of parameters, children and hooks
+    copied.__dict__ = {**vars(module), **vars(nn.Module()), "training": False}
+    for name in ("forward", "_compiled_call_impl"):
+        copied.__dict__.pop(name, None)
+    for name, parameter in module._parameters.items():
+        empty = None if parameter is None else torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        copied.register_parameter(name, None if empty is None else nn.Parameter(empty, requires_grad=False))
+    for name, buffer in module._buffers.items():
+        copied.register_buffer(name, None if buffer is None else torch.empty_like(buffer, device="meta"))
+    for name, child in module.named_children():
+        copied.add_module(name, on_meta(child))
+    return copied
 
 
 def _parts(root: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
@@ -46,8 +65,14 @@ def _parts(root: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _kind(layer: nn.Module) -> type:
+    """The class of a layer, without a schedule, parametrizations and sharding, whose classes PyTorch makes of it."""
+    made = ("torch.nn.utils.parametrize", "torch.distributed.")
+    return next(kind for kind in timm_class(layer).__mro__ if not kind.__module__.startswith(made))
+
+
 def _is_free_or_container(layer: nn.Module) -> bool:
-    kind = timm_class(layer)
+    kind = _kind(layer)
     own = [parameter for parameter in layer.parameters(recurse=False) if parameter.ndim > 1]
     if kind in (*CONTAINERS, nn.Identity):
         return not own

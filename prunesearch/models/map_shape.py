@@ -9,13 +9,12 @@ from timm.layers import Mlp
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
-from prunesearch.models.layers import check_countable, macs_per_token
-from prunesearch.models.swap import Swapped, timm_class
-from prunesearch.models.trace import ModelCall
+from prunesearch.models.layers import check_countable, macs_per_token, on_meta
+from prunesearch.models.plan import PARTS
+from prunesearch.models.swap import timm_class
 from prunesearch.schedule import ModelShape
 
 STAGE = 2
@@ -56,7 +55,6 @@ def shape_of(model: Any) -> ModelShape:
     blocks: Any = stages[STAGE].blocks
     for index, block in enumerate(blocks):
         _check(index, block)
-    check_countable(model, "model")
     block = blocks[0]
     if isinstance(block, SwinTransformerBlock):
         attention = block.attn
@@ -135,21 +133,18 @@ def _check(index: int, block: Any) -> None:
 
 def _one_pass(model: Any, dim: int) -> tuple[int, int]:
     """MACs of the dense model, and positions of the third stage's map: counted without data or memory."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors}
-    image = torch.empty(1, *input_size(model), device="meta", dtype=tensors[0][1].dtype)
+    dense = on_meta(model)
+    dense.__class__ = timm_class(model)  # inside it, ours do what timm's do
+    dense._modules.pop(PARTS, None)
+    check_countable(dense, "model")
     positions: list[int] = []
 
     def look(stage: nn.Module, inputs: Any, output: Tensor) -> None:
         positions.append(output.numel() // dim)
 
-    hook = stages_of(model)[STAGE].register_forward_hook(look)
-    try:
-        # the counter's own bookkeeping needs gradients to be on
-        with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            # without its schedule, if it has one
-            dense = {"call": ModelCall(masked=False, dense=True)} if isinstance(model, Swapped) else {}
-            functional_call(model, on_meta, (image,), dense)
-    finally:
-        hook.remove()
+    stages_of(dense)[STAGE].register_forward_hook(look)
+    image = torch.empty(1, *input_size(model), device="meta", dtype=next(model.parameters()).dtype)
+    # the counter's own bookkeeping needs gradients to be on
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        dense(image)
     return counter.get_total_flops() // 2, positions[0]

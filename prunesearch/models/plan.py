@@ -26,8 +26,15 @@ class StageParts(nn.Module):
     def __init__(self, scorer: nn.Module | None, reducer: nn.Module | None, threshold: float | None) -> None:
         super().__init__()
         self.scorer, self.reducer = scorer, reducer
-        # float32 whatever the model computes in: differences between thresholds are small
-        self.threshold = None if threshold is None else nn.Parameter(torch.tensor(threshold, dtype=torch.float32))
+        # float32 whatever the model computes in: differences between thresholds are small. Of one dimension, as
+        # fully_shard refuses parameters without any
+        self.threshold = None if threshold is None else nn.Parameter(torch.tensor([threshold], dtype=torch.float32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        name = f"{prefix}threshold"
+        if name in state_dict:  # saved without a dimension by earlier versions
+            state_dict[name] = state_dict[name].reshape(-1)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class PlannedStep(NamedTuple):

@@ -22,9 +22,9 @@ class Trace(NamedTuple):
 class ModelCall:
     """What a model with a schedule is handed in one call beside the images; and what it leaves beside the logits.
 
-    masked: as `prunesearch.models.trace`. dense: run as without the schedule. No dataclass, as FSDP would copy it.
+    masked: as `prunesearch.models.trace`. No dataclass, as FSDP would copy it.
     """
 
-    def __init__(self, masked: bool, dense: bool = False) -> None:
-        self.masked, self.dense = masked, dense
+    def __init__(self, masked: bool) -> None:
+        self.masked = masked
         self.trace: Trace | None = None

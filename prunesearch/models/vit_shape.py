@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
-from prunesearch.models.layers import check_countable, macs_per_token
+from prunesearch.models.layers import check_countable, macs_per_token, on_meta
 from prunesearch.models.swap import timm_class
 from prunesearch.schedule import ModelShape
 
@@ -102,7 +101,7 @@ def _stem_macs(model: Any) -> int:
         return embed.proj.weight.numel() * embed.num_patches
     # a hybrid stem (a small CNN) has no closed form: count one pass without data
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(embed).to("meta").eval()(torch.empty(1, model.in_chans, *embed.img_size))
+        on_meta(embed)(torch.empty(1, model.in_chans, *embed.img_size, dtype=next(embed.parameters()).dtype))
     return counter.get_total_flops() // 2
 
 

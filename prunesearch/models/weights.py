@@ -31,7 +31,7 @@ def fitting_weights(weights: str | Path | Mapping[str, Tensor], wanted: Mapping[
             f"{place}: does not fit the model with this schedule: {'; '.join(problems)}. Possible: the weights that "
             f"were exported with exactly this schedule. Check that the files belong together."
         )
-    return {name: state[name].to(value) for name, value in wanted.items()}
+    return {name: state[name].to(value).reshape(value.shape) for name, value in wanted.items()}
 
 
 def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
@@ -46,7 +46,7 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
     shapes = [
         f"{name} ({tuple(value.shape)}, not {tuple(wanted[name].shape)})"
         for name, value in there.items()
-        if value.shape != wanted[name].shape
+        if value.shape != wanted[name].shape and not value.numel() == wanted[name].numel() == 1
     ]
     return (
         listed("it lacks", [name for name in wanted if name not in state])

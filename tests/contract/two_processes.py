@@ -1,0 +1,120 @@
+"""Train small models with schedules in two processes, and write what came out: run by test_distributed.py.
+
+`python two_processes.py OUTPUT CASE...`; in each case a process trains on its own images, under DDP or FSDP2. It is
+compared with one process that takes the mean over both halves of the batch, each with its own random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from small_models import images, small_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prunesearch.models import apply_schedule, trace
+from prunesearch.schedule import Schedule, Stage
+
+PROCESSES = 2
+STEPS = 2
+SCHEDULES = {
+    "drop": Schedule((Stage(1, keep=0.6), Stage(2, at="pre", keep=0.6))),
+    "merge": Schedule((Stage(1, keep=0.6, reduce="merge"), Stage(2, keep=0.7, reduce="merge"))),
+    "predictor": Schedule((Stage(1, score="predictor", keep=0.6), Stage(2, score="predictor", keep=0.6, at="pre"))),
+    "threshold": Schedule((Stage(1, threshold=0.028), Stage(2, threshold=0.9, reduce="merge"))),
+    "threshold_checkpointed": Schedule((Stage(1, threshold=0.028), Stage(2, threshold=0.9, reduce="merge"))),
+}
+
+
+def fresh(case: str) -> nn.Module:
+    """The model of a case, in training mode."""
+    model = apply_schedule(small_model(), SCHEDULES[case], untrained=True).train()
+    model.set_grad_checkpointing(case.endswith("checkpointed"))
+    return model
+
+
+def loss_of(model: nn.Module, x: Tensor, seed: int) -> Tensor:
+    """A loss of logits and of the counts that decisions lead to, with random numbers from a seed."""
+    torch.manual_seed(seed)
+    outcome = trace(model, x)
+    return outcome.logits.square().mean() + sum(0.01 * count.mean() for count in outcome.counts)
+
+
+def train(model: nn.Module, shards: list[tuple[Tensor, int]]) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of each shard in each step, and parameters at the end, after steps on the mean over the shards."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for x, seed in shards:
+            loss = loss_of(model, x, 10 * step + seed)
+            (loss / len(shards)).backward()
+            losses.append(loss.item())
+        optimizer.step()
+    return losses, dict(model.named_parameters())
+
+
+def evaluated(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits in evaluation mode."""
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def compare(case: str, kind: str) -> dict[str, float]:
+    """Largest difference between this process and the single one: losses, parameters after training, logits."""
+    rank, halves = dist.get_rank(), images(4 * PROCESSES).chunk(PROCESSES)
+    single = fresh(case)
+    losses, wanted = train(single, [(half, seed) for seed, half in enumerate(halves)])
+    start = {name: value.detach().clone() for name, value in fresh(case).named_parameters()}
+    model: nn.Module = fresh(case)
+    if kind == "ddp":
+        wrapped: nn.Module = DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.blocks:
+            fully_shard(block)
+        wrapped = fully_shard(model)
+    own, found = train(wrapped, [(halves[rank], rank)])
+    logits = evaluated(wrapped, halves[rank])
+    whole = {name.removeprefix("module."): _whole(value) for name, value in found.items()}
+    assert whole.keys() == wanted.keys()
+    return {
+        "losses": max(abs(one - other) for one, other in zip(own, losses[rank::PROCESSES], strict=True)),
+        "parameters": max((whole[name] - value).abs().max().item() for name, value in wanted.items()),
+        "trained": max((start[name] - value).abs().max().item() for name, value in wanted.items()),
+        "logits": (logits - evaluated(single, halves[rank])).abs().max().item(),
+    }
+
+
+def _whole(value: Tensor) -> Tensor:
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach()
+
+
+def work(rank: int, meeting: str, output: str, cases: list[str]) -> None:
+    """One process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
+    found: dict[str, object] = {}
+    for name in cases:
+        kind, case = name.split(":")
+        found[name] = compare(case, kind)
+    Path(f"{output}.{rank}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Start the processes, and wait for them."""
+    output, *cases = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (f"{folder}/meeting", output, cases), nprocs=PROCESSES)
+
+
+if __name__ == "__main__":
+    main()
