@@ -28,7 +28,12 @@ from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.study import Store, open_store, open_study_readonly
 from prunesearch.search.team import Team
 
-during: Callable[[Task], None] = lambda task: None
+
+def _nothing(task: Task) -> None:
+    """What happens during an evaluation, unless a test says otherwise."""
+
+
+during: Callable[[Task], None] = _nothing
 
 
 @pytest.fixture(autouse=True)
