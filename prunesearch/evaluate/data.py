@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 from timm.data import ImageDataset, create_dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -22,7 +22,7 @@ from torchvision.datasets import DatasetFolder
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
 from prunesearch.evaluate.class_order import class_of_folders, in_order, listed_classes, natural_key
-from prunesearch.evaluate.digits import PARTS, load_digits
+from prunesearch.evaluate.digits import HELD_OUT, PARTS, TRAINING, load_digits
 from prunesearch.evaluate.images import ImageInput, ImageSet, Unreadable, collate, image_input, refuse_unreadable
 from prunesearch.evaluate.picture_files import (
     FolderPictures,
@@ -46,12 +46,14 @@ class Opened(NamedTuple):
     """One split: a sequence of (PIL image, class index), or an iterable one, and the class names if they are known.
 
     notes: what was left out, for people. ambiguous: whether the order of the classes was a choice that nobody made.
+    is_shipped: whether it comes with a package, so that nothing in it can be unreadable.
     """
 
     images: Any
     classes: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
     ambiguous: bool = False
+    is_shipped: bool = False
 
 
 DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
@@ -61,11 +63,21 @@ DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
 @DATASETS.register("digits")
 def open_digits(config: DataConfig, split: Split) -> Opened:
     """scikit-learn's handwritten digits; they need no root."""
-    from PIL.Image import fromarray
+    return Opened(_Digits(_digits_split(config, split)), tuple("0123456789"), is_shipped=True)
 
-    images, labels = load_digits(_digits_split(config, split))
-    pairs = [(fromarray(image.numpy()), int(label)) for image, label in zip(images, labels, strict=True)]
-    return Opened(pairs, tuple("0123456789"))
+
+class _Digits(Dataset[tuple[Image, int]]):
+    """One part of the digits, loaded when the first one is asked for: scikit-learn takes seconds to import."""
+
+    def __init__(self, part: str) -> None:
+        self._part = part
+
+    def __len__(self) -> int:
+        return TRAINING if self._part == "train" else len(range(HELD_OUT)[PARTS[self._part]])
+
+    def __getitem__(self, index: int) -> tuple[Image, int]:
+        images, labels = load_digits(self._part)
+        return fromarray(images[index].numpy()), int(labels[index])
 
 
 def _digits_split(config: DataConfig, split: Split) -> str:
@@ -388,6 +400,11 @@ def classes_of(config: DataConfig) -> tuple[tuple[str, ...] | None, bool]:
     """The class names, None when they are unknown, and whether their order was a choice that nobody made."""
     opened = _open_split(config, "train")
     return opened.classes, opened.ambiguous
+
+
+def is_shipped(config: DataConfig, split: Split) -> bool:
+    """Whether a split comes with a package, so that nothing in it can be unreadable."""
+    return _open_split(config, split).is_shipped
 
 
 def notes_of(config: DataConfig, split: Split) -> tuple[str, ...]:

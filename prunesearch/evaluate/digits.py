@@ -8,6 +8,8 @@ import torch
 
 SPLIT_SEED = 0
 """Of the one split everything uses: a stratified third is held out for validation."""
+TRAINING, HELD_OUT = 1198, 599
+"""Images of each."""
 PARTS = {
     "train": slice(None),
     "validation": slice(None),

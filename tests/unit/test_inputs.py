@@ -200,6 +200,14 @@ def test_ray_is_not_needed(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Weights and data: fine" in capsys.readouterr().out
 
 
+def test_digits_are_not_loaded_before_workers_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scikit-learn takes seconds to import, and the digits that come with it need no check."""
+    monkeypatch.setattr(data, "load_digits", None)
+    halves = DataConfig("digits", val_split="first half", test_split="second half")
+    found = check_inputs(ModelConfig("vit_digits_patch1_8", pretrained=True), halves)
+    assert found.counts == (("train", 1198), ("validation", 300), ("test", 299))
+
+
 def test_looking_is_remembered(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second look at the same pictures opens none of them; other ones are looked at."""
     looked: list[str] = []
