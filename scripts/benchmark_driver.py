@@ -27,11 +27,13 @@ import numpy as np
 from prunesearch.config import SamplerConfig, StudyConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import model_shape
+from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver, loop
 from prunesearch.search.simulate import SimulatedWorkers
 from prunesearch.search.table import Measured, Table
+from prunesearch.search.workers import Lost
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 BUDGETS = (0, 599, 2396)
@@ -65,19 +67,23 @@ def measure(sampler: str, rungs: str, candidates: int, workers: int) -> dict[str
     )
     since: dict[str, list[float]] = defaultdict(list)
     megabytes: list[float] = []
-    start = 0.0
+    start: float | None = None
 
-    def reached(step: str) -> None:
+    def handle(search: loop.Search, task: Task, outcome: Evaluation | Lost) -> None:
         nonlocal start
-        now = time.perf_counter()
-        if step == "result":
-            start = now
-            return
-        since[step].append(1000 * (now - start))
-        if step == "discarded" and len(since[step]) % PER_BLOCK == 0:
+        start = time.perf_counter()
+        whole_cycle(search, task, outcome)
+        since["discarded"].append(1000 * (time.perf_counter() - start))
+        if len(since["discarded"]) % PER_BLOCK == 0:
             megabytes.append(resident_megabytes())
 
-    loop.reached = reached
+    def fill(search: loop.Search) -> None:
+        submit(search)
+        if start is not None:  # the first candidates are submitted before there is a result
+            since["submitted"].append(1000 * (time.perf_counter() - start))
+
+    whole_cycle, submit = loop.Search._handle, loop.Search._fill
+    loop.Search._handle, loop.Search._fill = handle, fill  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         driver.run_study(config, Path(folder), make_workers=lambda *_: simulated)
     submitted = blocks(since["submitted"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +12,9 @@ from pathlib import Path
 import pytest
 from driving import drivers, end, evaluated, fake_search, read, start, wait_for
 from postgres import Server, Unavailable, postgres
+from test_compare_and_swap import SITUATIONS, WRITES, late_write, race
+
+from prunesearch.search.study import open_store
 
 
 def a_server() -> Iterator[Server]:
@@ -85,3 +91,28 @@ def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, server: Server)
     found = read(server.url)
     assert len(found) == 20 and {record.state for record in found} == {"complete"}
     assert evaluated(tmp_path).total() == 20
+
+
+@pytest.mark.slow
+def test_of_late_and_simultaneous_writes_the_first_one_counts(url: str) -> None:
+    for number, (situation, write) in enumerate(itertools.product(SITUATIONS, WRITES)):
+        config = fake_search.small_study(9, name=f"late {number}")
+        stores = [open_store(config, url, owner=name, alone=False) for name in ("late", "second", "third")]
+        late_write(stores, situation, write)
+        for store in stores:
+            store.close()
+    for write in ("begin", "take over", "promote"):
+        race(url, fake_search.small_study(9, name=write), write)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # each start of a driver takes seconds
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_kills_of_any_driver_lose_and_repeat_nothing(database: str) -> None:
+    """The whole matrix: python scripts/kill_matrix.py"""
+    script = Path(__file__).parents[2] / "scripts" / "kill_matrix.py"
+    size = ["--runs", "1", "--candidates", "30", "--drivers", "3", "--kills", "3"]
+    if database == "postgres":
+        next(a_server(), None)  # skips where there is none
+    done = subprocess.run([sys.executable, str(script), "--databases", database, *size], capture_output=True, text=True)
+    assert done.returncode == 0 and "; 0 lost, 0 repeated;" in done.stdout, done.stdout + done.stderr

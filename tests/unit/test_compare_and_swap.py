@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from fake_search import small_study
+from optuna.trial import FrozenTrial
 
+from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule, Stage
@@ -44,11 +44,9 @@ def drivers(url: str) -> Iterator[list[Store]]:
         store.close()
 
 
-def rows(url: str) -> list[object]:
-    """All that is known of candidates; not the marks of who wrote last."""
-    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
-        tables = ("trials", "trial_user_attributes", "trial_system_attributes", "trial_values")
-        return [row for table in tables for row in database.execute(f"SELECT * FROM {table} ORDER BY 1")]
+def trials(store: Store) -> list[FrozenTrial]:
+    """All that the database knows of candidates, without a cache between."""
+    return list(store._storage._backend.get_all_trials(store._study_id))  # type: ignore[attr-defined]
 
 
 def taken_over(late: Store, second: Store, third: Store) -> Record:
@@ -93,37 +91,40 @@ POSSIBLE = {("promote", "taken_over_and_finished")}
 """Anyone may promote what waits."""
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("write", WRITES)
-def test_a_late_driver_changes_nothing(
-    drivers: list[Store], url: str, situation: Callable[..., Record], write: str
-) -> None:
+def late_write(drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
+    """Bring about a situation, and let the late driver write. Raises AssertionError when that changes anything."""
     begun = situation(*drivers)
-    before = rows(url)
+    before = trials(drivers[0])
     done = WRITES[write](drivers[0], begun)
     if (write, situation.__name__) in POSSIBLE:
         assert done
     else:
-        assert not done and rows(url) == before
+        assert not done and trials(drivers[0]) == before
 
 
-def test_what_is_told_twice_happens_once(drivers: list[Store], url: str) -> None:
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_late_driver_changes_nothing(drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
+    late_write(drivers, situation, write)
+
+
+def test_what_is_told_twice_happens_once(drivers: list[Store]) -> None:
     """As when the database's answer was lost and the driver asks again."""
     one, two, _ = drivers
     begun = one.begin(RECORD, {})
     assert begun is not None
     paused = one.finish(begun, result(0))
-    before = rows(url)
-    assert paused is not None and one.finish(begun, result(0)) == replace(paused, orders=(1,)) and rows(url) == before
+    before = trials(one)
+    assert paused is not None and one.finish(begun, result(0)) == replace(paused, orders=(1,)) and trials(one) == before
     higher = replace(begun, rung=1)
     assert one.promote(higher)
-    before = rows(url)
+    before = trials(one)
     two.poll()
-    assert one.promote(higher) and rows(url) == before and not two.promote(higher)
+    assert one.promote(higher) and trials(one) == before and not two.promote(higher)
     two.poll()
     assert two.take_over(replace(higher, owner="late"))
-    before = rows(url)
-    assert two.take_over(replace(higher, owner="late")) and rows(url) == before
+    before = trials(one)
+    assert two.take_over(replace(higher, owner="late")) and trials(one) == before
 
 
 def test_an_evaluation_that_began_anew_is_not_taken_over(drivers: list[Store]) -> None:
@@ -137,7 +138,7 @@ def test_an_evaluation_that_began_anew_is_not_taken_over(drivers: list[Store]) -
     assert two.take_over(seen)
 
 
-def test_the_highest_rung_is_whole_for_optuna(drivers: list[Store], url: str) -> None:
+def test_the_highest_rung_is_whole_for_optuna(drivers: list[Store]) -> None:
     one = drivers[0]
     record = one.begin(RECORD, {"gmacs": -0.5})
     for rung in range(3):
@@ -146,7 +147,7 @@ def test_the_highest_rung_is_whole_for_optuna(drivers: list[Store], url: str) ->
             record = replace(record, state="running", rung=rung)
             assert one.promote(record)
         record = one.finish(record, result(rung, 90.0 + rung))
-    [trial] = one._storage._backend.get_all_trials(one._study_id)  # type: ignore[attr-defined]
+    [trial] = trials(one)
     assert trial.state.name == "COMPLETE" and trial.values == [92.0, 0.01]
     assert trial.constraints == {"gmacs": -0.5} and trial.datetime_complete >= trial.datetime_start
     assert trial.user_attrs["attempts"] == [1, 1, 1] and trial.params["block2.keep"] == 0.7
@@ -154,7 +155,12 @@ def test_the_highest_rung_is_whole_for_optuna(drivers: list[Store], url: str) ->
 
 @pytest.mark.parametrize("write", ["begin", "take over", "promote"])
 def test_of_many_at_once_one_wins(url: str, write: str) -> None:
-    owner, *stores = [open_store(small_study(9), url, owner=f"{n}", alone=False) for n in range(5)]
+    race(url, small_study(9), write)
+
+
+def race(url: str, config: StudyConfig, write: str) -> None:
+    """Let four drivers do the same at the same moment. Raises AssertionError unless one of them succeeds."""
+    owner, *stores = [open_store(config, url, owner=f"{n}", alone=False) for n in range(5)]
     record = RECORD
     if write != "begin":
         begun = owner.begin(RECORD, {})
