@@ -115,7 +115,9 @@ class _Child:
     def how_it_ended(self) -> str:
         self._process.join()
         code = self._process.exitcode or 0
-        return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        main = "a script that calls run_study does so under if __name__ == '__main__'"
+        return how if self._is_ready else f"{how}, before it could evaluate ({main})"
 
     def end(self) -> None:
         """Kill it, with its children."""

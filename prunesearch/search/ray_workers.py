@@ -223,7 +223,8 @@ def _check_answers(address: str) -> None:
     """Raises ResourceError when nobody listens there: Ray itself takes two minutes to notice, and then exits."""
     try:
         # auto is what RAY_ADDRESS says, or the last cluster that was started on this machine, which may be gone
-        where = ray._private.services.canonicalize_bootstrap_address(address) if address == "auto" else address
+        is_auto = address == "auto"
+        where = str(ray._private.services.canonicalize_bootstrap_address(address)) if is_auto else address
         parts = urlsplit(where if "://" in where else f"//{where}")
         if parts.hostname is None or parts.port is None:
             raise ValueError("it is not of the form HOST:PORT")

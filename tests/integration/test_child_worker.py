@@ -54,9 +54,7 @@ def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
         again = outcome(worker, task("a2"))
         assert isinstance(again, Evaluation) and again.host == good.host  # the same process
         assert outcome(worker, task("a3", stages=2)) == Lost("crash", "its process ended: exit code 3")
-        begun = time.monotonic()
         assert outcome(worker, task("a4", stages=4)) == Lost("timeout", "no result after 2 s")
-        assert time.monotonic() - begun < 60
         assert isinstance(outcome(worker, task("a5")), Evaluation)
     finally:
         worker.close()
