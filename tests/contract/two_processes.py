@@ -1,14 +1,11 @@
-"""Train small models with schedules in two processes, and write what came out: run by test_distributed.py.
+"""What each of two processes does in test_distributed.py: it trains small models with schedules, under DDP or FSDP2.
 
-`python two_processes.py OUTPUT CASE...`; in each case a process trains on its own images, under DDP or FSDP2. It is
-compared with one process that takes the mean over both halves of the batch, each with its own random numbers.
+It is compared with one process that takes the mean over both halves of the batch, each with its own random numbers.
 """
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -65,14 +62,14 @@ def evaluated(model: nn.Module, x: Tensor) -> Tensor:
         return model.eval()(x)
 
 
-def compare(case: str, kind: str) -> dict[str, float]:
+def compare(wrapper: str, case: str) -> dict[str, float]:
     """Largest difference between this process and the single one: losses, parameters after training, logits."""
     rank, halves = dist.get_rank(), images(4 * PROCESSES).chunk(PROCESSES)
     single = fresh(case)
     losses, wanted = train(single, [(half, seed) for seed, half in enumerate(halves)])
     start = {name: value.detach().clone() for name, value in fresh(case).named_parameters()}
     model: nn.Module = fresh(case)
-    if kind == "ddp":
+    if wrapper == "DDP":
         wrapped: nn.Module = DistributedDataParallel(model)
     else:
         from torch.distributed.fsdp import fully_shard
@@ -96,25 +93,11 @@ def _whole(value: Tensor) -> Tensor:
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).detach()
 
 
-def work(rank: int, meeting: str, output: str, cases: list[str]) -> None:
-    """One process."""
+def work(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
+    """One process: compare each (wrapper, schedule), and write what was found to FOLDER/RANK.json."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
-    found: dict[str, object] = {}
-    for name in cases:
-        kind, case = name.split(":")
-        found[name] = compare(case, kind)
-    Path(f"{output}.{rank}").write_text(json.dumps(found))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    found = {f"{wrapper} {schedule}": compare(wrapper, schedule) for wrapper, schedule in cases}
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def main() -> None:
-    """Start the processes, and wait for them."""
-    output, *cases = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (f"{folder}/meeting", output, cases), nprocs=PROCESSES)
-
-
-if __name__ == "__main__":
-    main()
