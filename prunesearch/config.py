@@ -21,6 +21,7 @@ def as_options(mapping: Mapping[str, Scalar] | Options) -> Options:
     return tuple(sorted((str(name), value) for name, value in pairs))
 
 
+MODULE_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 MOST_BLOCKS = 1000
 MOST_TOKENS = 1_000_000
 MOST_GMACS = 1e6
@@ -403,7 +404,7 @@ class StudyConfig:
         "modules to import first; they may register scores, metrics, ...",
         (),
         most=MOST_NAMES,
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+        pattern=MODULE_NAME,
     )
 
     @property
