@@ -203,7 +203,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
 def _check_schedule(parsed: argparse.Namespace) -> int:
     from prunesearch.config import ModelConfig
     from prunesearch.cost import estimate_cost
-    from prunesearch.evaluate import model_shape
+    from prunesearch.evaluate import is_remote, model_problems, model_shape
     from prunesearch.files import load_schedule_file
     from prunesearch.strict import from_mapping
 
@@ -215,6 +215,9 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
         model = from_mapping(ModelConfig, file.model, f"{parsed.file}: model")
     else:
         print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
+        return 0
+    if is_remote(model) and not model_problems(model):  # looking it up needs the network
+        print(f"{parsed.file}: fine in itself ({schedule}). What {model.name} is, is looked up when it is evaluated.")
         return 0
     cost, dense = estimate_cost(model_shape(model), schedule), estimate_cost(model_shape(model))
     print(f"{parsed.file}: fine for {model.name}. {schedule}")
