@@ -240,7 +240,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
 
 def _check_schedule(parsed: argparse.Namespace) -> int:
     from prunesearch.cost import estimate_cost
-    from prunesearch.evaluate import model_shape
+    from prunesearch.evaluate import is_remote, model_problems, model_shape
     from prunesearch.files import load_schedule_file, plugins_named_in
     from prunesearch.sources import Given, model_and_data
 
@@ -250,6 +250,9 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     model, _ = model_and_data(file, given=Given(model=parsed.model, overrides=tuple(parsed.set)))
     if model is None:
         _print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
+        return 0
+    if is_remote(model) and not model_problems(model):  # looking it up needs the network
+        _print(f"{parsed.file}: fine in itself ({schedule}). What {model.name} is, is looked up when it is evaluated.")
         return 0
     cost, dense = estimate_cost(model_shape(model), schedule), estimate_cost(model_shape(model))
     _print(f"{parsed.file}: fine for {model.name}. {schedule}")

@@ -26,6 +26,7 @@ def as_options(mapping: Mapping[str, Scalar] | Options) -> Options:
     return tuple(sorted((str(name), value) for name, value in pairs))
 
 
+MODULE_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 MOST_BLOCKS = 1000
 MOST_TOKENS = 1_000_000
 MOST_GMACS = 1e6
@@ -104,6 +105,7 @@ class DataConfig:
         "which class folder has which index: natural (2 before 10, as timm; the default), ascii (10 before 2, as "
         "torchvision's ImageFolder), a list of class names, or a text file with one name in each line",
         None,
+        most=1000,
     )
     allow_unreadable: float = _field(
         "share of the training pictures that may be unreadable; they are left out, counted and named. Pictures for "
@@ -469,7 +471,7 @@ class StudyConfig:
         "modules to import first; they may register scores, metrics, ...",
         (),
         most=MOST_NAMES,
-        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+        pattern=MODULE_NAME,
     )
 
     @property

@@ -18,6 +18,7 @@ import yaml
 
 from prunesearch.config import (
     LARGEST,
+    MODULE_NAME,
     MOST_BLOCKS,
     MOST_GMACS,
     MOST_NAMES,
@@ -58,7 +59,7 @@ class ScheduleFile:
     weights: str | None = None
     measured: Mapping[str, Any] | None = None
     made_by: Mapping[str, Any] | None = None
-    plugins: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = bounded("modules to import", (), most=MOST_NAMES, pattern=MODULE_NAME)
 
     @property
     def schedule(self) -> Schedule:

@@ -25,6 +25,7 @@ from prunesearch.schedule import Schedule, Stage
 from prunesearch.search import driver, lessons, loop
 from prunesearch.search.events import Done, Finished, Started, Stopping, Submitted
 from prunesearch.search.record import Record
+from prunesearch.search.serial_workers import SerialWorkers
 from prunesearch.search.workers import Lost, Outcome
 
 
@@ -115,12 +116,12 @@ def test_a_finished_study_starts_no_workers(tmp_path: Path, monkeypatch: pytest.
 def test_a_candidate_that_was_running_runs_again_under_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(task: Task) -> Evaluation:
+    def die(workers: SerialWorkers, seconds: float) -> list[Outcome]:
         raise Killed
 
     run(study(3), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fake_search, "evaluate", die)
+        patch.setattr(SerialWorkers, "wait", die)
         run(study(6), tmp_path)
     running = records(tmp_path)[-1]
     assert running.state == "running"

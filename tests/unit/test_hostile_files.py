@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from prunesearch.errors import FileError
-from prunesearch.files import load_any, load_schedule, load_study, write_yaml
+from prunesearch.files import load_schedule, load_study, write_yaml
 from prunesearch.yaml_text import DEEPEST, LONGEST, MOST_BYTES, MOST_VALUES, read_yaml_text
 
 STUDY = """
@@ -108,7 +108,7 @@ def test_a_crooked_value_is_a_sentence(tmp_path: Path, value: str, says: str, ho
 
 
 @pytest.mark.parametrize(("content", "says"), FILES.values(), ids=FILES)
-@pytest.mark.parametrize("read", [load_study, load_schedule, load_any])
+@pytest.mark.parametrize("read", [load_study, load_schedule])
 def test_a_crooked_file_is_a_sentence(tmp_path: Path, content: bytes, says: str, read: Callable[..., Any]) -> None:
     path = tmp_path / "file.yaml"
     path.write_bytes(content)
@@ -119,7 +119,7 @@ def test_a_crooked_file_is_a_sentence(tmp_path: Path, content: bytes, says: str,
 @pytest.mark.parametrize("path", ["a\0b.yaml", "x" * 5000, ".", "nowhere.yaml", "/dev/zero"])
 def test_a_path_that_cannot_be_one_is_a_sentence(path: str) -> None:
     with pytest.raises(FileError, match=r"Check the path|Give a readable|Check whether it is the right file"):
-        load_any(path)
+        load_study(path)
 
 
 @pytest.mark.parametrize(

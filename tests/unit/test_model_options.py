@@ -167,3 +167,23 @@ def test_a_model_with_too_few_or_too_many_tokens_is_a_sentence(size: int) -> Non
         ModelError, match=r"patch tokens of an image. Possible: from 1|cannot build|images of its own size"
     ):
         model_shape(ModelConfig("vit_digits_patch1_8", image_size=size, options=options))
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "says"),
+    [
+        ("{name: 'hf-hub:timm/vit_tiny', pretrained: true}", 0, "is looked up when it is evaluated"),
+        ("{name: 'local-dir:here', pretrained: true}", 0, "is looked up when it is evaluated"),
+        ("{name: 'hf-hub:timm/vit_tiny'}", 2, "with pretrained: true"),
+        ("{name: vit_digits_patch1_8, options: {checkpoint_path: weights.pth}}", 2, "not a matter of the architecture"),
+        ("{name: vit_digits_patch1_8, options: {depth: 100000}}", 2, "possible: a whole number from 1 up to 100"),
+    ],
+)
+def test_a_schedule_of_a_stranger_makes_check_open_nothing(
+    model: str, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("weights.pth").write_bytes(pickle.dumps(Unsafe()))
+    Path("best.yaml").write_text(f"version: 1\nstages: [{{block: 1, keep: 0.5}}]\nmodel: {model}\n")
+    assert main(["check", "best.yaml"]) == code
+    output = capsys.readouterr()
+    assert says in output.out + output.err and not Path("this-must-never-be-made").exists()
