@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from driving import drivers, end, evaluated, fake_search, read, start, wait_for
 from postgres import Server, Unavailable, postgres
-from test_compare_and_swap import SITUATIONS, WRITES, late_write, race
+from test_compare_and_swap import RECORD, SITUATIONS, WRITES, late_write, race
 
 from prunesearch.search.study import open_store
 
@@ -95,14 +96,15 @@ def test_a_database_that_goes_away_is_waited_for(tmp_path: Path, server: Server)
 
 @pytest.mark.slow
 def test_of_late_and_simultaneous_writes_the_first_one_counts(url: str) -> None:
+    stores = [
+        open_store(fake_search.small_study(9), url, owner=name, alone=False) for name in ("late", "second", "third")
+    ]
     for number, (situation, write) in enumerate(itertools.product(SITUATIONS, WRITES)):
-        config = fake_search.small_study(9, name=f"late {number}")
-        stores = [open_store(config, url, owner=name, alone=False) for name in ("late", "second", "third")]
-        late_write(stores, situation, write)
-        for store in stores:
-            store.close()
+        late_write(replace(RECORD, uid=f"late {number}"), stores, situation, write)
     for write in ("begin", "take over", "promote"):
-        race(url, fake_search.small_study(9, name=write), write)
+        race(replace(RECORD, uid=write), stores, write)
+    for store in stores:
+        store.close()
 
 
 @pytest.mark.slow

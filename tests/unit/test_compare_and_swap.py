@@ -13,7 +13,6 @@ import pytest
 from fake_search import small_study
 from optuna.trial import FrozenTrial
 
-from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule, Stage
@@ -22,57 +21,71 @@ from prunesearch.search.record import Record
 from prunesearch.search.study import Store, open_store
 
 RECORD = Record(-1, "abc", Schedule((Stage(2, keep=0.7),)), "running", "sampler", 42)
+FAILURE = Evaluation("abc", "failed", cause="nan", error="the loss")
 
 
 def result(rung: int, top1: float = 90.0) -> Evaluation:
     return Evaluation("abc", "complete", rung, metrics=(("top1", top1), ("gmacs", 0.01)))
 
 
-FAILURE = Evaluation("abc", "failed", cause="nan", error="the loss")
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('database') / 'study.db'}"
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'study.db'}"
-
-
-@pytest.fixture
-def drivers(url: str) -> Iterator[list[Store]]:
-    stores = [open_store(small_study(9), url, owner=name, alone=False) for name in ("late", "second", "third")]
-    yield stores
-    for store in stores:
+@pytest.fixture(scope="module")
+def stores(url: str) -> Iterator[list[Store]]:
+    """One study for all tests: opening it takes longer than everything else."""
+    found = [open_store(small_study(9), url, owner=name, alone=False) for name in ("late", "second", "third")]
+    yield found
+    for store in found:
         store.close()
 
 
-def trials(store: Store) -> list[FrozenTrial]:
-    """All that the database knows of candidates, without a cache between."""
-    return list(store._storage._backend.get_all_trials(store._study_id))  # type: ignore[attr-defined]
+@pytest.fixture
+def drivers(stores: list[Store], record: Record) -> Iterator[list[Store]]:
+    for store in stores:
+        store.poll()
+    yield stores
 
 
-def taken_over(late: Store, second: Store, third: Store) -> Record:
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """A candidate of this test's own."""
+    return replace(RECORD, uid=request.node.name)
+
+
+def trial_of(store: Store, uid: str) -> FrozenTrial:
+    """All that the database knows of a candidate, without a cache between."""
+    trials = store._storage._backend.get_all_trials(store._study_id)  # type: ignore[attr-defined]
+    (found,) = (trial for trial in trials if trial.user_attrs["uid"] == uid)
+    return found
+
+
+def taken_over(record: Record, late: Store, second: Store, third: Store) -> Record:
     """The late one was silent for too long; the second one runs its candidate now."""
-    begun = late.begin(RECORD, {})
-    assert begun is not None
-    [seen] = second.poll()
+    begun = late.begin(record, {})
+    seen = second.find(record.uid)
+    assert begun is not None and seen is not None
     assert second.take_over(seen) and second.begin_again(seen.number) == 1
     return begun
 
 
-def taken_over_and_finished(late: Store, second: Store, third: Store) -> Record:
-    begun = taken_over(late, second, third)
+def taken_over_and_finished(record: Record, late: Store, second: Store, third: Store) -> Record:
+    begun = taken_over(record, late, second, third)
     assert second.finish(replace(begun, owner="second"), result(0)) is not None
     return begun
 
 
-def taken_over_and_promoted(late: Store, second: Store, third: Store) -> Record:
-    begun = taken_over_and_finished(late, second, third)
-    [paused] = third.poll()
-    assert third.promote(replace(paused, state="running", rung=1))
+def taken_over_and_promoted(record: Record, late: Store, second: Store, third: Store) -> Record:
+    begun = taken_over_and_finished(record, late, second, third)
+    paused = third.find(record.uid)
+    assert paused is not None and third.promote(replace(paused, state="running", rung=1))
     return begun
 
 
-def taken_over_and_failed(late: Store, second: Store, third: Store) -> Record:
-    begun = taken_over(late, second, third)
+def taken_over_and_failed(record: Record, late: Store, second: Store, third: Store) -> Record:
+    begun = taken_over(record, late, second, third)
     assert second.finish(replace(begun, owner="second"), FAILURE) is not None
     return begun
 
@@ -85,93 +98,97 @@ WRITES: dict[str, Callable[[Store, Record], object]] = {
     "take over": lambda store, record: store.take_over(replace(record, owner="somebody")),
     "take over as last seen": lambda store, record: store.take_over(replace(record, owner="second")),
     "promote": lambda store, record: store.promote(replace(record, rung=1)),
-    "begin": lambda store, record: store.begin(RECORD, {}) is not None,
+    "begin": lambda store, record: store.begin(replace(record, number=-1), {}) is not None,
 }
 POSSIBLE = {("promote", "taken_over_and_finished")}
 """Anyone may promote what waits."""
 
 
-def late_write(drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
+def late_write(record: Record, drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
     """Bring about a situation, and let the late driver write. Raises AssertionError when that changes anything."""
-    begun = situation(*drivers)
-    before = trials(drivers[0])
+    begun = situation(record, *drivers)
+    before = trial_of(drivers[0], record.uid)
     done = WRITES[write](drivers[0], begun)
     if (write, situation.__name__) in POSSIBLE:
         assert done
     else:
-        assert not done and trials(drivers[0]) == before
+        assert not done and trial_of(drivers[0], record.uid) == before
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("write", WRITES)
-def test_a_late_driver_changes_nothing(drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
-    late_write(drivers, situation, write)
+def test_a_late_driver_changes_nothing(
+    record: Record, drivers: list[Store], situation: Callable[..., Record], write: str
+) -> None:
+    late_write(record, drivers, situation, write)
 
 
-def test_what_is_told_twice_happens_once(drivers: list[Store]) -> None:
+def test_what_is_told_twice_happens_once(record: Record, drivers: list[Store]) -> None:
     """As when the database's answer was lost and the driver asks again."""
     one, two, _ = drivers
-    begun = one.begin(RECORD, {})
+    begun = one.begin(record, {})
     assert begun is not None
     paused = one.finish(begun, result(0))
-    before = trials(one)
-    assert paused is not None and one.finish(begun, result(0)) == replace(paused, orders=(1,)) and trials(one) == before
+    before = trial_of(one, record.uid)
+    again = one.finish(begun, result(0))
+    assert paused is not None and again is not None and again.evaluations == paused.evaluations
+    assert trial_of(one, record.uid) == before
     higher = replace(begun, rung=1)
     assert one.promote(higher)
-    before = trials(one)
+    before = trial_of(one, record.uid)
     two.poll()
-    assert one.promote(higher) and trials(one) == before and not two.promote(higher)
+    assert one.promote(higher) and trial_of(one, record.uid) == before and not two.promote(higher)
     two.poll()
     assert two.take_over(replace(higher, owner="late"))
-    before = trials(one)
-    assert two.take_over(replace(higher, owner="late")) and trials(one) == before
+    before = trial_of(one, record.uid)
+    assert two.take_over(replace(higher, owner="late")) and trial_of(one, record.uid) == before
 
 
-def test_an_evaluation_that_began_anew_is_not_taken_over(drivers: list[Store]) -> None:
+def test_an_evaluation_that_began_anew_is_not_taken_over(record: Record, drivers: list[Store]) -> None:
     one, two, _ = drivers
-    begun = one.begin(RECORD, {})
-    assert begun is not None
-    [seen] = two.poll()  # two believes that one is dead, but it was started again
+    begun = one.begin(record, {})
+    seen = two.find(record.uid)  # two believes that one is dead, but it was started again
+    assert begun is not None and seen is not None
     assert one.begin_again(begun.number) == 1
     assert not two.take_over(seen)
-    [seen] = two.poll()
-    assert two.take_over(seen)
+    seen = two.find(record.uid)
+    assert seen is not None and two.take_over(seen)
 
 
-def test_the_highest_rung_is_whole_for_optuna(drivers: list[Store]) -> None:
-    one = drivers[0]
-    record = one.begin(RECORD, {"gmacs": -0.5})
+def test_the_highest_rung_is_whole_for_optuna(record: Record, drivers: list[Store]) -> None:
+    one, uid = drivers[0], record.uid
+    begun = one.begin(record, {"gmacs": -0.5})
     for rung in range(3):
-        assert record is not None
+        assert begun is not None
         if rung:
-            record = replace(record, state="running", rung=rung)
-            assert one.promote(record)
-        record = one.finish(record, result(rung, 90.0 + rung))
-    [trial] = trials(one)
+            begun = replace(begun, state="running", rung=rung)
+            assert one.promote(begun)
+        begun = one.finish(begun, result(rung, 90.0 + rung))
+    trial = trial_of(one, uid)
     assert trial.state.name == "COMPLETE" and trial.values == [92.0, 0.01]
     assert trial.constraints == {"gmacs": -0.5} and trial.datetime_complete >= trial.datetime_start
     assert trial.user_attrs["attempts"] == [1, 1, 1] and trial.params["block2.keep"] == 0.7
 
 
 @pytest.mark.parametrize("write", ["begin", "take over", "promote"])
-def test_of_many_at_once_one_wins(url: str, write: str) -> None:
-    race(url, small_study(9), write)
+def test_of_several_at_once_one_wins(record: Record, drivers: list[Store], write: str) -> None:
+    race(record, drivers, write)
 
 
-def race(url: str, config: StudyConfig, write: str) -> None:
-    """Let four drivers do the same at the same moment. Raises AssertionError unless one of them succeeds."""
-    owner, *stores = [open_store(config, url, owner=f"{n}", alone=False) for n in range(5)]
-    record = RECORD
+def race(record: Record, drivers: list[Store], write: str) -> None:
+    """Let all drivers do the same at the same moment. Raises AssertionError unless one of them succeeds."""
+    uid, stores = record.uid, drivers
     if write != "begin":
-        begun = owner.begin(RECORD, {})
+        owner, *stores = drivers
+        begun = owner.begin(record, {})
         assert begun is not None
         record = begun
-    if write == "promote":
-        owner.finish(record, result(0))
-        record = replace(record, rung=1)
+        if write == "promote":
+            owner.finish(record, result(0))
+            record = replace(record, rung=1)
     for store in stores:
         store.poll()
-    claims = {
+    claims: dict[str, Callable[[Store], bool]] = {
         "begin": lambda store: store.begin(record, {}) is not None,
         "take over": lambda store: store.take_over(record),
         "promote": lambda store: store.promote(record),
@@ -189,28 +206,26 @@ def race(url: str, config: StudyConfig, write: str) -> None:
     for thread in threads:
         thread.join()
     assert len(won) == 1
-    [record] = owner.records()
-    assert record.owner == won[0]
-    for store in (owner, *stores):
-        store.close()
+    assert trial_of(drivers[0], uid).user_attrs["owner"] == won[0]
 
 
 @pytest.mark.parametrize("calls", range(6))
-def test_reading_hides_nothing_from_poll(drivers: list[Store], calls: int) -> None:
-    """Every change is polled once, whatever is read between: records() before the poll after each bit of `calls`."""
+def test_reading_hides_nothing_from_poll(record: Record, drivers: list[Store], calls: int) -> None:
+    """Every change is polled once, whatever is read before the poll."""
     writer, reader, _ = drivers
     polled: list[tuple[str, str]] = []
-    for step in range(3):
-        record = writer.begin(replace(RECORD, uid=f"{step}"), {})
-        assert record is not None
+    uids = [f"{record.uid} {step}" for step in range(3)]
+    for step, uid in enumerate(uids):
+        begun = writer.begin(replace(record, uid=uid), {})
+        assert begun is not None
         for change in ("running", "paused"):
             if change == "paused":
-                assert writer.finish(record, replace(result(0), uid=f"{step}")) is not None
+                assert writer.finish(begun, replace(result(0), uid=uid)) is not None
             for _ in range(calls >> step & 1 or calls % 3):
-                assert len(reader.records()) == step + 1
-                assert reader.find(f"{step}") is not None and reader.running() is not None
+                assert uid in {one.uid for one in reader.records()}
+                assert reader.find(uid) is not None and reader.running() is not None
             polled += [(one.uid, one.state) for one in reader.poll()]
-    assert polled == [(f"{step}", change) for step in range(3) for change in ("running", "paused")]
+    assert polled == [(uid, change) for uid in uids for change in ("running", "paused")]
     assert reader.poll() == []
 
 

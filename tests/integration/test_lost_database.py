@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fake_search
 import optuna
 import pytest
-from fake_search import study
+from driving import fake_search
 
 from prunesearch.cli import main
 from prunesearch.errors import RunError, StudyError
@@ -136,7 +135,7 @@ def test_a_search_stops_when_its_database_is_not_what_it_was(
     monkeypatch.setattr("test_lost_database.mishap", Mishap(folder / name, strike))
     monkeypatch.setattr("prunesearch.search.storage.PAUSE_SECONDS", 0.01)
     with pytest.raises(RunError) as caught:
-        run_study(study(8), folder, storage=storage, evaluate="test_lost_database:evaluate")
+        run_study(fake_search.study(8), folder, storage=storage, evaluate="test_lost_database:evaluate")
     assert mishap is not None and mishap.count == STRUCK, "it went on"
     assert "outbox" in str(caught.value) and "run the study again" in str(caught.value), caught.value
     assert len(list(folder.rglob("outbox/**/*.json"))) == 1, "the result that the database does not have"
@@ -144,7 +143,7 @@ def test_a_search_stops_when_its_database_is_not_what_it_was(
 
 def test_an_older_copy_under_the_newest_changes_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_lost_database.mishap", Mishap(tmp_path / "study.db", write_older_copy_over_it))
-    run_study(study(8), tmp_path, evaluate="test_lost_database:evaluate")
+    run_study(fake_search.study(8), tmp_path, evaluate="test_lost_database:evaluate")
     reader = open_study_readonly(tmp_path)
     assert [record.state for record in reader.records()] == ["complete"] * 8
     reader.close()
@@ -181,9 +180,9 @@ def test_the_command_line_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_study_without_weights_may_begin_anew(tmp_path: Path) -> None:
-    run_study(study(2), tmp_path, evaluate="fake_search:evaluate")
+    run_study(fake_search.study(2), tmp_path, evaluate="fake_search:evaluate")
     (tmp_path / "study.db").unlink()
-    run_study(study(3), tmp_path, evaluate="fake_search:evaluate")
+    run_study(fake_search.study(3), tmp_path, evaluate="fake_search:evaluate")
     reader = open_study_readonly(tmp_path)
     assert len(reader.records()) == 3
     reader.close()

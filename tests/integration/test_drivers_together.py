@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fake_search
 import pytest
+from driving import fake_search  # first: it leads to the modules of the unit tests
 from dying import STEPS, Killed, die_at
-from fake_search import EVALUATED, small_study, study
 
 from prunesearch.config import ConfirmConfig, StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
@@ -35,7 +34,7 @@ def during(task: Task) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_evaluated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    EVALUATED.clear()
+    fake_search.EVALUATED.clear()
     monkeypatch.setattr("prunesearch.search.loop.TICK_SECONDS", 0.02)
     monkeypatch.setattr("prunesearch.search.loop.LOOK_SECONDS", 0.02)
     monkeypatch.setattr("prunesearch.search.confirm.TICK_SECONDS", 0.02)
@@ -49,7 +48,7 @@ def url(tmp_path: Path) -> str:
 def evaluate(task: Task) -> Evaluation:
     during(task)
     found = fake_search.evaluate(replace(task, uid=task.uid.partition(".")[0]))
-    EVALUATED[-1] = f"{task.uid} {task.rung}"
+    fake_search.EVALUATED[-1] = f"{task.uid} {task.rung}"
     return replace(found, uid=task.uid)
 
 
@@ -77,7 +76,7 @@ def undelivered(place: Path) -> list[str]:
 def test_a_survivor_adopts_from_the_folder_of_the_dead(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    config = small_study(6, "random")
+    config = fake_search.small_study(6, "random")
     for time_ in (2, 3):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die_at(patch, step, time_)
@@ -85,7 +84,9 @@ def test_a_survivor_adopts_from_the_folder_of_the_dead(
     search(config, tmp_path / "survivor", url)
     found = read(url)
     assert len(found) == 6 and {record.state for record in found} <= {"complete", "paused"}
-    assert sorted(EVALUATED) == sorted(f"{one.uid} {one.rung}" for record in found for one in record.evaluations)
+    assert sorted(fake_search.EVALUATED) == sorted(
+        f"{one.uid} {one.rung}" for record in found for one in record.evaluations
+    )
     left = undelivered(tmp_path)
     for time_ in (2, 3):  # whoever comes back finds that all of it is known
         search(config, tmp_path / f"dead{time_}", url)
@@ -97,24 +98,28 @@ def test_without_a_shared_disk_only_what_was_not_yet_written_is_repeated(
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "result", 3)
-        search(study(6), tmp_path / "dead", url)
+        search(fake_search.study(6), tmp_path / "dead", url)
     (tmp_path / "dead").rename(tmp_path / "away")
-    search(study(6), tmp_path / "survivor", url)
-    assert len(read(url)) == 6 and Counter(EVALUATED).most_common(2)[0][1] == 2 and len(EVALUATED) == 7
-    again = len(EVALUATED)
+    search(fake_search.study(6), tmp_path / "survivor", url)
+    assert (
+        len(read(url)) == 6
+        and Counter(fake_search.EVALUATED).most_common(2)[0][1] == 2
+        and len(fake_search.EVALUATED) == 7
+    )
+    again = len(fake_search.EVALUATED)
     (tmp_path / "away").rename(tmp_path / "dead")
-    events = search(study(6), tmp_path / "dead", url)
+    events = search(fake_search.study(6), tmp_path / "dead", url)
     assert isinstance(events[0], Started) and events[0].recovered == 0
-    assert len(EVALUATED) == again and not undelivered(tmp_path)
+    assert len(fake_search.EVALUATED) == again and not undelivered(tmp_path)
 
 
 def test_what_a_driver_that_was_alone_left_is_adopted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "result", 3)
-        run_study(study(6), tmp_path, evaluate="test_drivers_together:evaluate")
+        run_study(fake_search.study(6), tmp_path, evaluate="test_drivers_together:evaluate")
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    search(study(6), tmp_path, url)
-    assert len(read(url)) == 6 == len(EVALUATED) and not undelivered(tmp_path)
+    search(fake_search.study(6), tmp_path, url)
+    assert len(read(url)) == 6 == len(fake_search.EVALUATED) and not undelivered(tmp_path)
 
 
 def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +131,7 @@ def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, m
 
     monkeypatch.setattr(Store, "begin", look_and_begin)
     monkeypatch.setattr("prunesearch.search.team.Team._beat", lambda team: None)  # the thread has not come to it yet
-    search(study(2), tmp_path / "one", url)
+    search(fake_search.study(2), tmp_path / "one", url)
     assert len(beats) == 2
     assert all(beat.count is not None and Path(beat.place).parents[1] == tmp_path / "one" for beat in beats)
 
@@ -135,7 +140,7 @@ def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, m
 def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, finishes: bool
 ) -> None:
-    config, uids = study(4), []
+    config, uids = fake_search.study(4), []
 
     def take_it_over(task: Task) -> None:
         if uids or task.schedule.stages == ():
@@ -146,7 +151,7 @@ def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
         assert record is not None and other.take_over(record) and other.begin_again(record.number) == 1
         if finishes:
             found = replace(fake_search.evaluate(task), host="the other one")
-            EVALUATED.pop()
+            fake_search.EVALUATED.pop()
             assert other.finish(replace(record, owner="other"), found) is not None
         other.close()
 
@@ -154,7 +159,7 @@ def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
     search(config, tmp_path / "late", url, lease=0.5)
     found = read(url)
     assert {record.state for record in found} == {"complete"} and len(found) == 4
-    assert len(EVALUATED) == len(set(EVALUATED)) == 4
+    assert len(fake_search.EVALUATED) == len(set(fake_search.EVALUATED)) == 4
     (record,) = (record for record in found if record.uid == uids[0])
     assert record.evaluation is not None and (record.evaluation.host == "the other one") == finishes
     assert record.owner == ("other" if finishes else found[0].owner)
@@ -182,12 +187,12 @@ class Driver:
 @pytest.fixture
 def searched(tmp_path: Path, url: str) -> Iterator[Callable[[str], Driver]]:
     """A study whose front is to be measured again, by drivers that are made as they are named."""
-    search(study(12), tmp_path / "searcher", url)
-    EVALUATED.clear()
+    search(fake_search.study(12), tmp_path / "searcher", url)
+    fake_search.EVALUATED.clear()
     made: list[Driver] = []
 
     def make(name: str) -> Driver:
-        made.append(Driver(name, tmp_path, replace(study(12), confirm=ConfirmConfig(seeds=2)), url))
+        made.append(Driver(name, tmp_path, replace(fake_search.study(12), confirm=ConfirmConfig(seeds=2)), url))
         return made[-1]
 
     yield make
@@ -212,7 +217,7 @@ def test_each_confirmation_is_made_by_one_of_the_drivers(
     for thread in threads:
         thread.join()
     confirmed = [one.uid for record in read(url) for one in record.confirmations]
-    assert sorted(EVALUATED) == sorted(f"{uid} 0" for uid in confirmed) and len(confirmed) >= 4
+    assert sorted(fake_search.EVALUATED) == sorted(f"{uid} 0" for uid in confirmed) and len(confirmed) >= 4
     assert len(who) > 1, "one did everything"
     assert missing(drivers[0].config, drivers[0].folder, read(url)) == [] and drivers[0].store.claims() == {}
 
@@ -226,7 +231,7 @@ def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callabl
     write_atomically(dead.outbox / "bad.json", b"[" * 100_000)
     dead.team.close()
     other.confirm()
-    assert sorted(EVALUATED) == sorted(f"{one.task.uid} 0" for one in (first, second, *rest))
+    assert sorted(fake_search.EVALUATED) == sorted(f"{one.task.uid} 0" for one in (first, second, *rest))
     own = replace(evaluate(second.task), host="the one that was dead")
     assert not dead.store.confirm(second.record.uid, second.index, own), "it is there already"
     assert missing(late.config, late.folder, read(url)) == [] and undelivered(dead.folder) == ["bad.aside"]
@@ -240,10 +245,10 @@ def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Drive
     thread = threading.Thread(target=other.confirm)
     thread.start()
     time.sleep(0.8)  # more than a lease
-    assert thread.is_alive() and f"{one.task.uid} 0" not in EVALUATED
+    assert thread.is_alive() and f"{one.task.uid} 0" not in fake_search.EVALUATED
     assert slow.store.confirm(one.record.uid, one.index, evaluate(one.task))
     thread.join()
-    assert Counter(EVALUATED).most_common(1)[0][1] == 1
+    assert Counter(fake_search.EVALUATED).most_common(1)[0][1] == 1
 
 
 def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[[str], Driver]) -> None:
@@ -264,7 +269,7 @@ all_at_work = threading.Barrier(2)
 
 def fail(task: Task) -> Evaluation:
     """In vain, and not before both drivers are at it."""
-    EVALUATED.append(task.uid)
+    fake_search.EVALUATED.append(task.uid)
     if threading.get_ident() not in at_work:
         at_work.add(threading.get_ident())
         all_at_work.wait(timeout=60)
@@ -278,6 +283,10 @@ def test_what_fails_is_tried_once_by_all_together_and_again_next_time(searched: 
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(EVALUATED) == len(set(EVALUATED)) == len(missing(one.config, one.folder, one.store.records()))
+    assert (
+        len(fake_search.EVALUATED)
+        == len(set(fake_search.EVALUATED))
+        == len(missing(one.config, one.folder, one.store.records()))
+    )
     one.confirm()
     assert missing(one.config, one.folder, one.store.records()) == []
