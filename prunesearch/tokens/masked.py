@@ -104,6 +104,8 @@ def compact(
     present_Bn = state.present_Bn
     if present_Bn is None:
         return state, later
+    if not len(present_Bn):  # no images, so there is no largest count
+        return state._replace(present_Bn=None), later
     count_B = (present_Bn > 0).sum(dim=1)
     fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
     order_BK = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices[:, :most]

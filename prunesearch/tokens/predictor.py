@@ -26,7 +26,7 @@ class Predictor(nn.Module):
 
     def forward(self, patches_BnC: Tensor, present_Bn: Tensor | None) -> Tensor:
         """Log-probability of staying, (B, n)."""
-        features_BnC = nn.functional.gelu(self.embed(self.norm(patches_BnC.to(self.embed.weight.dtype))))
+        features_BnC = nn.functional.gelu(self.embed(self.norm(patches_BnC.to(self.norm.weight.dtype))))
         half = features_BnC.shape[-1] // 2
         local_BnC, global_BnC = features_BnC[..., :half], features_BnC[..., half:]
         if present_Bn is None:
