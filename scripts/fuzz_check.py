@@ -43,7 +43,7 @@ from prunesearch.presets import load_preset, presets
 from prunesearch.search.lessons import Lessons
 from prunesearch.search.propose import propose, seed_of
 from prunesearch.search.record import Record, with_evaluation
-from prunesearch.search.samplers import SAMPLERS, in_charge
+from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.token_gp import features
 from prunesearch.space import dimensions, uid_of
 from prunesearch.space_problems import AMOUNTS
@@ -301,7 +301,7 @@ def proposals(config: StudyConfig, count: int) -> int:
     shape = model_shape(config.model)
     lessons, records = Lessons(config), dict[str, Record]()
     for index in range(count):
-        draws = SAMPLERS[in_charge(config, index).name].draws
+        draws = SAMPLERS[config.sampler.name].draws
         proposal = propose(config, shape, lessons.draw, draws, lessons.known, records, index)
         if proposal.schedule is None:
             break
