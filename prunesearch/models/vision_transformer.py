@@ -32,7 +32,7 @@ from prunesearch.models.plan import (
 )
 from prunesearch.models.swap import Place, Swapped, check_takes_call, check_was_called, timm_class
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.models.vit_shape import gate_of
+from prunesearch.models.vit_shape import channels_of, gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
 from prunesearch.schedule import ModelShape, Schedule, reads_attention
 from prunesearch.tokens.masked import Group, compact, join_groups, split_by_count, take_masked_step
@@ -317,7 +317,7 @@ def patches_of(model: Any, features: Tensor) -> Tensor:
 
 def input_size(model: Any) -> tuple[int, int, int]:
     """See `prunesearch.models.input_size`."""
-    return (model.patch_embed.proj.weight.shape[1], *model.patch_embed.img_size)
+    return (channels_of(model.patch_embed), *model.patch_embed.img_size)
 
 
 def attend(

@@ -101,8 +101,13 @@ def _stem_macs(model: Any) -> int:
         return embed.proj.weight.numel() * embed.num_patches
     # a hybrid stem (a small CNN) has no closed form: count one pass without data
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        on_meta(embed)(torch.empty(1, model.in_chans, *embed.img_size, dtype=next(embed.parameters()).dtype))
+        on_meta(embed)(torch.empty(1, channels_of(embed), *embed.img_size, dtype=next(embed.parameters()).dtype))
     return counter.get_total_flops() // 2
+
+
+def channels_of(embed: nn.Module) -> int:
+    """Channels of the images that a stem takes: those of its first convolution."""
+    return next(weight.shape[1] for weight in embed.parameters() if weight.ndim == 4)
 
 
 def _pool_macs(model: Any) -> tuple[int, int, int]:

@@ -29,7 +29,7 @@ def test_dense_agrees_with_the_flop_counter(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["class", "registers", "avg", "gate"])
 @pytest.mark.parametrize("at", ["mid", "pre"])
 @pytest.mark.parametrize(("score", "verb"), pairs())
-def test_every_pair_agrees_with_the_flop_counter(score: str, verb: str, at: str, layout: str) -> None:
+def test_macs_are_arithmetic(score: str, verb: str, at: str, layout: str) -> None:
     model = small_model(layout)
     schedule = two_stages(score, verb, at)
     estimated = estimate_cost(shape_of(model), schedule).macs

@@ -74,7 +74,7 @@ def test_counts_are_as_resolved_and_removal_restores_the_model(layout: str, at: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_image_does_not_depend_on_the_batch_around_it(layout: str) -> None:
+def test_an_images_result_does_not_depend_on_the_batch_around_it(layout: str) -> None:
     model, x = small_model(layout), images(4)
     for score, verb in verbs(layout):
         apply_schedule(model, two_stages(score, verb))

@@ -10,7 +10,7 @@ import torch
 from small_models import images, randomise
 
 from prunesearch.errors import ModelError
-from prunesearch.models import apply_schedule, remove_schedule, shape_of
+from prunesearch.models import apply_schedule, input_size, remove_schedule, shape_of
 from prunesearch.schedule import Schedule, Stage, resolve
 
 MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin")
@@ -49,6 +49,7 @@ def test_variant(name: str) -> None:
         pytest.skip("timm builds this name from another block")
     model = small(name)
     x = images(2, model.patch_embed.img_size[0])
+    assert input_size(model) == tuple(x.shape[1:])
     keys = list(model.state_dict())
     with torch.no_grad():
         before = model(x)

@@ -37,7 +37,7 @@ stop: {trials: TRIALS}
 
 @pytest.mark.timeout(900)  # twenty starts of Python with torch take their time
 @pytest.mark.parametrize(("kills", "trials"), [(5, 30), pytest.param(20, 120, marks=pytest.mark.slow)])
-def test_kills_lose_and_repeat_nothing(tmp_path: Path, kills: int, trials: int) -> None:
+def test_nothing_finished_is_lost(tmp_path: Path, kills: int, trials: int) -> None:
     (tmp_path / "study.yaml").write_text(STUDY.replace("TRIALS", str(trials)))
     folder = tmp_path / "outputs" / "kill"
     moments = random.Random(0)

@@ -131,7 +131,7 @@ def test_a_candidate_that_was_running_runs_again_under_its_number(
     assert (again.record.number, again.record.uid, again.evaluation.attempt) == (3, running.uid, 1)
 
 
-def test_the_same_seed_gives_the_same_candidates_and_another_one_others(tmp_path: Path) -> None:
+def test_same_seed_same_candidates(tmp_path: Path) -> None:
     uids = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(study(15, "tpe", seed), tmp_path / name)
