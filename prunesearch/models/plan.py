@@ -11,7 +11,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from prunesearch.errors import ScheduleError
+from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models.swap import Place, Swapped, swap, swap_back
 from prunesearch.schedule import ModelShape, Schedule, Stage, Step, options_of, reads_attention, resolve
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer
@@ -111,9 +111,15 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
 
 def plan_for(plan: Plan, patch_tokens: int) -> Plan:
     """The plan for images of another size (dynamic_img_size); itself for its own. Raises ScheduleError when the
-    schedule, or what it has learned, does not fit that many patch tokens."""
+    schedule, or what it has learned, does not fit that many patch tokens, and ModelError in torch.compile."""
     if patch_tokens == plan.shape.patch_tokens:
         return plan
+    if torch.compiler.is_dynamo_compiling():
+        raise ModelError(
+            "model: torch.compile cannot resolve a schedule for images of another size than the model's own. Possible: "
+            "a model of that size. Call set_input_size on it (or build it with img_size), then apply_schedule, and "
+            "compile it then."
+        )
     return _plan_at(plan, int(patch_tokens))
 
 

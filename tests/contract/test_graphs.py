@@ -12,7 +12,7 @@ from test_masked import adaptive
 from torch import Tensor, nn
 
 from prunesearch.errors import ModelError
-from prunesearch.models import apply_schedule, remove_schedule
+from prunesearch.models import apply_schedule, remove_schedule, schedule_of
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
 
@@ -78,6 +78,23 @@ def test_maps_trace_exactly(layout: str) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(model, x[:2], check_trace=False)
         torch.testing.assert_close(traced(x[2:]), model(x[2:]))
+
+
+def test_another_size_is_refused_by_compile_and_recorded_by_the_others() -> None:
+    model = apply_schedule(small_model("avg", dynamic_img_size=True), two_stages("class_attention", "fuse"))
+    x = images(2, 32)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"ModelError.*set_input_size"):
+            torch.compile(model, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)
+        schedule = schedule_of(model)
+        remove_schedule(model).set_input_size(img_size=(32, 32))
+        apply_schedule(model, schedule)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "convnext"])
