@@ -48,6 +48,7 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
     "mlp_ratio": Bounds(float, 0.01, 64),
     "patch_size": Bounds(int, 1, 256),
     "in_chans": Bounds(int, 1, 64),
+    "img_size": Bounds(int, 1, 4096),
     "window_size": Bounds(int, 1, 256),
     "reg_tokens": Bounds(int, 0, 256),
     "output_stride": (8, 16, 32),

@@ -12,6 +12,7 @@ from test_study import RECORD
 
 from prunesearch.config import DataConfig, ModelConfig, StudyConfig
 from prunesearch.errors import RunError, StudyError
+from prunesearch.evaluate import Inputs
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.search.differences import MAY_MEND
 from prunesearch.search.driver import run_study
@@ -45,7 +46,7 @@ def test_every_setting_that_may_be_mended_is_tested() -> None:
 def test_a_correction_before_the_first_result_starts_the_search_over(
     tmp_path: Path, field: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prunesearch.search.driver.check_files", lambda model, data: None)
+    monkeypatch.setattr("prunesearch.search.driver.check_inputs", lambda *config, **how: Inputs())
     storage = storage_url(tmp_path) if several else None
     with pytest.raises(RunError, match=r"wrong.safetensors"):
         run_study(WRONG, tmp_path, storage=storage, evaluate="test_mending:evaluate")
