@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +20,13 @@ from prunesearch.cli import main
 from prunesearch.config import Objective, SpaceConfig, StudyConfig
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.files import save_schedule, write_yaml
+from prunesearch.files import save_schedule
 from prunesearch.printable import printable
 from prunesearch.report import LiveReport
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Finished, Started, Submitted, Waiting
 from prunesearch.search.study import open_study_readonly
-from prunesearch.strict import to_mapping
 from prunesearch.terminal import PlainConsole
 from prunesearch.tokens import REDUCERS, SCORERS
 
@@ -74,10 +75,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     METRICS.add(EVIL, replace(METRICS["loss"], name=EVIL, unit="[red]%[/red]\x1b[2J"))
     space = SpaceConfig(blocks=(1, 2), keep=(0.5, 0.7), score=(EVIL,), reduce=(EVIL,), start_from=(str(evil),))
     config: StudyConfig = fake_search.study(
-        trials=8, name=EVIL, space=space, objectives=(Objective("gmacs", "minimize"), Objective(EVIL, "minimize"))
+        trials=8, space=space, objectives=(Objective("gmacs", "minimize"), Objective(EVIL, "minimize"))
     )
-    write_yaml(to_mapping(config), folder / "study.yaml")
     run_study(config, folder, evaluate=f"{__name__}:evaluate")
+    with closing(sqlite3.connect(folder / "study.db")) as database, database:  # a study from elsewhere has any name
+        database.execute("UPDATE studies SET study_name = ?", (EVIL,))
+        (text,) = database.execute("SELECT value_json FROM study_user_attributes WHERE key = 'config'").fetchone()
+        renamed = json.dumps({**json.loads(text), "name": EVIL})
+        database.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = 'config'", (renamed,))
     yield folder
     for registry in (SCORERS, REDUCERS, METRICS):
         registry._things.pop(EVIL, None)  # type: ignore[attr-defined]
