@@ -149,7 +149,7 @@ def sqlite_file(url: str) -> Path | None:
     elif "%00" in path or "\0" in path:
         why = "holds a NUL character, which no path can"
     else:
-        return Path(os.fsdecode(unquote_to_bytes(path)))
+        return Path(os.fsdecode(unquote_to_bytes(os.fsencode(path))))
     raise StudyError(
         f"storage {shown(url)}: it {why}. Possible: sqlite:///FILE (four slashes for an absolute path; %20, %25, %3F "
         f"for a space, % and ?). Name a file, or leave --storage out: then the study folder has one."

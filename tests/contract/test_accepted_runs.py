@@ -231,7 +231,7 @@ def test_the_largest_studies_are_checked_in_time(changes: dict[str, Any], tmp_pa
     assert outcome.where in ("accepted", "meaning") and outcome.seconds < MOST_SECONDS, outcome
 
 
-def test_mistaken_files_are_sentences_and_accepted_ones_run(tmp_path: Path) -> None:
+def test_a_file_cannot_hurt(tmp_path: Path) -> None:
     before = peak_megabytes()
     outcomes = run(200, seed=1, folder=tmp_path)
     assert [outcome.trouble for outcome in outcomes if outcome.trouble] == []
