@@ -81,7 +81,7 @@ def test_every_mishap_stays_with_its_candidate(
         (WorkersConfig(count=1000), "1000 with 1 CPUs and 0 GPUs each .* up to 2 such workers"),
         (WorkersConfig(cpus_each=64), "up to 0 such workers"),
         (WorkersConfig(gpus_each=1.5), "a fraction up to 1, or a whole number"),
-        (WorkersConfig(device="cuda"), "workers.gpus_each: 0, but workers.device is cuda"),
+        (WorkersConfig(device="cuda"), "workers.gpus_each: 0, but workers.device is cuda|'cuda' is not available on"),
     ],
 )  # fmt: skip
 def test_more_than_there_is_is_an_error_at_once(
