@@ -77,7 +77,7 @@ def test_every_mishap_stays_with_its_candidate(
 @pytest.mark.parametrize(
     ("workers", "says"),
     [
-        (WorkersConfig(gpus_each=1000), "1 with 1 CPUs and 1000 GPUs each were asked for, but there are"),
+        (WorkersConfig(gpus_each=64), "1 with 1 CPUs and 64 GPUs each were asked for, but there are"),
         (WorkersConfig(count=1000), "1000 with 1 CPUs and 0 GPUs each .* up to 2 such workers"),
         (WorkersConfig(cpus_each=64), "up to 0 such workers"),
         (WorkersConfig(gpus_each=1.5), "a fraction up to 1, or a whole number"),
