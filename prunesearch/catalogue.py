@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from prunesearch.printable import printable
+
+if TYPE_CHECKING:
+    from prunesearch.tokens import Reducer, Scorer
 
 Row = tuple[str, ...]
 
@@ -17,7 +20,9 @@ Row = tuple[str, ...]
 def table(what: str, pattern: str = "*") -> Table:
     """A table of one kind of thing, narrowed to names that match a shell pattern."""
     columns, rows = CATALOGUES[what]
-    shown = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold")  # a name that one has to type is never cut
     for row in rows(pattern):
         if fnmatch(row[0], pattern):
             shown.add_row(printable(row[0]), *row[1:])
@@ -29,23 +34,25 @@ def _scores(pattern: str) -> Iterator[Row]:
 
     for name, entry in SCORERS.items():
         needs = "yes" if entry.needs_class_token else "no"
-        yield name, needs, _options(entry.options, entry.choices), entry.summary, entry.source
+        yield name, needs, _options(entry), entry.summary, entry.source
 
 
 def _reduces(pattern: str) -> Iterator[Row]:
     from prunesearch.tokens import REDUCERS
 
     for name, entry in REDUCERS.items():
-        options = _options(entry.options, entry.choices)
+        options = _options(entry)
         yield name, "yes" if entry.ranks else "no", options, entry.summary, entry.source
 
 
-def _options(options: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> str:
+def _options(entry: Scorer | Reducer) -> str:
     """Each option with its default, and with what else it can be, such as "parity=patches (or all)"."""
     texts = []
-    for name, default in options.items():
-        others = [value for value in choices.get(name, ()) if value != default]
-        texts.append(f"{name}={default}" + (f" (or {', '.join(others)})" if others else ""))
+    for name, default in entry.options.items():
+        others = ", ".join(value for value in entry.choices.get(name, ()) if value != default)
+        if name in entry.bounds:
+            others = "{} to {}".format(*entry.bounds[name])
+        texts.append(f"{name}={default}" + (f" ({'or ' if name in entry.choices else ''}{others})" if others else ""))
     return ", ".join(texts)
 
 

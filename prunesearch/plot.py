@@ -22,6 +22,7 @@ from prunesearch.search.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, GREY, FAINT = "#222222", "#8a8a8a", "#dddddd"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -101,9 +102,7 @@ def plot_front(
     own; a single objective is drawn over the trial numbers. Raises StudyError when nothing is complete, UserError for
     another suffix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib import rc_context
 
     goals = [objective.goal for objective in objectives]
     quality = objectives[goals.index("maximize") if "maximize" in goals else 0]
@@ -114,6 +113,25 @@ def plot_front(
         raise StudyError("plot: no candidate is complete. Possible: a study with one. Run the search longer.")
     found = front(shown, objectives, limits)
     picture = _Picture(shown, found, quality, limits, _colours(found))
+    with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
+        figure = _figure(picture, costs, title)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+def check_format(path: str | Path) -> None:
+    """Raises UserError for a suffix that says no format."""
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
+
+
+# --- panels ------------------------------------------------------------------------------------------------------
+
+
+def _figure(picture: _Picture, costs: Sequence[Objective | None], title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.04)
     figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
@@ -126,7 +144,7 @@ def plot_front(
         _scatter(axis, picture, cost)
     if picture.curves:
         _tokens(axes[-1], picture)
-    counts = f"{len(shown)} candidates, {len(found)} on the front"
+    counts = f"{len(picture.records)} candidates, {len(picture.front)} on the front"
     figure.suptitle(f"{title}: {counts}" if title else counts, x=0.014, ha="left", fontsize=13, color=INK)
     lines, names = axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower left", ncols=len(names), frameon=False, fontsize=9, labelcolor=INK)
@@ -134,17 +152,7 @@ def plot_front(
     figure.set_layout_engine("none")
     for axis, cost in zip(axes, costs, strict=False):
         _label(axis, picture, cost)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def check_format(path: str | Path) -> None:
-    """Raises UserError for a suffix that says no format."""
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
-
-
-# --- panels ------------------------------------------------------------------------------------------------------
+    return figure
 
 
 def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:

@@ -41,7 +41,7 @@ def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
     for axis, verb in zip(axes, verbs, strict=False):
         quiet(axis)
         _panel(axis, [line for line in lines if line.reduce == verb], colours)
-        axis.set_title(verb, loc="left", fontsize=11, color=INK, fontweight="bold")
+        axis.set_title(verb, loc="left", fontsize=11, color=INK, fontweight="bold", parse_math=False)
     for axis in axes[len(verbs) :]:
         axis.set_visible(False)
     blocks = sorted({line.block for line in lines})
@@ -50,7 +50,7 @@ def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
     figure.supxlabel("block of the only stage", fontsize=10.5, color=INK)
     figure.supylabel("KL(dense || pruned) in nats", fontsize=10.5, color=INK)
     title = f"{found.model.name}: each stage alone, without training, on {found.images} training images"
-    figure.suptitle(title, x=0.014, ha="left", fontsize=13, color=INK)
+    figure.suptitle(title, x=0.014, ha="left", fontsize=13, color=INK, parse_math=False)
     handles, names = _legend(axes[: len(verbs)])
     figure.legend(handles, names, title="keep", loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
     if found.left_out:

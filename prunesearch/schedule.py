@@ -324,7 +324,9 @@ def stage_problems(stage: Stage) -> list[str]:
             f"Possible: keep or tokens; with a threshold {possible}. Change one of them."
         )
     known_options = _default_options(stage)
-    choices = {**({} if stage.score == "none" else SCORERS[stage.score].choices), **reducer.choices}
+    entries = [reducer] if stage.score == "none" else [SCORERS[stage.score], reducer]
+    choices = {name: values for entry in entries for name, values in entry.choices.items()}
+    bounds = {name: values for entry in entries for name, values in entry.bounds.items()}
     for name, value in stage.options:
         if name not in known_options:
             known = ", ".join(known_options) or "none"
@@ -341,6 +343,12 @@ def stage_problems(stage: Stage) -> list[str]:
             problems.append(
                 f"option {name} is {value!r}; possible: {', '.join(choices[name])}. Its default is "
                 f"{known_options[name]!r}. Write one of them.{did_you_mean(value, choices[name])}"
+            )
+        elif name in bounds and not bounds[name][0] <= value <= bounds[name][1]:  # type: ignore[operator]
+            low, high = bounds[name]
+            problems.append(
+                f"option {name} is {value!r}; possible: from {low} to {high}. Its default is "
+                f"{known_options[name]!r}. Change it."
             )
     return problems
 

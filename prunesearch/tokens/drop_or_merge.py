@@ -18,6 +18,7 @@ from prunesearch.tokens.select import top_k
     macs=_matching_macs,
     options={"variance": 7e-5, "proportional_attention": True, "parity": "patches"},
     choices={"parity": PARITIES},
+    bounds={"variance": (0.0, 1.0)},
     no_effect=parity_no_effect,
 )
 def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:

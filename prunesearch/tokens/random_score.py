@@ -8,7 +8,7 @@ from torch import Tensor
 from prunesearch.tokens.registry import ScoreInput, scorer
 
 
-@scorer("random", source="baseline", needs_attention=False, options={"seed": 0})
+@scorer("random", source="baseline", needs_attention=False, options={"seed": 0}, bounds={"seed": (0, 2**31 - 1)})
 def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
     """Random: anew for every image while training; in eval mode one fixed order of slots per block and seed.
 

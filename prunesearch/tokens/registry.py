@@ -150,6 +150,8 @@ class Scorer:
     options: Mapping[str, Scalar] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The possible values of each option that is a string."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The least and the greatest value of each option that is a number."""
 
     def unit(self, shape: ModelShape) -> float:
         """The size of a typical score, in which thresholds are moved: scores are shares of a sum over the tokens,
@@ -191,6 +193,8 @@ class Reducer:
     options: Mapping[str, Scalar] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The possible values of each option that is a string."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The least and the greatest value of each option that is a number."""
     no_effect: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()
     """(shape) -> options that change nothing on this model; schedules that differ in those only are the same."""
 

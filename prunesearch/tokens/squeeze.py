@@ -54,6 +54,7 @@ def _masked(scene: MaskedInput, *, temperature: float) -> Joining:
     masked=_masked,
     takes_threshold=True,
     options={"temperature": 1.0},
+    bounds={"temperature": (0.02, 100.0)},  # below, exp(1 / temperature) comes near the largest fp32
 )
 def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
     """Mix each of the others into its most similar kept token, by exp(cosine / temperature) against e for the host.

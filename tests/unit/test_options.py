@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from prunesearch.catalogue import CATALOGUES
-from prunesearch.schedule import Stage, stage_problems
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+import prunesearch
+from prunesearch.catalogue import CATALOGUES, table
+from prunesearch.schedule import Schedule, Stage, stage_problems
 from prunesearch.tokens import REDUCERS, SCORERS
 
 WORDS = [
@@ -62,6 +68,47 @@ def test_lists_show_the_other_values(kind: str, name: str, option: str) -> None:
 
 
 @pytest.mark.parametrize("registry", [SCORERS, REDUCERS])
-def test_only_options_have_choices(registry) -> None:
+def test_only_options_have_choices_and_bounds(registry) -> None:
     for entry in registry.values():
-        assert entry.choices.keys() <= entry.options.keys()
+        assert entry.choices.keys() | entry.bounds.keys() <= entry.options.keys()
+
+
+def test_a_list_never_cuts_a_name() -> None:
+    console = Console(width=60, record=True)
+    console.print(table("reduces"))
+    text = console.export_text()
+    assert "…" not in text
+
+
+NUMBERS = [
+    (kind, name, option)
+    for kind, registry in (("score", SCORERS), ("reduce", REDUCERS))
+    for name, entry in registry.items()
+    for option, default in entry.options.items()
+    if isinstance(default, (int, float)) and not isinstance(default, bool)
+]
+
+
+def test_there_are_numbers() -> None:
+    assert {option for _, _, option in NUMBERS} == {"seed", "temperature", "variance"}
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), NUMBERS)
+def test_a_number_has_bounds_and_both_ends_give_finite_logits(kind: str, name: str, option: str) -> None:
+    low, high = (SCORERS if kind == "score" else REDUCERS)[name].bounds[option]
+    for value in (low, high):
+        stage = stage_with(kind, name, option, value)
+        assert stage_problems(stage) == []
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=2)
+        prunesearch.apply_schedule(model.eval(), Schedule((stage,)))
+        with torch.inference_mode():
+            assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "name", "option"), NUMBERS)
+def test_a_number_out_of_bounds_is_refused(kind: str, name: str, option: str) -> None:
+    entry = (SCORERS if kind == "score" else REDUCERS)[name]
+    low, high = entry.bounds[option]
+    for value in (type(low)(low - 1), type(high)(high * 2), -math.inf, math.nan):
+        (problem,) = stage_problems(stage_with(kind, name, option, value))
+        assert f"option {option} is {value!r}; possible: " in problem and repr(entry.options[option]) in problem

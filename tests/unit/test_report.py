@@ -257,6 +257,13 @@ def test_plot_is_a_picture(objectives: tuple[Objective, ...], tmp_path: Path) ->
     assert blue.sum() > 50  # the front
 
 
+@pytest.mark.parametrize("name", ["a $x^2$ b", "$$", "a$", "$\\frac{$", "50 % & _under_ ^"])
+def test_a_name_in_a_plot_is_no_formula(name: str, tmp_path: Path) -> None:
+    start = replace(RECORDS[1], origin=f"start: {name}")
+    plot_front([RECORDS[0], start, *RECORDS[2:]], OBJECTIVES, tmp_path / "front.svg", title=name)
+    assert (tmp_path / "front.svg").stat().st_size > 10_000
+
+
 def test_plot_of_a_study_with_little_in_it(tmp_path: Path) -> None:
     plot_front(RECORDS[:1], OBJECTIVES, tmp_path / "dense.png")
     plot_front(RECORDS[:1], OBJECTIVES, tmp_path / "none.png", limits=(("gmacs", Limit(at_most=0.001)),))
