@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import date
@@ -44,13 +44,11 @@ DENSE = "dense"
 @dataclass(frozen=True)
 class Method:
     """A published method: `schedule(shape, x)` gets cheaper as x, from 0 to 1, falls. trained: its score or queries
-    learn, so that without training there is nothing to measure. recipe: the name of the training recipe
-    (`finetune.recipe`) that goes with it; None for the study's own training."""
+    learn, so that without training there is nothing to measure."""
 
     name: str
     schedule: Callable[[ModelShape, float], Schedule]
     trained: bool = False
-    recipe: str | None = None
 
 
 def three_stages(shape: ModelShape, keep: float, score: str, reduce: str, at: str = "mid") -> Schedule:
@@ -222,12 +220,10 @@ def read_line(text: str) -> Line:
     return Line(name, float(macs) / 100, None if before == "-" else number(before), number(after), mark)
 
 
-def sweep(
-    configs: Mapping[str | None, StudyConfig], images: int, seeds: int, wanted: Sequence[tuple[str, float]]
-) -> list[Row]:
+def sweep(config: StudyConfig, images: int, seeds: int, wanted: Sequence[tuple[str, float]]) -> list[Row]:
     """What is wanted (names and shares), in parallel on all cores, in that order; what cannot get to its share is left
-    out. configs: the study by the recipe that methods name."""
-    shape = model_shape(configs[None].model)
+    out."""
+    shape = model_shape(config.model)
     dense = estimate_cost(shape).gmacs
     methods = {method.name: method for method in METHODS}
     rows: list[Row] = []
@@ -240,7 +236,6 @@ def sweep(
                 continue
             row = Row(name, share, [], [], [])
             rows.append(row)
-            config = configs[None if method is None else method.recipe]
             for seed in range(seeds):
                 jobs[pool.submit(run, config, schedule, images, seed)] = (row, row.finetuned)
                 if seed == 0 and not (method and method.trained):  # without training the seed changes nothing
@@ -401,6 +396,12 @@ def _shares(text: str) -> list[float]:
     return shares
 
 
+def _portable(setting: str) -> str:
+    """A setting as a page shows it: of a path, the file's name alone."""
+    name, _, value = setting.partition("=")
+    return f"{name}={Path(value).name if Path(value).exists() else value}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -418,16 +419,13 @@ def main() -> None:
     names = given.only or [DENSE, *(method.name for method in METHODS)]
     wanted = [(DENSE, 1.0)] if DENSE in names else []
     wanted += [(name, share) for share in given.shares for name in names if name != DENSE]
-    recipes = {method.recipe for method in METHODS if method.name in names}
-    configs = {
-        recipe: load_study(given.study, given.set if recipe is None else [*given.set, f"finetune.recipe={recipe}"])
-        for recipe in {None, *recipes}
-    }
+    config = load_study(given.study, given.set)
     study = os.path.relpath(given.study)
     command = f"python scripts/compare_methods.py --study {study} --images {given.images} --seeds {given.seeds}"
+    command += "".join(f" --set {_portable(setting)}" for setting in given.set)
     if given.only:
         command += f" --only '{','.join(names)}' --shares {','.join(map(str, given.shares))}"
-    rows = sweep(configs, given.images, given.seeds, wanted)
+    rows = sweep(config, given.images, given.seeds, wanted)
     lines = [line_of(row) for row in rows]
     print("", *lines, sep="\n")
     if not (path := given.out or given.into):
@@ -436,10 +434,10 @@ def main() -> None:
         text, lines = put_into(path.read_text(encoding="utf-8"), rows, given.seeds, date.today(), command)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = report(rows, configs[None], given.images, given.seeds, command)
+        text = report(rows, config, given.images, given.seeds, command)
         text += f"\n![the same as a picture]({path.with_suffix('.png').name})\n"
     path.write_text(text, encoding="utf-8")
-    draw(lines, path.with_suffix(".png"), f"{configs[None].model.name}: methods at the same cost")
+    draw(lines, path.with_suffix(".png"), f"{config.model.name}: methods at the same cost")
 
 
 if __name__ == "__main__":
