@@ -30,7 +30,14 @@ from prunesearch.models.plan import (
     make_plan,
     plan_for,
 )
-from prunesearch.models.swap import Place, Swapped, check_takes_call, check_was_called, timm_class
+from prunesearch.models.swap import (
+    Place,
+    Swapped,
+    check_methods,
+    check_takes_call,
+    check_was_called,
+    timm_class,
+)
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
@@ -172,6 +179,7 @@ class _Reduced(Swapped):
         call: ModelCall | None = None,
     ) -> Tensor:
         """Image to logits."""
+        check_methods(self, "model", type(self))
         state = self._features(x, attn_mask, is_causal, None if call is None else call.masked)
         logits = self._head(state)
         if call is not None:

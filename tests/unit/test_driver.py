@@ -157,8 +157,9 @@ def test_candidates_over_a_limit_cost_nothing(tmp_path: Path) -> None:
     assert done.rejected > 0 and len(EVALUATED) == 20
 
 
-def test_impossible_limits_end_the_search(tmp_path: Path) -> None:
-    done, _ = run(study(20, limits=(("gmacs", Limit(at_most=0.001)),)), tmp_path)
+def test_limits_that_together_cannot_be_kept_end_the_search(tmp_path: Path) -> None:
+    both = (("gmacs", Limit(at_most=0.0055)), ("gmacs_p95", Limit(at_least=0.012)))
+    done, _ = run(study(20, limits=both), tmp_path)
     assert (done.reason, done.complete) == ("exhausted", 1)
 
 
