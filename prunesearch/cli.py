@@ -289,7 +289,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _front(parsed: argparse.Namespace) -> int:
-    from prunesearch.front import front, front_rows
+    from prunesearch.front import comparable, front, front_rows, nothing_within
     from prunesearch.plot import plot_front
     from prunesearch.report import front_csv, front_table
 
@@ -302,7 +302,11 @@ def _front(parsed: argparse.Namespace) -> int:
     elif parsed.csv:
         print(printable(front_csv(found, config.objectives), lines=True), end="")
     elif not found:
-        _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
+        measured = comparable(records, config.objectives)
+        if measured and config.limits:
+            _print(f"{config.name}: {nothing_within(config.limits, measured)}")
+        else:
+            _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
         return 0
     else:
         _console().print(front_table(found, config.objectives, records))
@@ -626,7 +630,7 @@ def _parser() -> argparse.ArgumentParser:
     confirm.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
     confirm.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
 
-    check = verb("check", _check, "check a study or schedule file and report every mistake at once")
+    check = verb("check", _check, "check a study or schedule file and report its mistakes")
     check.add_argument("file", type=Path)
     check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
     _plugin_arguments(check)

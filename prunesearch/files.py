@@ -158,7 +158,15 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
-    return _named_well(_load(StudyConfig, path, overrides), str(path))
+    text = _read_yaml(path)
+    if isinstance(text.content, dict) and "stages" in text.content and "space" not in text.content:
+        raise FileError(
+            str(path),
+            [
+                "it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate for it."
+            ],
+        )
+    return _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:

@@ -18,7 +18,9 @@ from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_s
 from optuna.storages import JournalStorage
 
 from prunesearch.config import Budget, DataConfig, Limit, ModelConfig, Objective, SpaceConfig, StopConfig, WorkersConfig
+from prunesearch.cost import estimate_cost
 from prunesearch.errors import DataError, FileError, ModelError, RunError, StudyError
+from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
@@ -157,9 +159,10 @@ def test_candidates_over_a_limit_cost_nothing(tmp_path: Path) -> None:
     assert done.rejected > 0 and len(EVALUATED) == 20
 
 
-def test_limits_that_together_cannot_be_kept_end_the_search(tmp_path: Path) -> None:
-    both = (("gmacs", Limit(at_most=0.0055)), ("gmacs_p95", Limit(at_least=0.012)))
-    done, _ = run(study(20, limits=both), tmp_path)
+def test_limits_that_hardly_any_candidate_keeps_end_the_search(tmp_path: Path) -> None:
+    cheapest = Schedule(tuple(Stage(block, keep=0.5, reduce="drop") for block in range(1, 6)))
+    least = estimate_cost(model_shape(study().model), cheapest).gmacs
+    done, _ = run(study(20, limits=(("gmacs", Limit(at_most=least)),)), tmp_path)
     assert (done.reason, done.complete) == ("exhausted", 1)
 
 
