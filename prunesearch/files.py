@@ -162,9 +162,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     if isinstance(text.content, dict) and "stages" in text.content and "space" not in text.content:
         raise FileError(
             str(path),
-            [
-                "it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate for it."
-            ],
+            ["it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate."],
         )
     return _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
 
