@@ -19,7 +19,6 @@ from torch.nn.utils import parametrize
 
 from prunesearch.errors import ModelError
 from prunesearch.models import apply_schedule, remove_schedule, shape_of, trace
-from prunesearch.models.swap import Swapped
 from prunesearch.schedule import Schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning", "ignore:Full backward hook")
@@ -179,25 +178,24 @@ def test_a_forward_replaced_before_is_used_or_named(family: str, path: str) -> N
     assert type(model) is kind and torch.equal(model(x), before)
 
 
-def methods_of(family: str) -> list[str]:
-    model = with_schedule(family)[0]
-    assert isinstance(model, Swapped) and "forward_features" in model.methods
-    return list(model.methods)
-
-
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family in FAMILIES for name in methods_of(family)])
-def test_a_method_replaced_on_the_model_is_named(family: str, name: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_method_replaced_on_the_model_is_named(family: str) -> None:
     """The pass with a schedule does not go through it, so that what it changes would be lost in silence."""
-    model, x, schedule = made(family)
-    setattr(model, name, lambda *args, **kwargs: None)
-    kind = type(model)
-    with pytest.raises(ModelError, match=rf"^model: its {name} was replaced on the instance.*del model.{name}"):
-        apply_schedule(model, schedule)
-    assert type(model) is kind
-    delattr(model, name)
-    setattr(apply_schedule(model, schedule), name, lambda *args, **kwargs: None)
-    with pytest.raises(ModelError, match=rf"^model: its {name} was replaced"):
-        trace(model, x)
+    names = with_schedule(family)[0].methods
+    assert "forward_features" in names and ("forward_head" in names) == (family == "vit")
+    for name in names:
+        model, x, schedule = made(family)
+        setattr(model, name, lambda *args, **kwargs: None)
+        kind = type(model)
+        with pytest.raises(ModelError, match=rf"^model: its {name} was replaced on the instance.*del model.{name}"):
+            apply_schedule(model, schedule)
+        assert type(model) is kind
+        delattr(model, name)
+        setattr(apply_schedule(model, schedule), name, lambda *args, **kwargs: None)
+        if family != "vit":  # timm's forward calls it
+            continue
+        with pytest.raises(ModelError, match=rf"^model: its {name} was replaced"):
+            trace(model, x)
 
 
 @pytest.mark.parametrize(("family", "path"), [(f, path) for f, path in MODULES if works_inside(f, path)])
