@@ -230,6 +230,7 @@ def is_family(model: nn.Module) -> bool:
 
 def plan_of(model: Any, schedule: Schedule) -> Plan:
     """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
+    check_methods(model, "model", HOLDING[timm_class(model)])  # before the shape, which is that of a pass
     return make_plan(schedule, shape_of(model))
 
 
