@@ -21,8 +21,8 @@ def table(what: str, pattern: str = "*") -> Table:
     """A table of one kind of thing, narrowed to names that match a shell pattern."""
     columns, rows = CATALOGUES[what]
     shown = Table(box=None, header_style="bold", pad_edge=False)
-    for column in columns:
-        shown.add_column(column, overflow="fold")  # a name that one has to type is never cut
+    for index, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", no_wrap=index == 0)  # a name that one has to type stays whole
     for row in rows(pattern):
         if fnmatch(row[0], pattern):
             shown.add_row(printable(row[0]), *row[1:])

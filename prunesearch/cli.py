@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{where}: {error.strerror}. Possible: a file in a folder that can be written, on a disk with space. Check "
             f"the path; what a study has finished is safe."
         )
-        return 1
+        return 1 if error.errno in _FULL else 2
 
 
 # --- verbs -------------------------------------------------------------------------------------------------------
@@ -141,10 +141,10 @@ def _check(parsed: argparse.Namespace) -> int:
             raise UserError(f"{parsed.file}: --deep opens weights and data, which a study names. Leave --deep out.")
         return _check_schedule(parsed)
     config = load_study(parsed.file, parsed.set)
-    return _check_study(config) or (_check_inputs(config) if parsed.deep else 0)
+    return _check_study(config, parsed.deep) or (_check_inputs(config) if parsed.deep else 0)
 
 
-def _check_study(config: StudyConfig) -> int:
+def _check_study(config: StudyConfig, deep: bool) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.errors import FileError
     from prunesearch.evaluate import is_remote, model_shape
@@ -177,6 +177,8 @@ def _check_study(config: StudyConfig) -> int:
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
         print(f"  {WORD:<20} up to {STARTS} schedules, predicted from {len(stages)} stages that the run measures first")
+    if not deep:
+        print("  Weights and data were not opened; check --deep does that, and run always.")
     return 0
 
 
@@ -287,7 +289,7 @@ def _status(parsed: argparse.Namespace) -> int:
 
 
 def _front(parsed: argparse.Namespace) -> int:
-    from prunesearch.front import front, front_rows
+    from prunesearch.front import comparable, front, front_rows, nothing_within
     from prunesearch.plot import plot_front
     from prunesearch.report import front_csv, front_table
 
@@ -300,7 +302,11 @@ def _front(parsed: argparse.Namespace) -> int:
     elif parsed.csv:
         print(printable(front_csv(found, config.objectives), lines=True), end="")
     elif not found:
-        _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
+        measured = comparable(records, config.objectives)
+        if measured and config.limits:
+            _print(f"{config.name}: {nothing_within(config.limits, measured)}")
+        else:
+            _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
         return 0
     else:
         _console().print(front_table(found, config.objectives, records))
@@ -538,11 +544,11 @@ def _with_plugins(parsed: argparse.Namespace, stored: StudyConfig, config: Study
 
 def _check_output(path: Path | None) -> None:
     """Raises UserError for a file that cannot be written, before the work that it is for."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{path}: it is a folder. Possible: the name of a file. Write for example {path / 'best'}.")
-    _check_folder(path.absolute().parent)
+    from prunesearch.files import refuse_no_file
+
+    if path is not None:
+        refuse_no_file(path)
+        _check_folder(path.absolute().parent)
 
 
 def _check_folder(folder: Path) -> None:
@@ -624,7 +630,7 @@ def _parser() -> argparse.ArgumentParser:
     confirm.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="where study folders go")
     confirm.add_argument("--no-progress", action="store_true", help="plain lines instead of the live view")
 
-    check = verb("check", _check, "check a study or schedule file and report every mistake at once")
+    check = verb("check", _check, "check a study or schedule file and report its mistakes")
     check.add_argument("file", type=Path)
     check.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the file")
     _plugin_arguments(check)

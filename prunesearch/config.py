@@ -98,7 +98,7 @@ class DataConfig:
         "share of the resized image's side that the centre crop keeps; when absent the model's own, but a model built "
         "at another size than timm's default for it takes images that already have this size uncropped",
         None,
-        above=0,
+        low=0.05,
         high=1,
     )
     class_order: tuple[str, ...] | None = _field(

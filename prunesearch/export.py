@@ -57,6 +57,11 @@ def export(
     if needs_weights and not weights:
         say("this schedule learned its decisions, so its weights come along")
         weights = True
+    if weights and not path.name.isprintable():
+        raise UserError(
+            f"{path.name!r}: the file would have to name its weights, but YAML holds printable characters only. "
+            f"Possible: a name in UTF-8 without control characters. Choose another one."
+        )
     if weights:
         written.append(_export_weights(record, evaluation, config, path, needs_weights, say))
     save_schedule(

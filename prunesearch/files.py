@@ -29,8 +29,9 @@ from prunesearch.config import (
     bounded,
     study_name_problem,
 )
-from prunesearch.errors import FileError
+from prunesearch.errors import FileError, UserError
 from prunesearch.plugins import import_plugins, missing_plugins
+from prunesearch.printable import printable
 from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
@@ -152,12 +153,18 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
     stages = tuple(replace(stage, options=as_options(options_of(stage))) for stage in schedule.stages)
     mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
     mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in stages]
-    write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=Path(path).name))
+    write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=printable(Path(path).name)))
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
-    return _named_well(_load(StudyConfig, path, overrides), str(path))
+    text = _read_yaml(path)
+    if isinstance(text.content, dict) and "stages" in text.content and "space" not in text.content:
+        raise FileError(
+            str(path),
+            ["it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate."],
+        )
+    return _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
@@ -183,9 +190,22 @@ def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
     write_atomically(path, text.encode())
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, also across a crash."""
+def refuse_no_file(path: str | Path) -> None:
+    """Raises UserError for a folder, a pipe or a device, which a file would replace."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: it is a folder. Possible: the name of a file. Write for example {path / 'best'}.")
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"{path}: it is a pipe or a device, which a file would replace. Possible: the name of a file. Change it."
+        )
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, also across a crash. A link stays, and what
+    it names is written. Raises UserError for a path that is there and no file."""
+    refuse_no_file(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

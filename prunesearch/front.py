@@ -175,7 +175,7 @@ def best(
             raise StudyError(f"bound on {name}: this study did not measure it. Possible: {known}. Bound one of them.")
     within = comparable(measured, objectives, bounds)
     if not within:
-        raise StudyError(_nothing_within(bounds, measured))
+        raise StudyError(nothing_within(bounds, measured))
     bounded = {name for name, _ in bounds}
     order = sorted(range(len(objectives)), key=lambda index: objectives[index].metric in bounded)  # free ones first
     values = points(within, objectives)
@@ -218,7 +218,9 @@ def _takes_part(values: Mapping[str, float], objectives: Sequence[Objective], li
     return finite and all(limit.excess(values.get(name, math.nan)) <= 0 for name, limit in limits)
 
 
-def _nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
+def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
+    """What to say when none of these records, one or more, is within the bounds: which one is nearest."""
+
     def distance(record: Record) -> tuple[float, int]:
         total = 0.0
         for name, limit in bounds:

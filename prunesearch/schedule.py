@@ -303,7 +303,7 @@ def _is_number(value: object) -> bool:
 
 def stage_problems(stage: Stage) -> list[str]:
     """What is wrong with a stage's names and options, whatever the model: one sentence or two for each mistake."""
-    from prunesearch.tokens import REDUCERS, SCORERS
+    from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
     problems = unknown_words(stage)
     if problems:
@@ -324,7 +324,7 @@ def stage_problems(stage: Stage) -> list[str]:
             f"Possible: keep or tokens; with a threshold {possible}. Change one of them."
         )
     known_options = _default_options(stage)
-    entries = [reducer] if stage.score == "none" else [SCORERS[stage.score], reducer]
+    entries: list[Scorer | Reducer] = [reducer] if stage.score == "none" else [SCORERS[stage.score], reducer]
     choices = {name: values for entry in entries for name, values in entry.choices.items()}
     bounds = {name: values for entry in entries for name, values in entry.bounds.items()}
     for name, value in stage.options:
@@ -344,7 +344,7 @@ def stage_problems(stage: Stage) -> list[str]:
                 f"option {name} is {value!r}; possible: {', '.join(choices[name])}. Its default is "
                 f"{known_options[name]!r}. Write one of them.{did_you_mean(value, choices[name])}"
             )
-        elif name in bounds and not bounds[name][0] <= value <= bounds[name][1]:  # type: ignore[operator]
+        elif name in bounds and not bounds[name][0] <= float(value) <= bounds[name][1]:
             low, high = bounds[name]
             problems.append(
                 f"option {name} is {value!r}; possible: from {low} to {high}. Its default is "

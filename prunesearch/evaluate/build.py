@@ -64,7 +64,7 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
     "proj_drop_rate": _RATE,
     "attn_drop_rate": _RATE,
     "drop_path_rate": _RATE,
-    "global_pool": ("", "avg", "avgmax", "max", "token", "map"),
+    "global_pool": ("avg", "avgmax", "max", "token", "map"),
     "pos_embed": ("", "none", "learn"),
     "stem_type": ("patch", "overlap", "overlap_tiered", "overlap_act"),
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from prunesearch.config import ModelConfig
+from prunesearch.config import ModelConfig, SpaceConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, StudyError
 from prunesearch.evaluate.build import model_shape
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.task import SupernetWork
-from prunesearch.schedule import Schedule
+from prunesearch.schedule import ModelShape, Schedule
 from prunesearch.space import (
     Choice,
     Dimension,
@@ -72,30 +72,41 @@ def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
 
     Raises StudyError when the space has none within the limits.
     """
-    shape, space = model_shape(model), dimensions(work.space)
+    shape = model_shape(model)
 
-    def cost_of(parameters: Mapping[str, Value]) -> tuple[float, Schedule]:
-        try:
-            schedule = schedule_from(parameters, work.space, shape)
-            if is_within(work, model, schedule):
-                return estimate_cost(shape, schedule).macs, schedule
-        except ScheduleError:
-            pass
-        return math.inf, Schedule()
+    def cost(schedule: Schedule) -> float:
+        return estimate_cost(shape, schedule).macs if is_within(work, model, schedule) else math.inf
 
     generator = random.Random(0)
-    drawn = [draw_schedule(work, model, generator) for _ in range(STARTS)]
-    best = min(drawn, key=lambda schedule: estimate_cost(shape, schedule).macs)
-    macs: float = estimate_cost(shape, best).macs
-    parameters = parameters_of(best, work.space)
-    assert parameters is not None, "it was drawn from the space"
+    return improved([draw_schedule(work, model, generator) for _ in range(STARTS)], work.space, shape, cost)
+
+
+def improved(
+    starts: Iterable[Schedule],
+    space: SpaceConfig,
+    shape: ModelShape,
+    cost: Callable[[Schedule], float],
+    enough: float = -math.inf,
+) -> Schedule:
+    """The best of the starts, made better by a local search: one parameter at a time (two at once where `max_stages`
+    makes a stage give way to another) is changed, as long as that lowers the cost and it is above `enough`.
+
+    cost: may raise ScheduleError for a schedule that fits no such model.
+    """
+    values, best = dimensions(space), min(starts, key=cost)
+    lowest, parameters = cost(best), parameters_of(best, space)
+    assert parameters is not None, "starts lie in the space"
     improves = True
-    while improves:
+    while improves and lowest > enough:
         improves = False
-        for change in _changes(space, pairs=work.space.max_stages is not None):
-            cost, schedule = cost_of({**parameters, **change})
-            if cost < macs:
-                macs, best, parameters, improves = cost, schedule, {**parameters, **change}, True
+        for change in _changes(values, pairs=space.max_stages is not None):
+            try:
+                schedule = schedule_from({**parameters, **change}, space, shape)
+                found = cost(schedule)
+            except ScheduleError:
+                continue
+            if found < lowest:
+                lowest, best, parameters, improves = found, schedule, {**parameters, **change}, True
     return best
 
 

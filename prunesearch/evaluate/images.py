@@ -138,21 +138,27 @@ def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     return images, labels, [item for item in items if isinstance(item, Unreadable)]
 
 
+def channel_problems(config: DataConfig, channels: int) -> list[str]:
+    """What does not go with a model of so many input channels."""
+    if channels not in (1, 3):
+        return [
+            f"data: the pictures have 1 or 3 channels, the model wants {channels}. Possible: in_chans 1 (grey) or 3 "
+            f"(RGB). Change model.options, or choose another checkpoint."
+        ]
+    return [
+        f"data.{name}: {len(values)} values were given, but the model has {channels} input channels. Possible: one "
+        f"value per channel. Write {channels} of them."
+        for name, values in (("mean", config.mean), ("std", config.std))
+        if values is not None and len(values) != channels
+    ]
+
+
 def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
     """What the model's pretrained settings say, for the size it was built with; `config` wins. Raises DataError."""
     size = input_size(model)
-    if size[0] not in (1, 3):
-        raise DataError(
-            f"data: the pictures have 1 or 3 channels, the model wants {size[0]}. Possible: in_chans 1 (grey) or 3 "
-            f"(RGB). Change model.options, or choose another checkpoint."
-        )
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
-    for name in ("mean", "std"):
-        if given[name] is not None and len(given[name]) != size[0]:
-            raise DataError(
-                f"data.{name}: {len(given[name])} values were given, but the model has {size[0]} input channels. "
-                f"Possible: one value per channel. Write {size[0]} of them."
-            )
+    for problem in channel_problems(config, size[0]):
+        raise DataError(problem)
     own = resolve_model_data_config(model)
     for name in ("mean", "std"):
         if given[name] is None and len(own[name]) != size[0]:

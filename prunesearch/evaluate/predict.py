@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunesearch.errors import ModelError
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.models import steps_of, trace
 
@@ -84,6 +85,11 @@ def predict(
                     counts.append([count_B.cpu() for count_B in their_counts])
                 else:
                     their_logits = model(batch)
+            if their_logits.ndim != 2 or len(their_logits) != len(batch):
+                raise ModelError(
+                    f"model: its output has the shape {tuple(their_logits.shape)} for {len(batch)} images; possible: "
+                    f"(images, classes). Choose a model that pools its tokens and has a classifier."
+                )
             logits.append(their_logits.float().cpu())
             labels.append(their_labels.cpu())
     return Predictions(torch.cat(logits), torch.cat(labels), tuple(map(torch.cat, zip(*counts, strict=True))))

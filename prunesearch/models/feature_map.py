@@ -23,7 +23,14 @@ from prunesearch.models.map_shape import STAGE, place_of, stages_of
 from prunesearch.models.map_shape import input_size as input_size
 from prunesearch.models.map_shape import shape_of as shape_of
 from prunesearch.models.plan import PARTS, Plan, PlannedStep, block_key, make_plan, plan_for
-from prunesearch.models.swap import Place, Swapped, check_takes_call, check_was_called, timm_class
+from prunesearch.models.swap import (
+    Place,
+    Swapped,
+    check_methods,
+    check_takes_call,
+    check_was_called,
+    timm_class,
+)
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.schedule import Schedule
 from prunesearch.tokens import REDUCERS
@@ -162,6 +169,7 @@ class _Holding(Swapped):
         """Image to logits."""
         if call is None:
             return timm_class(self).forward(self, x)
+        check_methods(self, "model", type(self))
         features, counts = self._features(x, call.masked)
         logits = self.forward_head(features)
         call.trace = Trace(logits, patches_of(self, features), None, counts)
@@ -222,6 +230,7 @@ def is_family(model: nn.Module) -> bool:
 
 def plan_of(model: Any, schedule: Schedule) -> Plan:
     """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
+    check_methods(model, "model", HOLDING[timm_class(model)])  # before the shape, which is that of a pass
     return make_plan(schedule, shape_of(model))
 
 

@@ -16,6 +16,15 @@ class Swapped(nn.Module):
     pickle, and does what timm's does unless it is handed a `call`."""
 
     stands_for: ClassVar[type[nn.Module]]
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Those of timm's class, beside forward, that ours has too."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "stands_for" in vars(cls):
+            ours = [kind for kind in cls.__mro__ if kind not in (*cls.stands_for.__mro__, Swapped)]
+            names = {name for kind in ours for name, value in vars(kind).items() if callable(value)}
+            cls.methods = tuple(sorted(name for name in names - {"forward"} if hasattr(cls.stands_for, name)))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """PyTorch asks this before it scripts a module. A script cannot express the steps of a schedule."""
@@ -40,14 +49,29 @@ def timm_class(module: nn.Module) -> type[nn.Module]:
 
 
 def check_forwards(places: Iterable[Place]) -> None:
-    """Raise ModelError for a module whose forward was replaced on the instance: what was wrapped is timm's own, in
-    which no step can run."""
+    """Raise ModelError for a module of which a method was replaced on the instance that ours stands for: what was
+    wrapped is timm's own, in which no step can run."""
     for place in places:
-        if place.calls and "forward" in vars(place.module):
+        if not place.calls:
+            continue
+        if "forward" in vars(place.module):
             raise ModelError(
                 f"{place.path}: its forward was replaced on the instance, but a step of the schedule has to run in it. "
                 f"Possible: forward hooks, or a replacement made after apply_schedule that passes its arguments on. "
                 f"Undo the replacement (del {place.path}.forward), or move the stage to another block."
+            )
+        check_methods(place.module, place.path, place.swapped)
+
+
+def check_methods(module: nn.Module, path: str, swapped: type[Swapped]) -> None:
+    """Raise ModelError when a method that timm's class has, and ours does without or replaces, was replaced on the
+    instance. swapped: the class that the module has or gets."""
+    for name in swapped.methods:
+        if name in module.__dict__:
+            raise ModelError(
+                f"{path}: its {name} was replaced on the instance, but with a schedule the forward pass does not go "
+                f"through it. Possible: forward hooks on the modules inside, or another module in the place of a "
+                f"layer. Undo the replacement (del {path}.{name})."
             )
 
 

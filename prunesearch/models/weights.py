@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ModelError when it cannot be read."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ModelError(f"weights {str(path)!r}: is no file. Possible: a .safetensors file. Check the path.")
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # a missing, damaged or foreign file raises anything

@@ -105,7 +105,8 @@ class Progress:
             value = "" if event.evaluation.status == "complete" else f" failed ({event.evaluation.cause})"
             self.note = f"measured again: {event.done} of {event.total}, trial {event.record.number}{value}"
         elif isinstance(event, Stopping):
-            self.note = f"stopping: {event.why}; {event.running} running are waited for"
+            waits = f"; {event.running} running are waited for" if event.running else ""
+            self.note = f"stopping: {event.why}{waits}"
         elif isinstance(event, Done):
             self.done, self.note, self.rejected = event, "", event.rejected
             self.running.clear()

@@ -8,10 +8,14 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
+from prunesearch.evaluate.build import skeleton
+from prunesearch.evaluate.images import channel_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
+from prunesearch.models import input_size
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
 from prunesearch.search.iso_budget import budget_problems
+from prunesearch.search.limits import unreachable_limits
 from prunesearch.search.record import SENSITIVITY
 from prunesearch.search.samplers import SAMPLERS
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
@@ -42,7 +46,10 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     except ModelError as error:
         return [*problems, str(error)]
     in_space = space_problems(config.space, shape)
-    problems = in_space + ([] if in_space else budget_problems(config, shape)) + problems
+    costs = [] if in_space else budget_problems(config, shape)
+    if not in_space and all(name in METRICS for name, _ in config.limits):
+        costs += unreachable_limits(config)
+    problems = in_space + costs + problems + channel_problems(config.data, input_size(skeleton(config.model))[0])
     if starts:
         problems += _sensitivity_problems(config, shape) if not in_space else []
         problems += _start_problems(config, shape)

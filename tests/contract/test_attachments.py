@@ -178,6 +178,26 @@ def test_a_forward_replaced_before_is_used_or_named(family: str, path: str) -> N
     assert type(model) is kind and torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_method_replaced_on_the_model_is_named(family: str) -> None:
+    """The pass with a schedule does not go through it, so that what it changes would be lost in silence."""
+    names = with_schedule(family)[0].methods
+    assert "forward_features" in names and ("forward_head" in names) == (family == "vit")
+    for name in names:
+        model, x, schedule = made(family)
+        setattr(model, name, functools.partial(getattr(model, name)))
+        kind = type(model)
+        with pytest.raises(ModelError, match=rf"^model: its {name} was replaced on the instance.*del model.{name}"):
+            apply_schedule(model, schedule)
+        assert type(model) is kind
+        delattr(model, name)
+        setattr(apply_schedule(model, schedule), name, functools.partial(getattr(model, name)))
+        if family != "vit":  # timm's forward calls it
+            continue
+        with pytest.raises(ModelError, match=rf"^model: its {name} was replaced"):
+            trace(model, x)
+
+
 @pytest.mark.parametrize(("family", "path"), [(f, path) for f, path in MODULES if works_inside(f, path)])
 def test_a_forward_that_leaves_out_the_step_is_named(family: str, path: str) -> None:
     model, x = with_schedule(family)

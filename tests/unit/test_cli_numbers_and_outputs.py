@@ -10,7 +10,8 @@ import pytest
 
 from prunesearch import cli
 from prunesearch.cli import main
-from prunesearch.files import save_schedule
+from prunesearch.errors import UserError
+from prunesearch.files import load_schedule, save_schedule
 from prunesearch.schedule import Schedule, Stage
 
 
@@ -94,6 +95,64 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
     assert main([str(tmp_path / names[one]) if one in names else one for one in arguments]) == 2
     said = {"a folder": "it is a folder", "below a file": "is a file", "not writable": "nothing can be written to"}
     assert said[wrong] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", OUTPUTS, ids=lambda arguments: " ".join(arguments))
+def test_an_output_that_is_no_file_is_refused_and_stays(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    counts = str([197 - 10 * block for block in range(12)])
+    (tmp_path / "input").write_text(f'{{"m": {{"1": {{"prune_kept_num": "{counts}", "merge_kept_num": "{counts}"}}}}}}')
+    if arguments[0] == "sensitivity":
+        study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
+        (tmp_path / "input").write_text(study)
+    names = {"STUDY": "no study", "FILE": "input", "PLACE": "pipe.png"}
+    assert main([str(tmp_path / names[one]) if one in names else one for one in arguments]) == 2
+    assert "it is a pipe or a device" in capsys.readouterr().err
+    assert (tmp_path / "pipe.png").is_fifo()
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a.yaml").symlink_to(tmp_path / "real" / "b.yaml")
+    save_schedule(Schedule((Stage(1, keep=0.5),)), tmp_path / "a.yaml")
+    assert (tmp_path / "a.yaml").is_symlink() and (tmp_path / "real" / "b.yaml").read_text().startswith("#")
+    with pytest.raises(UserError, match="it is a folder"):
+        save_schedule(Schedule((Stage(1, keep=0.5),)), tmp_path / "real")
+
+
+def test_a_name_that_is_no_text_is_written_as_it_is(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"e\xff.yaml")
+    save_schedule(Schedule((Stage(1, keep=0.5),)), odd)
+    assert load_schedule(odd) == Schedule((Stage(1, keep=0.5),))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "x" * 5000],
+        ["run", "x" * 5000],
+        ["run", "STUDY", "--output", "x" * 5000],
+        ["run", "STUDY", "--output", "a\0b"],
+        ["export", "FOLDER", "--trial", "1", "-o", "w" * 251 + ".yaml"],
+        ["front", "FOLDER", "--plot", "/proc/x.png"],
+        ["sensitivity", "STUDY", "-o", "y" * 300],
+        ["check", "x" * 300],
+        ["evaluate", "x" * 300],
+        ["freeze", "x" * 300],
+    ],
+    ids=lambda arguments: f"{arguments[0]}-{arguments[-1][:6]}",
+)
+def test_a_path_that_cannot_be_is_exit_code_2(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\nworkers: {kind: serial}\n"
+    (tmp_path / "study.yaml").write_text(study)
+    names = {"STUDY": str(tmp_path / "study.yaml"), "FOLDER": str(tmp_path)}
+    assert main([names.get(one, one) for one in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prunesearch: ") and "Traceback" not in error
 
 
 def test_a_search_whose_folder_is_a_file_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,20 @@ from dying import Killed, die_at
 from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_study, study
 from optuna.storages import JournalStorage
 
-from prunesearch.config import Budget, DataConfig, Limit, ModelConfig, Objective, SpaceConfig, StopConfig, WorkersConfig
+from prunesearch.config import (
+    Budget,
+    DataConfig,
+    Limit,
+    ModelConfig,
+    Objective,
+    SpaceConfig,
+    StopConfig,
+    StudyConfig,
+    WorkersConfig,
+)
+from prunesearch.cost import estimate_cost
 from prunesearch.errors import DataError, FileError, ModelError, RunError, StudyError
+from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.schedule import Schedule, Stage
@@ -68,10 +82,7 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
 def test_a_kill_at_any_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, rungs: int, step: str
 ) -> None:
-    config = study(18, sampler)
-    config = replace(config, sampler=replace(config.sampler, startup=6)) if rungs == 1 else small_study(18, sampler)
-    run(config, tmp_path / "whole")
-    expected = [whole(record) for record in records(tmp_path / "whole")]
+    config, expected = undisturbed(sampler, rungs)
     EVALUATED.clear()
     for time in (3, 9):
         die_at(monkeypatch, step, time)
@@ -84,6 +95,16 @@ def test_a_kill_at_any_step_changes_nothing(
     assert {record.state for record in found} == ({"complete"} if rungs == 1 else {"complete", "paused"})
     assert sorted(EVALUATED) == sorted(record.uid for record in found for _ in record.evaluations)  # each once
     assert not list((tmp_path / "killed" / "outbox").iterdir())
+
+
+@functools.cache
+def undisturbed(sampler: str, rungs: int) -> tuple[StudyConfig, list[object]]:
+    """A study that nobody kills, and what comes out of it."""
+    config = study(18, sampler)
+    config = replace(config, sampler=replace(config.sampler, startup=6)) if rungs == 1 else small_study(18, sampler)
+    with tempfile.TemporaryDirectory() as folder:
+        run(config, Path(folder))
+        return config, [whole(record) for record in records(Path(folder))]
 
 
 def whole(record: Record) -> tuple[object, ...]:
@@ -157,8 +178,10 @@ def test_candidates_over_a_limit_cost_nothing(tmp_path: Path) -> None:
     assert done.rejected > 0 and len(EVALUATED) == 20
 
 
-def test_impossible_limits_end_the_search(tmp_path: Path) -> None:
-    done, _ = run(study(20, limits=(("gmacs", Limit(at_most=0.001)),)), tmp_path)
+def test_limits_that_hardly_any_candidate_keeps_end_the_search(tmp_path: Path) -> None:
+    cheapest = Schedule(tuple(Stage(block, keep=0.5, reduce="drop") for block in range(1, 6)))
+    least = estimate_cost(model_shape(study().model), cheapest).gmacs
+    done, _ = run(study(20, limits=(("gmacs", Limit(at_most=least)),)), tmp_path)
     assert (done.reason, done.complete) == ("exhausted", 1)
 
 

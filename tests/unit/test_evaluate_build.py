@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_errors_name_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFix
     safetensors.torch.save_file({"head.bias": torch.zeros(3), "extra": torch.zeros(1)}, other)
     broken.write_bytes(b"not a checkpoint")
     torch.save({"model": Unsafe()}, unsafe)
+    os.mkfifo(tmp_path / "pipe.safetensors")
     mistakes = {
         'Did you mean "deit_small_patch16_224"': ModelConfig("deit_smal_patch16_224"),
         'model.options.dept: unknown.* Did you mean "depth"': ModelConfig(
@@ -116,4 +118,8 @@ def test_errors_name_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFix
     for text, config in mistakes.items():
         with pytest.raises(ModelError, match=text):
             build_model(config)
+    with pytest.raises(ModelError, match="is no file"):
+        build_model(SMALL, start=str(tmp_path / "pipe.safetensors"))
+    with pytest.raises(ModelError, match="there is no such file"):
+        build_model(ModelConfig("vit_digits_patch1_8", checkpoint=str(tmp_path / "pipe.safetensors")))
     assert capsys.readouterr().out == ""

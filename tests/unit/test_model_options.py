@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import pickle
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fake_search
 import pytest
 import timm
 import torch
 
 from prunesearch.cli import main
-from prunesearch.config import ModelConfig, Scalar, as_options
+from prunesearch.config import DataConfig, ModelConfig, Scalar, as_options
 from prunesearch.errors import ModelError
 from prunesearch.evaluate.build import OPTIONS, Bounds, build_model, model_problems, model_shape
+from prunesearch.search.problems import study_problems
 
 STUDY = """
 version: 1
@@ -97,6 +100,20 @@ def test_an_option_has_bounds(name: str) -> None:
             continue
         problems = model_problems(ModelConfig("vit_digits_patch1_8", options=((name, value),)))
         assert len(problems) == 1 and f"model.options.{name}: is " in problems[0] and "possible: " in problems[0]
+
+
+@pytest.mark.parametrize("in_chans", [1, 3, 4])
+@pytest.mark.parametrize("values", [0, 1, 3, 64])
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_normalisation_has_a_value_for_each_channel(name: str, values: int, in_chans: int) -> None:
+    model = ModelConfig("vit_digits_patch1_8", options=(("in_chans", in_chans),))
+    data = replace(DataConfig(), **{name: (0.5,) * values})
+    problems = study_problems(fake_search.study(model=model, data=data))
+    if in_chans == 4:
+        said = "the model wants 4"
+    else:
+        said = "" if values == in_chans else f"data.{name}: {values} values were given, but the model has {in_chans}"
+    assert (said in problems[0]) if said else problems == []
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def search(config: StudyConfig, count: int, seed: int, learns: bool) -> float:
     return hypervolume(np.array(found), REFERENCE)
 
 
+@pytest.mark.slow
 def test_it_learns_more_from_noisy_results_than_chance_gives() -> None:
     pairs = [(search(study(), 40, seed, True), search(study(), 40, seed, False)) for seed in range(4)]
     assert all(learned > chance for learned, chance in pairs)

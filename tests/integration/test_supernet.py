@@ -125,7 +125,7 @@ def test_draws_have_at_most_max_stages_but_not_always_as_many() -> None:
 @pytest.mark.parametrize("max_stages", [None, 1, 2])
 @pytest.mark.parametrize("least", [0.0, 0.6])
 def test_the_cheapest_is_the_cheapest_of_all(max_stages: int | None, least: float) -> None:
-    keeps, verbs = (0.3, 0.5, 0.9, 1.0), ("drop", "merge")
+    keeps, verbs = (0.3, 0.9, 1.0), ("drop", "merge")
     space = SpaceConfig(blocks=(0, 1, 2), keep=keeps, reduce=verbs, at=("mid", "pre"), max_stages=max_stages)
     bound = least * gmacs(Schedule())
     found = gmacs(cheapest_schedule(work(space, gmacs=Limit(at_least=bound)), SMALL))
@@ -236,6 +236,7 @@ def test_what_decides_the_weights_is_what_they_were_made_with(tmp_path: Path) ->
     assert not is_trained(task)
 
 
+@pytest.mark.slow
 def test_all_schedules_get_better(tmp_path: Path) -> None:
     model = ModelConfig("vit_digits_patch1_8", pretrained=True)
     space = SpaceConfig(blocks=(0, 2, 4), keep=(0.3, 0.5, 0.7, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def test_what_cannot_be_exported_is_explained(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="Leave --weights out"):
         export(as_it_comes, STUDY, tmp_path / "best.yaml", weights=True)
     assert not (tmp_path / "best.yaml").exists()
+    with pytest.raises(UserError, match="YAML holds printable characters only"):
+        export(finished(tmp_path), STUDY, tmp_path / os.fsdecode(b"e\xff.yaml"), weights=True)
     assert export(as_it_comes, STUDY, tmp_path / "best.yaml") == [tmp_path / "best.yaml"]
 
 
