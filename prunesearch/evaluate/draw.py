@@ -33,15 +33,17 @@ STARTS = 32
 """Random schedules, from the cheapest of which the search for the cheapest of all begins."""
 
 
-def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Random) -> Schedule:
+def draw_schedule(
+    work: SupernetWork, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
+) -> Schedule:
     """A schedule of the space whose parameters are each uniformly random, among those within the limits that
     arithmetic knows; with more stages than `max_stages` allows, a random part of them.
 
-    Raises StudyError when none is found.
+    Raises StudyError when none is found in so many draws.
     """
     shape, space = model_shape(model), dimensions(work.space)
     unbounded = replace(work.space, max_stages=None)
-    for _ in range(MOST_DRAWS):
+    for _ in range(draws):
         parameters = anything(space, generator)
         try:
             schedule = _thinned(schedule_from(parameters, unbounded, shape), work, generator)
@@ -50,7 +52,7 @@ def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Rand
         except ScheduleError:
             pass  # these choices do not go together
     raise StudyError(
-        f"space: none of {MOST_DRAWS} random schedules is within the limits, so shared weights cannot be trained. "
+        f"space: none of {draws} random schedules is within the limits, so shared weights cannot be trained. "
         f"Possible: a space of which a good part is within them. Loosen limits, or narrow the space to what is."
     )
 
