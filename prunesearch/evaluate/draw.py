@@ -33,6 +33,10 @@ STARTS = 32
 """Random schedules, from the cheapest of which the search for the cheapest of all begins."""
 
 
+class TooLarge(Exception):
+    """A space takes longer to be searched than there is time."""
+
+
 def draw_schedule(
     work: SupernetWork, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
 ) -> Schedule:
@@ -89,11 +93,13 @@ def improved(
     shape: ModelShape,
     cost: Callable[[Schedule], float],
     enough: float = -math.inf,
+    most: float = math.inf,
 ) -> Schedule:
     """The best of the starts, made better by a local search: one parameter at a time (two at once where `max_stages`
     makes a stage give way to another) is changed, as long as that lowers the cost and it is above `enough`.
 
-    cost: may raise ScheduleError for a schedule that fits no such model.
+    cost: may raise ScheduleError for a schedule that fits no such model. Raises TooLarge when more than `most` changes
+    would have to be tried.
     """
     values, best = dimensions(space), min(starts, key=cost)
     lowest, parameters = cost(best), parameters_of(best, space)
@@ -102,6 +108,9 @@ def improved(
     while improves and lowest > enough:
         improves = False
         for change in _changes(values, pairs=space.max_stages is not None):
+            most -= 1
+            if most < 0:
+                raise TooLarge
             try:
                 schedule = schedule_from({**parameters, **change}, space, shape)
                 found = cost(schedule)

@@ -6,18 +6,21 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from prunesearch.config import Limit, ModelConfig, StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.draw import STARTS, draw_schedule, improved
+from prunesearch.evaluate.draw import TooLarge, draw_schedule, improved
 from prunesearch.evaluate.metrics import Compute
 from prunesearch.evaluate.task import SupernetWork
 from prunesearch.schedule import Schedule
 from prunesearch.space import blocks_of, parameters_of
 
-MOST_WORK = 10_000
+MOST_WORK = 20_000
 """Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
+STARTS = 8
+DRAWS = 30
 
 
 def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]:
@@ -63,15 +66,15 @@ def unreachable_limits(config: StudyConfig) -> list[str]:
         return []
     generator, anything = random.Random(0), SupernetWork(config.space, schedules=1, images=0)
     starts = list(_starts(anything, config.model, generator))
-    problems = []
+    most, problems = MOST_WORK // max(1, len(blocks_of(config.space))), []
     for name, limit, compute in known:
         assert compute is not None
         if not starts or (limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least):
             continue
-        miss = _Miss(compute, config.model, limit, MOST_WORK // max(1, len(blocks_of(config.space))))
+        miss = partial(_miss, compute, config.model, limit)
         try:
-            nearest = improved(starts, config.space, model_shape(config.model), miss, enough=0.0)
-        except _TooMuch:
+            nearest = improved(starts, config.space, model_shape(config.model), miss, enough=0.0, most=most)
+        except TooLarge:
             continue
         value = compute(config.model, nearest)
         if value is None or limit.excess(value) <= 0:
@@ -93,27 +96,14 @@ def unreachable_limits(config: StudyConfig) -> list[str]:
 def _starts(anything: SupernetWork, model: ModelConfig, generator: random.Random) -> Iterator[Schedule]:
     for _ in range(STARTS):
         try:
-            schedule = draw_schedule(anything, model, generator, draws=STARTS)
+            schedule = draw_schedule(anything, model, generator, draws=DRAWS)
         except StudyError:
             return
         if parameters_of(schedule, anything.space) is not None:
             yield schedule
 
 
-class _TooMuch(Exception):
-    """The space is too large to be searched in a moment."""
-
-
-class _Miss:
-    """By how much a schedule breaks a limit; of what only images tell, not at all. Raises _TooMuch when it is asked
-    more often than `most` times."""
-
-    def __init__(self, compute: Compute, model: ModelConfig, limit: Limit, most: int) -> None:
-        self.compute, self.model, self.limit, self.left = compute, model, limit, most
-
-    def __call__(self, schedule: Schedule) -> float:
-        self.left -= 1
-        if self.left < 0:
-            raise _TooMuch
-        value = self.compute(self.model, schedule)
-        return -math.inf if value is None else self.limit.excess(value)
+def _miss(compute: Compute, model: ModelConfig, limit: Limit, schedule: Schedule) -> float:
+    """By how much a schedule breaks a limit; of what only images tell, not at all."""
+    value = compute(model, schedule)
+    return -math.inf if value is None else limit.excess(value)
