@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunesearch.config import MOST_TOKENS, ModelConfig, Scalar
 from prunesearch.errors import ModelError
-from prunesearch.models import digits_vit, shape_of  # noqa: F401  (digits_vit registers its model with timm)
+from prunesearch.models import digits_vit, input_size, shape_of  # noqa: F401  (digits_vit registers its model with timm)
 from prunesearch.models.weights import load_weights, misfits, read_weights
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import ModelShape
@@ -117,9 +117,18 @@ def _weights(path: str, modified: int) -> dict[str, Tensor]:
     return read_weights(path)
 
 
-@lru_cache(maxsize=16)
 def model_shape(config: ModelConfig) -> ModelShape:
     """The shape of the model, without weights. Raises ModelError also for models prunesearch cannot change."""
+    return _shape_and_channels(config)[0]
+
+
+def input_channels(config: ModelConfig) -> int:
+    """How many channels its images have. Raises ModelError as `model_shape`."""
+    return _shape_and_channels(config)[1]
+
+
+@lru_cache(maxsize=16)
+def _shape_and_channels(config: ModelConfig) -> tuple[ModelShape, int]:
     model = skeleton(config)
     try:
         shape = shape_of(model)
@@ -135,7 +144,7 @@ def model_shape(config: ModelConfig) -> ModelShape:
             f"model: {config.name} makes {shape.patch_tokens:,} patch tokens of an image. Possible: from 1 up to "
             f"{MOST_TOKENS:,}. Check image_size and options.patch_size."
         )
-    return shape
+    return shape, input_size(model)[0]
 
 
 @lru_cache(maxsize=16)

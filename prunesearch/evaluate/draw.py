@@ -33,15 +33,21 @@ STARTS = 32
 """Random schedules, from the cheapest of which the search for the cheapest of all begins."""
 
 
-def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Random) -> Schedule:
+class TooLarge(Exception):
+    """A space takes longer to be searched than there is time."""
+
+
+def draw_schedule(
+    work: SupernetWork, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
+) -> Schedule:
     """A schedule of the space whose parameters are each uniformly random, among those within the limits that
     arithmetic knows; with more stages than `max_stages` allows, a random part of them.
 
-    Raises StudyError when none is found.
+    Raises StudyError when none is found in so many draws.
     """
     shape, space = model_shape(model), dimensions(work.space)
     unbounded = replace(work.space, max_stages=None)
-    for _ in range(MOST_DRAWS):
+    for _ in range(draws):
         parameters = anything(space, generator)
         try:
             schedule = _thinned(schedule_from(parameters, unbounded, shape), work, generator)
@@ -50,7 +56,7 @@ def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Rand
         except ScheduleError:
             pass  # these choices do not go together
     raise StudyError(
-        f"space: none of {MOST_DRAWS} random schedules is within the limits, so shared weights cannot be trained. "
+        f"space: none of {draws} random schedules is within the limits, so shared weights cannot be trained. "
         f"Possible: a space of which a good part is within them. Loosen limits, or narrow the space to what is."
     )
 
@@ -87,11 +93,13 @@ def improved(
     shape: ModelShape,
     cost: Callable[[Schedule], float],
     enough: float = -math.inf,
+    most: float = math.inf,
 ) -> Schedule:
     """The best of the starts, made better by a local search: one parameter at a time (two at once where `max_stages`
     makes a stage give way to another) is changed, as long as that lowers the cost and it is above `enough`.
 
-    cost: may raise ScheduleError for a schedule that fits no such model.
+    cost: may raise ScheduleError for a schedule that fits no such model. Raises TooLarge when more than `most` changes
+    would have to be tried.
     """
     values, best = dimensions(space), min(starts, key=cost)
     lowest, parameters = cost(best), parameters_of(best, space)
@@ -100,6 +108,9 @@ def improved(
     while improves and lowest > enough:
         improves = False
         for change in _changes(values, pairs=space.max_stages is not None):
+            most -= 1
+            if most < 0:
+                raise TooLarge
             try:
                 schedule = schedule_from({**parameters, **change}, space, shape)
                 found = cost(schedule)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 from prunesearch.config import Limit, ModelConfig, StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.draw import STARTS, draw_schedule, improved
+from prunesearch.evaluate.draw import TooLarge, draw_schedule, improved
 from prunesearch.evaluate.metrics import Compute
 from prunesearch.evaluate.task import SupernetWork
 from prunesearch.schedule import Schedule
+from prunesearch.space import blocks_of, parameters_of
+
+MOST_WORK = 20_000
+"""Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
+STARTS = 8
+DRAWS = 30
 
 
 def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]:
@@ -52,19 +58,24 @@ def unreachable_limits(config: StudyConfig) -> list[str]:
     shared weights also all together. The space, the model and the names of metrics must be without mistakes.
 
     The schedule nearest to a limit is found by local search, so a limit that only a few of many schedules keep could
-    be taken for one that none keeps; costs, which every removed token lowers, are not of that kind.
+    be taken for one that none keeps; costs, which every removed token lowers, are not of that kind. Where the space is
+    too large for the search, nothing is said.
     """
-    shape, problems = model_shape(config.model), []
-    generator, anything = random.Random(0), SupernetWork(config.space, schedules=1, images=0)
-    try:
-        starts = [draw_schedule(anything, config.model, generator) for _ in range(STARTS)]
-    except StudyError:  # no schedule at all comes out of so many draws; the search will say more
+    known = [(name, limit, METRICS[name].compute) for name, limit in config.limits if METRICS[name].compute is not None]
+    if not known:
         return []
-    for name, limit in config.limits:
-        compute = METRICS[name].compute
-        if compute is None:
+    generator, anything = random.Random(0), SupernetWork(config.space, schedules=1, images=0)
+    starts = list(_starts(anything, config.model, generator))
+    most, problems = MOST_WORK // max(1, len(blocks_of(config.space))), []
+    for name, limit, compute in known:
+        assert compute is not None
+        if not starts or (limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least):
             continue
-        nearest = improved(starts, config.space, shape, partial(_miss, compute, config.model, limit), enough=0.0)
+        miss = partial(_miss, compute, config.model, limit)
+        try:
+            nearest = improved(starts, config.space, model_shape(config.model), miss, enough=0.0, most=most)
+        except TooLarge:
+            continue
         value = compute(config.model, nearest)
         if value is None or limit.excess(value) <= 0:
             continue
@@ -80,6 +91,16 @@ def unreachable_limits(config: StudyConfig) -> list[str]:
         except StudyError as error:
             problems.append(str(error))
     return problems
+
+
+def _starts(anything: SupernetWork, model: ModelConfig, generator: random.Random) -> Iterator[Schedule]:
+    for _ in range(STARTS):
+        try:
+            schedule = draw_schedule(anything, model, generator, draws=DRAWS)
+        except StudyError:
+            return
+        if parameters_of(schedule, anything.space) is not None:
+            yield schedule
 
 
 def _miss(compute: Compute, model: ModelConfig, limit: Limit, schedule: Schedule) -> float:

@@ -8,10 +8,9 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
-from prunesearch.evaluate.build import skeleton
+from prunesearch.evaluate.build import input_channels
 from prunesearch.evaluate.images import channel_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
-from prunesearch.models import input_size
 from prunesearch.presets import find_schedule
 from prunesearch.schedule import ModelShape, Schedule, resolve
 from prunesearch.search.iso_budget import budget_problems
@@ -49,7 +48,7 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     costs = [] if in_space else budget_problems(config, shape)
     if not in_space and all(name in METRICS for name, _ in config.limits):
         costs += unreachable_limits(config)
-    problems = in_space + costs + problems + channel_problems(config.data, input_size(skeleton(config.model))[0])
+    problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
     if starts:
         problems += _sensitivity_problems(config, shape) if not in_space else []
         problems += _start_problems(config, shape)

@@ -107,7 +107,9 @@ def random_study(sampler: str, generator: random.Random) -> StudyConfig:
     )
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [name if name in ("auto", "random") else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_a_space_without_mistakes_proposes_candidates(sampler: str) -> None:
     generator = random.Random(f"spaces of {sampler}")
     accepted = proposed = 0
@@ -221,6 +223,9 @@ LARGEST: dict[str, dict[str, Any]] = {
     "budget": {"space": {**LARGE, "keep": [0.5, 0.7, 1.0]}, "budget": {"gmacs": 0.08}},
     "sensitivity": {"space": {**LARGE, "start_from": ["sensitivity"]}},
 }
+for place in ("lists", "thresholds", "blocks of their own"):
+    LARGEST[f"{place}, limits"] = {**LARGEST[place], "limits": {"gmacs": {"at_most": 1e-6}}}
+LARGEST["few stages, limits"] = {"space": {**LARGE, "max_stages": 3}, "limits": {"gmacs": {"at_most": 1e-6}}}
 
 
 @pytest.mark.parametrize("changes", LARGEST.values(), ids=LARGEST)

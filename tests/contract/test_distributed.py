@@ -25,6 +25,7 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "schedule"), CASES)
 def test_two_processes_train_as_one(wrapper: str, schedule: str, differences: list[dict]) -> None:
     for found in (differences[rank][f"{wrapper} {schedule}"] for rank in range(PROCESSES)):

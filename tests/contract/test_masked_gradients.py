@@ -125,7 +125,10 @@ def test_predictors_of_a_trained_model_get_the_gradient_of_the_paper(
 ) -> None:
     model = digits_vit(reduce)
     ours = predictor_gradients(model)
-    monkeypatch.setattr("prunesearch.models.vision_transformer.masked_softmax", softmax_with_policy)
+    monkeypatch.setattr(
+        "prunesearch.models.vision_transformer.masked_softmax",
+        lambda logits, present, most_gap: softmax_with_policy(logits, present),
+    )
     agreements = [cosine_and_norm(*pair) for pair in zip(ours, predictor_gradients(model), strict=True)]
     agree = [cosine > 0.9999 and abs(norm - 1) < 0.01 for cosine, norm in agreements]
     # in a batch with a gap beyond MOST_GAP ours is bounded and the paper's formula is not
@@ -151,13 +154,41 @@ def test_an_absent_token_counts_as_the_patches_it_stands_for() -> None:
     assert of_presence[1] / of_presence[0] == pytest.approx(4, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ((Stage(1, at="pre", score="predictor", keep=0.5),), MOST_GAP),
+        ((Stage(1, at="pre", score="predictor", threshold=0.5),), MOST_GAP),
+        ((Stage(1, at="pre", score="predictor", keep=0.5), Stage(2, score="key_norm", threshold=0.01)), MOST_GAP),
+        ((Stage(1, score="class_attention", threshold=0.01),), 0.0),
+        ((Stage(1, reduce="merge", threshold=0.5), Stage(1, score="attention_received", threshold=0.01)), 0.0),
+    ],
+)
+def test_predictors_get_gradients_over_gaps_and_thresholds_do_not(
+    stages: tuple[Stage, ...], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds follow the loss on the cost; benchmarks/masked_gradients.md has what gaps do to them."""
+    seen = []
+
+    def spy(logits: Tensor, present: Tensor, most_gap: float) -> Tensor:
+        seen.append(most_gap)
+        return masked_softmax(logits, present, most_gap)
+
+    monkeypatch.setattr("prunesearch.models.vision_transformer.masked_softmax", spy)
+    trace(apply_schedule(small_model(), Schedule(stages)).train(), images())
+    assert set(seen) == {expected}
+    logits, present = absent_above_present(5.0)
+    one, other = (gradients(lambda x, m, gap=gap: masked_softmax(x, m, gap), logits, present)[2] for gap in (0.0, 10.0))
+    assert other[0, 2].abs() > 10 * one[0, 2].abs() > 0
+
+
 def test_sizes_of_absent_tokens_reach_the_masked_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a model that merges and then drops, the logits of dropped tokens have their log size too."""
     seen = []
 
-    def spy(logits: Tensor, present: Tensor) -> Tensor:
+    def spy(logits: Tensor, present: Tensor, most_gap: float) -> Tensor:
         seen.append((logits.detach(), present.detach()))
-        return masked_softmax(logits, present)
+        return masked_softmax(logits, present, most_gap)
 
     monkeypatch.setattr("prunesearch.models.vision_transformer.masked_softmax", spy)
     drop = Stage(1, at="pre", score="key_norm", threshold=2.0)  # all but one

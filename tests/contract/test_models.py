@@ -113,6 +113,7 @@ def test_compile_fullgraph_and_export(score: str, verb: str, at: str) -> None:
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
+@pytest.mark.slow
 def test_inductor_compiles_what_eager_computes() -> None:
     model, x = small_model("avg"), images()
     schedule = Schedule((Stage(1, keep=0.6, reduce="squeeze"), Stage(2, keep=0.6, reduce="merge")))

@@ -43,6 +43,7 @@ def small(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_variant(name: str) -> None:
     if refused(name):

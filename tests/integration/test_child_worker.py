@@ -42,6 +42,7 @@ def outcome(worker: ChildWorker, given: Task) -> Evaluation | Lost:
     return what
 
 
+@pytest.mark.slow
 def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
     worker = ChildWorker(replace(SERIAL, timeout=2.0), tmp_path, tmp_path / "outbox", "unlucky:evaluate")
     try:
@@ -77,6 +78,7 @@ def test_plugins_and_timeouts_evaluate_in_a_child_with_the_same_numbers(
     assert numbers(tmp_path / "here") == numbers(tmp_path / "there")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
 def test_no_child_is_left_behind(tmp_path: Path, ends: list[signal.Signals]) -> None:
     """By SIGKILL the driver ends at once; SIGTERM and Ctrl-C ask first, and the second one cancels what runs."""

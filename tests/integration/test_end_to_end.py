@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 STUDY = """
@@ -68,6 +69,7 @@ def run(folder: Path, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_from_an_image_folder_to_a_schedule_in_a_new_process(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images")
     (tmp_path / "own.yaml").write_text(STUDY.replace("ROOT", str(root)))

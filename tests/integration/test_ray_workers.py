@@ -50,6 +50,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_every_mishap_stays_with_its_candidate(
     tmp_path: Path, cluster: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,7 @@ def test_draws_have_at_most_max_stages_but_not_always_as_many() -> None:
 @pytest.mark.parametrize("max_stages", [None, 1, 2])
 @pytest.mark.parametrize("least", [0.0, 0.6])
 def test_the_cheapest_is_the_cheapest_of_all(max_stages: int | None, least: float) -> None:
-    keeps, verbs = (0.3, 0.9, 1.0), ("drop", "merge")
+    keeps, verbs = (0.3, 0.5, 0.9, 1.0), ("drop", "merge")
     space = SpaceConfig(blocks=(0, 1, 2), keep=keeps, reduce=verbs, at=("mid", "pre"), max_stages=max_stages)
     bound = least * gmacs(Schedule())
     found = gmacs(cheapest_schedule(work(space, gmacs=Limit(at_least=bound)), SMALL))
