@@ -52,6 +52,7 @@ def test_thresholds_are_refused_and_freeze_named(way: str, verb: str) -> None:
         assert torch.equal(model(x), expected), "afterwards the model is as it was"
 
 
+@pytest.mark.slow
 def test_without_fullgraph_thresholds_run_uncompiled() -> None:
     model = apply_schedule(small_model("avg", depth=1), Schedule((Stage(0, score="key_norm", threshold=0.027),)))
     torch._dynamo.reset()

@@ -100,6 +100,7 @@ def test_pickle_deepcopy_and_checkpointing(score: str, verb: str) -> None:
     torch.testing.assert_close(model.patch_embed.proj.weight.grad, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["mid", "pre"])
 @pytest.mark.parametrize(("score", "verb"), some_pairs())
 def test_compile_fullgraph_and_export(score: str, verb: str, at: str) -> None:

@@ -29,6 +29,7 @@ KNOWN = {name for kind in CLASSES for name in inspect.signature(kind.__init__).p
 TAKEN: set[str] = set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), VALUES, ids=[f"{name}={value!r}" for name, value in VALUES])
 def test_an_option_builds_or_is_a_sentence(name: str, value: Scalar) -> None:
     built = [takes(model, name, value) for model in MODELS]

@@ -66,6 +66,7 @@ def test_variant(name: str) -> None:
         assert torch.equal(remove_schedule(model)(x), before)
 
 
+@pytest.mark.slow
 def test_at_least_the_known_number_of_names_is_supported() -> None:
     """timm 1.0.31 has 183 names with the plain block outside vitamin, and 13 in it."""
     assert sum(not refused(name) for name in NAMES) >= 183

@@ -62,7 +62,10 @@ def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
     assert worker.wait(0.1) == []
 
 
-@pytest.mark.parametrize("changes", [{"plugins": ("colorsys",)}, {"workers": replace(SERIAL, timeout=100.0)}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"plugins": ("colorsys",)}, pytest.param({"workers": replace(SERIAL, timeout=100.0)}, marks=pytest.mark.slow)],
+)
 def test_plugins_and_timeouts_evaluate_in_a_child_with_the_same_numbers(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:

@@ -35,8 +35,9 @@ stop: {trials: TRIALS}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # twenty starts of Python with torch take their time
-@pytest.mark.parametrize(("kills", "trials"), [(5, 30), pytest.param(20, 120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "trials"), [(5, 30), (20, 120)])
 def test_nothing_finished_is_lost(tmp_path: Path, kills: int, trials: int) -> None:
     (tmp_path / "study.yaml").write_text(STUDY.replace("TRIALS", str(trials)))
     folder = tmp_path / "outputs" / "kill"

@@ -81,6 +81,7 @@ def test_auto_without_a_cluster_is_a_sentence(monkeypatch: pytest.MonkeyPatch, t
         _start_ray("auto")
 
 
+@pytest.mark.slow
 def test_a_folder_too_deep_for_sockets_is_a_sentence(tmp_path: Path) -> None:
     """In a process of its own, as Ray looks at the environment when it is imported."""
     deep = tmp_path / ("x" * 100)

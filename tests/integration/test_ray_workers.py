@@ -75,6 +75,7 @@ def test_every_mishap_stays_with_its_candidate(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "says"),
     [

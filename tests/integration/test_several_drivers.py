@@ -69,6 +69,7 @@ def test_what_a_dead_driver_ran_is_taken_over(tmp_path: Path, url: str) -> None:
     assert len(begun) == 12 and begun.total() <= 13, "only what was cut short is evaluated again"
 
 
+@pytest.mark.slow
 def test_one_folder_serves_several(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared' / 'study.db'}"
     config = fake_search.study(30)

@@ -76,7 +76,12 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("sampler", "rungs"), [("random", 1), ("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3), ("auto", 3)]
+    ("sampler", "rungs"),
+    [
+        ("random", 1),
+        ("auto", 3),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3))),
+    ],
 )
 @pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun", "discarded"])
 def test_a_kill_at_any_step_changes_nothing(

@@ -185,7 +185,7 @@ def test_a_mistake_is_said_before_anything_starts(
 def test_what_is_right_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "train" / "bee" / "notes.txt").touch()
     assert main(["check", str(study(root))]) == 0
-    assert "Weights and data" not in capsys.readouterr().out
+    assert "Weights and data were not opened" in capsys.readouterr().out
     assert main(["check", str(study(root)), "--deep"]) == 0
     output = capsys.readouterr().out
     assert "Weights and data: fine, train 8 pictures, validation 8 pictures, test 8 pictures, 2 classes." in output
