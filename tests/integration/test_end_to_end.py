@@ -70,6 +70,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_an_image_folder_to_a_schedule_in_a_new_process(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "images")
     (tmp_path / "own.yaml").write_text(STUDY.replace("ROOT", str(root)))
