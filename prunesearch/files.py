@@ -123,8 +123,11 @@ def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
 
 def is_schedule_file(path: str | Path) -> bool:
     """Whether a file is a schedule (it has stages); else it can only be a study. Raises FileError."""
-    content = _read_yaml(path).content
-    return isinstance(content, dict) and "stages" in content
+    return _has_stages(_read_yaml(path))
+
+
+def _has_stages(text: Text) -> bool:
+    return isinstance(text.content, dict) and "stages" in text.content
 
 
 def plugins_named_in(path: str | Path) -> tuple[str, ...]:
@@ -159,7 +162,7 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
     text = _read_yaml(path)
-    if isinstance(text.content, dict) and "stages" in text.content and "space" not in text.content:
+    if _has_stages(text) and "space" not in text.content:
         raise FileError(
             str(path),
             ["it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate."],

@@ -64,8 +64,8 @@ def check_forwards(places: Iterable[Place]) -> None:
 
 
 def check_methods(module: nn.Module, path: str, swapped: type[Swapped]) -> None:
-    """Raise ModelError when a method that timm's class has, and ours does without or replaces, was replaced on the
-    instance. swapped: the class that the module has or gets."""
+    """Raise ModelError when one of `swapped.methods` was replaced on the instance. swapped: the class that the module
+    has or gets."""
     for name in swapped.methods:
         if name in module.__dict__:
             raise ModelError(

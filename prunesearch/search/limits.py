@@ -19,8 +19,8 @@ from prunesearch.space import blocks_of, parameters_of
 
 MOST_WORK = 20_000
 """Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
-STARTS = 8
-DRAWS = 30
+STARTS, DRAWS = 8, 30
+"""Random schedules from the best of which the search begins, and how often each is drawn until it is a possible one."""
 
 
 def excess(config: StudyConfig, values: Mapping[str, float]) -> dict[str, float]:

@@ -72,6 +72,16 @@ OUTPUTS = [
 ]
 
 
+STUDY = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
+
+
+def write_input(verb: str, path: Path) -> None:
+    """What a verb reads: a study for sensitivity, else counts of DiffRate."""
+    counts = str([197 - 10 * block for block in range(12)])
+    diffrate = f'{{"m": {{"1": {{"prune_kept_num": "{counts}", "merge_kept_num": "{counts}"}}}}}}'
+    path.write_text(STUDY if verb == "sensitivity" else diffrate)
+
+
 @pytest.mark.parametrize("arguments", OUTPUTS, ids=lambda arguments: " ".join(arguments))
 @pytest.mark.parametrize("wrong", ["a folder", "below a file", "not writable"])
 def test_an_output_that_cannot_be_written_is_said_before_the_work(
@@ -83,11 +93,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    counts = str([197 - 10 * block for block in range(12)])
-    (tmp_path / "input").write_text(f'{{"m": {{"1": {{"prune_kept_num": "{counts}", "merge_kept_num": "{counts}"}}}}}}')
-    if arguments[0] == "sensitivity":
-        study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
-        (tmp_path / "input").write_text(study)
+    write_input(arguments[0], tmp_path / "input")
     places = {"a folder": "folder", "below a file": "file/a.png", "not writable": "folder/new/a.png"}
     if wrong == "not writable":
         monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -102,11 +108,7 @@ def test_an_output_that_is_no_file_is_refused_and_stays(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(tmp_path / "pipe.png")
-    counts = str([197 - 10 * block for block in range(12)])
-    (tmp_path / "input").write_text(f'{{"m": {{"1": {{"prune_kept_num": "{counts}", "merge_kept_num": "{counts}"}}}}}}')
-    if arguments[0] == "sensitivity":
-        study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
-        (tmp_path / "input").write_text(study)
+    write_input(arguments[0], tmp_path / "input")
     names = {"STUDY": "no study", "FILE": "input", "PLACE": "pipe.png"}
     assert main([str(tmp_path / names[one]) if one in names else one for one in arguments]) == 2
     assert "it is a pipe or a device" in capsys.readouterr().err
@@ -147,8 +149,7 @@ def test_a_name_that_is_no_text_is_written_as_it_is(tmp_path: Path) -> None:
 def test_a_path_that_cannot_be_is_exit_code_2(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\nworkers: {kind: serial}\n"
-    (tmp_path / "study.yaml").write_text(study)
+    (tmp_path / "study.yaml").write_text(f"{STUDY}workers: {{kind: serial}}\n")
     names = {"STUDY": str(tmp_path / "study.yaml"), "FOLDER": str(tmp_path)}
     assert main([names.get(one, one) for one in arguments]) == 2
     error = capsys.readouterr().err
@@ -156,15 +157,13 @@ def test_a_path_that_cannot_be_is_exit_code_2(
 
 
 def test_a_search_whose_folder_is_a_file_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
-    (tmp_path / "study.yaml").write_text(study)
+    (tmp_path / "study.yaml").write_text(STUDY)
     assert main(["run", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "study.yaml")]) == 2
     assert "is a file" in capsys.readouterr().err
 
 
 def test_sensitivity_knows_its_format_before_it_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks: [1]}\n"
-    (tmp_path / "study.yaml").write_text(study)
+    (tmp_path / "study.yaml").write_text(STUDY)
     assert main(["sensitivity", str(tmp_path / "study.yaml"), "--plot", str(tmp_path / "a.bmp")]) == 2
     assert "its suffix says no format" in capsys.readouterr().err
 
