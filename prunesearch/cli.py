@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from prunesearch.config import DataConfig, ModelConfig, StudyConfig
     from prunesearch.cost import Cost
     from prunesearch.files import ScheduleFile
+    from prunesearch.record import Record
     from prunesearch.schedule import Schedule
-    from prunesearch.search.record import Record
-    from prunesearch.search.study import StudyReader
+    from prunesearch.study.reader import StudyReader
 
 EXAMPLES = """\
 examples:
@@ -123,7 +123,7 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, search: bool = True) -> int:
     from prunesearch.report import LiveReport
     from prunesearch.search.driver import run_study
-    from prunesearch.search.storage import shown
+    from prunesearch.study.storage import shown
 
     where = shown(parsed.storage) if parsed.storage else str(folder)
     with LiveReport(config, where, console=_console(), plain=parsed.no_progress) as report:
@@ -152,7 +152,7 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     from prunesearch.plugins import import_plugins
     from prunesearch.search.problems import anchors_of, model_free_problems, study_problems
     from prunesearch.search.sensitivity_start import STARTS, WORD
-    from prunesearch.space import combinations, dimensions
+    from prunesearch.space.choices import combinations, dimensions
 
     import_plugins(config.plugins)
     remote = is_remote(config.model)  # looking it up needs the network, which is left to the run
@@ -206,10 +206,10 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
     from prunesearch.evaluate import model_shape
     from prunesearch.evaluate.sensitivity import IMAGES, measure_sensitivities, save_sensitivities
     from prunesearch.files import load_study
-    from prunesearch.plot import check_format
-    from prunesearch.plot_sensitivity import plot_sensitivity
     from prunesearch.plugins import import_plugins
     from prunesearch.report import predicted_table, sensitivity_table
+    from prunesearch.report.plot import check_format
+    from prunesearch.report.plot_sensitivity import plot_sensitivity
     from prunesearch.search.problems import study_problems
     from prunesearch.search.sensitivity_start import predicted_starts
     from prunesearch.strict import to_mapping
@@ -243,8 +243,8 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
 def _check_schedule(parsed: argparse.Namespace) -> int:
     from prunesearch.cost import estimate_cost
     from prunesearch.evaluate import is_remote, model_problems, model_shape
+    from prunesearch.export.sources import Given, model_and_data
     from prunesearch.files import load_schedule_file, plugins_named_in
-    from prunesearch.sources import Given, model_and_data
 
     plugins = [*parsed.plugin, *(plugins_named_in(parsed.file) if parsed.trust_plugins else ())]
     file = load_schedule_file(parsed.file, plugins)
@@ -290,8 +290,8 @@ def _status(parsed: argparse.Namespace) -> int:
 
 def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, front, front_rows, nothing_within
-    from prunesearch.plot import plot_front
     from prunesearch.report import front_csv, front_table
+    from prunesearch.report.plot import plot_front
 
     _check_output(parsed.plot)
     reader = _open(parsed)
@@ -317,7 +317,7 @@ def _front(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from prunesearch.export import export
+    from prunesearch.export.schedules import export
     from prunesearch.report import short
 
     _check_output(parsed.output)
@@ -354,7 +354,7 @@ def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
     """The study whose model and data are asked for."""
     if parsed.study_folder is None:
         return None
-    from prunesearch.search.study import open_study_readonly
+    from prunesearch.study.reader import open_study_readonly
 
     reader = open_study_readonly(parsed.study_folder)
     reader.close()
@@ -375,7 +375,7 @@ def _sources(
     parsed: argparse.Namespace, file: ScheduleFile, study: StudyConfig | None
 ) -> tuple[ModelConfig, DataConfig]:
     """Model and data of the file or the study, with what the arguments say instead; says what had to be guessed."""
-    from prunesearch.sources import Given, guessed_normalisation, model_and_data, needed
+    from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
 
     given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
     model, data = needed(*model_and_data(file, study, given))
@@ -385,7 +385,7 @@ def _sources(
 
 
 def _freeze(parsed: argparse.Namespace) -> int:
-    from prunesearch.freeze import freeze
+    from prunesearch.export.freeze import freeze
 
     _check_output(parsed.output)
     study = _study_of(parsed)
@@ -407,7 +407,7 @@ def _freeze(parsed: argparse.Namespace) -> int:
 
 def _evaluate(parsed: argparse.Namespace) -> int:
     from prunesearch.evaluate import METRICS
-    from prunesearch.export import COMPARED, measure_again
+    from prunesearch.export.schedules import COMPARED, measure_again
     from prunesearch.report import comparison_table
 
     study = _study_of(parsed)
@@ -449,7 +449,7 @@ def _import_diffrate(parsed: argparse.Namespace) -> int:
 
 def _import_tune(parsed: argparse.Namespace) -> int:
     from prunesearch.files import load_study
-    from prunesearch.search.tune_results import import_results
+    from prunesearch.tune.results import import_results
 
     config = load_study(parsed.file, parsed.set)
     _check_folder(parsed.output)
@@ -461,8 +461,8 @@ def _import_tune(parsed: argparse.Namespace) -> int:
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    from prunesearch import catalogue
     from prunesearch.plugins import import_plugins
+    from prunesearch.report import catalogue
 
     import_plugins(parsed.plugin)
     console = _console()
@@ -483,7 +483,7 @@ def _schema(parsed: argparse.Namespace) -> int:
 
 
 def _open(parsed: argparse.Namespace) -> StudyReader:
-    from prunesearch.search.study import open_study_readonly
+    from prunesearch.study.reader import open_study_readonly
 
     if parsed.storage is None and parsed.folder is None:
         raise UserError("no study given. Possible: a study folder, or --storage URL --study NAME. Name one.")
@@ -504,7 +504,7 @@ def _records(reader: StudyReader) -> list[Record]:
 
 def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
     """The arguments that name a study, as a shell takes them; a password is left to the user."""
-    from prunesearch.search.storage import shown
+    from prunesearch.study.storage import shown
 
     if not parsed.storage:
         return shlex.quote(str(_short_path(folder)))
@@ -561,7 +561,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _console() -> Console:
-    from prunesearch.terminal import PlainConsole
+    from prunesearch.report.terminal import PlainConsole
 
     return PlainConsole()
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunesearch.schedule import ModelShape, Schedule, Step, resolve
+from prunesearch.schedule import Schedule, Step, resolve
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
 Count = Any

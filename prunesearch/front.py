@@ -8,15 +8,16 @@ rung: only equal budgets are compared.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from prunesearch.config import Limit, Objective
+from prunesearch.confirmation import again_row
 from prunesearch.errors import StudyError
-from prunesearch.search.again import again_row
-from prunesearch.search.record import Record
+from prunesearch.record import Record
 from prunesearch.strict import to_mapping
 
 Limits = Sequence[tuple[str, Limit]]
@@ -239,3 +240,39 @@ def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
         f"bounds: no candidate has {asked} ({len(measured)} were compared). Possible: the nearest is trial "
         f"{nearest.number} with {there}. Loosen the bound, or search further."
     )
+
+
+def nondominated_ranks(losses: np.ndarray) -> np.ndarray:
+    """(n, objectives) -> (n,): 0 for the front, 1 for the front of what is left without it, and so on.
+
+    Equal points have the same rank. O(n log n) for one and two objectives, O(n^2) memory and time for more.
+    """
+    count, objectives = losses.shape
+    if objectives > 2:
+        return _ranks_by_pairs(losses)
+    first, second = losses[:, 0], losses[:, -1] if objectives == 2 else np.zeros(count)
+    ranks = np.zeros(count, dtype=int)
+    ends: list[float] = []  # of each front, the second loss of its last member so far: the smallest one, ascending
+    before: tuple[float, float] | None = None
+    rank = 0
+    for index in np.lexsort((second, first)):
+        point = float(first[index]), float(second[index])
+        if point != before:
+            rank = bisect_right(ends, point[1])
+            ends[rank : rank + 1] = [point[1]]
+            before = point
+        ranks[index] = rank
+    return ranks
+
+
+def _ranks_by_pairs(losses: np.ndarray) -> np.ndarray:
+    no_worse = np.ones((len(losses), len(losses)), dtype=bool)
+    for column in losses.T:
+        no_worse &= column[:, None] <= column[None, :]
+    dominates = no_worse & ~no_worse.T
+    ranks = np.full(len(losses), -1)
+    rank = 0
+    while (left := ranks < 0).any():
+        ranks[left & ~dominates[left].any(axis=0)] = rank
+        rank += 1
+    return ranks

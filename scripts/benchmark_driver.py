@@ -29,11 +29,11 @@ from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study
+from prunesearch.replay.table import Measured, Table
+from prunesearch.replay.workers import SimulatedWorkers
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver, loop
-from prunesearch.search.simulate import SimulatedWorkers
-from prunesearch.search.table import Measured, Table
-from prunesearch.search.workers import Lost
+from prunesearch.workers.protocol import Lost
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 BUDGETS = (0, 599, 2396)

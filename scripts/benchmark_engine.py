@@ -29,9 +29,9 @@ from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import Evaluation, Task, evaluate, model_shape
 from prunesearch.files import load_study
 from prunesearch.front import dense_of, normalised_hypervolume
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule
-from prunesearch.search.record import Record
-from prunesearch.space import suggest, uid_of
+from prunesearch.space.choices import suggest, uid_of
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 
@@ -53,7 +53,7 @@ def try_candidate(config: StudyConfig, schedule: Schedule, folder: Path) -> tupl
 
 def run_ours(config: StudyConfig, folder: Path) -> None:
     from prunesearch.search.driver import run_study
-    from prunesearch.search.study import open_study_readonly
+    from prunesearch.study.reader import open_study_readonly
 
     run_study(config, folder)
     for record in open_study_readonly(folder).records():

@@ -45,16 +45,16 @@ from prunesearch.evaluate.sensitivity import (
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import load_study
 from prunesearch.front import hypervolume
-from prunesearch.plot import BLUE, FAINT, GREEN, GREY, INK, ORANGE
+from prunesearch.replay.surrogate import Surrogate
+from prunesearch.replay.table import Measured, Table, read_table
+from prunesearch.replay.workers import SimulatedWorkers, seconds_of
+from prunesearch.report.plot import BLUE, FAINT, GREEN, GREY, INK, ORANGE
+from prunesearch.samplers.token_gp import Regression, features, fitted_kernel
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.agreement import kendall_tau
 from prunesearch.search.driver import run_study
 from prunesearch.search.sensitivity_start import FILE, WORD
-from prunesearch.search.simulate import SimulatedWorkers, seconds_of
-from prunesearch.search.surrogate import Surrogate
-from prunesearch.search.table import Measured, Table, read_table
-from prunesearch.search.token_gp import Regression, features, fitted_kernel
-from prunesearch.space import parameters_of, suggest
+from prunesearch.space.choices import parameters_of, suggest
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 SPACE = (

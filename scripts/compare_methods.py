@@ -34,7 +34,8 @@ from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_
 from prunesearch.evaluate.data import open_data
 from prunesearch.files import load_study
 from prunesearch.models.vision_transformer import attend
-from prunesearch.schedule import ModelShape, Schedule, Stage
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.class_attention import class_rows_BHRN
 
 SHARES = (0.7, 0.5)

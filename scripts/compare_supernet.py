@@ -22,11 +22,11 @@ from typing import NamedTuple
 from prunesearch import Schedule, Task, load_study
 from prunesearch.config import Budget, StudyConfig, WorkersConfig
 from prunesearch.evaluate import Evaluation, evaluate
-from prunesearch.evaluate.draw import draw_schedule
+from prunesearch.evaluate.sampling import draw_schedule
 from prunesearch.search.agreement import kendall_tau
 from prunesearch.search.rungs import BANDS, bands_of
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.supernet import SupernetTrained, prepare_supernet, supernet_task
+from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet, supernet_task
+from prunesearch.workers.serial import SerialWorkers
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits_supernet.yaml"
 

@@ -40,13 +40,13 @@ from prunesearch.evaluate.build import OPTIONS, Bounds
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import ScheduleFile, load_study, save_schedule, write_yaml
 from prunesearch.presets import load_preset, presets
-from prunesearch.search.lessons import Lessons
-from prunesearch.search.propose import propose, seed_of
-from prunesearch.search.record import Record, with_evaluation
-from prunesearch.search.samplers import SAMPLERS
-from prunesearch.search.token_gp import features
-from prunesearch.space import dimensions, uid_of
-from prunesearch.space_problems import AMOUNTS
+from prunesearch.record import Record, with_evaluation
+from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers.propose import propose, seed_of
+from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.samplers.token_gp import features
+from prunesearch.space.choices import dimensions, uid_of
+from prunesearch.space.problems import AMOUNTS
 from prunesearch.strict import is_pairs, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 from prunesearch.yaml_text import read_yaml_text

@@ -31,7 +31,7 @@ from postgres import postgres
 
 from prunesearch.config import ConfirmConfig, StudyConfig
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.search.record import Record
+from prunesearch.record import Record
 
 LEASE_SECONDS = 3.0
 

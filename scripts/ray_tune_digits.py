@@ -14,8 +14,8 @@ from ray.tune.schedulers import ASHAScheduler
 
 from prunesearch.files import load_study
 from prunesearch.front import front
-from prunesearch.search.study import open_study_readonly
-from prunesearch.search.tune import import_results, param_space, trainable
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.tune.trainable import import_results, param_space, trainable
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 RUNGS = "rungs=[{images: 0}, {images: 599}, {images: 1198}]"

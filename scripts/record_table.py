@@ -29,10 +29,10 @@ from prunesearch.config import Budget, StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import Task, evaluate, model_shape
 from prunesearch.files import load_study
+from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
 from prunesearch.search.problems import anchors_of
-from prunesearch.search.propose import seed_of
-from prunesearch.space import Choice, dimensions, grid_of, schedule_from, uid_of
+from prunesearch.space.choices import Choice, dimensions, grid_of, schedule_from, uid_of
 from prunesearch.strict import to_mapping
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"

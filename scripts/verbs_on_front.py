@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunesearch.front import comparable, dense_of, front, normalised_hypervolume
-from prunesearch.plot import plot_front
+from prunesearch.record import Record
+from prunesearch.report.plot import plot_front
 from prunesearch.report.tables import short
 from prunesearch.schedule import Schedule
-from prunesearch.search.record import Record
-from prunesearch.search.study import open_study_readonly
+from prunesearch.study.reader import open_study_readonly
 
 
 def amount(schedule: Schedule) -> set[str]:

@@ -20,7 +20,7 @@ from prunesearch.errors import ModelError
 from prunesearch.models import digits_vit, input_size, shape_of  # noqa: F401  (digits_vit registers its model with timm)
 from prunesearch.models.weights import load_weights, misfits, read_weights
 from prunesearch.registry import did_you_mean
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 
 FRESH_SEED = 0
 """Of weights that neither timm nor a checkpoint gives, so that every worker starts from the same ones."""

@@ -13,7 +13,8 @@ from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import predict
 from prunesearch.evaluate.schedule_loss import macs_by_counts
 from prunesearch.models import schedule_of, shape_of, steps_of, threshold_of, threshold_unit
-from prunesearch.schedule import ModelShape, Stage
+from prunesearch.schedule import Stage
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
 
 logger = logging.getLogger(__name__)

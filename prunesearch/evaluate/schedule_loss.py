@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from prunesearch.config import FinetuneConfig
 from prunesearch.cost import estimate_cost, macs_of_counts
 from prunesearch.models import PlannedStep, Trace, schedule_of, shape_of, steps_of
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
 
 

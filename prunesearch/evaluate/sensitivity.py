@@ -27,8 +27,9 @@ from prunesearch.evaluate.machine import describe, find_device
 from prunesearch.evaluate.predict import reproducible
 from prunesearch.files import write_atomically
 from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from
-from prunesearch.schedule import ModelShape, Place, Schedule, Stage, reads_attention, resolve
-from prunesearch.space import BlockChoices, blocks_of, grid_of
+from prunesearch.schedule import Place, Schedule, Stage, reads_attention, resolve
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import BlockChoices, blocks_of, grid_of
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 

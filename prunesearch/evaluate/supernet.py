@@ -26,10 +26,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from prunesearch.evaluate.draw import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.finetune import Batch, Progress, Teacher, distillation_loss, is_spent, take_steps
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import autocast
+from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.task import SupernetWork, Task
 from prunesearch.files import write_atomically
 from prunesearch.models import apply_schedule, remove_schedule

@@ -43,7 +43,8 @@ from prunesearch.models.plan import (
 from prunesearch.models.swap import Swapped, check_forwards, check_takes_call, check_unwrapped, check_was_called
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.weights import fitting_weights
-from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.schedule import Schedule
+from prunesearch.shape import ModelShape
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -22,7 +22,9 @@ from prunesearch.errors import ModelError
 from prunesearch.models.map_shape import STAGE, place_of, stages_of
 from prunesearch.models.map_shape import input_size as input_size
 from prunesearch.models.map_shape import shape_of as shape_of
+from prunesearch.models.masked_step import take_masked_step
 from prunesearch.models.plan import PARTS, Plan, PlannedStep, block_key, make_plan, plan_for
+from prunesearch.models.step import TokenState, gather_evidence
 from prunesearch.models.swap import (
     Place,
     Swapped,
@@ -34,9 +36,7 @@ from prunesearch.models.swap import (
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.schedule import Schedule
 from prunesearch.tokens import REDUCERS
-from prunesearch.tokens.masked import take_masked_step
 from prunesearch.tokens.registry import Grouping, ReduceInput
-from prunesearch.tokens.regroup import TokenState, gather_evidence
 
 SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
 

@@ -15,7 +15,7 @@ from prunesearch.errors import ModelError
 from prunesearch.models.layers import check_countable, macs_per_token, on_meta
 from prunesearch.models.plan import PARTS
 from prunesearch.models.swap import timm_class
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 
 STAGE = 2
 """The stage with most of the blocks; the published method leaves the others as they are."""

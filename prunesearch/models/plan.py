@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models.swap import Place, Swapped, swap, swap_back
-from prunesearch.schedule import ModelShape, Schedule, Stage, Step, options_of, reads_attention, resolve
+from prunesearch.schedule import Schedule, Stage, Step, options_of, reads_attention, resolve
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer
 
 PARTS = "token_stages"

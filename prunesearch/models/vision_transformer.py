@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunesearch.errors import ModelError
+from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import (
     PARTS,
     Plan,
@@ -30,6 +31,7 @@ from prunesearch.models.plan import (
     make_plan,
     plan_for,
 )
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, take_step
 from prunesearch.models.swap import (
     Place,
     Swapped,
@@ -41,10 +43,9 @@ from prunesearch.models.swap import (
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
-from prunesearch.schedule import ModelShape, Schedule, reads_attention
-from prunesearch.tokens.masked import Group, compact, join_groups, split_by_count, take_masked_step
+from prunesearch.schedule import Schedule, reads_attention
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import Attended
-from prunesearch.tokens.regroup import Evidence, TokenState, gather_evidence, take_step
 
 MOST_GROUPS = 8
 """Into which a batch is parted when its images have different counts; measured in benchmarks/adaptive.md."""

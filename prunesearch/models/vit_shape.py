@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunesearch.errors import ModelError
 from prunesearch.models.layers import check_countable, macs_per_token, on_meta
 from prunesearch.models.swap import timm_class
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 
 
 def shape_of(model: Any) -> ModelShape:

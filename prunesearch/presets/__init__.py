@@ -10,7 +10,8 @@ from prunesearch.errors import UnknownNameError
 from prunesearch.files import PresetFile, load_preset_file, load_schedule
 from prunesearch.presets.rule import fit
 from prunesearch.registry import did_you_mean
-from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.schedule import Schedule
+from prunesearch.shape import ModelShape
 
 FOLDER = Path(__file__).parent
 

@@ -11,7 +11,8 @@ from itertools import product
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.files import PresetFile, PresetStage
-from prunesearch.schedule import PLACES, ModelShape, Schedule, Stage, count_of
+from prunesearch.schedule import PLACES, Schedule, Stage, count_of
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
 

@@ -19,7 +19,8 @@ from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
 from prunesearch.printable import printable
-from prunesearch.report.rungs import compared, rungs_table, seconds_of, warnings, work_left
+from prunesearch.record import Record
+from prunesearch.report.rung_tables import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, front_table, said, short
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.events import (
@@ -34,8 +35,7 @@ from prunesearch.search.events import (
     Submitted,
     Waiting,
 )
-from prunesearch.search.record import Record
-from prunesearch.search.supernet import SupernetTrained
+from prunesearch.search.shared_weights import SupernetTrained
 
 ROWS = 8
 """Records of the front in the live view."""

@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
+from prunesearch.confirmation import again_of, mean_drop, measured_objectives
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
 from prunesearch.printable import printable
-from prunesearch.report.rungs import compared, rungs_table, warnings
+from prunesearch.record import Record
+from prunesearch.report.rung_tables import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.again import again_of, mean_drop, measured_objectives
-from prunesearch.search.record import Record
 
 
 def short(schedule: Schedule) -> str:

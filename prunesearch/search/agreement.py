@@ -12,7 +12,7 @@ import numpy as np
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate import METRICS
-from prunesearch.search.record import Record
+from prunesearch.record import Record, cost_of
 from prunesearch.search.rungs import BANDS, bands_of
 
 FEWEST = 3
@@ -57,12 +57,6 @@ def agreements(records: Sequence[Record], config: StudyConfig) -> list[Agreement
             within = [[pair for pair, its in zip(pairs, bands, strict=False) if its == band] for band in range(BANDS)]
             found.append(Agreement(metric, rung, len(pairs), kendall_tau(pairs), tuple(map(kendall_tau, within))))
     return found
-
-
-def cost_of(config: StudyConfig) -> str | None:
-    """The objective that says what a candidate costs: gmacs, else the first minimized one; None when there is none."""
-    minimized = [objective.metric for objective in config.objectives if objective.goal == "minimize"]
-    return "gmacs" if "gmacs" in minimized else next(iter(minimized), None)
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:

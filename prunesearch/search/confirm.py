@@ -16,17 +16,18 @@ from string import ascii_letters
 from typing import Literal
 
 from prunesearch.config import StudyConfig
+from prunesearch.confirmation import name_of
+from prunesearch.evaluate.outcome import failed, judged, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.front import dense_of, front
-from prunesearch.search.again import name_of
-from prunesearch.search.outbox import delete, delivered, discard
-from prunesearch.search.propose import seed_of
-from prunesearch.search.record import Record
-from prunesearch.search.study import Claim, Store
+from prunesearch.record import Record
+from prunesearch.samplers.propose import seed_of
 from prunesearch.search.tasks import task_of
-from prunesearch.search.team import Team
-from prunesearch.search.verdict import failed, judged, same_work
-from prunesearch.search.workers import Lost, Workers
+from prunesearch.study.reader import Claim
+from prunesearch.study.store import Store
+from prunesearch.study.team import Team
+from prunesearch.workers.outbox import delete, delivered, discard
+from prunesearch.workers.protocol import Lost, Workers
 
 logger = logging.getLogger(__name__)
 

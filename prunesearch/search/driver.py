@@ -18,22 +18,23 @@ from prunesearch.evaluate import Inputs, check_files, check_inputs, model_shape
 from prunesearch.evaluate.inputs import suspicion
 from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
-from prunesearch.search.child_worker import ChildWorker
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.lock import one_of_several, only_driver
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
-from prunesearch.search.lost_database import refuse_lost_database
 from prunesearch.search.problems import anchors_of, study_problems
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.storage import check_url, journal_file, shown, sqlite_file, storage_url
-from prunesearch.search.study import has_study, knows_study, open_store
-from prunesearch.search.supernet import prepare_supernet
-from prunesearch.search.team import Team
-from prunesearch.search.vocabulary import vocabulary_of
-from prunesearch.search.workers import EVALUATE, NoWorkers, Workers
+from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.strict import to_mapping
+from prunesearch.study.lock import one_of_several, only_driver
+from prunesearch.study.lost_database import refuse_lost_database
+from prunesearch.study.reader import has_study, knows_study
+from prunesearch.study.storage import check_url, journal_file, shown, sqlite_file, storage_url
+from prunesearch.study.store import open_store
+from prunesearch.study.team import Team
+from prunesearch.study.vocabulary import vocabulary_of
+from prunesearch.workers.child import ChildWorker
+from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
+from prunesearch.workers.serial import SerialWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,6 @@ def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: st
         if config.plugins or config.workers.timeout is not None:  # other people's code, or what must be stopped
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
-    from prunesearch.search.ray_workers import RayWorkers
+    from prunesearch.workers.ray_pool import RayWorkers
 
     return RayWorkers(config.workers, folder, outbox, evaluate)

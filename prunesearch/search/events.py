@@ -7,9 +7,9 @@ from typing import Literal
 
 from prunesearch.evaluate.data import Split
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record
 from prunesearch.search.confirm import Confirmed
-from prunesearch.search.record import Record
-from prunesearch.search.supernet import SupernetTrained
+from prunesearch.search.shared_weights import SupernetTrained
 
 Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupted", "cancelled"]
 """trials, hours: the bound of `stop` was reached. exhausted: there is no further candidate within the limits.

@@ -26,24 +26,25 @@ from pathlib import Path
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import RunError
+from prunesearch.evaluate.limits import computed_excess
+from prunesearch.evaluate.outcome import failed, hopeless, judged, same_work
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.record import Record, State, with_evaluation
+from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers.propose import propose, seed_of
+from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.schedule import Schedule
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.lessons import Lessons
-from prunesearch.search.limits import computed_excess
-from prunesearch.search.lost_database import contradiction
-from prunesearch.search.outbox import delete, delivered, discard, set_aside
 from prunesearch.search.promotions import Promotions
-from prunesearch.search.propose import propose, seed_of
-from prunesearch.search.record import Record, State, with_evaluation
-from prunesearch.search.samplers import SAMPLERS
-from prunesearch.search.study import Store
 from prunesearch.search.tasks import task_of
-from prunesearch.search.team import Team
-from prunesearch.search.verdict import failed, hopeless, judged, same_work
-from prunesearch.search.workers import Lost, NoWorkers, Workers
-from prunesearch.space import Value, uid_of
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import Value, uid_of
+from prunesearch.study.lost_database import contradiction
+from prunesearch.study.store import Store
+from prunesearch.study.team import Team
+from prunesearch.workers.outbox import delete, delivered, discard, set_aside
+from prunesearch.workers.protocol import Lost, NoWorkers, Workers
 
 HOPELESS = 5
 """So many failures at a rung without a single success there end the run."""

@@ -10,16 +10,17 @@ from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.build import input_channels
 from prunesearch.evaluate.images import channel_problems
+from prunesearch.evaluate.limits import unreachable_limits
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.presets import find_schedule
-from prunesearch.schedule import ModelShape, Schedule, resolve
-from prunesearch.search.iso_budget import budget_problems
-from prunesearch.search.limits import unreachable_limits
-from prunesearch.search.record import SENSITIVITY
-from prunesearch.search.samplers import SAMPLERS
+from prunesearch.record import SENSITIVITY
+from prunesearch.samplers.iso_budget import budget_problems
+from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.schedule import Schedule, resolve
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
-from prunesearch.space import blocks_of
-from prunesearch.space_problems import space_problems
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import blocks_of
+from prunesearch.space.problems import space_problems
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prunesearch.config import StudyConfig
-from prunesearch.search.agreement import cost_of
-from prunesearch.search.limits import total_excess
-from prunesearch.search.record import Record
+from prunesearch.evaluate.limits import total_excess
+from prunesearch.record import Record, cost_of
 from prunesearch.search.rungs import Result, promotion
 
 

@@ -12,11 +12,12 @@ Objectives are losses here: all of them are minimized.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from prunesearch.front import nondominated_ranks
 
 BANDS = 3
 """Parts of the range of costs, each of which sends on at least one candidate."""
@@ -91,42 +92,6 @@ def _layers(results: list[Result]) -> Iterator[list[Result]]:
 def _next_of(front: list[Result]) -> Result:
     losses = np.array([result.losses for result in front], dtype=np.float64)
     return front[next_of_net(losses, np.array([result.is_promoted for result in front]))]
-
-
-def nondominated_ranks(losses: np.ndarray) -> np.ndarray:
-    """(n, objectives) -> (n,): 0 for the front, 1 for the front of what is left without it, and so on.
-
-    Equal points have the same rank. O(n log n) for one and two objectives, O(n^2) memory and time for more.
-    """
-    count, objectives = losses.shape
-    if objectives > 2:
-        return _ranks_by_pairs(losses)
-    first, second = losses[:, 0], losses[:, -1] if objectives == 2 else np.zeros(count)
-    ranks = np.zeros(count, dtype=int)
-    ends: list[float] = []  # of each front, the second loss of its last member so far: the smallest one, ascending
-    before: tuple[float, float] | None = None
-    rank = 0
-    for index in np.lexsort((second, first)):
-        point = float(first[index]), float(second[index])
-        if point != before:
-            rank = bisect_right(ends, point[1])
-            ends[rank : rank + 1] = [point[1]]
-            before = point
-        ranks[index] = rank
-    return ranks
-
-
-def _ranks_by_pairs(losses: np.ndarray) -> np.ndarray:
-    no_worse = np.ones((len(losses), len(losses)), dtype=bool)
-    for column in losses.T:
-        no_worse &= column[:, None] <= column[None, :]
-    dominates = no_worse & ~no_worse.T
-    ranks = np.full(len(losses), -1)
-    rank = 0
-    while (left := ranks < 0).any():
-        ranks[left & ~dominates[left].any(axis=0)] = rank
-        rank += 1
-    return ranks
 
 
 def next_of_net(losses: np.ndarray, taken: np.ndarray) -> int:

@@ -21,8 +21,9 @@ from prunesearch.config import Range, SpaceConfig
 from prunesearch.cost import block_macs, stage_macs
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.sensitivity import Effect
-from prunesearch.schedule import ModelShape, Schedule, Stage, Step, resolve
-from prunesearch.space import BlockChoices, blocks_of, parameters_of
+from prunesearch.schedule import Schedule, Stage, Step, resolve
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import BlockChoices, blocks_of, parameters_of
 
 MOST_POINTS = 256
 """Of each state's front; what is between them is no more than a 256th of its range of costs away."""

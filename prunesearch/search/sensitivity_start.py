@@ -10,6 +10,7 @@ import numpy as np
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
+from prunesearch.evaluate.limits import computed_excess
 from prunesearch.evaluate.sensitivity import (
     IMAGES_FOR_A_START,
     Sensitivities,
@@ -18,9 +19,8 @@ from prunesearch.evaluate.sensitivity import (
     save_sensitivities,
 )
 from prunesearch.front import hypervolume
-from prunesearch.schedule import ModelShape
-from prunesearch.search.limits import computed_excess
 from prunesearch.search.sensitivity_front import Predicted, predicted_front
+from prunesearch.shape import ModelShape
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prunesearch.config import StudyConfig, as_options
 from prunesearch.evaluate.task import Task
-from prunesearch.search.record import Record
-from prunesearch.search.supernet import shared_weights
+from prunesearch.record import Record
+from prunesearch.search.shared_weights import shared_weights
 
 logger = logging.getLogger(__name__)
 

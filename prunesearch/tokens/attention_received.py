@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import ScoreInput, scorer
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import Attended, ScoreInput, scorer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
 from prunesearch.tokens.select import top_k
 

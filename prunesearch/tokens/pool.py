@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import MaskedInput, Pooled, ReduceInput, reducer
 
 

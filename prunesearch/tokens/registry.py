@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prunesearch.config import Scalar
 from prunesearch.registry import Registry
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 
 
 class Attended(NamedTuple):

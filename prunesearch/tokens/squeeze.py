@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunesearch.schedule import ModelShape
+from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
 from prunesearch.tokens.select import top_k
 

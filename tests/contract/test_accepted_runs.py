@@ -28,11 +28,11 @@ from prunesearch.config import (
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
 from prunesearch.files import write_yaml
+from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers.token_gp import features
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.problems import study_problems
-from prunesearch.search.samplers import SAMPLERS
-from prunesearch.search.token_gp import features
-from prunesearch.space import dimensions
+from prunesearch.space.choices import dimensions
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 

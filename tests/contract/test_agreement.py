@@ -11,11 +11,11 @@ from small_models import images, small_model
 from torch import Tensor
 
 from prunesearch.models import apply_schedule, shape_of, trace
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, take_step
 from prunesearch.presets import load_preset, presets
 from prunesearch.schedule import Schedule, Stage, canonical, options_of, resolve
 from prunesearch.tokens import REDUCERS, SCORERS
 from prunesearch.tokens.registry import Attended, Grouping
-from prunesearch.tokens.regroup import Evidence, TokenState, gather_evidence, take_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 

@@ -11,10 +11,10 @@ from small_models import LAYOUTS, images, pairs, small_model, two_stages
 
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import apply_schedule, schedule_of, trace
+from prunesearch.models.masked_step import _cuts
 from prunesearch.models.vision_transformer import masked_softmax
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
-from prunesearch.tokens.masked import _cuts
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 

@@ -15,10 +15,10 @@ import prunesearch.models.digits_vit  # noqa: F401  (registers the shipped model
 from prunesearch.evaluate.digits import load_digits
 from prunesearch.evaluate.schedule_loss import ratio_loss
 from prunesearch.models import apply_schedule, shape_of, steps_of, trace
+from prunesearch.models.masked_step import join
 from prunesearch.models.vision_transformer import MOST_GAP, masked_softmax
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
-from prunesearch.tokens.masked import join
 from prunesearch.tokens.registry import MaskedInput
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")

@@ -16,7 +16,8 @@ from prunesearch.cost import block_macs, estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
 from prunesearch.presets import load_preset, presets
-from prunesearch.schedule import ModelShape, Schedule, Stage
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.shape import ModelShape
 
 NAMES = {letter: f"{family}_{size}_patch16_224" for letter, family, size in (
     ("t", "deit", "tiny"), ("s", "deit", "small"), ("b", "deit", "base"), ("l", "vit", "large"))}  # fmt: skip

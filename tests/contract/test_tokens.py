@@ -8,11 +8,12 @@ import pytest
 import torch
 from small_models import pairs
 
-from prunesearch.schedule import ModelShape, Schedule, Stage, resolve
+from prunesearch.models.step import TokenState, add_up, gather_evidence, regroup, take_step
+from prunesearch.schedule import Schedule, Stage, resolve
+from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 from prunesearch.tokens.class_attention import class_rows_BHRN, head_weights_BHn
 from prunesearch.tokens.registry import Attended, ReduceInput
-from prunesearch.tokens.regroup import TokenState, add_up, gather_evidence, regroup, take_step
 
 PREFIX, PATCHES = 3, 25
 SHAPE = ModelShape(

@@ -1,3 +1,3 @@
 """Ray reads some settings when it is imported: ours come first, whichever test module is collected first."""
 
-import prunesearch.search.ray_workers  # noqa: F401
+import prunesearch.workers.ray_pool  # noqa: F401

@@ -22,17 +22,17 @@ from pathlib import Path
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.search import serial_workers
+from prunesearch.record import Record
 from prunesearch.search.driver import run_study
-from prunesearch.search.outbox import evaluate_into
-from prunesearch.search.record import Record
-from prunesearch.search.study import open_study_readonly
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.workers import serial as serial_workers
+from prunesearch.workers.outbox import evaluate_into
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 import fake_search
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["prunesearch.search.driver", "prunesearch.search.study"])  # imports take seconds
+_context.set_forkserver_preload(["prunesearch.search.driver", "prunesearch.study.store"])  # imports take seconds
 BEGUN = ("begun", "known")
 _seconds = 0.0
 _ledger = Path()

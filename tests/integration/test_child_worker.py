@@ -18,9 +18,9 @@ from fake_search import finished, records, run, study
 from prunesearch.config import Budget, WorkersConfig
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.child_worker import ChildWorker
-from prunesearch.search.outbox import delivered
-from prunesearch.search.workers import Lost, Outcome
+from prunesearch.workers.child import ChildWorker
+from prunesearch.workers.outbox import delivered
+from prunesearch.workers.protocol import Lost, Outcome
 
 PATIENCE = 280.0
 """Imports take a minute where others load the machine."""

@@ -19,9 +19,10 @@ from prunesearch.config import StopConfig
 from prunesearch.errors import PruneSearchError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.driver import run_study
-from prunesearch.search.storage import storage_url
-from prunesearch.search.study import open_store, open_study_readonly
 from prunesearch.strict import to_mapping
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 
 Damage = Callable[[Path, int], None]
 """Of a study folder and the number of a trial."""

@@ -17,15 +17,16 @@ from dying import STEPS, Killed, die_at
 from prunesearch.config import ConfirmConfig, StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_atomically
+from prunesearch.record import Record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Started
-from prunesearch.search.lock import Place
-from prunesearch.search.outbox import evaluate_into
-from prunesearch.search.record import Record
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.study import Store, open_store, open_study_readonly
-from prunesearch.search.team import Team
+from prunesearch.study.lock import Place
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.store import Store, open_store
+from prunesearch.study.team import Team
+from prunesearch.workers.outbox import evaluate_into
+from prunesearch.workers.serial import SerialWorkers
 
 
 def during(task: Task) -> None:
@@ -130,7 +131,7 @@ def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, m
         return begin(store, *arguments)
 
     monkeypatch.setattr(Store, "begin", look_and_begin)
-    monkeypatch.setattr("prunesearch.search.team.Team._beat", lambda team: None)  # the thread has not come to it yet
+    monkeypatch.setattr("prunesearch.study.team.Team._beat", lambda team: None)  # the thread has not come to it yet
     search(fake_search.study(2), tmp_path / "one", url)
     assert len(beats) == 2
     assert all(beat.count is not None and Path(beat.place).parents[1] == tmp_path / "one" for beat in beats)

@@ -16,11 +16,11 @@ from prunesearch.errors import FileError, StudyError, UserError
 from prunesearch.evaluate import evaluate
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.predict import predict
-from prunesearch.export import export, measure_again, task_of
+from prunesearch.export.schedules import export, measure_again, task_of
 from prunesearch.files import load_schedule, load_schedule_file, save_schedule
 from prunesearch.models import apply_schedule
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.record import Record
 
 SCHEDULE = Schedule((Stage(1, keep=0.5, reduce="squeeze"), Stage(3, keep=0.7, reduce="merge")))
 STUDY = StudyConfig(

@@ -16,9 +16,9 @@ import pytest
 
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.search.record import Record
-from prunesearch.search.study import open_study_readonly
+from prunesearch.record import Record
 from prunesearch.strict import from_mapping
+from prunesearch.study.reader import open_study_readonly
 
 STUDY = """
 version: 1

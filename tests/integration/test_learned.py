@@ -14,8 +14,8 @@ from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
 from prunesearch.evaluate.finetune import parameter_groups
 from prunesearch.evaluate.schedule_loss import macs_by_counts, ratio_loss, token_loss
+from prunesearch.export.freeze import freeze
 from prunesearch.files import from_mapping, load_schedule_file, save_schedule, to_mapping
-from prunesearch.freeze import freeze
 from prunesearch.models import Trace, apply_schedule, schedule_of, shape_of, steps_of, trace
 from prunesearch.schedule import Schedule, Stage
 

@@ -19,8 +19,8 @@ from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
 from prunesearch.search.driver import run_study
-from prunesearch.search.study import open_study_readonly
 from prunesearch.strict import to_mapping
+from prunesearch.study.reader import open_study_readonly
 
 BACKED_UP, STRUCK = 2, 4
 """Evaluations before a copy of the database is made, and before something happens to it."""
@@ -133,7 +133,7 @@ def test_a_search_stops_when_its_database_is_not_what_it_was(
     named = {"study.db": f"sqlite:///{folder / name}", "study.log": f"journal:{folder / name}"}[name]
     storage = None if drivers == "alone" and name == "study.db" else named
     monkeypatch.setattr("test_lost_database.mishap", Mishap(folder / name, strike))
-    monkeypatch.setattr("prunesearch.search.storage.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("prunesearch.study.storage.PAUSE_SECONDS", 0.01)
     with pytest.raises(RunError) as caught:
         run_study(fake_search.study(8), folder, storage=storage, evaluate="test_lost_database:evaluate")
     assert mishap is not None and mishap.count == STRUCK, "it went on"

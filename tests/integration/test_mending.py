@@ -14,10 +14,11 @@ from prunesearch.config import DataConfig, ModelConfig, StudyConfig
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate import Inputs
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.search.differences import MAY_MEND
 from prunesearch.search.driver import run_study
-from prunesearch.search.storage import storage_url
-from prunesearch.search.study import open_store, open_study_readonly
+from prunesearch.study.differences import MAY_MEND
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 
 NAME = "vit_digits_patch1_8"
 WRONG = study(4)

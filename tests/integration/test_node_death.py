@@ -16,8 +16,8 @@ from test_ray_workers import CONFIG
 from prunesearch.config import Budget, StopConfig, WorkersConfig
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Finished, Retrying
-from prunesearch.search.ray_workers import ray  # not imported by itself: it sets Ray up
-from prunesearch.search.study import open_study_readonly
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.workers.ray_pool import ray
 
 pytestmark = pytest.mark.slow
 QUICK_TO_NOTICE = {"health_check_period_ms": 500, "health_check_failure_threshold": 5}

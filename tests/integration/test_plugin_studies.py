@@ -15,12 +15,12 @@ import yaml
 from prunesearch.cli import main
 from prunesearch.errors import FileError, StudyError
 from prunesearch.evaluate import DATASETS, METRICS
-from prunesearch.export import export
+from prunesearch.export.schedules import export
 from prunesearch.files import load_schedule, load_schedule_file, load_study
 from prunesearch.models import apply_schedule
 from prunesearch.search.driver import run_study
-from prunesearch.search.study import open_study_readonly
-from prunesearch.space import parameters_of
+from prunesearch.space.choices import parameters_of
+from prunesearch.study.reader import open_study_readonly
 from prunesearch.tokens import REDUCERS, SCORERS
 
 MODULE = "their_vocabulary"

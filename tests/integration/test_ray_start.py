@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from prunesearch.errors import ResourceError
-from prunesearch.search import ray_workers
-from prunesearch.search.ray_workers import _start_ray
+from prunesearch.workers import ray_pool as ray_workers
+from prunesearch.workers.ray_pool import _start_ray
 
 
 def closed_port() -> int:
@@ -87,7 +87,7 @@ def test_a_folder_too_deep_for_sockets_is_a_sentence(tmp_path: Path) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     code = (
-        "from prunesearch.search.ray_workers import _start_ray, ray\n"
+        "from prunesearch.workers.ray_pool import _start_ray, ray\n"
         "from prunesearch.errors import ResourceError\n"
         "try: _start_ray(None)\n"
         "except ResourceError as error: print(error)\n"

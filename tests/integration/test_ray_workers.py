@@ -27,8 +27,8 @@ from prunesearch.config import (
 from prunesearch.errors import ResourceError, RunError, StudyError
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Retrying
-from prunesearch.search.ray_workers import RayWorkers, _start_ray, ray  # not imported by itself: it sets Ray up
-from prunesearch.search.study import open_study_readonly
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.workers.ray_pool import RayWorkers, _start_ray, ray
 
 CONFIG = StudyConfig(
     version=1,

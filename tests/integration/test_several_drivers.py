@@ -15,7 +15,7 @@ from driving import drivers, end, evaluated, fake_search, read, start, wait_for
 from postgres import Server, Unavailable, postgres
 from test_compare_and_swap import RECORD, SITUATIONS, WRITES, late_write, race
 
-from prunesearch.search.study import open_store
+from prunesearch.study.store import open_store
 
 
 def a_server() -> Iterator[Server]:

@@ -16,10 +16,11 @@ from test_study import RECORD, evaluation
 
 from prunesearch.cli import main
 from prunesearch.errors import PruneSearchError, RunError, StudyError
+from prunesearch.record import Record
 from prunesearch.search.driver import run_study
-from prunesearch.search.record import Record
-from prunesearch.search.storage import storage_url
-from prunesearch.search.study import open_store, open_study_readonly
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 
 NOBODY = 65534
 

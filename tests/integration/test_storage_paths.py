@@ -14,11 +14,12 @@ from fake_search import study
 from prunesearch.cli import main
 from prunesearch.errors import StudyError
 from prunesearch.files import write_yaml
-from prunesearch.search import storage
 from prunesearch.search.driver import run_study
-from prunesearch.search.storage import sqlite_file, storage_url
-from prunesearch.search.study import open_store, open_study_readonly
 from prunesearch.strict import to_mapping
+from prunesearch.study import storage
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import sqlite_file, storage_url
+from prunesearch.study.store import open_store
 
 NASTY = [
     "p%20q",

@@ -35,24 +35,24 @@ from prunesearch.errors import RunError, ScheduleError, StudyError
 from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
 from prunesearch.evaluate import supernet as module
 from prunesearch.evaluate.data import open_data
-from prunesearch.evaluate.draw import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.finetune import Batch, Progress, distillation_loss, take_steps
+from prunesearch.evaluate.outcome import same_work
+from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.supernet import is_trained, made_with, schedules_of_step
 from prunesearch.evaluate.task import SupernetWork
-from prunesearch.export import export, task_of
+from prunesearch.export.schedules import export, task_of
 from prunesearch.files import from_mapping, load_schedule_file, to_mapping
+from prunesearch.record import Record
 from prunesearch.report.live import LiveReport
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event
 from prunesearch.search.problems import study_problems
-from prunesearch.search.record import Record
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.study import open_study_readonly
-from prunesearch.search.supernet import SupernetTrained, prepare_supernet, shared_weights, supernet_task
-from prunesearch.search.verdict import same_work
-from prunesearch.search.workers import Lost, NoWorkers, Outcome
-from prunesearch.space import combination, combinations, schedule_from
+from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet, shared_weights, supernet_task
+from prunesearch.space.choices import combination, combinations, schedule_from
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.workers.protocol import Lost, NoWorkers, Outcome
+from prunesearch.workers.serial import SerialWorkers
 
 SMALL = ModelConfig("vit_digits_patch1_8", options=(("depth", 3),))
 SHAPE = model_shape(SMALL)

@@ -28,11 +28,11 @@ from prunesearch.evaluate import model_shape
 from prunesearch.files import write_yaml
 from prunesearch.schedule import Schedule
 from prunesearch.search.driver import run_study
-from prunesearch.search.ray_workers import _start_ray, ray
-from prunesearch.search.study import open_study_readonly
-from prunesearch.search.tune import WORST, import_results, param_space, points_to_evaluate, trainable
-from prunesearch.space import dimensions, uid_of
+from prunesearch.space.choices import dimensions, uid_of
 from prunesearch.strict import to_mapping
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.tune.trainable import WORST, import_results, param_space, points_to_evaluate, trainable
+from prunesearch.workers.ray_pool import _start_ray, ray
 
 SPACE = SpaceConfig(blocks=(1, 2, 4), keep=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), start_from=("evit-0.7",))
 CONFIG = StudyConfig(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prunesearch.search import loop
-from prunesearch.search.study import Store
+from prunesearch.study.store import Store
 
 STEPS: dict[str, tuple[Any, str, bool]] = {
     "result": (loop.Search, "_handle", False),  # a worker delivered, and nothing was done about it yet

@@ -9,8 +9,8 @@ from fake_search import SHAPE
 from prunesearch.cost import estimate_cost
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.presets import find_schedule
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.record import Record
 
 
 def record(number: int, schedule: Schedule, origin: str = "sampler") -> Record:

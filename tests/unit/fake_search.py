@@ -20,11 +20,11 @@ from prunesearch.config import (
 from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.schedule import ModelShape
+from prunesearch.record import Record
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Done, Event, Finished
-from prunesearch.search.record import Record
-from prunesearch.search.study import open_study_readonly
+from prunesearch.shape import ModelShape
+from prunesearch.study.reader import open_study_readonly
 
 SPACE = SpaceConfig(
     blocks=(1, 2, 3, 4, 5),

@@ -18,21 +18,21 @@ from fake_search import SHAPE, SPACE, evaluate, records, run, small_study, study
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_atomically
+from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import outbox as outbox_module
 from prunesearch.search.confirm import take_up_confirmations
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Started
 from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.lock import Place
 from prunesearch.search.loop import Search
-from prunesearch.search.outbox import MOST_BYTES, delivered, discard
-from prunesearch.search.propose import seed_of
-from prunesearch.search.study import open_store
 from prunesearch.search.tasks import task_of
-from prunesearch.search.team import Team
-from prunesearch.space import dimensions, uid_of
+from prunesearch.space.choices import dimensions, uid_of
 from prunesearch.strict import from_mapping, to_mapping
+from prunesearch.study.lock import Place
+from prunesearch.study.store import open_store
+from prunesearch.study.team import Team
+from prunesearch.workers import outbox as outbox_module
+from prunesearch.workers.outbox import MOST_BYTES, delivered, discard
 
 Entry = dict[str, Any]
 DEEP = 100_000

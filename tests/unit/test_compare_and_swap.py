@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial
 
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.lock import only_driver
-from prunesearch.search.record import Record
-from prunesearch.search.study import Store, open_store
+from prunesearch.study.lock import only_driver
+from prunesearch.study.store import Store, open_store
 
 RECORD = Record(-1, "abc", Schedule((Stage(2, keep=0.7),)), "running", "sampler", 42)
 FAILURE = Evaluation("abc", "failed", cause="nan", error="the loss")

@@ -15,20 +15,20 @@ from fake_search import SPACE, records, run, small_study, study
 from rich.console import Console
 
 from prunesearch.config import ConfirmConfig, DataConfig, Objective, StudyConfig
+from prunesearch.confirmation import again_of, again_row, mean_drop, measured_objectives
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.export import export
+from prunesearch.export.schedules import export
 from prunesearch.files import load_schedule_file
 from prunesearch.front import front, front_rows
-from prunesearch.plot import plot_front
+from prunesearch.record import Record
 from prunesearch.report import front_csv, front_table
-from prunesearch.search.again import again_of, again_row, mean_drop, measured_objectives
+from prunesearch.report.plot import plot_front
 from prunesearch.search.confirm import Confirmed, confirm, missing
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Done, Event
-from prunesearch.search.record import Record
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.study import open_store
-from prunesearch.search.workers import Lost, Outcome
+from prunesearch.study.store import open_store
+from prunesearch.workers.protocol import Lost, Outcome
+from prunesearch.workers.serial import SerialWorkers
 
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 TASKS: list[Task] = []

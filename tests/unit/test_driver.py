@@ -35,12 +35,13 @@ from prunesearch.errors import DataError, FileError, ModelError, RunError, Study
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
+from prunesearch.record import Record
+from prunesearch.samplers import sampler_state as lessons
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import driver, lessons, loop
+from prunesearch.search import driver, loop
 from prunesearch.search.events import Done, Finished, Started, Stopping, Submitted
-from prunesearch.search.record import Record
-from prunesearch.search.serial_workers import SerialWorkers
-from prunesearch.search.workers import Lost, Outcome
+from prunesearch.workers.protocol import Lost, Outcome
+from prunesearch.workers.serial import SerialWorkers
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from prunesearch.front import (
     points,
     reference_point,
 )
+from prunesearch.record import Record, State
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.record import Record, State
 
 TOP1, GMACS = Objective("top1", "maximize"), Objective("gmacs", "minimize")
 FAST = Objective("throughput", "maximize")

@@ -277,7 +277,7 @@ def test_what_was_left_out_is_in_every_record(
 @pytest.mark.parametrize("rungs", [[{"images": 24}], [{"images": 5}, {"images": 24}]])
 def test_training_leaves_out_what_it_meets(root: Path, rungs: list[dict[str, int]]) -> None:
     """Streamed: a picture that breaks only when it is decoded is left out of its batch, counted, and recorded."""
-    from prunesearch.search.study import open_study_readonly
+    from prunesearch.study.reader import open_study_readonly
 
     picture = root / "train" / "bee" / "0.png"
     Image.effect_noise((64, 64), 50).save(picture)

@@ -13,12 +13,13 @@ from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
 from prunesearch.config import BlockSpace, IsoBudget, Limit, Objective, SamplerConfig, SpaceConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
-from prunesearch.schedule import ModelShape, Schedule, Stage, resolve
-from prunesearch.search.iso_budget import within_budget
-from prunesearch.search.lessons import Lessons
+from prunesearch.samplers.iso_budget import within_budget
+from prunesearch.samplers.propose import propose
+from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.search.problems import study_problems
-from prunesearch.search.propose import propose
-from prunesearch.space import any_value, dimensions, parameters_of, schedule_from, uid_of
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import any_value, dimensions, parameters_of, schedule_from, uid_of
 
 DEIT = ModelShape(
     depth=12,

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 import prunesearch
-from prunesearch.catalogue import CATALOGUES, table
+from prunesearch.report.catalogue import CATALOGUES, table
 from prunesearch.schedule import Schedule, Stage, stage_problems
 from prunesearch.tokens import REDUCERS, SCORERS
 

@@ -15,8 +15,8 @@ from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver
 from prunesearch.search.events import Event, Started
-from prunesearch.search.outbox import delivered, discard, evaluate_into
-from prunesearch.search.workers import Workers
+from prunesearch.workers.outbox import delivered, discard, evaluate_into
+from prunesearch.workers.protocol import Workers
 
 
 def leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -39,7 +39,7 @@ def test_a_full_disk_does_not_cost_the_result(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("prunesearch.search.outbox.write_atomically", full)
+    monkeypatch.setattr("prunesearch.workers.outbox.write_atomically", full)
     config = study()
     task = Task("abc", config.model, config.data, Schedule(), config.rungs[0], ("top1",))
     assert evaluate_into(tmp_path, evaluate, task).uid == "abc"

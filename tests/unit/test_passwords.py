@@ -12,8 +12,8 @@ from prunesearch import cli
 from prunesearch.cli import main
 from prunesearch.files import write_yaml
 from prunesearch.search.events import Done, Started
-from prunesearch.search.storage import shown
 from prunesearch.strict import to_mapping
+from prunesearch.study.storage import shown
 
 SECRET = "hunter2"
 URLS = [

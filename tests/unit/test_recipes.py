@@ -27,10 +27,13 @@ from prunesearch.json_schema import json_schema
 from prunesearch.models import Trace, apply_schedule, schedule_of, shape_of, steps_of, trace
 from prunesearch.presets import load_preset, presets
 from prunesearch.recipes import RECIPES, RecipeName
-from prunesearch.schedule import ModelShape, Schedule
+from prunesearch.schedule import Schedule
 from prunesearch.search.problems import study_problems
-from prunesearch.search.study import open_store, open_study_readonly, storage_url
+from prunesearch.shape import ModelShape
 from prunesearch.strict import from_mapping
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 from prunesearch.tokens import REDUCERS, SCORERS
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"

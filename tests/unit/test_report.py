@@ -17,13 +17,13 @@ from rich.console import Console, RenderableType
 from prunesearch.config import Limit, Objective, StopConfig, StudyConfig
 from prunesearch.errors import StudyError, UserError
 from prunesearch.front import front
-from prunesearch.plot import plot_front
+from prunesearch.record import Record
 from prunesearch.report import LiveReport, comparison_table, front_csv, front_table, short, status_view
 from prunesearch.report.live import Progress, duration, line, seconds_left, view
+from prunesearch.report.plot import plot_front
 from prunesearch.report.tables import change, decimals, said
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.events import Done, Event, Finished, Retrying, Started, Stopping, Submitted
-from prunesearch.search.record import Record
 
 RECORDS = study_records()
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))

@@ -11,12 +11,12 @@ from fake_search import RUNGS, study
 from rich.console import Console, RenderableType
 
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record, with_evaluation
 from prunesearch.report import LiveReport, front_table, status_view
 from prunesearch.report.live import Progress, line, seconds_left, view
-from prunesearch.report.rungs import compared, rungs_table, warnings, work_left
+from prunesearch.report.rung_tables import compared, rungs_table, warnings, work_left
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.events import Done, Event, Finished, Started, Submitted
-from prunesearch.search.record import Record, with_evaluation
 
 CONFIG = study(trials=20, rungs=RUNGS)
 SECONDS = (1.0, 4.0, 16.0)

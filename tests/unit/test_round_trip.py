@@ -26,8 +26,8 @@ from prunesearch.files import PresetFile, ScheduleFile, load_study, write_yaml
 from prunesearch.json_schema import json_schema
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.sensitivity_front import Predicted
-from prunesearch.search.study import open_study_readonly
 from prunesearch.strict import from_mapping, is_pairs, to_mapping
+from prunesearch.study.reader import open_study_readonly
 from prunesearch.tokens import REDUCERS, SCORERS
 from prunesearch.yaml_text import read_yaml_text
 

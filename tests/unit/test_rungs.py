@@ -19,15 +19,17 @@ from optuna.storages.journal import JournalFileBackend
 from scipy.stats import kendalltau
 
 from prunesearch.config import BlockSpace, Budget, Limit, Objective, SpaceConfig
+from prunesearch.evaluate.limits import total_excess
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.front import dense_of, front, highest_rung, hypervolume
+from prunesearch.front import dense_of, front, highest_rung, hypervolume, nondominated_ranks
+from prunesearch.record import Record, with_evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.search.agreement import agreements, kendall_tau
-from prunesearch.search.limits import total_excess
 from prunesearch.search.problems import study_problems
-from prunesearch.search.record import Record, with_evaluation
-from prunesearch.search.rungs import Result, bands_of, next_of_net, nondominated_ranks, promotion
-from prunesearch.search.study import open_store, open_study_readonly, storage_url
+from prunesearch.search.rungs import Result, bands_of, next_of_net, promotion
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 
 STAIRS = [(1.0, 9.0), (2.0, 6.0), (3.0, 4.0), (6.0, 2.0), (9.0, 1.0)]
 """A front: error and cost. (3, 4) is the best compromise."""

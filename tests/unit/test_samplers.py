@@ -24,10 +24,11 @@ from prunesearch.config import (
     ThresholdRange,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.search import quasi_random, samplers, token_gp
-from prunesearch.search.propose import propose, seed_of
-from prunesearch.search.samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
-from prunesearch.space import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
+from prunesearch.samplers import optuna_samplers as samplers
+from prunesearch.samplers import quasi_random, token_gp
+from prunesearch.samplers.optuna_samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
+from prunesearch.samplers.propose import propose, seed_of
+from prunesearch.space.choices import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
 
 OPTUNAS = [name for name, sampler in SAMPLERS.items() if sampler.make is not None]
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))

@@ -10,7 +10,8 @@ from math import ceil
 import pytest
 
 from prunesearch.errors import PruneSearchError, ScheduleError
-from prunesearch.schedule import ModelShape, Schedule, Stage, canonical, options_of, resolve
+from prunesearch.schedule import Schedule, Stage, canonical, options_of, resolve
+from prunesearch.shape import ModelShape
 
 
 def shape(patch_tokens: int = 196, depth: int = 12, class_tokens: int = 1) -> ModelShape:

@@ -10,7 +10,7 @@ from prunesearch.evaluate import model_shape
 from prunesearch.files import load_study
 from prunesearch.presets import load_preset
 from prunesearch.search.problems import study_problems
-from prunesearch.space import parameters_of
+from prunesearch.space.choices import parameters_of
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 

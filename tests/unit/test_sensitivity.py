@@ -41,13 +41,14 @@ from prunesearch.evaluate.sensitivity import (
 )
 from prunesearch.front import hypervolume
 from prunesearch.models import apply_schedule
-from prunesearch.schedule import ModelShape, Schedule, resolve
+from prunesearch.record import SENSITIVITY
+from prunesearch.schedule import Schedule, resolve
 from prunesearch.search import sensitivity_front, sensitivity_start
 from prunesearch.search.problems import anchors_of, study_problems
-from prunesearch.search.record import SENSITIVITY
 from prunesearch.search.sensitivity_front import predicted_front
 from prunesearch.search.sensitivity_start import FILE, STARTS, kept_sensitivities, predicted_starts
-from prunesearch.space import combination, combinations, parameters_of, schedule_from
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import combination, combinations, parameters_of, schedule_from
 
 DIGITS = ModelConfig("vit_digits_patch1_8", pretrained=True)
 SMALL = replace(SHAPE, depth=4, patch_tokens=20)

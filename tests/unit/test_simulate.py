@@ -18,15 +18,15 @@ from prunesearch.config import Budget, SpaceConfig, StudyConfig, WorkersConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.replay.surrogate import Surrogate
+from prunesearch.replay.table import Measured, Table, read_table
+from prunesearch.replay.workers import Failures, Finished, SimulatedWorkers, seconds_of
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Done
-from prunesearch.search.simulate import Failures, Finished, SimulatedWorkers, seconds_of
-from prunesearch.search.surrogate import Surrogate
-from prunesearch.search.table import Measured, Table, read_table
-from prunesearch.search.workers import Lost
-from prunesearch.space import uid_of
+from prunesearch.space.choices import uid_of
 from prunesearch.strict import to_mapping
+from prunesearch.workers.protocol import Lost
 
 DENSE, HALF, MOST = Schedule(), Schedule((Stage(2, keep=0.5),)), Schedule((Stage(2, keep=0.75),))
 SECONDS = {DENSE: (1.0, 4.0, 9.0), HALF: (0.5, 2.0, 5.0), MOST: (0.75, 3.0, 7.0)}

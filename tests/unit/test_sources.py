@@ -11,9 +11,9 @@ import pytest
 from prunesearch.cli import main
 from prunesearch.config import DataConfig, ModelConfig, SpaceConfig, StudyConfig
 from prunesearch.errors import FileError, UserError
+from prunesearch.export.sources import Given, guessed_normalisation, model_and_data
 from prunesearch.files import load_schedule_file, override_study, save_schedule, to_mapping
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.sources import Given, guessed_normalisation, model_and_data
 
 MODEL = ModelConfig("vit_digits_patch1_8", checkpoint="mine.safetensors", image_size=8, num_classes=10)
 DATA = DataConfig(

@@ -14,7 +14,7 @@ from fake_search import SHAPE, SPACE
 from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.space import (
+from prunesearch.space.choices import (
     Choice,
     Interval,
     combination,
@@ -25,7 +25,7 @@ from prunesearch.space import (
     suggest,
     uid_of,
 )
-from prunesearch.space_problems import space_problems
+from prunesearch.space.problems import space_problems
 
 
 class RandomTrial:

@@ -29,9 +29,11 @@ from prunesearch.config import (
 )
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.record import Record
-from prunesearch.search.study import Store, open_store, open_study_readonly, storage_url
+from prunesearch.study.reader import open_study_readonly
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import Store, open_store
 
 LIMITED = study(limits=(("gmacs", Limit(at_most=0.01)), ("latency_ms", Limit(at_most=3.0))))
 RECORD = Record(-1, "abc", Schedule((Stage(2, keep=0.7), Stage(4, keep=0.5, reduce="merge"))), "running", "sampler", 42)
@@ -174,7 +176,7 @@ def test_a_study_that_was_killed_while_it_was_made_is_completed(url: str, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("prunesearch.search.study._describe", die)
+        patch.setattr("prunesearch.study.store._describe", die)
         open_store(LIMITED, url)
     store = open_store(LIMITED, url)
     assert store.records() == [] and open_study_readonly(storage=url).config == LIMITED

@@ -13,9 +13,9 @@ from prunesearch.cli import main
 from prunesearch.config import study_name_problem
 from prunesearch.errors import FileError
 from prunesearch.files import load_study, override_study, write_yaml
-from prunesearch.search.storage import storage_url
-from prunesearch.search.study import open_store
 from prunesearch.strict import to_mapping
+from prunesearch.study.storage import storage_url
+from prunesearch.study.store import open_store
 
 BAD = [
     "",

@@ -16,13 +16,14 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from prunesearch.errors import RunError, StudyError
 from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import team
-from prunesearch.search.lock import Place, is_held, one_of_several, only_driver
-from prunesearch.search.record import Record
-from prunesearch.search.storage import Patience
-from prunesearch.search.study import Beat, Store, open_store
-from prunesearch.search.team import Team
+from prunesearch.study import team
+from prunesearch.study.lock import Place, is_held, one_of_several, only_driver
+from prunesearch.study.reader import Beat
+from prunesearch.study.storage import Patience
+from prunesearch.study.store import Store, open_store
+from prunesearch.study.team import Team
 
 RECORD = Record(-1, "abc", Schedule((Stage(2, keep=0.7),)), "running", "sampler", 42)
 
@@ -173,7 +174,7 @@ def away() -> optuna.exceptions.StorageInternalError:
 def test_a_storage_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = [away(), away(), "done"]
     waits: list[str] = []
-    monkeypatch.setattr("prunesearch.search.storage.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("prunesearch.study.storage.PAUSE_SECONDS", 0.0)
 
     def operation() -> str:
         answer = answers.pop(0)

@@ -23,11 +23,11 @@ from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import save_schedule
 from prunesearch.printable import printable
 from prunesearch.report import LiveReport
+from prunesearch.report.terminal import PlainConsole
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Finished, Started, Submitted, Waiting
-from prunesearch.search.study import open_study_readonly
-from prunesearch.terminal import PlainConsole
+from prunesearch.study.reader import open_study_readonly
 from prunesearch.tokens import REDUCERS, SCORERS
 
 EVIL = "a\x1b]0;title\x07\x9b2J\x1b[2J\u202e\r\nprunesearch: all is fine [red]b[/red][link=http://x]c[/link]"

@@ -14,11 +14,11 @@ from fake_search import SHAPE, SPACE, study
 from prunesearch.config import IsoBudget, Limit, SpaceConfig, StudyConfig, ThresholdRange
 from prunesearch.cost import estimate_cost
 from prunesearch.front import hypervolume
+from prunesearch.samplers import token_gp
+from prunesearch.samplers.propose import build, seed_of
+from prunesearch.samplers.token_gp import TokenModel, features
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search import token_gp
-from prunesearch.search.propose import build, seed_of
-from prunesearch.search.token_gp import TokenModel, features
-from prunesearch.space import Value, any_value, dimensions
+from prunesearch.space.choices import Value, any_value, dimensions
 
 REFERENCE = np.array([0.8, 0.013])
 

@@ -25,7 +25,7 @@ from prunesearch.evaluate import Task, build_model, evaluate
 from prunesearch.files import load_schedule, load_study
 from prunesearch.models import apply_schedule
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.search.storage import open_storage
+from prunesearch.study.storage import open_storage
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "prunesearch").rglob("*.py"))

@@ -14,7 +14,7 @@ from prunesearch.errors import FileError, ScheduleError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.search.driver import run_study
 from prunesearch.search.problems import study_problems
-from prunesearch.space import combination, combinations, schedule_from
+from prunesearch.space.choices import combination, combinations, schedule_from
 
 SPACES = {
     "keep": SpaceConfig(blocks=(1, 3, 5), keep=(0.4, 0.7, 1.0), reduce=("drop", "merge")),

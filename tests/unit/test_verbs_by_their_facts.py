@@ -14,8 +14,8 @@ from prunesearch.evaluate import build_model
 from prunesearch.evaluate.schedule_loss import distills_tokens
 from prunesearch.models import apply_schedule
 from prunesearch.schedule import Schedule, Stage, resolve
-from prunesearch.space import dimensions, parameters_of, schedule_from
-from prunesearch.space_problems import space_problems
+from prunesearch.space.choices import dimensions, parameters_of, schedule_from
+from prunesearch.space.problems import space_problems
 from prunesearch.tokens import REDUCERS
 
 UNRANKED = [name for name, entry in REDUCERS.items() if not entry.ranks]

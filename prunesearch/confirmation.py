@@ -1,0 +1,68 @@
+"""What measuring a candidate again with fresh seeds said, beside the search's own number, which was chosen as the best
+of many and so looks better than it is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from prunesearch.config import Objective
+from prunesearch.evaluate import METRICS
+from prunesearch.record import Record
+
+
+@dataclass(frozen=True)
+class Again:
+    """Means over fresh seeds, and sample standard deviations when there are two or more. split: validation or test."""
+
+    split: str
+    seeds: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+
+
+def name_of(uid: str, split: str, index: int) -> str:
+    """The uid of the index-th evaluation of a candidate with a fresh seed."""
+    return f"{uid}.{split}{index}"
+
+
+def again_of(record: Record) -> Again | None:
+    """On the test images when any evaluation was on those, else on those for validation; None without any."""
+    for split in ("test", "validation"):
+        found = [one for one in record.confirmations if one.uid.startswith(f"{record.uid}.{split}")]
+        if found:
+            values = {name: [one.value(name) for one in found] for name, _ in found[0].metrics}
+            spread = {name: statistics.stdev(several) for name, several in values.items() if len(several) > 1}
+            return Again(split, len(found), {name: statistics.fmean(all_) for name, all_ in values.items()}, spread)
+    return None
+
+
+def again_row(record: Record) -> dict[str, Any]:
+    """The same as plain values for JSON and YAML; empty without any."""
+    again = again_of(record)
+    if again is None:
+        return {}
+    return {
+        "split": again.split,
+        "seeds": again.seeds,
+        "metrics": {name: round(value, 6) for name, value in again.mean.items()},
+        "spread": {name: round(value, 6) for name, value in again.spread.items()},
+    }
+
+
+def measured_objectives(objectives: Iterable[Objective]) -> list[Objective]:
+    """Those that a seed can change: not the ones that arithmetic gives."""
+    return [one for one in objectives if one.metric not in METRICS or not METRICS[one.metric].computed]
+
+
+def mean_drop(records: Iterable[Record], objective: Objective) -> float | None:
+    """By how much records are worse again than in the search, on average, in the metric's unit; None without any."""
+    sign = 1.0 if objective.goal == "maximize" else -1.0
+    drops = [
+        sign * (record.evaluation.value(objective.metric) - again.mean[objective.metric])
+        for record in records
+        if (again := again_of(record)) is not None and record.evaluation is not None
+    ]
+    return statistics.fmean(drops) if drops else None

@@ -1,0 +1,235 @@
+"""From a finished candidate to what the user takes home: schedule.yaml, and weights.safetensors if asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
+from prunesearch.confirmation import again_row
+from prunesearch.errors import RunError, StudyError, UserError
+from prunesearch.evaluate import Evaluation, Task, check_inputs, evaluate
+from prunesearch.export.sources import model_and_data, needed
+from prunesearch.files import ScheduleFile, save_schedule, to_mapping
+from prunesearch.plugins import all_plugins, import_plugins, missing_plugins
+from prunesearch.record import Record
+from prunesearch.schedule import Schedule
+from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet
+from prunesearch.study.vocabulary import Vocabulary, learns, written_out
+from prunesearch.workers.serial import SerialWorkers
+
+COMPARED = ("top1", "gmacs", "throughput")
+NO_VOCABULARY = Vocabulary()
+
+
+def export(
+    record: Record,
+    config: StudyConfig,
+    path: Path,
+    *,
+    weights: bool = False,
+    vocabulary: Vocabulary = NO_VOCABULARY,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """Write a candidate's schedule to `path`, with what was measured and how it was made; returns the files written.
+
+    weights: also copy its fine-tuned weights to the same name with .safetensors; always done for a schedule that
+    learned a score or queries, which is of no use without them. When the study's copy is gone, the task is run again to
+    make them anew, which `say` announces. Raises StudyError for a candidate without a result, or without weights of its
+    own; RunError when the weights cannot be made again.
+
+    vocabulary: of the study, which says what the options of its scores and verbs are and which of them learn, also
+    where the plug-ins are not imported. They are never imported here: weights that only they could make again are
+    refused (StudyError).
+    """
+    evaluation = record.evaluation
+    if evaluation is None or evaluation.status != "complete":
+        raise StudyError(
+            f"trial {record.number}: it is {record.state} and has no result. Possible: a complete trial. "
+            f"See `prunesearch front` for those worth having."
+        )
+    written = [path]
+    needs_weights = learns(record.schedule, vocabulary)
+    if needs_weights and not weights:
+        say("this schedule learned its decisions, so its weights come along")
+        weights = True
+    if weights and not path.name.isprintable():
+        raise UserError(
+            f"{path.name!r}: the file would have to name its weights, but YAML holds printable characters only. "
+            f"Possible: a name in UTF-8 without control characters. Choose another one."
+        )
+    if weights:
+        written.append(_export_weights(record, evaluation, config, path, needs_weights, say))
+    save_schedule(
+        written_out(record.outcome, vocabulary),
+        path,
+        model=to_mapping(config.model),
+        data={"name": config.data.name, **to_mapping(config.data)},
+        weights=written[1].name if weights else None,
+        measured={
+            **dict(evaluation.metrics),
+            "tokens": list(evaluation.tokens),
+            "finetuned_images": evaluation.images,
+            **({"supernet_images": config.supernet.images} if evaluation.start and config.supernet else {}),
+            "device": evaluation.device,
+            **({"data_notes": list(evaluation.data_notes)} if evaluation.data_notes else {}),
+            **({"again": again_row(record)} if record.confirmations else {}),
+        },
+        made_by={
+            "study": config.name,
+            "trial": record.number,
+            "uid": record.uid,
+            "seed": record.seed,
+            **dict(evaluation.versions),
+        },
+        plugins=config.plugins,
+    )
+    return written
+
+
+def _export_weights(
+    record: Record,
+    evaluation: Evaluation,
+    config: StudyConfig,
+    path: Path,
+    needs_weights: bool,
+    say: Callable[[str], None],
+) -> Path:
+    target = path.with_suffix(".safetensors")
+    if target == path:
+        raise UserError(f"{path}: the weights go to this name. Possible: another suffix. Write for example best.yaml.")
+    if evaluation.images == 0 and needs_weights:
+        raise StudyError(
+            f"trial {record.number}: its schedule learns scores or queries, but it was measured without training. "
+            f"Possible: a study whose rungs train. Give the last rung some images."
+        )
+    if evaluation.images == 0 and evaluation.start is None:
+        raise StudyError(
+            f"trial {record.number}: it was measured as it comes, so its weights are the model's own. "
+            f"Possible: exporting the schedule alone. Leave --weights out."
+        )
+    source = Path(f"{evaluation.checkpoint}.safetensors")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if evaluation.images == 0:
+        with _start_of(evaluation, config, target.parent, say) as start:
+            shutil.copyfile(str(start), target)
+        return target
+    if evaluation.checkpoint is not None and source.is_file():
+        shutil.copyfile(source, target)
+        return target
+    _refuse_to_import(config, f"the weights of trial {record.number}")
+    say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
+    again, stem = evaluation, str(target.with_suffix(""))
+    trained = [one.images for one in record.evaluations if one.images > 0]
+    with _start_of(evaluation, config, target.parent, say) as start:
+        for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
+            task = replace(task_of(record, config, budget=Budget(images=images)), start=start, save_to=stem)
+            again = evaluate(replace(task, resume_from=stem if index else None))
+            if again.status != "complete":
+                raise RunError(
+                    f"trial {record.number}: its weights could not be made again ({again.cause}): {again.error}"
+                )
+    target.with_suffix(".state").unlink(missing_ok=True)
+    for name, before in evaluation.metrics:
+        now = dict(again.metrics).get(name)
+        if name in ("top1", "loss") and now != before:
+            say(f"{name} of the new weights is {now}, it was {before}: other versions or another machine")
+    return target
+
+
+@contextmanager
+def _start_of(
+    evaluation: Evaluation, config: StudyConfig, near: Path, say: Callable[[str], None]
+) -> Iterator[str | None]:
+    """The file of shared weights that an evaluation began with, None when there were none; when it is gone, they are
+    trained again."""
+    if evaluation.start is None or Path(evaluation.start).is_file():
+        yield evaluation.start
+        return
+    _refuse_to_import(config, "the shared weights")
+    say("the shared weights are not in the study any more; training them again with the same seed")
+    with TemporaryDirectory(dir=near) as name:
+        folder = Path(name).absolute()
+        workers = SerialWorkers(WorkersConfig(kind="serial"), folder)
+
+        def told(event: SupernetTrained) -> None:
+            say(f"shared weights: {event.images:,} of {event.total:,} images")
+
+        yield prepare_supernet(config, folder, folder, workers, told)
+
+
+def _refuse_to_import(config: StudyConfig, what: str) -> None:
+    """Raises StudyError when making weights again would import plug-ins that the caller has not imported."""
+    missing = missing_plugins(config.plugins)
+    if missing:
+        raise StudyError(
+            f"study {config.name!r}: {what} are not in the study any more, and making them again would import the "
+            f"plug-ins {', '.join(missing)}, which an export never does. Possible: the study's weights folder; or, in "
+            f"Python, `import {missing[0]}` before prunesearch.export.export. Bring the files back, or do that."
+        )
+
+
+def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
+    """The task of a study's candidate, for another run of it here."""
+    return Task(
+        uid=record.uid,
+        model=config.model,
+        data=config.data,
+        schedule=record.schedule,
+        budget=budget,
+        metrics=config.metric_names,
+        finetune=config.finetune,
+        measure=config.measure,
+        seed=record.seed,
+        device=config.workers.device,
+        threads=max(1, int(config.workers.cpus_each)),
+        plugins=config.plugins,
+    )
+
+
+def measure_again(
+    file: ScheduleFile,
+    folder: Path,
+    *,
+    study: StudyConfig | None = None,
+    model: ModelConfig | None = None,
+    data: DataConfig | None = None,
+    metrics: tuple[str, ...] = COMPARED,
+    measure: MeasureConfig | None = None,
+    device: str = "auto",
+    plugins: Sequence[str] = (),
+) -> tuple[Evaluation, Evaluation]:
+    """Evaluate the dense model and an exported schedule, as they come: (dense, pruned).
+
+    Model and data are those given, else the study's, else those the file names. Weights beside the file (relative to
+    `folder`) are used for the pruned model. plugins: modules to import, beside those of the study. Raises UserErrors
+    when model or data are known from nowhere or do not fit, RunError when an evaluation fails.
+    """
+    known_model, known_data = model_and_data(file, study)
+    model, data = needed(model or known_model, data or known_data)
+    weights = None if file.weights is None else str(folder / file.weights)
+    import_plugins(all_plugins(study.plugins if study else (), plugins))
+    check_inputs(model, data, device, keep=True)
+    results = []
+    for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
+        task = Task(
+            uid="evaluate",
+            model=model,
+            data=data,
+            schedule=schedule,
+            budget=Budget(images=0),
+            metrics=metrics,
+            measure=measure or (study.measure if study else MeasureConfig()),
+            device=device,
+            weights=with_weights,
+            plugins=all_plugins(study.plugins if study else (), plugins),
+        )
+        result = evaluate(task, raise_user_errors=True)
+        if result.status != "complete":
+            raise RunError(f"the evaluation failed ({result.cause}): {result.error}\n{result.traceback}".rstrip())
+        results.append(result)
+    return results[0], results[1]

@@ -1,0 +1,274 @@
+"""Carry out one step on tokens that stay in their slots: for learned decisions, and where images keep different counts.
+
+What a slot holds after its token has gone does not matter: nothing attends to it, scores it or counts it. Counts
+that are compared with fixed ones come from the same arithmetic (`count_of`), so that with the same decisions the
+masked pass and the gathered one give the same tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunesearch.models.step import Evidence, TokenState, equal_sizes, full_precision
+from prunesearch.schedule import Stage, Step, count_of, options_of
+from prunesearch.tokens.registry import REDUCERS, Joining, MaskedInput, Pooled
+from prunesearch.tokens.select import above, best, draw
+
+LEAST_SAVED = 0.05
+"""Share of a batch's slots that a further group must save."""
+
+
+def take_masked_step(
+    step: Step,
+    state: TokenState,
+    prefix_tokens: int,
+    own: Evidence,
+    later: tuple[Evidence, ...],
+    part: nn.Module | None,
+    threshold: Tensor | None,
+    softness: float,
+    sample: bool,
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """`take_step` in place. The state gets the mask and this step's count of tokens.
+
+    threshold: of the stage, if it has one. softness: of the comparison with it, in units of the score. sample: draw
+    the decisions of learned scores instead of taking the best.
+    """
+    stage, entry = step.stage, REDUCERS[step.stage.reduce]
+    options = options_of(stage)
+    patches_BnC = state.tokens_BNC[:, prefix_tokens:]
+    present_Bn = state.present_Bn
+    with full_precision(patches_BnC):
+        if present_Bn is None:
+            present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
+        size_Bn = state.size_Bn
+        if entry.merges and size_Bn is None:
+            size_Bn = torch.ones_like(present_Bn)
+        kept_B = kept_of_each(stage, present_Bn)
+        stays_Bn = None
+        if entry.ranks:
+            assert own.scores_Bn is not None
+            if threshold is not None:
+                # the scores of a learned score need gradients; those of attention would be torn apart by theirs, which
+                # at AS-ViT's temperature are 10^4 times as large as what else reaches them (digits, one epoch towards
+                # 0.8 of the MACs: 94.5 % with them, 97.2 % without)
+                scores_Bn = own.scores_Bn if stage.learns_to_score else own.scores_Bn.detach()
+                stays_Bn = above(scores_Bn, threshold, present_Bn, softness)
+            elif sample and stage.learns_to_score:
+                stays_Bn = draw(own.scores_Bn, present_Bn)
+            else:
+                stays_Bn = best(own.scores_Bn, present_Bn, kept_B) * present_Bn
+        scene = MaskedInput(
+            patches_BnC,
+            own.scores_Bn,
+            own.keys_BnD,
+            size_Bn,
+            present_Bn,
+            stays_Bn,
+            kept_B,
+            threshold,
+            softness,
+            part,
+            prefix_tokens,
+        )
+        assert entry.masked is not None, "resolve refuses it"
+        joining = entry.masked(scene, **{name: options[name] for name in entry.options})
+        if isinstance(joining, Pooled):
+            patches_BnC = joining.patches_BKC.to(patches_BnC.dtype)
+            if size_Bn is not None:
+                size_Bn = equal_sizes(size_Bn * present_Bn, patches_BnC.shape[1])
+            present_Bn, later = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32), ()
+        else:
+            patches_BnC = join(patches_BnC, joining)
+            size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
+            later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
+            present_Bn = _with_fused(joining, present_Bn)
+    tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
+    counts = (*state.counts, present_Bn.sum(dim=1))
+    return TokenState(tokens_BNC, size_Bn, present_Bn=present_Bn, counts=counts), later
+
+
+def compact(
+    state: TokenState, prefix_tokens: int, later: tuple[Evidence, ...]
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """Move the tokens that are there to the front, in order, and cut to the most that an image of the batch has.
+
+    Without a mask afterwards when all images have the same count. Waits for the device.
+    """
+    present_Bn = state.present_Bn
+    if present_Bn is None:
+        return state, later
+    if not len(present_Bn):  # no images, so there is no largest count
+        return state._replace(present_Bn=None), later
+    count_B = (present_Bn > 0).sum(dim=1)
+    fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
+    order_BK = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices[:, :most]
+    patches_BKC = _gather(state.tokens_BNC[:, prefix_tokens:], order_BK)
+    return (
+        state._replace(
+            tokens_BNC=torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BKC], dim=1),
+            size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
+            present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
+        ),
+        tuple(
+            evidence._replace(
+                scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn.gather(1, order_BK),
+                keys_BnD=None if evidence.keys_BnD is None else _gather(evidence.keys_BnD, order_BK),
+            )
+            for evidence in later
+        ),
+    )
+
+
+class Group(NamedTuple):
+    """Some images of a batch, which run together: their places in the batch (None: all of it) and their state."""
+
+    places_B: Tensor | None
+    state: TokenState
+
+
+def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
+    """Part images with few tokens from those with many, into at most `most` groups, each padded to its own largest.
+
+    Images are sorted by count and the cuts put where they save most padding; a cut that saves less than LEAST_SAVED of
+    the slots is not made. Waits for the device.
+    """
+    state = group.state
+    if state.present_Bn is None or most < 2:
+        return [group]
+    count_B = (state.present_Bn > 0).sum(dim=1)
+    sorted_B, order_B = count_B.sort(stable=True)
+    cuts = _cuts([count + prefix_tokens for count in sorted_B.tolist()], most)
+    groups = []
+    for places_B in order_B.tensor_split(cuts):
+        part = TokenState(
+            state.tokens_BNC[places_B],
+            None if state.size_Bn is None else state.size_Bn[places_B],
+            tuple(
+                evidence._replace(
+                    scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn[places_B],
+                    keys_BnD=None if evidence.keys_BnD is None else evidence.keys_BnD[places_B],
+                )
+                for evidence in state.evidence
+            ),
+            state.present_Bn[places_B],
+            tuple(count[places_B] for count in state.counts),
+        )
+        part, evidence = compact(part, prefix_tokens, part.evidence)
+        own = places_B if group.places_B is None else group.places_B[places_B]
+        groups.append(Group(own, part._replace(evidence=evidence)))
+    return groups
+
+
+def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
+    """One state for the whole batch again, in its order, padded to the largest count."""
+    if len(groups) == 1 and groups[0].places_B is None:
+        return groups[0].state
+    places_B = torch.cat([group.places_B for group in groups])  # type: ignore[misc]
+    back_B = places_B.argsort()
+    states = [group.state for group in groups]
+    most = max(state.tokens_BNC.shape[1] for state in states) - prefix_tokens
+
+    def padded(values: Sequence[Tensor], before: int) -> Tensor:
+        return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, before + most - x.shape[1])) for x in values])[back_B]
+
+    present = [
+        torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0]) if state.present_Bn is None else state.present_Bn
+        for state in states
+    ]
+    sizes = [state.size_Bn for state in states if state.size_Bn is not None]
+    return TokenState(
+        padded([state.tokens_BNC for state in states], prefix_tokens),
+        padded(sizes, 0) if sizes else None,
+        present_Bn=padded(present, 0),
+        counts=tuple(torch.cat(count)[back_B] for count in zip(*(state.counts for state in states), strict=True)),
+    )
+
+
+def _cuts(counts: list[int], most: int) -> list[int]:
+    """Where to cut ascending counts: one cut after another, each where it saves most slots."""
+    cuts: list[int] = []
+    slots = len(counts) * counts[-1]
+    while len(cuts) < most - 1:
+        edges = [0, *sorted(cuts), len(counts)]
+        saved, where = max(
+            (
+                ((cut - low) * (counts[high - 1] - counts[cut - 1]), cut)
+                for low, high in itertools.pairwise(edges)
+                for cut in range(low + 1, high)
+            ),
+            default=(0, 0),
+        )
+        if saved < LEAST_SAVED * slots:
+            break
+        cuts.append(where)
+    return sorted(cuts)
+
+
+def kept_of_each(stage: Stage, present_Bn: Tensor) -> Tensor:
+    """How many tokens the stage keeps in each image, (B,), by the same arithmetic as in `resolve`."""
+    most = present_Bn.shape[1]
+    fewest = REDUCERS[stage.reduce].fewest_kept
+    kept = [max(min(count_of(stage, present), present), fewest(present)) for present in range(most + 1)]
+    table = torch.tensor(kept, dtype=torch.int64).to(present_Bn.device, non_blocking=True)
+    return table[(present_Bn > 0).sum(dim=1)]
+
+
+def join(values_BnC: Tensor, joining: Joining) -> Tensor:
+    """Apply a joining to what tokens hold. Keeps the dtype."""
+    if joining.guest_share_Bn is None:
+        return values_BnC
+    shared_BnC = values_BnC.float() * joining.guest_share_Bn[..., None]
+    if joining.host_Bn is None:
+        extra_B1C = shared_BnC.sum(dim=1, keepdim=True).to(values_BnC.dtype)
+        return torch.cat([values_BnC, extra_B1C], dim=1)
+    assert joining.host_share_Bn is not None
+    own_BnC = values_BnC.float() * joining.host_share_Bn[..., None]
+    host_BnC = joining.host_Bn[..., None].expand_as(shared_BnC)
+    return own_BnC.scatter_add(1, host_BnC, shared_BnC).to(values_BnC.dtype)
+
+
+def join_amounts(amount_Bn: Tensor, joining: Joining, present_Bn: Tensor) -> Tensor:
+    """Apply a joining to amounts, which add up where tokens join (sizes; attention received)."""
+    if joining.guest_share_Bn is None:
+        return amount_Bn
+    guest_Bn = present_Bn - joining.stays_Bn if joining.size_share_Bn is None else joining.size_share_Bn
+    if joining.host_Bn is None:
+        return torch.cat([amount_Bn, (amount_Bn * guest_Bn).sum(dim=1, keepdim=True)], dim=1)
+    return amount_Bn.scatter_add(1, joining.host_Bn, amount_Bn * guest_Bn)
+
+
+def join_largest(amount_Bn: Tensor, joining: Joining) -> Tensor:
+    """Apply a joining to amounts (non-negative) of which a token has the largest of its parts."""
+    if joining.guest_share_Bn is None:
+        return amount_Bn
+    guests_Bn = amount_Bn * (joining.guest_share_Bn > 0)
+    if joining.host_Bn is None:
+        return torch.cat([amount_Bn, guests_Bn.amax(dim=1, keepdim=True)], dim=1)
+    return amount_Bn.scatter_reduce(1, joining.host_Bn, guests_Bn, "amax")
+
+
+def _with_fused(joining: Joining, present_Bn: Tensor) -> Tensor:
+    if joining.guest_share_Bn is None or joining.host_Bn is not None:
+        return joining.stays_Bn
+    some_B1 = ((present_Bn - joining.stays_Bn).detach().sum(dim=1, keepdim=True) > 0).to(present_Bn.dtype)
+    return F.pad(joining.stays_Bn, (0, 1)) + F.pad(some_B1, (joining.stays_Bn.shape[1], 0))
+
+
+def _follow(evidence: Evidence, joining: Joining, present_Bn: Tensor) -> Evidence:
+    scores_Bn, keys_BnD = evidence.scores_Bn, evidence.keys_BnD
+    if scores_Bn is not None and evidence.takes_largest:
+        scores_Bn = join_largest(scores_Bn, joining)
+    elif scores_Bn is not None:
+        scores_Bn = join_amounts(scores_Bn, joining, present_Bn)
+    return evidence._replace(scores_Bn=scores_Bn, keys_BnD=None if keys_BnD is None else join(keys_BnD, joining))
+
+
+def _gather(values_BnC: Tensor, order_BK: Tensor) -> Tensor:
+    return values_BnC.gather(1, order_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))

@@ -1,0 +1,84 @@
+"""One candidate of a study as the storage knows it: what was proposed, and what came back so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from prunesearch.config import StudyConfig
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.schedule import Schedule
+from prunesearch.space.choices import Value
+
+SENSITIVITY = "start: sensitivity"
+"""Origin of what was predicted from sensitivities."""
+State = Literal["running", "paused", "complete", "failed"]
+"""paused: evaluated at a lower rung, and waits for a promotion that may never come. complete: at the highest rung."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A candidate. `number` is its Optuna trial number; `uid` identifies the canonical schedule in the study.
+
+    origin: "dense" (the model as it is, always evaluated first), "start: NAME" (from `start_from`) or
+    "sampler". seed: of its tasks. evaluations: the finished ones, one per rung, lowest rung first. orders: for each
+    of them, how many evaluations the study had before it. rung: the one that runs, else the one that finished last.
+    """
+
+    number: int
+    uid: str
+    schedule: Schedule
+    state: State
+    origin: str
+    seed: int
+    evaluations: tuple[Evaluation, ...] = ()
+    orders: tuple[int, ...] = ()
+    rung: int = 0
+    parameters: Mapping[str, Value] | None = None
+    owner: str = ""
+    confirmations: tuple[Evaluation, ...] = ()
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation with the largest budget so far, or None."""
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def outcome(self) -> Schedule:
+        """The schedule as it was measured: with the thresholds that were learned."""
+        learned = None if self.evaluation is None else self.evaluation.schedule
+        return learned or self.schedule
+
+    @property
+    def rung_done(self) -> int:
+        """The rung of `evaluation`; -1 when there is none."""
+        return self.evaluations[-1].rung if self.evaluations else -1
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
+        return self.origin != "sampler"
+
+    def at(self, rung: int) -> Evaluation | None:
+        """The complete evaluation at a rung, or None."""
+        found = (one for one in self.evaluations if one.rung == rung and one.status == "complete")
+        return next(found, None)
+
+
+def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_rung: int) -> Record:
+    """The record after an evaluation of its rung came back; once more for the same rung changes nothing but the
+    evaluation."""
+    before = [(one, place) for one, place in zip(record.evaluations, record.orders, strict=True)]
+    known = [place for one, place in before if one.rung == evaluation.rung]
+    before = [(one, place) for one, place in before if one.rung != evaluation.rung]
+    evaluations, orders = zip(*before, (evaluation, known[0] if known else order), strict=True)
+    state: State = "paused" if evaluation.rung < last_rung else "complete"
+    state = "failed" if evaluation.status == "failed" else state
+    return replace(record, state=state, evaluations=evaluations, orders=orders, rung=evaluation.rung)
+
+
+def cost_of(config: StudyConfig) -> str | None:
+    """The objective that says what a candidate costs: gmacs, else the first minimized one; None when there is none."""
+    minimized = [objective.metric for objective in config.objectives if objective.goal == "minimize"]
+    return "gmacs" if "gmacs" in minimized else next(iter(minimized), None)

@@ -1,0 +1,144 @@
+"""What `prunesearch list` shows: everything there is to choose from, read from the registries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from prunesearch.printable import printable
+
+if TYPE_CHECKING:
+    from prunesearch.tokens import Reducer, Scorer
+
+Row = tuple[str, ...]
+
+
+def table(what: str, pattern: str = "*") -> Table:
+    """A table of one kind of thing, narrowed to names that match a shell pattern."""
+    columns, rows = CATALOGUES[what]
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        shown.add_column(column, overflow="fold", no_wrap=index == 0)  # a name that one has to type stays whole
+    for row in rows(pattern):
+        if fnmatch(row[0], pattern):
+            shown.add_row(printable(row[0]), *row[1:])
+    return shown
+
+
+def _scores(pattern: str) -> Iterator[Row]:
+    from prunesearch.tokens import SCORERS
+
+    for name, entry in SCORERS.items():
+        needs = "yes" if entry.needs_class_token else "no"
+        yield name, needs, _options(entry), entry.summary, entry.source
+
+
+def _reduces(pattern: str) -> Iterator[Row]:
+    from prunesearch.tokens import REDUCERS
+
+    for name, entry in REDUCERS.items():
+        options = _options(entry)
+        yield name, "yes" if entry.ranks else "no", options, entry.summary, entry.source
+
+
+def _options(entry: Scorer | Reducer) -> str:
+    """Each option with its default, and with what else it can be, such as "parity=patches (or all)"."""
+    texts = []
+    for name, default in entry.options.items():
+        others = ", ".join(value for value in entry.choices.get(name, ()) if value != default)
+        if name in entry.bounds:
+            others = "{} to {}".format(*entry.bounds[name])
+        texts.append(f"{name}={default}" + (f" ({'or ' if name in entry.choices else ''}{others})" if others else ""))
+    return ", ".join(texts)
+
+
+def _presets(pattern: str) -> Iterator[Row]:
+    from prunesearch.presets import presets
+
+    for name, preset in presets().items():
+        yield name, preset.summary, "\n".join(_reported(row) for row in preset.published)
+
+
+def _reported(row: Mapping[str, Any]) -> str:
+    """One number of a paper, such as "deit_small 79.4 @ 3.0 G"."""
+    model = str(row["model"]).removesuffix("_patch16_224")
+    cost = f" @ {row['gmacs']} G" if "gmacs" in row else ""
+    return f"{model} {row['top1']}{cost}"
+
+
+def _recipes(pattern: str) -> Iterator[Row]:
+    from prunesearch.presets import presets
+    from prunesearch.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        fields = [f"{field}: {str(value).lower()}" for field, value in recipe.fields.items()]
+        if recipe.learned_rate is not None:
+            fields.append(f"learned_learning_rate: {recipe.learned_rate:g} x learning_rate")
+        of = ", ".join(preset for preset, file in presets().items() if file.recipe == name)
+        yield name, recipe.summary, "\n".join(fields), of, recipe.source
+
+
+def _models(pattern: str) -> Iterator[Row]:
+    import timm
+    import torch
+
+    import prunesearch.models.digits_vit  # noqa: F401  (registers the shipped model)
+    from prunesearch.cost import estimate_cost
+    from prunesearch.errors import ModelError
+    from prunesearch.models import shape_of
+
+    for name in timm.list_models(pattern):
+        if not _may_be_plain(name):
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        try:
+            shape = shape_of(model)
+        except ModelError:
+            continue
+        yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), f"{estimate_cost(shape).gmacs:.3g}"
+
+
+def _may_be_plain(name: str) -> bool:
+    """Whether the file that defines a name builds supported classes; building all of timm would take minutes."""
+    import timm
+
+    vits = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit")
+    files = (*vits, "swin_transformer", "convnext")
+    return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in files
+
+
+def _metrics(pattern: str) -> Iterator[Row]:
+    from prunesearch.evaluate import METRICS
+
+    for name, entry in METRICS.items():
+        yield name, entry.unit, entry.goal, "arithmetic" if entry.computed else "measured", entry.summary
+
+
+def _samplers(pattern: str) -> Iterator[Row]:
+    from prunesearch.samplers.optuna_samplers import SAMPLERS
+
+    for name, entry in SAMPLERS.items():
+        yield name, entry.summary
+
+
+def _spaces(pattern: str) -> Iterator[Row]:
+    for path in sorted(Path("search_spaces").glob("*.yaml")):
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        yield str(path), first.lstrip("# ")
+
+
+CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
+    "scores": (("score", "class token", "options", "what it is", "source"), _scores),
+    "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
+    "presets": (("preset", "what it is", "published top-1 @ MACs"), _presets),
+    "recipes": (("recipe", "what is trained", "fields of finetune", "presets", "source"), _recipes),
+    "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),
+    "metrics": (("metric", "unit", "goal", "how", "what it is"), _metrics),
+    "samplers": (("sampler", "what it is"), _samplers),
+    "spaces": (("file", "what it explores"), _spaces),
+}

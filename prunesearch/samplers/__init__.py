@@ -1,0 +1,1 @@
+"""Who proposes candidates, and what each of them is told."""

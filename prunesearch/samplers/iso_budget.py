@@ -1,0 +1,151 @@
+"""Candidates that all cost the same: a suggestion is moved onto a budget before it becomes a candidate.
+
+One exponent t for all its keep ratios, keep -> keep^t, leaves who removes more than whom as it was; above 1 it removes
+more, below 1 less. What whole tokens then leave of the budget goes to the last stages first, whose tokens cost the
+least. Counts (tokens) and blocks without a stage stay as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import cast
+
+from prunesearch.config import SpaceConfig, StudyConfig
+from prunesearch.cost import estimate_cost
+from prunesearch.errors import ScheduleError
+from prunesearch.schedule import Place, Schedule, Stage, resolve
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import BlockChoices, blocks_of, is_counted
+from prunesearch.tokens import REDUCERS
+
+GRID = 10_000
+"""Keep ratios are multiples of 1/GRID, which is short to read and finer than any count of tokens."""
+BISECTIONS = 20
+
+
+def within_budget(schedule: Schedule, shape: ModelShape, gmacs: float) -> Schedule:
+    """The schedule moved onto a budget in GMACs: never above it, and so near that no stage could keep one token more.
+
+    Raises ScheduleError when its stages cannot come down to the budget, or are below it whatever their keep ratios.
+    """
+
+    def is_down(strength: float) -> bool:  # what is impossible leaves too few tokens
+        cost = _cost(_powered(schedule, strength), shape)
+        return cost is None or cost <= gmacs
+
+    found = _powered(schedule, _turn(is_down)[1])
+    if is_down(0.0) or not _fits(found, shape, gmacs):
+        raise ScheduleError(
+            "budget.gmacs",
+            [f"{gmacs:g}; {schedule} cannot come to this. Possible: other stages. Choose more, or earlier ones."],
+        )
+    for index in reversed(range(len(found.stages))):
+        while (fuller := _with_one_more(found, index, shape)) is not None and _fits(fuller, shape, gmacs):
+            found = fuller
+    return Schedule(tuple(step.stage for step in resolve(found, shape) if not step.is_idle))
+
+
+def _powered(schedule: Schedule, strength: float) -> Schedule:
+    def moved(stage: Stage) -> Stage:
+        if stage.keep is None:
+            return stage
+        return replace(stage, keep=max(round(stage.keep**strength * GRID), 1) / GRID)
+
+    return Schedule(tuple(map(moved, schedule.stages)))
+
+
+def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Two exponents next to each other, between which something begins to hold; the search is over u = t / (1 + t)."""
+    low, high = 0.0, 1.0 - 2.0**-BISECTIONS
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle / (1 - middle)) else (middle, high)
+    return low / (1 - low), high / (1 - high)
+
+
+def _with_one_more(schedule: Schedule, index: int, shape: ModelShape) -> Schedule | None:
+    """The schedule with one token more after a stage; None when a ratio below 1 cannot say it."""
+    step = resolve(schedule, shape)[index]
+    keep = math.floor((step.kept + 1) * GRID / step.before) / GRID
+    if step.stage.keep is None or not step.stage.keep < keep < 1:
+        return None
+    return Schedule((*schedule.stages[:index], replace(step.stage, keep=keep), *schedule.stages[index + 1 :]))
+
+
+def _fits(schedule: Schedule, shape: ModelShape, gmacs: float) -> bool:
+    cost = _cost(schedule, shape)
+    return cost is not None and cost <= gmacs
+
+
+def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
+    """GMACs, or None for what is impossible."""
+    try:
+        return estimate_cost(shape, schedule).gmacs
+    except ScheduleError:
+        return None
+
+
+# --- what is wrong with a budget ---------------------------------------------------------------------------------
+
+
+def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """Mistakes of `budget` in a study whose space has none of its own; empty without one."""
+    if config.budget is None:
+        return []
+    budget, problems = config.budget.gmacs, []
+    if config.space.target_gmacs is not None or any("threshold" in block.amount for block in blocks_of(config.space)):
+        return [
+            "budget: given, but the space has thresholds, whose cost is known only after training. Possible: keep "
+            "ratios; for thresholds space.target_gmacs. Leave out the one or the other."
+        ]
+    least, dense = _least(config.space, shape), estimate_cost(shape).gmacs
+    if not least <= budget < dense:
+        problems.append(
+            f"budget.gmacs: {budget:g}; possible: from {least:.4g}, the least that this space can reach, to below the "
+            f"dense model's {dense:.4g}. Change it, or allow more stages."
+        )
+    limit = dict(config.limits).get("gmacs")
+    if limit is None and all(objective.metric != "gmacs" for objective in config.objectives):
+        problems.append(
+            f"budget: no objective or limit is on gmacs, so that the dense model would be compared as if it kept to "
+            f"the budget. Possible: either. Write limits: {{gmacs: {{at_most: {budget:g}}}}}."
+        )
+    if limit is not None and limit.at_most is not None and limit.at_most < budget:
+        problems.append(
+            f"limits.gmacs: at most {limit.at_most:g}, but every candidate costs the budget, {budget:g}. "
+            f"Possible: from {budget:g}. Raise it, or leave it out."
+        )
+    return problems
+
+
+def _least(space: SpaceConfig, shape: ModelShape) -> float:
+    """GMACs of the cheapest schedule that a budget could ask for, among those with one verb and one score."""
+    costs = (_cost(_powered(schedule, _strongest(schedule, shape)), shape) for schedule in _with_all_stages(space))
+    return min((cost for cost in costs if cost is not None), default=math.inf)
+
+
+def _strongest(schedule: Schedule, shape: ModelShape) -> float:
+    """The largest exponent that leaves a possible schedule."""
+    return _turn(lambda strength: _cost(_powered(schedule, strength), shape) is None)[0]
+
+
+def _with_all_stages(space: SpaceConfig) -> Iterator[Schedule]:
+    blocks = sorted(blocks_of(space), key=lambda block: block.block)[: space.max_stages]
+    ats, scores, verbs = (
+        dict.fromkeys(itertools.chain.from_iterable(getattr(block, field) for block in blocks))
+        for field in ("at", "score", "reduce")
+    )
+    for at, score, verb in itertools.product(ats, scores, verbs):
+        stages = [_stage(block, at, score, verb) for block in blocks]
+        yield Schedule(tuple(stage for stage in stages if stage is not None))
+
+
+def _stage(block: BlockChoices, at: str, score: str, verb: str) -> Stage | None:
+    ranks = REDUCERS[verb].ranks
+    if verb not in block.reduce or at not in block.at or (ranks and score not in block.score):
+        return None
+    stage = Stage(block.block, at=cast(Place, at), score=score if ranks else "none", keep=0.5, reduce=verb)
+    return replace(stage, keep=None, tokens=min(map(int, block.tokens or ()))) if is_counted(verb, block) else stage

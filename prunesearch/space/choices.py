@@ -1,0 +1,369 @@
+"""The search space: which parameters a study has, and how their values become a candidate schedule and back.
+
+Every parameter exists in every candidate (the space is fixed, nothing is conditional), because samplers that look at
+all parameters together need it. Parameters that have no effect in a candidate, such as the score of a block without a
+stage, are set to their first choice before a sampler learns from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any, Protocol, TypeVar, cast
+
+from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
+from prunesearch.errors import ScheduleError
+from prunesearch.schedule import Place, Schedule, Stage, canonical, resolve
+from prunesearch.shape import ModelShape
+from prunesearch.tokens import REDUCERS, SCORERS
+
+Value = float | str
+Values = tuple[Value, ...] | Range | ThresholdRange
+FIELDS = ("amount", "keep", "threshold", "merge_threshold", "tokens", "at", "score", "reduce")
+"""What a stage of a search is made of; each is one parameter per block, or one for all (space.same)."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A parameter whose values have no order that a sampler could use."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number from low to high (inclusive); on a grid when it has a step, else continuous. log: of ratios."""
+
+    low: float
+    high: float
+    step: float | None
+    log: bool = False
+
+
+Dimension = Choice | Interval
+
+
+class Trial(Protocol):
+    """What `suggest` needs of an Optuna trial."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+
+def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
+    """The parameters that have more than one value, by name, in the order of the blocks.
+
+    A list of keep ratios at equal distances is an Interval, so that samplers see its order; an uneven one is a Choice.
+    """
+    named = ((name, _dimension(values)) for name, values in _fields(space).items())
+    return {name: dimension for name, dimension in named if dimension is not None}
+
+
+def suggest(trial: Trial, space: SpaceConfig, shape: ModelShape) -> Schedule:
+    """Ask a trial for every parameter. Raises ScheduleError for a combination that cannot be a candidate."""
+    parameters: dict[str, Value] = {}
+    for name, dimension in dimensions(space).items():
+        if isinstance(dimension, Choice):
+            parameters[name] = trial.suggest_categorical(name, dimension.values)
+        else:
+            low, high, step, log = dimension.low, dimension.high, dimension.step, dimension.log
+            parameters[name] = trial.suggest_float(name, low, high, step=step, log=log)
+    return schedule_from(parameters, space, shape)
+
+
+def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: ModelShape) -> Schedule:
+    """The candidate that these values stand for. Raises ScheduleError when it breaks `max_stages` or the model."""
+    schedule = _schedule(parameters, space)
+    if space.max_stages is not None and len(schedule.stages) > space.max_stages:
+        raise ScheduleError(
+            "space.max_stages",
+            [f"{len(schedule.stages)} stages; possible: at most {space.max_stages}. Leave some blocks without one."],
+        )
+    resolve(schedule, shape)
+    return schedule
+
+
+def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | None:
+    """The values that stand for a schedule, or None when it lies outside the space; the inverse of `schedule_from`.
+
+    Parameters without effect get their first choice.
+    """
+    schedule = replace(schedule, stages=tuple(stage for stage in schedule.stages if stage.keep != 1.0))
+    if space.max_stages is not None and len(schedule.stages) > space.max_stages:
+        return None
+    by_block = {stage.block: stage for stage in schedule.stages}
+    parameters: dict[str, Value] = {}
+    if schedule.target_gmacs is not None:
+        parameters["target_gmacs"] = schedule.target_gmacs
+    for block in blocks_of(space):
+        stage = by_block.get(block.block)
+        if stage is None:
+            # what all stages share is said by those that there are; then only keep can leave one out
+            said = space.same if by_block else ()
+            leaves_out = "none" in block.amount and "amount" not in said
+            parameters[_name("amount", block, space)] = "none" if leaves_out else "keep"
+            if not leaves_out:
+                parameters[_name("keep", block, space)] = 1.0
+                readers = [verb for verb in block.reduce if not is_counted(verb, block)]
+                if readers and "reduce" not in said:
+                    parameters[_name("reduce", block, space)] = readers[0]
+            continue
+        if stage.keep is not None:
+            parameters[_name("amount", block, space)] = "keep"
+            parameters[_name("keep", block, space)] = stage.keep
+        elif stage.threshold is not None:
+            parameters[_name("amount", block, space)] = "threshold"
+            parameters[_name(_threshold_field(stage.reduce), block, space)] = stage.threshold
+        elif is_counted(stage.reduce, block):
+            parameters[_name("amount", block, space)] = "keep"
+            parameters[_name("tokens", block, space)] = float(stage.tokens or 0)
+        else:
+            return None
+        parameters[_name("at", block, space)] = stage.at
+        parameters[_name("reduce", block, space)] = stage.reduce
+        if REDUCERS[stage.reduce].ranks:
+            parameters[_name("score", block, space)] = stage.score
+    full: dict[str, Value] = {}
+    for name, dimension in dimensions(space).items():
+        value = parameters.get(name, _first(dimension))
+        if not _holds(dimension, value):
+            return None
+        full[name] = value
+    return full if _schedule(full, space) == schedule else None
+
+
+def combinations(space: SpaceConfig) -> int | None:
+    """How many sets of values there are, or None when a parameter is continuous."""
+    total = 1
+    for dimension in dimensions(space).values():
+        values = _values(dimension)
+        if values is None:
+            return None
+        total *= len(values)
+    return total
+
+
+def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
+    """The index-th set of values of a space that has finitely many (`combinations`)."""
+    parameters = {}
+    for name, dimension in dimensions(space).items():
+        values = _values(dimension)
+        assert values is not None, "only a finite space can be counted"
+        index, position = divmod(index, len(values))
+        parameters[name] = values[position]
+    return parameters
+
+
+def any_value(dimension: Dimension, generator: random.Random) -> Value:
+    """A value at random, each as likely as any other."""
+    if isinstance(dimension, Choice):
+        return generator.choice(dimension.values)
+    if dimension.log:
+        return math.exp(generator.uniform(math.log(dimension.low), math.log(dimension.high)))
+    if dimension.step is None:
+        return generator.uniform(dimension.low, dimension.high)
+    steps = round((dimension.high - dimension.low) / dimension.step)
+    return dimension.low + generator.randint(0, steps) * dimension.step
+
+
+def anything(space: Mapping[str, Dimension], generator: random.Random) -> dict[str, Value]:
+    """A value at random for each parameter."""
+    return {name: any_value(dimension, generator) for name, dimension in space.items()}
+
+
+def mutated(
+    parameters: Mapping[str, Value], space: Mapping[str, Dimension], generator: random.Random
+) -> dict[str, Value]:
+    """A neighbour: one or two values drawn anew."""
+    names = generator.sample(list(space), k=min(len(space), generator.randint(1, 2)))
+    return {**parameters, **{name: any_value(space[name], generator) for name in names}}
+
+
+def uid_of(schedule: Schedule, shape: ModelShape) -> str:
+    """12 hexadecimal digits that all spellings of the same schedule share. Raises ScheduleError as `resolve`."""
+    written = canonical(schedule, shape)
+    stages: list[object] = [
+        (stage.block, stage.at, stage.score, stage.tokens, stage.reduce, stage.options)
+        if stage.tokens is not None
+        else (stage.block, stage.at, stage.score, stage.keep, stage.threshold, stage.reduce, stage.options)
+        for stage in written.stages
+    ]
+    if written.target_gmacs is not None:
+        stages.append(written.target_gmacs)
+    return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
+
+
+# --- what a space says about one block ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockChoices:
+    """The choices of one block, with everything it takes over from the space around it."""
+
+    block: int
+    keep: tuple[float, ...] | Range
+    at: tuple[str, ...]
+    score: tuple[str, ...]
+    reduce: tuple[str, ...]
+    amount: tuple[str, ...]
+    threshold: tuple[float, ...] | ThresholdRange | None
+    merge_threshold: tuple[float, ...] | ThresholdRange | None
+    tokens: tuple[int, ...] | None
+
+
+def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
+    def own_or_shared(own: T | None, shared: T) -> T:
+        return shared if own is None else own
+
+    blocks = []
+    for entry in space.blocks:
+        own = BlockSpace(entry) if isinstance(entry, int) else entry
+        blocks.append(
+            BlockChoices(
+                own.block,
+                own_or_shared(own.keep, space.keep),
+                own_or_shared(own.at, space.at),
+                own_or_shared(own.score, space.score),
+                own_or_shared(own.reduce, space.reduce),
+                own_or_shared(own.amount, space.amount),
+                own_or_shared(own.threshold, space.threshold),
+                own_or_shared(own.merge_threshold, space.merge_threshold),
+                own_or_shared(own.tokens, space.tokens),
+            )
+        )
+    return blocks
+
+
+def _name(field: str, block: BlockChoices, space: SpaceConfig) -> str:
+    return field if field in space.same else f"block{block.block}.{field}"
+
+
+def _fields(space: SpaceConfig) -> dict[str, Values]:
+    """All fields of all blocks by parameter name, also those with a single value; without those nothing would read."""
+    fields: dict[str, Values] = {}
+    for block in blocks_of(space):
+        given: dict[str, Values | None] = {"amount": block.amount, "at": block.at, "reduce": block.reduce}
+        if "keep" in block.amount:
+            counted = [is_counted(verb, block) for verb in block.reduce]
+            given["keep"] = None if all(counted) else block.keep
+            given["tokens"] = tuple(map(float, block.tokens or ())) if any(counted) else None
+        if "threshold" in block.amount:
+            given |= {_threshold_field(verb): getattr(block, _threshold_field(verb)) for verb in block.reduce}
+        if any(REDUCERS[verb].ranks for verb in block.reduce):
+            given["score"] = block.score
+        fields |= {_name(field, block, space): values for field, values in given.items() if values is not None}
+    if space.target_gmacs is not None:
+        fields["target_gmacs"] = space.target_gmacs
+    return fields
+
+
+def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
+    fields = _fields(space)
+
+    def value(name: str) -> Value:
+        values = fields[name]
+        given = parameters.get(name)
+        if given is None:
+            return values[0] if isinstance(values, tuple) else values.low
+        return _exact(values, given)
+
+    stages = []
+    for block in blocks_of(space):
+        name = {field: _name(field, block, space) for field in FIELDS}
+        reduce = str(value(name["reduce"]))
+        score = str(value(name["score"])) if REDUCERS[reduce].ranks else "none"
+        amount = str(value(name["amount"]))
+        if amount == "threshold" and not takes_threshold(score, reduce):
+            if "amount" in space.same:
+                raise ScheduleError(
+                    f"block {block.block}",
+                    [f"all stages have a threshold, but {reduce} (score {score}) takes a count. Choose other ones."],
+                )
+            amount = "keep"
+        if amount == "none":
+            continue
+        stage = Stage(block.block, at=cast(Place, value(name["at"])), score=score, keep=1.0, reduce=reduce)
+        if amount == "threshold":
+            stage = replace(stage, keep=None, threshold=float(value(name[_threshold_field(reduce)])))
+        elif is_counted(reduce, block):
+            stage = replace(stage, keep=None, tokens=int(value(name["tokens"])))
+        else:
+            stage = replace(stage, keep=float(value(name["keep"])))
+        if stage.keep != 1.0:
+            stages.append(stage)
+    adaptive = any(stage.is_adaptive for stage in stages)
+    target = float(value("target_gmacs")) if adaptive and "target_gmacs" in fields else None
+    return Schedule(tuple(stages), target)
+
+
+def takes_threshold(score: str, reduce: str) -> bool:
+    """Whether a search gives a stage a threshold: learned scores come with a count, to which they are trained."""
+    learns = score in SCORERS and SCORERS[score].part is not None
+    return REDUCERS[reduce].takes_threshold and not learns
+
+
+def is_counted(reduce: str, block: BlockChoices) -> bool:
+    """Whether the search gives this verb a count, and not a ratio: what is pooled has a number of its own."""
+    return REDUCERS[reduce].pools and block.tokens is not None
+
+
+def _threshold_field(reduce: str) -> str:
+    return "threshold" if REDUCERS[reduce].ranks else "merge_threshold"
+
+
+# --- one parameter -----------------------------------------------------------------------------------------------
+
+
+def _dimension(values: Values) -> Dimension | None:
+    """None when there is nothing to choose."""
+    if isinstance(values, ThresholdRange):
+        return Interval(values.low, values.high, None, values.log) if values.low < values.high else None
+    if isinstance(values, Range):
+        return Interval(values.low, values.high, values.step) if values.low < values.high else None
+    if len(values) < 2:
+        return None
+    numbers = sorted(Decimal(repr(value)) for value in values if isinstance(value, float))
+    distances = {after - before for before, after in itertools.pairwise(numbers)}
+    if len(numbers) == len(values) and len(distances) == 1:
+        return Interval(float(numbers[0]), float(numbers[-1]), float(distances.pop()))
+    return Choice(values)
+
+
+def _values(dimension: Dimension) -> tuple[Value, ...] | None:
+    if isinstance(dimension, Choice):
+        return dimension.values
+    return None if dimension.step is None else tuple(grid_of(dimension))
+
+
+def grid_of(interval: Interval | Range) -> Iterator[float]:
+    low, high, step = (Decimal(repr(number)) for number in (interval.low, interval.high, interval.step))
+    return (float(low + index * step) for index in range(int((high - low) / step) + 1))
+
+
+def _exact(values: Values, given: Value) -> Value:
+    """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid, nor exp(log(low)) below low."""
+    if isinstance(given, str):
+        return given
+    if isinstance(values, ThresholdRange):
+        return min(max(given, values.low), values.high)
+    on_grid = values if not isinstance(values, Range) else tuple(grid_of(values)) if values.step is not None else None
+    return given if on_grid is None else min(on_grid, key=lambda value: abs(float(value) - given))
+
+
+def _first(dimension: Dimension) -> Value:
+    return dimension.values[0] if isinstance(dimension, Choice) else dimension.low
+
+
+def _holds(dimension: Dimension, value: Value) -> bool:
+    values = _values(dimension)
+    if values is not None:
+        return value in values
+    return isinstance(dimension, Interval) and isinstance(value, float) and dimension.low <= value <= dimension.high

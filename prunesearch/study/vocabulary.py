@@ -1,0 +1,91 @@
+"""What a study keeps of its scores and verbs, so that its schedules can be exported where no plug-in is imported.
+
+It is written once, when the study begins: what was measured keeps its meaning even if a default changes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from prunesearch.config import Options, SpaceConfig, as_options
+from prunesearch.errors import StudyError
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.space.choices import blocks_of
+from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
+
+
+@dataclass(frozen=True)
+class Word:
+    """Facts of a score or a verb: its options with their defaults, and whether it has a learned part."""
+
+    options: Options = ()
+    learns: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The scores and verbs of a study, by name."""
+
+    scores: tuple[tuple[str, Word], ...] = ()
+    reduces: tuple[tuple[str, Word], ...] = ()
+
+
+def vocabulary_of(space: SpaceConfig, starts: Iterable[Schedule]) -> Vocabulary:
+    """What a space and its start schedules can use. Their plug-ins must have been imported."""
+    blocks, stages = blocks_of(space), [stage for schedule in starts for stage in schedule.stages]
+    scores = {score for block in blocks for score in block.score} | {stage.score for stage in stages}
+    reduces = {verb for block in blocks for verb in block.reduce} | {stage.reduce for stage in stages}
+    return Vocabulary(_words(SCORERS, scores), _words(REDUCERS, reduces))
+
+
+def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
+    """The schedule with every option of its scores and verbs, also those at their default."""
+    return replace(
+        schedule,
+        stages=tuple(
+            replace(stage, options={**_defaults(stage, vocabulary), **dict(stage.options)})  # type: ignore[arg-type]
+            for stage in schedule.stages
+        ),
+    )
+
+
+def learns(schedule: Schedule, vocabulary: Vocabulary) -> bool:
+    """Whether the schedule is of no use without weights of its own; also where its plug-ins are not imported."""
+    known = any(word.learns for stage in schedule.stages for word in _of_stage(stage, vocabulary))
+    return known or schedule.needs_weights
+
+
+def refuse_other_defaults(before: Vocabulary, now: Vocabulary, study: str) -> None:
+    """Raises StudyError when an option of a score or verb has another default than when the study began."""
+    changed = []
+    for kind, old, new in (("score", before.scores, now.scores), ("verb", before.reduces, now.reduces)):
+        for name, word in old:
+            today = dict(dict(new).get(name, word).options)
+            changed += [
+                f"{kind} {name}: {option}: {value!r} -> {today.get(option, 'gone')!r}"
+                for option, value in word.options
+                if option not in today or today[option] != value
+            ]
+    if changed:
+        raise StudyError(
+            f"study {study!r}: defaults of its options are not what they were when it began ({'; '.join(changed)}), so "
+            f"that its numbers could not be compared. Possible: the plug-in as it was, or a new study. Bring the old "
+            f"one back, or change name."
+        )
+
+
+def _words(
+    registry: Mapping[str, Scorer] | Mapping[str, Reducer], names: Iterable[str]
+) -> tuple[tuple[str, Word], ...]:
+    entries = [registry[name] for name in sorted(names) if name in registry]
+    return tuple((entry.name, Word(as_options(entry.options), entry.part is not None)) for entry in entries)
+
+
+def _of_stage(stage: Stage, vocabulary: Vocabulary) -> list[Word]:
+    scores, reduces = dict(vocabulary.scores), dict(vocabulary.reduces)
+    return [words[name] for words, name in ((scores, stage.score), (reduces, stage.reduce)) if name in words]
+
+
+def _defaults(stage: Stage, vocabulary: Vocabulary) -> dict[str, object]:
+    return {name: value for word in _of_stage(stage, vocabulary) for name, value in word.options}

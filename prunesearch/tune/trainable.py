@@ -1,0 +1,248 @@
+"""The doorway to Ray Tune, for those whose jobs live there. The engine itself does not use it.
+
+    config = load_study("study.yaml")
+    tuner = tune.Tuner(trainable(config), param_space=param_space(config), tune_config=..., run_config=...)
+    import_results(tuner.fit(), config, Path("outputs/digits"))
+
+Schedulers, searchers and loggers are Tune's; a trial runs the evaluations that the engine would run for the same
+schedule: one rung in each iteration, continued from the checkpoint of the rung below.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
+from prunesearch.evaluate import METRICS, model_shape
+from prunesearch.evaluate.limits import computed_excess, excess
+from prunesearch.evaluate.outcome import judged
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.plugins import import_plugins
+from prunesearch.record import Record, with_evaluation
+from prunesearch.samplers.iso_budget import within_budget
+from prunesearch.samplers.propose import seed_of
+from prunesearch.schedule import Schedule
+from prunesearch.search.problems import anchors_of, study_problems
+from prunesearch.search.tasks import task_of
+from prunesearch.space.choices import Choice, Dimension, dimensions, grid_of, parameters_of, schedule_from, uid_of
+from prunesearch.strict import from_mapping, to_mapping
+from prunesearch.tune.results import CHECKPOINT, ENTRY, import_results
+from prunesearch.workers.protocol import EVALUATE, find_evaluate
+
+__all__ = ["import_results", "param_space", "points_to_evaluate", "trainable"]
+
+WORST = 1e9
+"""What a trial that cannot be measured reports for an objective to minimize, and with a minus for one to maximize:
+schedulers and searchers compare it, which they could not do with infinity."""
+
+
+def trainable(config: StudyConfig, evaluate: str = EVALUATE) -> Any:
+    """What `tune.Tuner` takes: a trainable class for the candidates of a study, with the resources of a worker.
+
+    Each iteration is a rung; it reports every metric of the study, and
+
+        training_iteration   rung + 1            images   training images seen so far
+        feasible             1 within all limits, else 0
+        cause                of a failure ("" for none), as in the study; "invalid" for what arithmetic turned down
+        uid                  of the schedule, as in the study
+        prunesearch          what `import_results` reads
+
+    A candidate that breaks a limit by arithmetic, does not fit the model, or fails, is no error for Tune: it ends with
+    `feasible` 0 and WORST for every metric. Only a dead process and a full disk are. A checkpoint is written after
+    every rung, so that a scheduler may pause, and Tune restore. With `reuse_actors=True` model and images stay loaded.
+
+    evaluate: "module:function" of Task -> Evaluation. Raises UserErrors for a study that could not run.
+    """
+    _check(config)
+    settings = {"study": config, "evaluate": evaluate, "directory": os.getcwd(), "import_paths": list(sys.path)}
+    candidates = type("Candidate", (_Candidate,), settings)
+    workers = config.workers
+    return tune.with_resources(candidates, {"cpu": workers.cpus_each, "gpu": workers.gpus_each})
+
+
+def param_space(config: StudyConfig) -> dict[str, Any]:
+    """The parameters of the study's space as Tune's domains, flat, under the names that they have in the study.
+
+    What has an order is a number, on its grid, so that searchers see the order; the rest is a choice.
+    """
+    _check(config)
+    return {name: _domain(dimension) for name, dimension in dimensions(config.space).items()}
+
+
+def points_to_evaluate(config: StudyConfig) -> list[dict[str, Any]]:
+    """The dense model and the start schedules as parameters, for searchers that take `points_to_evaluate`.
+
+    Those that lie outside the space, which the engine evaluates all the same, have none and are left out.
+    """
+    _check(config)
+    points = [parameters_of(schedule, config.space) for _, schedule in anchors_of(config, model_shape(config.model))]
+    unique = {json.dumps(point): dict(point) for point in points if point is not None}
+    return list(unique.values())
+
+
+def _check(config: StudyConfig) -> None:
+    import_plugins(config.plugins)
+    if problems := study_problems(config):
+        raise FileError(f"study {config.name}", problems)
+    if config.evaluation == "supernet":
+        raise StudyError(
+            f"study {config.name}: evaluation is supernet, but nobody trains shared weights in Ray Tune. Possible: "
+            f"evaluation: finetune here, or `prunesearch run` for this study. Choose one of them."
+        )
+
+
+def _domain(dimension: Dimension) -> Any:
+    if isinstance(dimension, Choice):
+        return tune.choice(list(dimension.values))
+    low, high, step = dimension.low, dimension.high, dimension.step
+    if step is None:
+        return tune.loguniform(low, high) if dimension.log else tune.uniform(low, high)
+    if math.isclose(low / step, round(low / step)):  # Tune's grids go through 0
+        return tune.quniform(low, high, step)
+    return tune.choice(list(grid_of(dimension)))
+
+
+class _Candidate(tune.Trainable):
+    """A trial. Its class, made by `trainable`, knows the study; the process may serve one trial after the other."""
+
+    study: StudyConfig
+    evaluate: str
+    directory: str
+    import_paths: list[str]
+
+    def setup(self, config: dict[str, Any]) -> None:
+        if not self.study.workers.gpus_each:  # Ray leaves them visible to actors that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        sys.path += [path for path in self.import_paths if path not in sys.path]
+        _check(self.study)  # imports plugins
+        self._shape = model_shape(self.study.model)
+        self._anchors = {uid_of(schedule, self._shape) for _, schedule in anchors_of(self.study, self._shape)}
+        self._scratch = Path(tempfile.mkdtemp(prefix="prunesearch-tune-"))
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        shutil.rmtree(self._scratch / "weights", ignore_errors=True)
+        self._record: Record | None = None
+        self._why = ""
+        parameters = {name: new_config[name] for name in dimensions(self.study.space)}
+        try:
+            schedule = self._schedule(parameters)
+        except ScheduleError as error:
+            self._why = str(error)
+        else:
+            uid = uid_of(schedule, self._shape)
+            seed = seed_of(self.study.sampler.seed, uid)
+            self._record = Record(-1, uid, schedule, "running", "sampler", seed, parameters=parameters)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self._record is None:
+            return self._nothing("invalid", self._why)
+        record = replace(self._record, rung=self._record.rung_done + 1)
+        task = task_of(record, 0, self.study, self._scratch)
+        with _working_in(self.directory):
+            evaluation = judged(find_evaluate(self.evaluate)(task), self.study)
+        if evaluation.cause == "disk":  # no fault of the candidate
+            raise RunError(
+                f"{self._scratch}: no space is left for weights ({evaluation.error}). Free some space there."
+            )
+        self._keep(evaluation)
+        parameters = dict(record.parameters or {})
+        entry = {"task": to_mapping(task), "evaluation": to_mapping(evaluation), "parameters": parameters}
+        about = {"uid": task.uid, ENTRY: json.dumps(entry)}
+        if evaluation.status == "failed":
+            return self._nothing(evaluation.cause or "error", evaluation.error) | about
+        values = dict(evaluation.metrics)
+        return {
+            **values,
+            **about,
+            "training_iteration": task.rung + 1,
+            "images": evaluation.images,
+            "feasible": int(all(amount <= 0 for amount in excess(self.study, values).values())),
+            "cause": "",
+            "done": task.rung == len(self.study.rungs) - 1,
+            "should_checkpoint": True,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        evaluations = () if self._record is None else self._record.evaluations
+        text = json.dumps([to_mapping(evaluation) for evaluation in evaluations])
+        (Path(checkpoint_dir) / f"{CHECKPOINT}.json").write_text(text)
+        if evaluations and evaluations[-1].checkpoint is not None:
+            for suffix in (".safetensors", ".state"):
+                _copy(f"{evaluations[-1].checkpoint}{suffix}", Path(checkpoint_dir) / f"{CHECKPOINT}{suffix}")
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        source = Path(checkpoint)
+        entries = json.loads((source / f"{CHECKPOINT}.json").read_text())
+        for entry in entries:
+            evaluation = from_mapping(Evaluation, entry, str(source))
+            if evaluation.checkpoint is not None:  # it was made in another process, maybe on another machine
+                path = self._scratch / "weights" / Path(evaluation.checkpoint).name
+                evaluation = replace(evaluation, checkpoint=str(path))
+            self._keep(evaluation)
+        last = None if self._record is None else self._record.evaluation
+        if last is not None and last.checkpoint is not None:
+            Path(last.checkpoint).parent.mkdir(exist_ok=True)
+            for suffix in (".safetensors", ".state"):
+                _copy(source / f"{CHECKPOINT}{suffix}", Path(f"{last.checkpoint}{suffix}"))
+
+    def cleanup(self) -> None:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _schedule(self, parameters: dict[str, Any]) -> Schedule:
+        """Raises ScheduleError for what the engine would never evaluate."""
+        study = self.study
+        schedule = schedule_from(parameters, study.space, self._shape)
+        if uid_of(schedule, self._shape) in self._anchors:
+            return schedule
+        if study.budget is not None:
+            schedule = within_budget(schedule, self._shape, study.budget.gmacs)
+        over = {name: amount for name, amount in computed_excess(study, schedule).items() if amount > 0}
+        if over:
+            said = ", ".join(f"{name} by {amount:.4g}" for name, amount in over.items())
+            raise ScheduleError(
+                "limits", [f"{schedule} is beyond {said}. Possible: up to the limit. Keep other tokens."]
+            )
+        return schedule
+
+    def _keep(self, evaluation: Evaluation) -> None:
+        assert self._record is not None
+        order = len(self._record.evaluations)
+        self._record = with_evaluation(self._record, evaluation, order, len(self.study.rungs) - 1)
+
+    def _nothing(self, cause: str, error: str) -> dict[str, Any]:
+        goals = {name: METRICS[name].goal for name in self.study.metric_names}
+        goals |= {objective.metric: objective.goal for objective in self.study.objectives}
+        worst = {name: -WORST if goal == "maximize" else WORST for name, goal in goals.items()}
+        return {**worst, "feasible": 0, "cause": cause, "error": error, "images": 0, "done": True}
+
+
+@contextmanager
+def _working_in(directory: str) -> Iterator[None]:
+    """Relative paths in the study file mean the same as for the driver; Tune works in the trial's folder."""
+    before = os.getcwd()
+    if os.path.isdir(directory):
+        os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _copy(source: str | Path, target: Path) -> None:
+    if Path(source).is_file():  # weights are only there after training
+        shutil.copyfile(source, target)

@@ -1,0 +1,168 @@
+"""The worker in a child process: one task at a time. What ends or hangs there costs a candidate and not the driver.
+
+The child is kept between tasks, with its model and data, and started anew after it died. It has a session of its own,
+so that Ctrl-C in a terminal reaches the driver alone, and it ends with everything that it started when the driver
+ends, however that happens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from prunesearch.config import WorkersConfig
+from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.workers.outbox import evaluate_into
+from prunesearch.workers.protocol import (
+    EVALUATE,
+    Lost,
+    Outcome,
+    find_evaluate,
+    log_to,
+    refuse_many,
+    spoils_its_process,
+    took_too_long,
+)
+
+START_SECONDS = 600.0
+"""How long a child may take until it can evaluate: imports are slow on a cold disk."""
+_context = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+
+
+class ChildWorker:
+    """One slot in a child process. Raises ResourceError for more than one.
+
+    folder: of the study, where what the child prints goes to logs/worker-0.log.
+    """
+
+    count = 1
+    description = "a child process"
+
+    def __init__(self, config: WorkersConfig, folder: Path, outbox: Path, evaluate: str = EVALUATE) -> None:
+        refuse_many(config)
+        self._timeout = config.timeout
+        self._arguments = (outbox, evaluate, folder / "logs" / "worker-0.log")
+        self._tasks: deque[Task] = deque()
+        self._child: _Child | None = None
+
+    def submit(self, task: Task) -> None:
+        self._tasks.append(task)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        if not self._tasks:
+            return []
+        task = self._tasks[0]
+        if self._child is None:
+            self._child = _Child(*self._arguments)
+        try:
+            outcome = self._child.outcome(task, seconds, self._timeout)
+        except EOFError:
+            outcome = Lost("crash", f"its process ended: {self._child.how_it_ended()}")
+        if outcome is None:
+            return []
+        is_lost = isinstance(outcome, Lost) and outcome.cause != "error"
+        if is_lost or (isinstance(outcome, Evaluation) and spoils_its_process(outcome)):
+            self._end_child()
+        return [(self._tasks.popleft(), outcome)]
+
+    def close(self) -> None:
+        self._tasks.clear()
+        self._end_child()
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.end()
+            self._child = None
+
+
+class _Child:
+    """The process, and what it does since when. Reading from it raises EOFError when it has ended."""
+
+    def __init__(self, outbox: Path, evaluate: str, log: Path) -> None:
+        self._pipe, theirs = _context.Pipe()
+        self._process = _context.Process(target=_work, args=(theirs, outbox, evaluate, log), name="prunesearch worker")
+        self._process.start()
+        theirs.close()
+        self._since = time.monotonic()
+        self._is_ready = self._is_busy = False
+
+    def outcome(self, task: Task, seconds: float, timeout: float | None) -> Evaluation | Lost | None:
+        """What became of the task, which is begun when it is not yet; None while it is under way."""
+        if not self._is_ready:
+            if self._receive(seconds) is None:
+                over = time.monotonic() - self._since > START_SECONDS
+                return Lost("timeout", f"its process did not start in {START_SECONDS:g} s") if over else None
+            self._is_ready = True
+        if not self._is_busy:
+            try:
+                self._pipe.send(task)
+            except OSError:
+                raise EOFError from None
+            self._is_busy, self._since = True, time.monotonic()
+        found = self._receive(seconds)
+        if found is not None:
+            self._is_busy = False
+            return found
+        return took_too_long(task, self._since, timeout)
+
+    def how_it_ended(self) -> str:
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        main = "a script that calls run_study does so under if __name__ == '__main__'"
+        return how if self._is_ready else f"{how}, before it could evaluate ({main})"
+
+    def end(self) -> None:
+        """Kill it, with its children."""
+        if self._process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()  # when it has no session yet
+        self._process.join()
+        self._process.close()
+        self._pipe.close()
+
+    def _receive(self, seconds: float) -> Evaluation | Lost | None:
+        """None when nothing comes in this time."""
+        try:
+            said: Evaluation | Lost | None = self._pipe.recv() if self._pipe.poll(seconds) else None
+        except OSError:
+            raise EOFError from None
+        return said
+
+
+def _work(driver: Connection, outbox: Path, evaluate: str, log: Path) -> None:
+    """The child: evaluate what comes, until nothing comes any more."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the driver decides when a task is cut short
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_driver, name="end with the driver", daemon=True).start()
+    log_to(log)
+    function = find_evaluate(evaluate)
+    driver.send(Lost("error", "ready"))
+    while True:
+        try:
+            task = driver.recv()
+        except EOFError:
+            return
+        outcome: Evaluation | Lost
+        try:
+            outcome = evaluate_into(outbox, function, task)
+        except BaseException as error:
+            outcome = Lost("error", f"{type(error).__name__}: {error}")
+        driver.send(outcome)
+
+
+def _end_with_driver() -> None:
+    """Wait until the driver has ended, then end this process and all that it started."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a child"
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
