@@ -150,8 +150,8 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     from prunesearch.evaluate import is_remote, model_shape
     from prunesearch.evaluate.sensitivity import stages_of
     from prunesearch.plugins import import_plugins
-    from prunesearch.search.problems import anchors_of, model_free_problems, study_problems
-    from prunesearch.search.sensitivity_start import STARTS, WORD
+    from prunesearch.search.problems import model_free_problems, start_schedules, study_problems
+    from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
     from prunesearch.space.choices import combinations, dimensions
 
     import_plugins(config.plugins)
@@ -171,12 +171,14 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     if total is not None and total > 10**15:
         size = f"about 10^{math.log10(total):.0f} combinations"
     _print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
-    for origin, schedule in anchors_of(config, shape):
+    for origin, schedule in start_schedules(config, shape):
         cost = estimate_cost(shape, schedule)
         _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
-        print(f"  {WORD:<20} up to {STARTS} schedules, predicted from {len(stages)} stages that the run measures first")
+        print(
+            f"  {WORD:<20} up to {MOST_STARTS} schedules, predicted from {len(stages)} stages that the run measures first"
+        )
     if not deep:
         print("  Weights and data were not opened; check --deep does that, and run always.")
     return 0

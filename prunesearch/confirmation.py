@@ -1,5 +1,7 @@
-"""What measuring a candidate again with fresh seeds said, beside the search's own number, which was chosen as the best
-of many and so looks better than it is."""
+"""Confirmations: metrics of candidates that were trained again with fresh seeds.
+
+The search's own value is biased upwards, because it was selected as the best of many noisy ones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from prunesearch.record import Record
 
 
 @dataclass(frozen=True)
-class Again:
+class Confirmation:
     """Means over fresh seeds, and sample standard deviations when there are two or more. split: validation or test."""
 
     split: str
@@ -28,20 +30,22 @@ def name_of(uid: str, split: str, index: int) -> str:
     return f"{uid}.{split}{index}"
 
 
-def again_of(record: Record) -> Again | None:
+def confirmation_of(record: Record) -> Confirmation | None:
     """On the test images when any evaluation was on those, else on those for validation; None without any."""
     for split in ("test", "validation"):
         found = [one for one in record.confirmations if one.uid.startswith(f"{record.uid}.{split}")]
         if found:
             values = {name: [one.value(name) for one in found] for name, _ in found[0].metrics}
             spread = {name: statistics.stdev(several) for name, several in values.items() if len(several) > 1}
-            return Again(split, len(found), {name: statistics.fmean(all_) for name, all_ in values.items()}, spread)
+            return Confirmation(
+                split, len(found), {name: statistics.fmean(all_) for name, all_ in values.items()}, spread
+            )
     return None
 
 
-def again_row(record: Record) -> dict[str, Any]:
+def confirmation_row(record: Record) -> dict[str, Any]:
     """The same as plain values for JSON and YAML; empty without any."""
-    again = again_of(record)
+    again = confirmation_of(record)
     if again is None:
         return {}
     return {
@@ -63,6 +67,6 @@ def mean_drop(records: Iterable[Record], objective: Objective) -> float | None:
     drops = [
         sign * (record.evaluation.value(objective.metric) - again.mean[objective.metric])
         for record in records
-        if (again := again_of(record)) is not None and record.evaluation is not None
+        if (again := confirmation_of(record)) is not None and record.evaluation is not None
     ]
     return statistics.fmean(drops) if drops else None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from prunesearch.config import Limit, Objective
-from prunesearch.confirmation import again_row
+from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import StudyError
 from prunesearch.record import Record
 from prunesearch.strict import to_mapping
@@ -200,7 +200,7 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "finetuned_images": evaluation.images if evaluation else 0,
                 "schedule": to_mapping(record.outcome),
                 **({"data_notes": list(evaluation.data_notes)} if evaluation and evaluation.data_notes else {}),
-                **({"again": again_row(record)} if record.confirmations else {}),
+                **({"again": confirmation_row(record)} if record.confirmations else {}),
             }
         )
     return rows

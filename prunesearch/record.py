@@ -56,7 +56,7 @@ class Record:
         return self.evaluations[-1].rung if self.evaluations else -1
 
     @property
-    def is_anchor(self) -> bool:
+    def is_start(self) -> bool:
         """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
         return self.origin != "sampler"
 

@@ -29,7 +29,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study
-from prunesearch.replay.table import Measured, Table
+from prunesearch.replay.table import Recorded, Table
 from prunesearch.replay.workers import SimulatedWorkers
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver, loop
@@ -50,11 +50,11 @@ def study(sampler: str, rungs: str, candidates: int, workers: int) -> StudyConfi
     return replace(config, sampler=SamplerConfig(sampler, 0), workers=workers_config, metrics=())
 
 
-def made_up(table: Table, schedule: Schedule, rung: int) -> Measured:
+def made_up(table: Table, schedule: Schedule, rung: int) -> Recorded:
     """Later stages hurt less and training mends; a dear schedule takes longer."""
     gmacs = estimate_cost(table.shape, schedule).gmacs
     damage = sum((1.0 - (stage.keep or 1.0)) / (1 + stage.block) for stage in schedule.stages)
-    return Measured({"top1": 97 - 40 * damage / (1 + rung), "gmacs": gmacs}, (1 + 4 * rung) * gmacs)
+    return Recorded({"top1": 97 - 40 * damage / (1 + rung), "gmacs": gmacs}, (1 + 4 * rung) * gmacs)
 
 
 def measure(sampler: str, rungs: str, candidates: int, workers: int) -> dict[str, list[list[float]]]:

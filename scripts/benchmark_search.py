@@ -3,7 +3,7 @@
 
     python scripts/benchmark_search.py --table benchmarks/tables/digits.csv --seeds 20 --out benchmarks/search.md
 
-What the table lacks, a regression of it fills in (`prunesearch/search/surrogate.py`). Finished runs are kept in a file
+What the table lacks, a regression of it fills in (`prunesearch/replay/surrogate.py`). Finished runs are kept in a file
 (`--runs`), so that a second call makes only what is missing; delete it after a change of the engine.
 """
 
@@ -46,7 +46,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import load_study
 from prunesearch.front import hypervolume
 from prunesearch.replay.surrogate import Surrogate
-from prunesearch.replay.table import Measured, Table, read_table
+from prunesearch.replay.table import Recorded, Table, read_table
 from prunesearch.replay.workers import SimulatedWorkers, seconds_of
 from prunesearch.report.plot import BLUE, FAINT, GREEN, GREY, INK, ORANGE
 from prunesearch.samplers.token_gp import Regression, features, fitted_kernel
@@ -99,7 +99,7 @@ class World:
     total: float
     """Seconds that each run may spend: those of 300 full evaluations of random schedules."""
 
-    def measured(self, schedule: Schedule, rung: int) -> Measured:
+    def measured(self, schedule: Schedule, rung: int) -> Recorded:
         """What a search is told."""
         look = self.surrogate.measured if self.luck else self.surrogate.expected
         return look(schedule, rung)
@@ -321,7 +321,7 @@ def front_of(found: Sequence[Found]) -> list[Found]:
 class Judge:
     """Hypervolume of what a run found, in a box that is the same for all of them.
 
-    again: a front is judged by what its schedules give when they are trained again (the mean of many trainings), and
+    again: a front is check_evaluation by what its schedules give when they are trained again (the mean of many trainings), and
     not by what was measured when they were picked. low, high: of error and GMACs, ideal and nadir of the front of
     everything that any run found.
     """
@@ -562,7 +562,7 @@ that any run found.
 
 ![attainment surfaces]({stem}_attainment.png)
 
-## The same runs, judged as measured
+## The same runs, check_evaluation as measured
 
 Here a front is worth what was measured when it was picked. That counts the luck of training as merit: whoever trains
 most schedules at the full budget draws most often.
@@ -593,7 +593,7 @@ Made with `python scripts/benchmark_search.py {arguments}`.
 WITH_LUCK = (
     "a search is told what one training gives: what was measured, or for schedules that were not measured the mean "
     "that a regression predicts plus the residuals of one measured schedule, at all budgets. The front that it finds "
-    "is judged by what its schedules give on average, when they are trained again."
+    "is check_evaluation by what its schedules give on average, when they are trained again."
 )
 WITHOUT_LUCK = "none: every schedule gives the mean of its trainings, which a regression of the table predicts."
 

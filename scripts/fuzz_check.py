@@ -43,7 +43,7 @@ from prunesearch.presets import load_preset, presets
 from prunesearch.record import Record, with_evaluation
 from prunesearch.samplers.optuna_samplers import SAMPLERS
 from prunesearch.samplers.propose import propose, seed_of
-from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.samplers.token_gp import features
 from prunesearch.space.choices import dimensions, uid_of
 from prunesearch.space.problems import AMOUNTS
@@ -299,7 +299,7 @@ def _text(path: Path) -> str:
 def proposals(config: StudyConfig, count: int) -> int:
     """How many new candidates a study proposes, at most `count`, each told a made-up result."""
     shape = model_shape(config.model)
-    lessons, records = Lessons(config), dict[str, Record]()
+    lessons, records = SamplerState(config), dict[str, Record]()
     for index in range(count):
         draws = SAMPLERS[config.sampler.name].draws
         proposal = propose(config, shape, lessons.draw, draws, lessons.known, records, index)

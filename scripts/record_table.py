@@ -31,7 +31,7 @@ from prunesearch.evaluate import Task, evaluate, model_shape
 from prunesearch.files import load_study
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
-from prunesearch.search.problems import anchors_of
+from prunesearch.search.problems import start_schedules
 from prunesearch.space.choices import Choice, dimensions, grid_of, schedule_from, uid_of
 from prunesearch.strict import to_mapping
 
@@ -70,9 +70,9 @@ def main() -> None:
 
 
 def schedules(config: StudyConfig, count: int, seed: int) -> list[Schedule]:
-    """The anchors, then different schedules of the space: the first ones are the same whatever the count."""
+    """The starts, then different schedules of the space: the first ones are the same whatever the count."""
     shape = model_shape(config.model)
-    found = {uid_of(schedule, shape): schedule for _, schedule in anchors_of(config, shape)}
+    found = {uid_of(schedule, shape): schedule for _, schedule in start_schedules(config, shape)}
     draws = _draws(config, random.Random(seed))
     while len(found) < count:
         try:

@@ -19,7 +19,7 @@ from prunesearch.space.choices import blocks_of, parameters_of
 
 MOST_WORK = 20_000
 """Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
-STARTS, DRAWS = 8, 30
+RANDOM_STARTS, DRAWS = 8, 30
 """Random schedules from the best of which the search begins, and how often each is drawn until it is a possible one."""
 
 
@@ -94,7 +94,7 @@ def unreachable_limits(config: StudyConfig) -> list[str]:
 
 
 def _starts(anything: SupernetWork, model: ModelConfig, generator: random.Random) -> Iterator[Schedule]:
-    for _ in range(STARTS):
+    for _ in range(RANDOM_STARTS):
         try:
             schedule = draw_schedule(anything, model, generator, draws=DRAWS)
         except StudyError:

@@ -9,7 +9,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Cause, Evaluation, Task
 
 
-def judged(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
+def check_evaluation(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
     """The evaluation as the study takes it: complete only with a finite number for every objective and limit."""
     if evaluation.status == "failed":
         return evaluation

@@ -30,7 +30,7 @@ from prunesearch.space.choices import (
 )
 
 MOST_DRAWS = 10_000
-STARTS = 32
+LOCAL_STARTS = 32
 """Random schedules, from the cheapest of which the search for the cheapest of all begins."""
 
 
@@ -85,7 +85,7 @@ def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
         return estimate_cost(shape, schedule).macs if is_within(work, model, schedule) else math.inf
 
     generator = random.Random(0)
-    return improved([draw_schedule(work, model, generator) for _ in range(STARTS)], work.space, shape, cost)
+    return improved([draw_schedule(work, model, generator) for _ in range(LOCAL_STARTS)], work.space, shape, cost)
 
 
 def improved(

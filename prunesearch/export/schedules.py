@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
-from prunesearch.confirmation import again_row
+from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import RunError, StudyError, UserError
 from prunesearch.evaluate import Evaluation, Task, check_inputs, evaluate
 from prunesearch.export.sources import model_and_data, needed
@@ -77,7 +77,7 @@ def export(
             **({"supernet_images": config.supernet.images} if evaluation.start and config.supernet else {}),
             "device": evaluation.device,
             **({"data_notes": list(evaluation.data_notes)} if evaluation.data_notes else {}),
-            **({"again": again_row(record)} if record.confirmations else {}),
+            **({"again": confirmation_row(record)} if record.confirmations else {}),
         },
         made_by={
             "study": config.name,

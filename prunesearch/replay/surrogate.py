@@ -23,7 +23,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import METRICS
-from prunesearch.replay.table import Measured, Table
+from prunesearch.replay.table import Recorded, Table
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule, resolve
 from prunesearch.search.agreement import kendall_tau
@@ -66,14 +66,14 @@ class Surrogate:
         self._residuals = targets - self._predicted
         self._known: dict[Schedule, tuple[str, np.ndarray]] = {}
 
-    def expected(self, schedule: Schedule, rung: int) -> Measured:
+    def expected(self, schedule: Schedule, rung: int) -> Recorded:
         """The mean of what evaluations of a schedule at a rung of the table give, without the luck of one training.
 
         Raises ScheduleError for a verb or a score that the table does not have.
         """
         return self._as_measured(schedule, rung, self._seen(schedule)[1])
 
-    def measured(self, schedule: Schedule, rung: int) -> Measured:
+    def measured(self, schedule: Schedule, rung: int) -> Recorded:
         """What the table has of a schedule; where it has nothing, what one evaluation could have given: always the
         same for the same schedule. Raises ScheduleError as `expected`."""
         uid, transformed = self._seen(schedule)
@@ -102,12 +102,12 @@ class Surrogate:
             self._known[schedule] = uid_of(schedule, self.table.shape), self._regression.predict(row[None])[0]
         return self._known[schedule]
 
-    def _as_measured(self, schedule: Schedule, rung: int, transformed: np.ndarray) -> Measured:
+    def _as_measured(self, schedule: Schedule, rung: int, transformed: np.ndarray) -> Recorded:
         of_rung = transformed.reshape(len(self.table.images), len(self._names))[rung]
         values = {name: float(_back(value, name)) for name, value in zip(self._names, of_rung, strict=True)}
         seconds = values.pop(SECONDS)
         values["gmacs"] = estimate_cost(self.table.shape, schedule).gmacs
-        return Measured({name: values[name] for name in self.table.metrics}, seconds)
+        return Recorded({name: values[name] for name in self.table.metrics}, seconds)
 
 
 def _regression() -> Pipeline:

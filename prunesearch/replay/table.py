@@ -22,7 +22,7 @@ _NOT_METRICS = ("uid", "rung", "images", "seconds", "schedule")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Recorded:
     """What one evaluation gave, by metric, and how long it took."""
 
     metrics: Mapping[str, float]
@@ -41,9 +41,9 @@ class Table:
     images: tuple[int, ...]
     metrics: tuple[str, ...]
     schedules: Mapping[str, Schedule]
-    rows: Mapping[str, tuple[Measured, ...]]
+    rows: Mapping[str, tuple[Recorded, ...]]
 
-    def lookup(self, schedule: Schedule, rung: int) -> Measured | None:
+    def lookup(self, schedule: Schedule, rung: int) -> Recorded | None:
         """What was measured of a schedule, however it is spelled, at a rung of the table; None when it was not."""
         row = self.rows.get(uid_of(schedule, self.shape))
         return None if row is None else row[rung]
@@ -70,11 +70,11 @@ def read_table(path: Path, shape: ModelShape) -> Table:
     metrics = tuple(name for name in columns if name not in _NOT_METRICS)
     images = tuple(sorted({int(line["images"]) for line in lines}))
     schedules: dict[str, Schedule] = {}
-    found: dict[str, dict[int, Measured]] = {}
+    found: dict[str, dict[int, Recorded]] = {}
     for number, line in enumerate(lines, start=2):
         uid = line["uid"]
         values = {name: float(line[name]) for name in metrics}
-        found.setdefault(uid, {})[int(line["images"])] = Measured(values, float(line["seconds"]))
+        found.setdefault(uid, {})[int(line["images"])] = Recorded(values, float(line["seconds"]))
         if uid not in schedules:
             stages = {"stages": json.loads(line["schedule"])}
             schedules[uid] = from_mapping(Schedule, stages, f"{path}, line {number}")

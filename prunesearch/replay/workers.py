@@ -23,7 +23,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import StudyError
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.replay.table import Measured, Table
+from prunesearch.replay.table import Recorded, Table
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
 from prunesearch.workers.protocol import Lost, Outcome
@@ -43,7 +43,7 @@ NEVER = Failures()
 
 
 @dataclass(frozen=True)
-class Finished:
+class SimulatedTask:
     """A task that a simulated worker ended: when it began and ended, in virtual seconds, and what came of it."""
 
     began: float
@@ -70,7 +70,7 @@ class SimulatedWorkers:
         table: Table,
         config: StudyConfig,
         *,
-        measured: Callable[[Schedule, int], Measured] | None = None,
+        measured: Callable[[Schedule, int], Recorded] | None = None,
         count: int = 1,
         overhead: float = 0.0,
         seconds: float = math.inf,
@@ -78,10 +78,10 @@ class SimulatedWorkers:
     ) -> None:
         self.count, self.description = count, f"{count} simulated workers"
         self.now = 0.0
-        self.finished: list[Finished] = []
+        self.finished: list[SimulatedTask] = []
         self._measured, self._images = measured or partial(_in_table, table), table.images
         self._config, self._overhead, self._end, self._failures = config, overhead, seconds, failures
-        self._under_way: list[tuple[float, int, Finished]] = []
+        self._under_way: list[tuple[float, int, SimulatedTask]] = []
         self._submitted = 0
         for rung, budget in enumerate(config.rungs):
             if budget.images not in table.images or budget.seconds is not None:
@@ -92,7 +92,7 @@ class SimulatedWorkers:
 
     def submit(self, task: Task) -> None:
         seconds, outcome = self._run(task)
-        done = Finished(self.now, self.now + seconds, task, outcome)
+        done = SimulatedTask(self.now, self.now + seconds, task, outcome)
         heapq.heappush(self._under_way, (done.ended, self._submitted, done))  # at the same time: in order of submission
         self._submitted += 1
 
@@ -133,7 +133,7 @@ class SimulatedWorkers:
         return took, Evaluation(task.uid, "complete", task.rung, task.attempt, **about)
 
 
-def seconds_of(row: Callable[[int], Measured], budgets: Sequence[int], images: int, before: int = 0) -> float:
+def seconds_of(row: Callable[[int], Recorded], budgets: Sequence[int], images: int, before: int = 0) -> float:
     """What it takes to train a schedule from `before` to `images` images and to measure it, by what its rungs took.
 
     The rungs between were measured too, in the table, and need not be; what that took is known where the table has a
@@ -146,7 +146,7 @@ def seconds_of(row: Callable[[int], Measured], budgets: Sequence[int], images: i
     return sum(row(rung).seconds for rung in rungs) - (len(rungs) - 1) * measuring
 
 
-def _in_table(table: Table, schedule: Schedule, rung: int) -> Measured:
+def _in_table(table: Table, schedule: Schedule, rung: int) -> Recorded:
     found = table.lookup(schedule, rung)
     if found is None:
         raise StudyError(

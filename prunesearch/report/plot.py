@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prunesearch.config import Objective
-from prunesearch.confirmation import again_of
+from prunesearch.confirmation import confirmation_of
 from prunesearch.errors import StudyError, UserError
 from prunesearch.front import Limits, comparable, front, values_of
 from prunesearch.record import Record
@@ -193,7 +193,7 @@ def _again(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
     """What fresh seeds said, tied to the search's own number by a line."""
     label: str | None = "measured again, with fresh seeds"
     for record in picture.records:
-        again, quality = again_of(record), picture.quality.metric
+        again, quality = confirmation_of(record), picture.quality.metric
         if again is None:
             continue
         x, before = picture.places([record], cost)[0]

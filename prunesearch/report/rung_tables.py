@@ -62,14 +62,14 @@ def work_left(records: Sequence[Record], config: StudyConfig, total: int) -> flo
     for record in records:
         for evaluation in record.evaluations:
             spent.setdefault(evaluation.rung, []).append(seconds_of(evaluation))
-    anchors = min(1 + len(config.space.start_from), total)
+    starts = min(1 + len(config.space.start_from), total)
     work, expected = 0.0, total
     for rung in range(len(config.rungs)):
         known = spent.get(rung, [])
         if expected > 0 and not known:
             return None
         work += max(expected - len(known), 0) * sum(known) / len(known)
-        expected = max(expected // config.promote, anchors)
+        expected = max(expected // config.promote, starts)
     return work
 
 

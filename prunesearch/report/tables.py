@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
-from prunesearch.confirmation import again_of, mean_drop, measured_objectives
+from prunesearch.confirmation import confirmation_of, mean_drop, measured_objectives
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
@@ -135,7 +135,7 @@ def front_table(
 
 
 def _again(record: Record, metric: str, places: int) -> str:
-    again = again_of(record)
+    again = confirmation_of(record)
     if again is None:
         return ""
     spread = again.spread.get(metric)
@@ -144,7 +144,7 @@ def _again(record: Record, metric: str, places: int) -> str:
 
 def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense: Record | None) -> list[str]:
     """What "again" is, and by how much the search's own numbers flatter."""
-    summaries = [again for record in found if (again := again_of(record)) is not None]
+    summaries = [again for record in found if (again := confirmation_of(record)) is not None]
     measured = measured_objectives(objectives)
     if not summaries or not measured:
         return []

@@ -27,7 +27,7 @@ STARTUP = 10
 """Random candidates before a model takes over, where the study file does not say."""
 
 
-class Lessons:
+class SamplerState:
     """The model study of the sampler, kept up to date with the records of a study."""
 
     def __init__(self, config: StudyConfig) -> None:

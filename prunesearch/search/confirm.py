@@ -17,7 +17,7 @@ from typing import Literal
 
 from prunesearch.config import StudyConfig
 from prunesearch.confirmation import name_of
-from prunesearch.evaluate.outcome import failed, judged, same_work
+from prunesearch.evaluate.outcome import check_evaluation, failed, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.front import dense_of, front
 from prunesearch.record import Record
@@ -45,7 +45,7 @@ class Confirmed:
 
 
 @dataclass(frozen=True)
-class Confirmation:
+class Wanted:
     """One evaluation with a fresh seed that is wanted."""
 
     record: Record
@@ -72,7 +72,7 @@ def confirm(
     _adopt(config, folder, outbox, store)
     failed_before = {name for name, claim in store.claims().items() if claim.failed}
     failed_now: set[str] = set()
-    under_way: dict[str, Confirmation] = {}
+    under_way: dict[str, Wanted] = {}
     deaths: Counter[str] = Counter()
     while True:
         claims: dict[str, Claim] = {}
@@ -104,7 +104,7 @@ def confirm(
                 if outcome.cause == "crash" and deaths[task.uid] <= config.workers.retries:
                     continue  # it is still missing, and claimed
                 outcome = failed(task, outcome.cause, outcome.error)
-            evaluation = judged(outcome, config)
+            evaluation = check_evaluation(outcome, config)
             if evaluation.status == "complete":
                 store.confirm(one.record.uid, one.index, evaluation)
             else:
@@ -124,13 +124,13 @@ def take_up_confirmations(config: StudyConfig, folder: Path, outbox: Path, store
             store.give_up(name, failed=False)
 
 
-def missing(config: StudyConfig, folder: Path, records: Iterable[Record]) -> list[Confirmation]:
+def missing(config: StudyConfig, folder: Path, records: Iterable[Record]) -> list[Wanted]:
     """Evaluations with fresh seeds that are wanted and not there."""
     every = wanted(config, folder, list(records))
     return [one for one in every if all(known.uid != one.task.uid for known in one.record.confirmations)]
 
 
-def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Confirmation]:
+def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Wanted]:
     """One of each candidate before the second of any; the dense model first, then along the front."""
     chosen = front(records, config.objectives, config.limits)
     dense = dense_of(records)
@@ -139,7 +139,7 @@ def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Con
     if dense is not None:
         chosen = [dense, *(record for record in chosen if record is not dense)]
     return [
-        Confirmation(record, index, _task(record, index, config, folder))
+        Wanted(record, index, _task(record, index, config, folder))
         for index in range(config.confirm.seeds)
         for record in chosen
     ]
@@ -169,7 +169,7 @@ def _adopt_from_dead(
     return dead
 
 
-def _claim(one: Confirmation, before: Claim | None, dead: Container[str], store: Store) -> bool:
+def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store) -> bool:
     """Whether this driver may evaluate it: not while another one does."""
     if before is not None and not before.failed and before.owner != store.owner and before.owner not in dead:
         return False
@@ -186,7 +186,7 @@ def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> Non
         if uid not in records or index is None or evaluation.uid != task.uid:
             continue
         if records[uid].rung_done >= 0 and same_work(task, _task(records[uid], index, config, folder)):
-            evaluation = judged(evaluation, config)
+            evaluation = check_evaluation(evaluation, config)
             if evaluation.status == "complete":
                 store.confirm(uid, index, evaluation)
             delete(path)

@@ -22,7 +22,7 @@ from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
-from prunesearch.search.problems import anchors_of, study_problems
+from prunesearch.search.problems import start_schedules, study_problems
 from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.strict import to_mapping
 from prunesearch.study.lock import one_of_several, only_driver
@@ -88,9 +88,9 @@ def run_study(
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             team = None if alone else Team(store, place, lease)
-            anchors = store.starts(lambda: anchors_of(config, shape, folder))
-            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in anchors]))
-            run = Search(config, shape, anchors, folder, store, team, interrupt, on_event)
+            starts = store.starts(lambda: start_schedules(config, shape, folder))
+            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+            run = Search(config, shape, starts, folder, store, team, interrupt, on_event)
             take_up_confirmations(config, folder, run.outbox, store)
             workers: Workers = NoWorkers()
             if (search and run.has_work()) or missing(config, folder, store.records()):

@@ -27,12 +27,12 @@ from pathlib import Path
 from prunesearch.config import StudyConfig
 from prunesearch.errors import RunError
 from prunesearch.evaluate.limits import computed_excess
-from prunesearch.evaluate.outcome import failed, hopeless, judged, same_work
+from prunesearch.evaluate.outcome import check_evaluation, failed, hopeless, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record, State, with_evaluation
 from prunesearch.samplers.optuna_samplers import SAMPLERS
 from prunesearch.samplers.propose import propose, seed_of
-from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.schedule import Schedule
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.interrupt import Interrupt
@@ -63,7 +63,7 @@ class Search:
         self,
         config: StudyConfig,
         shape: ModelShape,
-        anchors: list[tuple[str, Schedule]],
+        starts: list[tuple[str, Schedule]],
         folder: Path,
         store: Store,
         team: Team | None,
@@ -73,9 +73,9 @@ class Search:
         self.config, self.shape, self.folder = config, shape, folder
         self.store, self.team, self.interrupt, self.on_event = store, team, interrupt, on_event
         self.outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
-        self.anchors = deque(anchors)
-        self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
-        self.lessons, self.promotions = Lessons(config), Promotions(config)
+        self.starts = deque(starts)
+        self.origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
+        self.lessons, self.promotions = SamplerState(config), Promotions(config)
         self.last_rung = len(config.rungs) - 1
         self.records = {record.uid: record for record in store.records()}
         self.kept: set[tuple[str, int]] = set()  # uid and rung of results in the outbox of what others run by now
@@ -147,7 +147,7 @@ class Search:
             )
             self._stop("disk", "no space is left for weights")
             return
-        evaluation = judged(outcome, self.config)
+        evaluation = check_evaluation(outcome, self.config)
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         after = with_evaluation(record, evaluation, self.store.results, self.last_rung)
@@ -226,8 +226,8 @@ class Search:
         return record
 
     def _next_candidate(self) -> Record | None:
-        while self.anchors:
-            _, schedule = self.anchors.popleft()
+        while self.starts:
+            _, schedule = self.starts.popleft()
             if uid_of(schedule, self.shape) not in self.records:
                 return self._new_record(schedule)
         draws, index = SAMPLERS[self.config.sampler.name].draws, len(self.records)
@@ -377,7 +377,7 @@ class Search:
                     continue
                 record = replace(record, owner=self.store.owner)
             if record.state == "running" and record.rung == task.rung:
-                after = self.store.finish(record, judged(evaluation, self.config))
+                after = self.store.finish(record, check_evaluation(evaluation, self.config))
                 if after is not None:
                     self.records[task.uid] = after
                     adopted.append(after)

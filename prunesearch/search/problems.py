@@ -201,7 +201,7 @@ def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     return problems
 
 
-def anchors_of(config: StudyConfig, shape: ModelShape, folder: Path | None = None) -> list[tuple[str, Schedule]]:
+def start_schedules(config: StudyConfig, shape: ModelShape, folder: Path | None = None) -> list[tuple[str, Schedule]]:
     """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin.
 
     folder: of the study, where its sensitivities are kept, and measured first if they are not there. Without one

@@ -33,7 +33,7 @@ class Promotions:
                 evaluation.rung,
                 tuple(values[one.metric] * (1 if one.goal == "minimize" else -1) for one in objectives),
                 total_excess(self._config, values),
-                record.is_anchor,
+                record.is_start,
                 is_promoted=record.rung > evaluation.rung,
             )
             if self._results[evaluation.rung].get(record.uid) != result:

@@ -27,7 +27,7 @@ BANDS = 3
 class Result:
     """A complete evaluation of a candidate at a rung.
 
-    losses: objectives, minimized. excess: by how much all limits together are broken, 0 is within them. is_anchor:
+    losses: objectives, minimized. excess: by how much all limits together are broken, 0 is within them. is_start:
     goes on in any case. is_promoted: it has gone on already, whatever became of it there.
     """
 
@@ -35,20 +35,20 @@ class Result:
     rung: int
     losses: tuple[float, ...]
     excess: float = 0.0
-    is_anchor: bool = False
+    is_start: bool = False
     is_promoted: bool = False
 
 
 def promotion(results: Sequence[Result], one_in: int, cost: int | None) -> Result | None:
     """Who of one rung goes on now; None is nobody.
 
-    Anchors go on at once. Others wait until a rung has 2 * one_in results; from then on those among its best
+    Start schedules go on at once. Others wait until a rung has 2 * one_in results; from then on those among its best
     1/one_in, and the best one within the limits of each third of the range of costs (the column `cost` of the losses)
     from which nobody went on yet, not even an anchor. Results with a loss that is not finite do not take part.
     """
     finished = sorted((one for one in results if all(map(math.isfinite, one.losses))), key=lambda one: one.uid)
     for result in finished:
-        if result.is_anchor and not result.is_promoted:
+        if result.is_start and not result.is_promoted:
             return result
     if len(finished) < 2 * one_in:
         return None

@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 WORD = "sensitivity"
 """Its name among the start schedules."""
 FILE = "sensitivity.json"
-STARTS = 16
+MOST_STARTS = 16
 
 
 def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivities) -> list[Predicted]:
-    """At most STARTS schedules of the predicted front that keep the limits arithmetic knows.
+    """At most MOST_STARTS schedules of the predicted front that keep the limits arithmetic knows.
 
     Evenly along the cost, those first that matter most, so that a search that is stopped soon has a front. Where the
     study has a budget, those next below it.
@@ -43,8 +43,8 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     ]
     if config.budget is not None:
         budget = config.budget.gmacs
-        return [point for point in possible if point.gmacs <= budget][-STARTS:]
-    return _best_first(_evenly(possible, STARTS))
+        return [point for point in possible if point.gmacs <= budget][-MOST_STARTS:]
+    return _best_first(_evenly(possible, MOST_STARTS))
 
 
 def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError, StudyError
-from prunesearch.evaluate.outcome import judged
+from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record, State
 from prunesearch.schedule import Schedule
@@ -252,7 +252,7 @@ def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
 
 def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: StudyConfig) -> str | None:
     """What an evaluation cannot say if it is one of this study."""
-    verdict = judged(evaluation, config)
+    verdict = check_evaluation(evaluation, config)
     if verdict.status != evaluation.status:
         return verdict.error
     if evaluation.rung not in range(len(config.rungs)):

@@ -15,12 +15,12 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.limits import computed_excess
-from prunesearch.evaluate.outcome import judged, same_work
+from prunesearch.evaluate.outcome import check_evaluation, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
 from prunesearch.record import Record
-from prunesearch.search.problems import anchors_of
+from prunesearch.search.problems import start_schedules
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Value, uid_of
 from prunesearch.strict import from_mapping, to_mapping
@@ -66,9 +66,9 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
         try:
             write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
             shape = model_shape(config.model)
-            anchors = anchors_of(config, shape)
-            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in anchors]))
-            origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(anchors)}
+            starts = start_schedules(config, shape)
+            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+            origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
             known = {record.uid for record in store.records()}
             furthest: dict[str, list[Entry]] = {}
             for trial in trials:
@@ -121,7 +121,7 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
             begun = recorded
         elif not store.promote(begun):
             return True  # another driver goes on with it
-        finished = store.finish(begun, judged(replace(evaluation, checkpoint=weights), config))
+        finished = store.finish(begun, check_evaluation(replace(evaluation, checkpoint=weights), config))
         if finished is None:
             return True  # another driver took it over
         record = finished

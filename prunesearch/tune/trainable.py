@@ -28,14 +28,14 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.limits import computed_excess, excess
-from prunesearch.evaluate.outcome import judged
+from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.plugins import import_plugins
 from prunesearch.record import Record, with_evaluation
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
-from prunesearch.search.problems import anchors_of, study_problems
+from prunesearch.search.problems import start_schedules, study_problems
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Choice, Dimension, dimensions, grid_of, parameters_of, schedule_from, uid_of
 from prunesearch.strict import from_mapping, to_mapping
@@ -88,7 +88,9 @@ def points_to_evaluate(config: StudyConfig) -> list[dict[str, Any]]:
     Those that lie outside the space, which the engine evaluates all the same, have none and are left out.
     """
     _check(config)
-    points = [parameters_of(schedule, config.space) for _, schedule in anchors_of(config, model_shape(config.model))]
+    points = [
+        parameters_of(schedule, config.space) for _, schedule in start_schedules(config, model_shape(config.model))
+    ]
     unique = {json.dumps(point): dict(point) for point in points if point is not None}
     return list(unique.values())
 
@@ -129,7 +131,7 @@ class _Candidate(tune.Trainable):
         sys.path += [path for path in self.import_paths if path not in sys.path]
         _check(self.study)  # imports plugins
         self._shape = model_shape(self.study.model)
-        self._anchors = {uid_of(schedule, self._shape) for _, schedule in anchors_of(self.study, self._shape)}
+        self._anchors = {uid_of(schedule, self._shape) for _, schedule in start_schedules(self.study, self._shape)}
         self._scratch = Path(tempfile.mkdtemp(prefix="prunesearch-tune-"))
         self.reset_config(config)
 
@@ -154,7 +156,7 @@ class _Candidate(tune.Trainable):
         record = replace(self._record, rung=self._record.rung_done + 1)
         task = task_of(record, 0, self.study, self._scratch)
         with _working_in(self.directory):
-            evaluation = judged(find_evaluate(self.evaluate)(task), self.study)
+            evaluation = check_evaluation(find_evaluate(self.evaluate)(task), self.study)
         if evaluation.cause == "disk":  # no fault of the candidate
             raise RunError(
                 f"{self._scratch}: no space is left for weights ({evaluation.error}). Free some space there."

@@ -15,7 +15,7 @@ from fake_search import SPACE, records, run, small_study, study
 from rich.console import Console
 
 from prunesearch.config import ConfirmConfig, DataConfig, Objective, StudyConfig
-from prunesearch.confirmation import again_of, again_row, mean_drop, measured_objectives
+from prunesearch.confirmation import confirmation_of, confirmation_row, mean_drop, measured_objectives
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.export.schedules import export
 from prunesearch.files import load_schedule_file
@@ -82,7 +82,7 @@ def test_the_front_and_the_dense_model_with_fresh_seeds_from_scratch(tmp_path: P
         assert (task.rung, task.budget, task.resume_from, task.save_to) == (2, config.rungs[2], None, None)
     assert len({task.seed for task in TASKS} | {record.seed for record in found}) == len(TASKS) + len(found)
     for record in best:
-        assert len(record.confirmations) == 2 and again_of(record) is not None
+        assert len(record.confirmations) == 2 and confirmation_of(record) is not None
     assert all(not record.confirmations for record in found if record not in best and record is not dense)
     assert again(config, tmp_path) == []  # nothing is left to do
     assert len(again(replace(config, confirm=ConfirmConfig(seeds=3)), tmp_path)) == len(events) // 2
@@ -163,12 +163,12 @@ def test_test_images_take_the_place_of_those_for_validation(tmp_path: Path) -> N
     config = searched(tmp_path)
     again(config, tmp_path)
     assert {task.split for task in TASKS} == {"validation"}
-    before = {record.uid: again_of(record) for record in records(tmp_path)}
+    before = {record.uid: confirmation_of(record) for record in records(tmp_path)}
     tested = replace(config, data=DataConfig(test_root="/elsewhere"))  # found only now
     again(tested, tmp_path)
     assert {task.split for task in TASKS[len(TASKS) // 2 :]} == {"test"}
     for record in records(tmp_path):
-        then, now = before[record.uid], again_of(record)
+        then, now = before[record.uid], confirmation_of(record)
         assert (then is None) == (now is None)
         if then is not None and now is not None:
             assert (then.split, now.split, now.seeds) == ("validation", "test", 2)
@@ -188,10 +188,10 @@ def test_means_spreads_and_the_drop(tmp_path: Path) -> None:
     one, other, third = (replace(record, confirmations=()) for record in records(tmp_path)[:3])
     first, second = (record.evaluation.value("top1") for record in (one, other) if record.evaluation)
     one, other = measured_again(one, first - 3, first - 1), measured_again(other, second)
-    found = again_of(one)
+    found = confirmation_of(one)
     assert found is not None and (found.split, found.seeds) == ("validation", 2)
     assert found.mean["top1"] == pytest.approx(first - 2) and found.spread["top1"] == pytest.approx(2**0.5)
-    assert again_row(other)["spread"] == {} and again_row(third) == {} and again_of(third) is None
+    assert confirmation_row(other)["spread"] == {} and confirmation_row(third) == {} and confirmation_of(third) is None
     quality = measured_objectives(config.objectives)
     assert [objective.metric for objective in quality] == ["top1"]
     assert mean_drop([one, other, third], quality[0]) == pytest.approx(1.0)

@@ -383,7 +383,7 @@ def test_the_best_go_on_from_their_checkpoints_and_anchors_always(
     found = records(tmp_path)
     counts = [len(at_rung(found, rung)) for rung in range(3)]
     assert counts[0] == 20 and 7 <= counts[1] <= 11 and 3 <= counts[2] <= 6
-    assert [record.rung for record in found if record.is_anchor] == [2, 2]
+    assert [record.rung for record in found if record.is_start] == [2, 2]
     assert (done.complete, done.paused, done.running) == (counts[2], 20 - counts[2], 0)
     assert [task.rung for task in tasks[:6]] == [0, 1, 2] * 2  # dense and the start schedule, at once
     for task in tasks:

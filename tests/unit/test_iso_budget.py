@@ -15,7 +15,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.propose import propose
-from prunesearch.samplers.sampler_state import Lessons
+from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.search.problems import study_problems
 from prunesearch.shape import ModelShape
@@ -161,10 +161,10 @@ def test_the_sampler_learns_what_it_drew_and_nothing_of_other_costs(tmp_path: Pa
     config = study(8, budget=IsoBudget(BUDGET), space=space)
     run(config, tmp_path)
     found = records(tmp_path)
-    lessons = Lessons(config)
+    lessons = SamplerState(config)
     lessons.take_up(found)
     assert lessons.known == [record.parameters for record in found[2:]]
-    unbound = Lessons(replace(config, budget=None))
+    unbound = SamplerState(replace(config, budget=None))
     unbound.take_up(found)
     assert unbound.known[0] == parameters_of(Schedule(), space)
 

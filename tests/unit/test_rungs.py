@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_take_no_part() -> None:
 
 
 def test_anchors_go_on_at_once_whatever_they_are_worth() -> None:
-    anchor = Result("zz", 0, (99.0, 99.0), excess=5.0, is_anchor=True)
+    anchor = Result("zz", 0, (99.0, 99.0), excess=5.0, is_start=True)
     assert promoted([anchor]) == ["zz.0"]
     assert promoted([*finished(STAIRS + BEHIND), anchor]) == ["zz.0", "02.0", "04.0", "00.0"]
 

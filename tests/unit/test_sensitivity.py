@@ -44,9 +44,9 @@ from prunesearch.models import apply_schedule
 from prunesearch.record import SENSITIVITY
 from prunesearch.schedule import Schedule, resolve
 from prunesearch.search import sensitivity_front, sensitivity_start
-from prunesearch.search.problems import anchors_of, study_problems
+from prunesearch.search.problems import start_schedules, study_problems
 from prunesearch.search.sensitivity_front import predicted_front
-from prunesearch.search.sensitivity_start import FILE, STARTS, kept_sensitivities, predicted_starts
+from prunesearch.search.sensitivity_start import FILE, MOST_STARTS, kept_sensitivities, predicted_starts
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import combination, combinations, parameters_of, schedule_from
 
@@ -251,10 +251,10 @@ def test_starts_are_within_limits_and_spread_over_them() -> None:
     config = study(limits=(("gmacs", Limit(at_least=0.006, at_most=0.0115)),))
     starts = predicted_starts(config, SHAPE, table(config))
     costs = sorted(point.gmacs for point in starts)
-    assert len(starts) == STARTS
+    assert len(starts) == MOST_STARTS
     assert costs[0] >= 0.006 and costs[-1] <= 0.0115
     widest = max(after - before for before, after in itertools.pairwise(costs))
-    assert widest < 2 * (costs[-1] - costs[0]) / (STARTS - 1)
+    assert widest < 2 * (costs[-1] - costs[0]) / (MOST_STARTS - 1)
     assert all(parameters_of(point.schedule, config.space) is not None for point in starts)
     free = predicted_starts(replace(config, limits=()), SHAPE, table(config))
     assert all(point.schedule.stages for point in free)  # the dense model is evaluated anyway
@@ -273,7 +273,7 @@ def test_the_first_starts_matter_most() -> None:
 def test_starts_of_a_budget_are_next_to_it() -> None:
     config = study(budget=IsoBudget(0.008))
     starts = predicted_starts(config, SHAPE, table(config))
-    assert len(starts) == STARTS and all(0.9 * 0.008 < point.gmacs <= 0.008 for point in starts)
+    assert len(starts) == MOST_STARTS and all(0.9 * 0.008 < point.gmacs <= 0.008 for point in starts)
 
 
 # --- as start schedules ------------------------------------------------------------------------------------------
@@ -295,14 +295,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
 def test_anchors_measure_once_and_in_a_folder_only(measured: list[StudyConfig], tmp_path: Path) -> None:
     config = study(space=replace(SPACE, start_from=("sensitivity", "etps-0.7")))
     assert study_problems(config) == []
-    assert [origin for origin, _ in anchors_of(config, SHAPE)] == ["dense", "start: etps-0.7"]
+    assert [origin for origin, _ in start_schedules(config, SHAPE)] == ["dense", "start: etps-0.7"]
     assert not measured
-    first = anchors_of(config, SHAPE, tmp_path)
-    assert [origin for origin, _ in first] == ["dense", *[SENSITIVITY] * STARTS, "start: etps-0.7"]
+    first = start_schedules(config, SHAPE, tmp_path)
+    assert [origin for origin, _ in first] == ["dense", *[SENSITIVITY] * MOST_STARTS, "start: etps-0.7"]
     assert [schedule for _, schedule in first[1:-1]] == [
         point.schedule for point in predicted_starts(config, SHAPE, table(config))
     ]
-    assert anchors_of(config, SHAPE, tmp_path) == first and len(measured) == 1
+    assert start_schedules(config, SHAPE, tmp_path) == first and len(measured) == 1
 
 
 def test_a_study_begins_with_them_and_they_always_go_on(measured: list[StudyConfig], tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_study_begins_with_them_and_they_always_go_on(measured: list[StudyConf
     run(config, tmp_path)
     found = sorted(records(tmp_path), key=lambda record: record.number)
     origins = [record.origin for record in found]
-    assert origins == ["dense", "start: evit-0.7", *[SENSITIVITY] * STARTS, "sampler", "sampler"]
+    assert origins == ["dense", "start: evit-0.7", *[SENSITIVITY] * MOST_STARTS, "sampler", "sampler"]
     assert {record.rung_done for record in found[:-2]} == {2}
     run(replace(config, stop=StopConfig(trials=21)), tmp_path)
     assert len(records(tmp_path)) == 21 and len(measured) == 1

@@ -19,8 +19,8 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.replay.surrogate import Surrogate
-from prunesearch.replay.table import Measured, Table, read_table
-from prunesearch.replay.workers import Failures, Finished, SimulatedWorkers, seconds_of
+from prunesearch.replay.table import Recorded, Table, read_table
+from prunesearch.replay.workers import Failures, SimulatedTask, SimulatedWorkers, seconds_of
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Done
@@ -76,7 +76,7 @@ def run(config: StudyConfig, workers: SimulatedWorkers, folder: Path) -> Done:
     return run_study(config, folder, storage="memory:", make_workers=lambda *_: workers)
 
 
-def told(finished: list[Finished]) -> list[tuple[float, str, int, str]]:
+def told(finished: list[SimulatedTask]) -> list[tuple[float, str, int, str]]:
     return [(one.ended, one.task.uid, one.task.rung, type(one.outcome).__name__) for one in finished]
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
 
 def test_seconds_of_a_larger_budget_count_each_measurement_once() -> None:
     def seconds(images: int, before: int = 0) -> float:
-        return seconds_of(lambda rung: Measured({}, SECONDS[HALF][rung]), BUDGETS, images, before)
+        return seconds_of(lambda rung: Recorded({}, SECONDS[HALF][rung]), BUDGETS, images, before)
 
     assert [seconds(0), seconds(640), seconds(2560)] == [0.5, 2.0, 2.0 + 5.0 - 0.5]
     assert seconds(2560, before=640) == 5.0
@@ -150,16 +150,16 @@ def test_rungs_that_the_table_lacks_are_refused(table: Table) -> None:
         workers.submit(task(Schedule((Stage(5, keep=0.5),))))
 
 
-def with_failures(table: Table, folder: Path, failures: Failures, **changes: Any) -> tuple[Done, list[Finished]]:
+def with_failures(table: Table, folder: Path, failures: Failures, **changes: Any) -> tuple[Done, list[SimulatedTask]]:
     config = study(40, "random", workers=WorkersConfig(kind="serial", retries=2, **changes))
     measured = partial(made_up, table)
     workers = SimulatedWorkers(table, config, measured=measured, count=4, failures=failures)
     return run(config, workers, folder), workers.finished
 
 
-def made_up(table: Table, schedule: Schedule, rung: int) -> Measured:
+def made_up(table: Table, schedule: Schedule, rung: int) -> Recorded:
     cost = estimate_cost(table.shape, schedule).gmacs
-    return Measured({"top1": 90.0 + cost, "gmacs": cost}, 1000 * cost)
+    return Recorded({"top1": 90.0 + cost, "gmacs": cost}, 1000 * cost)
 
 
 def test_failures_come_as_likely_as_asked_for_and_the_same_each_time(table: Table, tmp_path: Path) -> None:
