@@ -176,9 +176,8 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
         _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
-        print(
-            f"  {WORD:<20} up to {MOST_STARTS} schedules, predicted from {len(stages)} stages that the run measures first"
-        )
+        measured = f"{len(stages)} stages that the run measures first"
+        print(f"  {WORD:<20} up to {MOST_STARTS} schedules, predicted from {measured}")
     if not deep:
         print("  Weights and data were not opened; check --deep does that, and run always.")
     return 0

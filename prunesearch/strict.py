@@ -30,7 +30,7 @@ MOST_UNKNOWN = 10
 def from_mapping(kind: type[T], mapping: Any, place: str) -> T:
     """Make a dataclass from what YAML or JSON gave. `place` names the source in errors. Raises FileError.
 
-    Names of scores, verbs and metrics are not check_evaluation: data that is read back may come from plug-ins that are not
+    Names of scores, verbs and metrics are not judged: data that is read back may come from plug-ins that are not
     imported here, or from another version.
     """
     return read(kind, mapping, place)

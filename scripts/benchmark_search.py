@@ -321,7 +321,7 @@ def front_of(found: Sequence[Found]) -> list[Found]:
 class Judge:
     """Hypervolume of what a run found, in a box that is the same for all of them.
 
-    again: a front is check_evaluation by what its schedules give when they are trained again (the mean of many trainings), and
+    again: a front is judged by what its schedules give when they are trained again (the mean of many trainings), and
     not by what was measured when they were picked. low, high: of error and GMACs, ideal and nadir of the front of
     everything that any run found.
     """
@@ -562,7 +562,7 @@ that any run found.
 
 ![attainment surfaces]({stem}_attainment.png)
 
-## The same runs, check_evaluation as measured
+## The same runs, judged as measured
 
 Here a front is worth what was measured when it was picked. That counts the luck of training as merit: whoever trains
 most schedules at the full budget draws most often.
@@ -593,7 +593,7 @@ Made with `python scripts/benchmark_search.py {arguments}`.
 WITH_LUCK = (
     "a search is told what one training gives: what was measured, or for schedules that were not measured the mean "
     "that a regression predicts plus the residuals of one measured schedule, at all budgets. The front that it finds "
-    "is check_evaluation by what its schedules give on average, when they are trained again."
+    "is judged by what its schedules give on average, when they are trained again."
 )
 WITHOUT_LUCK = "none: every schedule gives the mean of its trainings, which a regression of the table predicts."
 

@@ -23,7 +23,7 @@ MAY_MEND = (
     "data.val_split",
 )
 """Settings that may also differ as long as nothing was evaluated: where weights and images are, which people get wrong
-at first. What is searched, and how candidates are check_evaluation, is no such setting."""
+at first. What is searched, and how candidates are judged, is no such setting."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> dict[str, str]:

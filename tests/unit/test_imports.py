@@ -9,39 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
-FLOORS = [
-    "errors",
-    "printable",
-    "registry",
-    "recipes",
-    "plugins",
-    "config",
-    "shape",
-    "tokens",
-    "schedule",
-    "strict",
-    "yaml_text",
-    "files",
-    "json_schema",
-    "cost",
-    "presets",
-    "space",
-    "models",
-    "evaluate",
-    "record",
-    "confirmation",
-    "front",
-    "workers",
-    "study",
-    "samplers",
-    "search",
-    "tune",
-    "replay",
-    "report",
-    "export",
-    "cli",
-    "__main__",
-]
+FLOORS = (
+    *("errors", "printable", "registry", "recipes", "plugins", "config", "shape", "tokens", "schedule", "strict"),
+    *("yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate", "record", "confirmation"),
+    *("front", "workers", "study", "samplers", "search", "tune", "replay", "report", "export", "cli", "__main__"),
+)
 ROOMS = {
     "timm": ("models", "evaluate"),
     "optuna": ("study", "samplers"),

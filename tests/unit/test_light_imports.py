@@ -1,3 +1,14 @@
+"""What importing the package loads: nothing heavy, and for a deployed model torch, timm and yaml only."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
 def run(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
