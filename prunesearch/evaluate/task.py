@@ -54,6 +54,7 @@ class Task:
     rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
     metrics: names of registered metrics to report. seed: of training order and of fresh weights.
     split: the images that metrics are measured on.
+    confirms: uid of the candidate that this task measures again with a fresh seed, None for a task of the search.
     parameters: what the sampler drew, where the schedule does not say it.
     device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
     resume_from: checkpoint (.safetensors + .state) of an earlier budget to continue from.
@@ -81,6 +82,7 @@ class Task:
     start: str | None = None
     supernet: SupernetWork | None = None
     split: Literal["validation", "test"] = "validation"
+    confirms: str | None = None
     parameters: Options = ()
     plugins: tuple[str, ...] = ()
 

@@ -6,13 +6,11 @@ Each evaluation is stored as it comes, so that a kill repeats nothing that is fi
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from string import ascii_letters
 from typing import Literal
 
 from prunesearch.config import StudyConfig
@@ -150,6 +148,7 @@ def _task(record: Record, index: int, config: StudyConfig, folder: Path) -> Task
     return replace(
         task_of(replace(record, rung=record.rung_done), 0, config, folder),
         uid=name_of(record.uid, split, index),
+        confirms=record.uid,
         seed=seed_of(config.sampler.seed, record.uid, "confirm", index),
         split=split,
         resume_from=None,
@@ -178,15 +177,15 @@ def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store
 
 def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
     """Store what workers of an earlier process, or of a dead driver, finished and nobody took."""
-    found = [entry for entry in delivered(outbox, deep=store.alone) if "." in entry[1].uid]
+    found = [entry for entry in delivered(outbox, deep=store.alone) if entry[1].confirms is not None]
     records = {record.uid: record for record in store.records()} if found else {}
     for path, task, evaluation in found:
-        uid, _, name = task.uid.partition(".")
-        index = int(name.lstrip(ascii_letters)) if re.fullmatch("[a-z]+[0-9]{1,6}", name) else None
-        if uid not in records or index is None or evaluation.uid != task.uid:
+        record = records.get(task.confirms or "")
+        if record is None or record.rung_done < 0 or evaluation.uid != task.uid:
             continue
-        if records[uid].rung_done >= 0 and same_work(task, _task(records[uid], index, config, folder)):
-            evaluation = check_evaluation(evaluation, config)
-            if evaluation.status == "complete":
-                store.confirm(uid, index, evaluation)
-            delete(path)
+        for index in range(config.confirm.seeds):
+            if same_work(task, _task(record, index, config, folder)):
+                evaluation = check_evaluation(evaluation, config)
+                if evaluation.status == "complete":
+                    store.confirm(record.uid, index, evaluation)
+                delete(path)

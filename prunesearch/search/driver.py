@@ -22,8 +22,11 @@ from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
+from prunesearch.search.others import NoOthers, OtherDrivers, Others
 from prunesearch.search.problems import start_schedules, study_problems
+from prunesearch.search.recovery import Recovery
 from prunesearch.search.shared_weights import prepare_supernet
+from prunesearch.search.state import SearchState
 from prunesearch.strict import to_mapping
 from prunesearch.study.lock import one_of_several, only_driver
 from prunesearch.study.lost_database import refuse_lost_database
@@ -90,23 +93,29 @@ def run_study(
             team = None if alone else Team(store, place, lease)
             starts = store.starts(lambda: start_schedules(config, shape, folder))
             store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
-            run = Search(config, shape, starts, folder, store, team, interrupt, on_event)
-            take_up_confirmations(config, folder, run.outbox, store)
+            outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
+            state = SearchState(config, shape, starts, store.records())
+            recovery = Recovery(state, store, folder)
+            others: Others = NoOthers()
+            if team is not None:
+                others = OtherDrivers(state, store, recovery, team, outbox, on_event)
+            run = Search(state, store, recovery, others, outbox, interrupt, on_event)
+            take_up_confirmations(config, folder, outbox, store)
             workers: Workers = NoWorkers()
             if (search and run.has_work()) or missing(config, folder, store.records()):
-                make = make_workers or partial(_start_workers, run.outbox)
+                make = make_workers or partial(_start_workers, outbox)
                 workers = make(config, folder, evaluate)
             interrupt.listen()  # after Ray, which sets a handler of its own
             try:
                 is_stopped = partial(_has_come, interrupt)
                 try:
                     if not isinstance(workers, NoWorkers):
-                        prepare_supernet(config, folder, run.outbox, workers, on_event, is_stopped)
+                        prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
                 except KeyboardInterrupt:
                     search = False
                 done = run.run(workers) if search else run.look()
                 if done.reason not in STOPPED_BY_HAND and not interrupt.count:
-                    confirm(config, folder, run.outbox, store, workers, on_event, is_stopped, team)
+                    confirm(config, folder, outbox, store, workers, on_event, is_stopped, team)
                 if interrupt.count and done.reason not in STOPPED_BY_HAND:
                     done = replace(done, reason="interrupted")
                 on_event(done)

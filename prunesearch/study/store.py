@@ -463,6 +463,10 @@ class Store(StudyReader):
 
         self._ask(look)
 
+    def owns(self, record: Record) -> bool:
+        """Whether a candidate that runs is this driver's."""
+        return self.alone or record.owner == self.owner
+
     def _is_mine(self, trial: rows.Trial) -> bool:
         return self.alone or trial.owner == self.owner
 

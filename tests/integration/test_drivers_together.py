@@ -37,7 +37,7 @@ def during(task: Task) -> None:
 def nothing_evaluated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_search.EVALUATED.clear()
     monkeypatch.setattr("prunesearch.search.loop.TICK_SECONDS", 0.02)
-    monkeypatch.setattr("prunesearch.search.loop.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("prunesearch.search.others.LOOK_SECONDS", 0.02)
     monkeypatch.setattr("prunesearch.search.confirm.TICK_SECONDS", 0.02)
 
 

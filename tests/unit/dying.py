@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from prunesearch.search import loop
+from prunesearch.search.recovery import Recovery
 from prunesearch.study.store import Store
 
 STEPS: dict[str, tuple[Any, str, bool]] = {
     "result": (loop.Search, "_handle", False),  # a worker delivered, and nothing was done about it yet
-    "submitted": (Store, "finish", False),  # alone: the worker is busy again, and the result is not written
-    "finished": (Store, "finish", True),
-    "begun": (loop, "discard", False),  # everything is written, and the outbox still has the result
-    "discarded": (loop, "discard", True),
+    "delivered": (Store, "finish", False),  # the result is in the outbox only
+    "written": (Store, "finish", True),
+    "claimed": (loop, "begin", True),  # a candidate runs in the storage, and no worker has it
+    "submitted": (loop.Search, "_submit", True),
+    "before discarding": (Recovery, "discard", False),  # everything is written, and the outbox still has the result
+    "discarded": (Recovery, "discard", True),
 }
 """By name: what is called there, and whether death comes after the call."""
 
@@ -30,12 +33,12 @@ def die_at(monkeypatch: pytest.MonkeyPatch, step: str, time: int) -> None:
     call, times = getattr(place, name), 0
 
     @functools.wraps(call)
-    def dying(*arguments: Any) -> Any:
+    def dying(*arguments: Any, **named: Any) -> Any:
         nonlocal times
         times += 1
         if times == time and not after:
             raise Killed
-        found = call(*arguments)
+        found = call(*arguments, **named)
         if times == time:
             raise Killed
         return found

@@ -23,14 +23,12 @@ from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.confirm import take_up_confirmations
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Started
-from prunesearch.search.interrupt import Interrupt
-from prunesearch.search.loop import Search
+from prunesearch.search.recovery import Recovery
+from prunesearch.search.state import SearchState
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import dimensions, uid_of
 from prunesearch.strict import from_mapping, to_mapping
-from prunesearch.study.lock import Place
 from prunesearch.study.store import open_store
-from prunesearch.study.team import Team
 from prunesearch.workers import outbox as outbox_module
 from prunesearch.workers.outbox import MOST_BYTES, delivered, discard
 
@@ -218,30 +216,27 @@ def test_two_drivers_that_adopt_the_same_file_count_it_once(tmp_path: Path, monk
         die_at(patch, "result", 2)
         run_study(config, tmp_path / "dead", storage=url, evaluate="fake_search:evaluate")
     (path,) = tmp_path.rglob("outbox/**/*.json")
-    dead, first, second = path.parent.name, *(driver(name, config, tmp_path, url) for name in ("first", "second"))
+    dead, first, second = path.parent.name, *(recovery_of(name, config, tmp_path, url) for name in ("first", "second"))
     read, adopted = outbox_module.delivered, []
 
     def read_and_let_another_one_adopt(place: Path, deep: bool = False) -> Any:
         found = read(place, deep)
-        monkeypatch.setattr("prunesearch.search.loop.delivered", read)
-        adopted.extend(second._adopt_outbox(place, {dead}))
+        monkeypatch.setattr("prunesearch.search.recovery.delivered", read)
+        adopted.extend(second.adopt(place, {dead}))
         return found
 
-    monkeypatch.setattr("prunesearch.search.loop.delivered", read_and_let_another_one_adopt)
-    adopted.extend(first._adopt_outbox(path.parent, {dead}))
+    monkeypatch.setattr("prunesearch.search.recovery.delivered", read_and_let_another_one_adopt)
+    adopted.extend(first.adopt(path.parent, {dead}))
     assert [record.state for record in adopted] == ["complete"]
     assert [record.state for record in first.store.records()] == ["complete"] * 2
     assert not path.exists() and not list(path.parent.iterdir())
-    for search in (first, second):
-        assert search.team is not None
-        search.team.close()
-        search.store.close()
+    for recovery in (first, second):
+        recovery.store.close()
 
 
-def driver(name: str, config: StudyConfig, place: Path, url: str) -> Search:
+def recovery_of(name: str, config: StudyConfig, place: Path, url: str) -> Recovery:
     store = open_store(config, url, owner=name, alone=False)
-    team = Team(store, Place(name, place / name / "drivers" / "0"))
-    return Search(config, SHAPE, [], place / name, store, team, Interrupt(), lambda event: None)
+    return Recovery(SearchState(config, SHAPE, [], store.records()), store, place / name)
 
 
 @pytest.mark.parametrize("kind", ["deep", "folder", "wrong types", "link to nowhere"])

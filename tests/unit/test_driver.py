@@ -15,7 +15,7 @@ from typing import Any
 
 import fake_search
 import pytest
-from dying import Killed, die_at
+from dying import STEPS, Killed, die_at
 from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_study, study
 from optuna.storages import JournalStorage
 
@@ -84,7 +84,7 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
         *(pytest.param(*one, marks=pytest.mark.slow) for one in (("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3))),
     ],
 )
-@pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun", "discarded"])
+@pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, rungs: int, step: str
 ) -> None:
@@ -120,7 +120,7 @@ def whole(record: Record) -> tuple[object, ...]:
 
 
 def test_continuing_says_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    die_at(monkeypatch, "submitted", 4)
+    die_at(monkeypatch, "delivered", 4)
     with pytest.raises(Killed):
         run(study(8), tmp_path)
     monkeypatch.undo()
@@ -338,7 +338,7 @@ def test_a_full_disk_is_nobodys_fault(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_study_needs_its_start_files_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_schedule(Schedule((Stage(3, keep=0.5),)), tmp_path / "mine.yaml")
     config = study(6, space=replace(SPACE, start_from=("evit-0.7", str(tmp_path / "mine.yaml"))))
-    die_at(monkeypatch, "begun", 1)
+    die_at(monkeypatch, "before discarding", 1)
     with pytest.raises(Killed):
         run(config, tmp_path)
     monkeypatch.undo()
@@ -433,7 +433,7 @@ def test_a_finished_search_that_still_owes_a_promotion_makes_it(
 ) -> None:
     run(small_study(10), tmp_path / "whole")
     total = len(EVALUATED)
-    die_at(monkeypatch, "finished", total - 1)
+    die_at(monkeypatch, "written", total - 1)
     with pytest.raises(Killed):
         run(small_study(10), tmp_path / "killed")
     monkeypatch.undo()

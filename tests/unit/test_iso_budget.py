@@ -144,7 +144,7 @@ def test_a_search_competes_at_one_cost(tmp_path: Path) -> None:
         assert within_budget(suggestion, SHAPE, BUDGET) == record.schedule
 
 
-@pytest.mark.parametrize("step", ["result", "submitted", "finished", "begun"])
+@pytest.mark.parametrize("step", ["result", "written", "claimed", "discarded"])
 def test_a_kill_loses_nothing_of_what_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     config = replace(study(9, "tpe", budget=IsoBudget(BUDGET)), sampler=SamplerConfig("tpe", startup=3))
     run(config, tmp_path / "whole")

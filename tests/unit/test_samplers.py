@@ -251,7 +251,7 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
     run(config, tmp_path / "whole")
     for time in (2, 3, 4, 5):  # of each run, so that all of the search is covered
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            die_at(patch, "begun", time + 1)
+            die_at(patch, "before discarding", time + 1)
             run(config, tmp_path / "killed")
     run(config, tmp_path / "killed")
     whole, killed = ([(one.uid, one.orders) for one in records(tmp_path / name)] for name in ("whole", "killed"))

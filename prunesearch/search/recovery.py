@@ -1,0 +1,122 @@
+"""What a process that ended left behind: finished results in its outbox, and candidates that were never closed."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import replace
+from pathlib import Path
+
+from prunesearch.evaluate.limits import computed_excess
+from prunesearch.evaluate.outcome import check_evaluation, same_work
+from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.record import Record
+from prunesearch.search.state import SearchState
+from prunesearch.search.tasks import task_of
+from prunesearch.study.lost_database import contradiction
+from prunesearch.study.store import Store
+from prunesearch.workers.outbox import delete, delivered, discard, set_aside
+
+
+class Recovery:
+    """Brings what is in outboxes into the storage.
+
+    folder: of the study. kept: uid and rung of results that stay in an outbox, because another driver evaluates the
+    same by now; they are adopted if that driver dies.
+    """
+
+    def __init__(self, state: SearchState, store: Store, folder: Path) -> None:
+        self.state, self.store, self.folder = state, store, folder
+        self.config = state.config
+        self.kept: set[tuple[str, int]] = set()
+
+    def adopt(self, outbox: Path, dead: Container[str] = ()) -> list[Record]:
+        """Finish what is in an outbox and not in the storage; returns what was finished.
+
+        The only driver also looks into the folders of an outbox, which belong to drivers that once were several. dead:
+        drivers that have ended, and whose candidates may be taken over.
+        """
+        found = []
+        for path, task, evaluation in delivered(outbox, deep=self.store.alone):
+            if task.confirms is not None or task.supernet is not None:  # not of the search: others adopt them
+                continue
+            try:
+                record = self._record_of(task, evaluation)
+            except Exception as error:  # whatever the file says, it must not stop the search
+                set_aside(path, f"it does not belong to this study: {error}")
+                continue
+            finished = self._adopt(path, record, task, evaluation, dead)
+            if finished is not None:
+                found.append(finished)
+        return found
+
+    def close_half_closed(self) -> int:
+        """Close candidates whose result is there, after a kill between two writes to a journal; returns how many."""
+        running = [one for one in self.state.records.values() if one.state == "running" and self.store.owns(one)]
+        half = [record for record in running if record.rung_done == record.rung]
+        for record in half:
+            self.close(record)
+        return len(half)
+
+    def close(self, record: Record) -> None:
+        """Close a candidate with the result that it has."""
+        assert record.evaluation is not None
+        self.state.records[record.uid] = self.store.finish(record, record.evaluation) or record
+
+    def discard(self, outbox: Path, record: Record, rung: int) -> None:
+        """Delete a result from an outbox, now that the storage has it. Raises RunError when it has not."""
+        if not self.store.holds(record.number, rung):
+            raise contradiction(f"candidate {record.number}", f"the database lacks its result at rung {rung}")
+        discard(outbox, record.uid, rung)
+
+    def _adopt(
+        self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str]
+    ) -> Record | None:
+        is_next = task.rung == record.rung + 1 and record.state == "paused"
+        if (record.number < 0 and task.rung == 0) or is_next:  # the storage is an older copy that does not know of it
+            begun = begin(self.store, replace(record, state="running", rung=task.rung))
+            if begun is None:
+                return None  # another driver is at it
+            record = self.state.records[task.uid] = begun
+        if record.number < 0:
+            set_aside(path, "its smaller budgets are not in the storage")
+            return None
+        finished = None
+        if record.state == "running" and record.rung == task.rung:
+            if not self.store.owns(record):
+                if record.owner not in dead or not self.store.take_over(record):
+                    self.kept.add((task.uid, task.rung))
+                    return None
+                record = replace(record, owner=self.store.owner)
+            finished = self.store.finish(record, check_evaluation(evaluation, self.config))
+            if finished is not None:
+                self.state.records[task.uid] = finished
+        if self.store.holds(record.number, task.rung):
+            delete(path)
+        elif not self.store.owns(record):
+            self.kept.add((task.uid, task.rung))
+        else:
+            set_aside(path, f"its candidate is {record.state} at rung {record.rung} and does not wait for it")
+        return finished
+
+    def _record_of(self, task: Task, evaluation: Evaluation) -> Record:
+        """The candidate that an outbox entry is about, with number -1 when the study lacks it. Raises ValueError when
+        it is of another study, and anything for values that make no sense."""
+        is_rung = 0 <= task.rung < len(self.config.rungs)
+        if not is_rung or (task.uid, task.rung) != (evaluation.uid, evaluation.rung):
+            raise ValueError(f"rung {task.rung} of {task.uid} does not fit rung {evaluation.rung} of {evaluation.uid}")
+        new = self.state.candidate(task.schedule, dict(task.parameters) or None)
+        record = self.state.records.get(new.uid, new)
+        expected = task_of(replace(record, rung=task.rung), task.attempt, self.config, self.folder)
+        if new.uid != task.uid or not same_work(task, expected):
+            raise ValueError("it comes from a study with other settings")
+        if record.number < 0:
+            self.store.check(record, computed_excess(self.config, record.schedule))
+        return record
+
+
+def begin(store: Store, record: Record) -> Record | None:
+    """Claim a new candidate, or one that goes on: write to the storage that it runs here. None: another driver was
+    faster."""
+    if record.rung > 0:
+        return replace(record, owner=store.owner) if store.promote(record) else None
+    return store.begin(record, computed_excess(store.config, record.schedule), store.config.stop.trials)

@@ -1,0 +1,90 @@
+"""What a driver knows: the candidates of the study, what the sampler learned from them, and what runs here."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from prunesearch.config import StudyConfig
+from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.record import Record, State
+from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers.propose import propose, seed_of
+from prunesearch.samplers.sampler_state import SamplerState
+from prunesearch.schedule import Schedule
+from prunesearch.search.promotions import Promotions
+from prunesearch.shape import ModelShape
+from prunesearch.space.choices import Value, uid_of
+
+
+class SearchState:
+    """The candidates by uid, and who may be next.
+
+    starts: the schedules that are evaluated first, by origin. under_way: tasks that workers of this driver run, by uid.
+    waiting: candidates of this driver that have to be evaluated again, in this order. rejected: proposals that
+    arithmetic or identity turned down.
+    """
+
+    def __init__(
+        self, config: StudyConfig, shape: ModelShape, starts: list[tuple[str, Schedule]], records: Iterable[Record]
+    ) -> None:
+        self.config, self.shape = config, shape
+        self.records = {record.uid: record for record in records}
+        self.sampler, self.promotions = SamplerState(config), Promotions(config)
+        self.under_way: dict[str, Task] = {}
+        self.waiting: deque[Record] = deque()
+        self.rejected = 0
+        self._starts = deque(schedule for _, schedule in starts)
+        self._origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
+
+    def learn_all(self) -> None:
+        """Teach the sampler and the promotions all results so far."""
+        self.sampler.take_up(self.records.values())
+        self.promotions = Promotions(self.config, self.records.values())
+
+    def begin(self, record: Record) -> None:
+        """A candidate runs now, here or elsewhere."""
+        self.records[record.uid] = record
+        self.sampler.begin(record)
+        self.promotions.add(record)
+
+    def finish(self, record: Record, evaluation: Evaluation) -> None:
+        """A result is in the storage; `record` has it."""
+        self.records[record.uid] = record
+        self.sampler.finish(record, evaluation, self.records)
+        self.promotions.add(record)
+
+    def promoted(self) -> Record | None:
+        """The candidate that goes on to a larger budget now, as it would run; None is nobody."""
+        best = self.promotions.next()
+        return None if best is None else replace(self.records[best.uid], state="running", rung=best.rung + 1)
+
+    def proposed(self) -> Record | None:
+        """The next new candidate, as it would run: a start schedule, else a proposal; None when there is none left."""
+        while self._starts:
+            schedule = self._starts.popleft()
+            if uid_of(schedule, self.shape) not in self.records:
+                return self.candidate(schedule)
+        draws, index = SAMPLERS[self.config.sampler.name].draws, len(self.records)
+        proposal = propose(self.config, self.shape, self.sampler.draw, draws, self.sampler.known, self.records, index)
+        self.rejected += proposal.rejected
+        return None if proposal.schedule is None else self.candidate(proposal.schedule, proposal.parameters)
+
+    def candidate(self, schedule: Schedule, parameters: Mapping[str, Value] | None = None) -> Record:
+        """A schedule as a candidate that the study does not have yet: its number is -1."""
+        uid = uid_of(schedule, self.shape)
+        seed = seed_of(self.config.sampler.seed, uid)
+        return Record(-1, uid, schedule, "running", self._origins.get(uid, "sampler"), seed, parameters=parameters)
+
+    def is_here(self, uid: str) -> bool:
+        """Whether this driver is at work on a candidate."""
+        return uid in self.under_way or any(record.uid == uid for record in self.waiting)
+
+    def count(self, state: State) -> int:
+        """How many candidates are in a state."""
+        return sum(record.state == state for record in self.records.values())
+
+    def has_succeeded(self, rung: int) -> bool:
+        """Whether any evaluation at a rung is complete."""
+        return any(record.at(rung) is not None for record in self.records.values())
