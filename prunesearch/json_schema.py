@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-from prunesearch.strict import is_mapping, is_pairs, to_mapping
+from prunesearch.strict import hints_of, is_mapping, is_pairs, to_mapping
 
 
 def json_schema(kind: type) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _most(word: str, limits: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _object_schema(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     properties, required = {}, []
     for field in dataclasses.fields(kind):
         schema = _schema(hints[field.name], definitions, field.metadata)

@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from prunesearch.errors import FileError, ScheduleError
@@ -42,7 +43,7 @@ def to_mapping(value: Any, *, defaults: bool = False) -> Any:
     Fields at their default are left out; with `defaults` only those whose default is None or empty.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = hints_of(type(value))
         return {
             field.name: _pairs_or_list(getattr(value, field.name), hints[field.name], defaults)
             for field in dataclasses.fields(value)
@@ -177,7 +178,7 @@ def _dataclass(kind: type, value: Any, path: FieldPath, report: _Report) -> Any:
         report((*path, name), f"unknown field. Known: {', '.join(fields)}.{did_you_mean(name, fields)}")
     if len(unknown) > MOST_UNKNOWN:
         report(path, f"has {len(unknown) - MOST_UNKNOWN} more unknown fields. Correct these first.")
-    hints, read = typing.get_type_hints(kind), {}
+    hints, read = hints_of(kind), {}
     for name, field in fields.items():
         if name in value:
             read[name] = _value(hints[name], value[name], (*path, name), report, field.metadata)
@@ -207,6 +208,12 @@ def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report, limits: Mapp
     named = sorted(((str(name), item) for name, item in value.items()), key=lambda pair: pair[0])
     read = [(name, _value(kind, item, (*path, name), report, limits)) for name, item in named]
     return _WRONG if any(item is _WRONG for _, item in read) else tuple(read)
+
+
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass. Python compiles their text at each call, which takes a millisecond."""
+    return typing.get_type_hints(kind)
 
 
 def is_pairs(kind: Any) -> bool:
