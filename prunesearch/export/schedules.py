@@ -19,6 +19,7 @@ from prunesearch.plugins import all_plugins, import_plugins, missing_plugins
 from prunesearch.record import Record
 from prunesearch.schedule import Schedule
 from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet
+from prunesearch.search.tasks import candidate_task
 from prunesearch.study.vocabulary import Vocabulary, learns, written_out
 from prunesearch.workers.serial import SerialWorkers
 
@@ -127,7 +128,7 @@ def _export_weights(
     trained = [one.images for one in record.evaluations if one.images > 0]
     with _start_of(evaluation, config, target.parent, say) as start:
         for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
-            task = replace(task_of(record, config, budget=Budget(images=images)), start=start, save_to=stem)
+            task = replace(candidate_task(record, config, budget=Budget(images=images)), start=start, save_to=stem)
             again = evaluate(replace(task, resume_from=stem if index else None))
             if again.status != "complete":
                 raise RunError(
@@ -169,26 +170,9 @@ def _refuse_to_import(config: StudyConfig, what: str) -> None:
         raise StudyError(
             f"study {config.name!r}: {what} are not in the study any more, and making them again would import the "
             f"plug-ins {', '.join(missing)}, which an export never does. Possible: the study's weights folder; or, in "
-            f"Python, `import {missing[0]}` before prunesearch.export.export. Bring the files back, or do that."
+            f"Python, `import {missing[0]}` before prunesearch.export.schedules.export. Bring the files back, or do "
+            f"that."
         )
-
-
-def task_of(record: Record, config: StudyConfig, budget: Budget) -> Task:
-    """The task of a study's candidate, for another run of it here."""
-    return Task(
-        uid=record.uid,
-        model=config.model,
-        data=config.data,
-        schedule=record.schedule,
-        budget=budget,
-        metrics=config.metric_names,
-        finetune=config.finetune,
-        measure=config.measure,
-        seed=record.seed,
-        device=config.workers.device,
-        threads=max(1, int(config.workers.cpus_each)),
-        plugins=config.plugins,
-    )
 
 
 def measure_again(

@@ -13,26 +13,19 @@ from functools import partial
 from pathlib import Path
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import FileError
 from prunesearch.evaluate import Inputs, check_files, check_inputs, model_shape
 from prunesearch.evaluate.inputs import suspicion
-from prunesearch.files import write_yaml
-from prunesearch.plugins import import_plugins
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.others import NoOthers, OtherDrivers, Others
-from prunesearch.search.problems import start_schedules, study_problems
+from prunesearch.search.problems import check_study, start_schedules
 from prunesearch.search.recovery import Recovery
 from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.state import SearchState
-from prunesearch.strict import to_mapping
-from prunesearch.study.lock import one_of_several, only_driver
-from prunesearch.study.lost_database import refuse_lost_database
-from prunesearch.study.reader import has_study, knows_study
-from prunesearch.study.storage import check_url, journal_file, shown, sqlite_file, storage_url
-from prunesearch.study.store import open_store
+from prunesearch.study.opened import opened_study, url_and_drivers
+from prunesearch.study.reader import has_study
 from prunesearch.study.team import Team
 from prunesearch.study.vocabulary import vocabulary_of
 from prunesearch.workers.child import ChildWorker
@@ -62,35 +55,27 @@ def run_study(
     another driver counts as dead. search: False only measures the front again (`confirm`).
     Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
     """
-    import_plugins(config.plugins)
     folder = folder.absolute()  # workers may have another working directory
-    url = storage_url(folder) if storage is None else storage
-    check_url(url)
-    alone = storage is None or storage.startswith(("journal:", "memory:"))  # a named database may have other drivers
-    problems = study_problems(config, starts=not has_study(url, config.name))
+    url, alone = url_and_drivers(folder, storage)
+    problems = []
     if config.evaluation == "supernet" and not alone:
-        problems.append("evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out.")
-    if problems:
-        raise FileError(f"study {config.name}", problems)
+        problems = ["evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out."]
+    check_study(config, starts=not has_study(url, config.name), problems=problems)
     shape = model_shape(config.model)
     if make_workers is None:
         on_event = _suspicious(config, _look(config, folder, on_event), on_event)
     elif config.workers.address is None:  # else they are on other machines
         check_files(config.model, config.data)
     (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    only = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
-    with only as place, Interrupt() as interrupt:
-        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
+    interrupt = Interrupt()
 
-        def wait_for_storage(why: str, waited: float) -> bool:
-            on_event(Waiting(why, waited))
-            return interrupt.count == 0
+    def wait_for_storage(why: str, waited: float) -> bool:
+        on_event(Waiting(why, waited))
+        return interrupt.count == 0
 
-        store = open_store(config, url, owner=place.name, alone=alone, on_wait=wait_for_storage)
-        team = None
+    with interrupt, opened_study(config, folder, storage, wait_for_storage) as (store, place):
+        team = None if alone else Team(store, place, lease)
         try:
-            write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
-            team = None if alone else Team(store, place, lease)
             starts = store.starts(lambda: start_schedules(config, shape, folder))
             store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
             outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
@@ -125,7 +110,6 @@ def run_study(
         finally:
             if team is not None:
                 team.close()
-            store.close()
 
 
 def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) -> Inputs:

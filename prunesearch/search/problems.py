@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
@@ -12,6 +13,7 @@ from prunesearch.evaluate.build import input_channels
 from prunesearch.evaluate.images import channel_problems
 from prunesearch.evaluate.limits import unreachable_limits
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
+from prunesearch.plugins import import_plugins
 from prunesearch.presets import find_schedule
 from prunesearch.record import SENSITIVITY
 from prunesearch.samplers.iso_budget import budget_problems
@@ -30,6 +32,15 @@ _NOTHING_OF_ITS_OWN = (
     "in a study whose candidates share all weights; what a schedule learns for itself would never be trained. "
     "Possible: scores and verbs that do not learn, without thresholds. Choose those, or evaluation: finetune."
 )
+
+
+def check_study(config: StudyConfig, starts: bool = True, problems: Sequence[str] = ()) -> None:
+    """Import the plug-ins of a study and raise FileError for all its mistakes. problems: known before. See
+    `study_problems`."""
+    import_plugins(config.plugins)
+    found = [*study_problems(config, starts), *problems]
+    if found:
+        raise FileError(f"study {config.name}", found)
 
 
 def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from prunesearch.config import StudyConfig, as_options
+from prunesearch.config import Budget, StudyConfig, as_options
 from prunesearch.evaluate.task import Task
 from prunesearch.record import Record
 from prunesearch.search.shared_weights import shared_weights
@@ -15,7 +16,20 @@ logger = logging.getLogger(__name__)
 
 def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> Task:
     """The evaluation of a record at its rung, continued from the checkpoint of the rung below."""
-    budget, workers = config.rungs[record.rung], config.workers
+    budget = config.rungs[record.rung]
+    return replace(
+        candidate_task(record, config, budget),
+        rung=record.rung,
+        attempt=attempt,
+        resume_from=_checkpoint_below(record),
+        save_to=None if budget.images == 0 else str(folder / "weights" / f"{record.uid}.{record.rung}"),
+        start=shared_weights(config, folder),
+        parameters=() if config.budget is None or record.parameters is None else as_options(record.parameters),
+    )
+
+
+def candidate_task(record: Record, config: StudyConfig, budget: Budget) -> Task:
+    """The evaluation of a record with any budget, from the model's own weights, outside the search."""
     return Task(
         uid=record.uid,
         model=config.model,
@@ -25,16 +39,10 @@ def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> 
         metrics=config.metric_names,
         finetune=config.finetune,
         measure=config.measure,
-        rung=record.rung,
-        attempt=attempt,
         seed=record.seed,
-        device=workers.device,
-        threads=max(1, int(workers.cpus_each)),
-        resume_from=_checkpoint_below(record),
-        save_to=None if budget.images == 0 else str(folder / "weights" / f"{record.uid}.{record.rung}"),
-        start=shared_weights(config, folder),
+        device=config.workers.device,
+        threads=max(1, int(config.workers.cpus_each)),
         plugins=config.plugins,
-        parameters=() if config.budget is None or record.parameters is None else as_options(record.parameters),
     )
 
 

@@ -14,21 +14,17 @@ from typing import Any
 from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
 from prunesearch.evaluate import model_shape
-from prunesearch.evaluate.limits import computed_excess
 from prunesearch.evaluate.outcome import check_evaluation, same_work
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.files import write_yaml
 from prunesearch.plugins import import_plugins
 from prunesearch.record import Record
 from prunesearch.search.problems import start_schedules
+from prunesearch.search.recovery import begin
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Value, uid_of
-from prunesearch.strict import from_mapping, to_mapping
-from prunesearch.study.lock import one_of_several, only_driver
-from prunesearch.study.lost_database import refuse_lost_database
-from prunesearch.study.reader import knows_study
-from prunesearch.study.storage import check_url, journal_file, shown, sqlite_file, storage_url
-from prunesearch.study.store import Store, open_store
+from prunesearch.strict import from_mapping
+from prunesearch.study.opened import opened_study
+from prunesearch.study.store import Store
 from prunesearch.study.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
@@ -56,31 +52,21 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
             f"`prunesearch.tune.trainable` on a disk of this machine (RunConfig's storage_path/name). Name it."
         )
     folder = folder.absolute()
-    url = storage_url(folder) if storage is None else storage
-    check_url(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    alone = storage is None or storage.startswith(("journal:", "memory:"))
-    with only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url)) as place:
-        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
-        store = open_store(config, url, owner=place.name, alone=alone)
-        try:
-            write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
-            shape = model_shape(config.model)
-            starts = start_schedules(config, shape)
-            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
-            origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
-            known = {record.uid for record in store.records()}
-            furthest: dict[str, list[Entry]] = {}
-            for trial in trials:
-                uid = trial[0][0].uid
-                furthest[uid] = max(furthest.get(uid, []), trial, key=len)
-            return sum(
-                _import(trial, origins.get(uid, "sampler"), config, folder, store)
-                for uid, trial in furthest.items()
-                if uid not in known
-            )
-        finally:
-            store.close()
+    with opened_study(config, folder, storage) as (store, _):
+        shape = model_shape(config.model)
+        starts = start_schedules(config, shape)
+        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+        origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
+        known = {record.uid for record in store.records()}
+        furthest: dict[str, list[Entry]] = {}
+        for trial in trials:
+            uid = trial[0][0].uid
+            furthest[uid] = max(furthest.get(uid, []), trial, key=len)
+        return sum(
+            _import(trial, origins.get(uid, "sampler"), config, folder, store)
+            for uid, trial in furthest.items()
+            if uid not in known
+        )
 
 
 Entry = tuple[Task, Evaluation, dict[str, Value], Path]
@@ -114,14 +100,10 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
         weights = _take_weights(evaluation, place, folder)
         if weights is None and evaluation.checkpoint is not None and rung == len(trial) - 1:
             logger.warning("%s: Tune kept no checkpoint of rung %d, so its weights are gone", place, rung)
-        if rung == 0:
-            recorded = store.begin(begun, computed_excess(config, task.schedule))
-            if recorded is None:
-                return False  # another driver has it
-            begun = recorded
-        elif not store.promote(begun):
-            return True  # another driver goes on with it
-        finished = store.finish(begun, check_evaluation(replace(evaluation, checkpoint=weights), config))
+        claimed = begin(store, begun)
+        if claimed is None:
+            return rung > 0  # another driver has it, or goes on with it
+        finished = store.finish(claimed, check_evaluation(replace(evaluation, checkpoint=weights), config))
         if finished is None:
             return True  # another driver took it over
         record = finished

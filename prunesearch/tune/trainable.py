@@ -25,17 +25,16 @@ from typing import Any
 from ray import tune
 
 from prunesearch.config import StudyConfig
-from prunesearch.errors import FileError, RunError, ScheduleError, StudyError
+from prunesearch.errors import RunError, ScheduleError, StudyError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.limits import computed_excess, excess
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.plugins import import_plugins
 from prunesearch.record import Record, with_evaluation
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
-from prunesearch.search.problems import start_schedules, study_problems
+from prunesearch.search.problems import check_study, start_schedules
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Choice, Dimension, dimensions, grid_of, parameters_of, schedule_from, uid_of
 from prunesearch.strict import from_mapping, to_mapping
@@ -96,9 +95,7 @@ def points_to_evaluate(config: StudyConfig) -> list[dict[str, Any]]:
 
 
 def _check(config: StudyConfig) -> None:
-    import_plugins(config.plugins)
-    if problems := study_problems(config):
-        raise FileError(f"study {config.name}", problems)
+    check_study(config)
     if config.evaluation == "supernet":
         raise StudyError(
             f"study {config.name}: evaluation is supernet, but nobody trains shared weights in Ray Tune. Possible: "

@@ -16,11 +16,12 @@ from prunesearch.errors import FileError, StudyError, UserError
 from prunesearch.evaluate import evaluate
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.predict import predict
-from prunesearch.export.schedules import export, measure_again, task_of
+from prunesearch.export.schedules import export, measure_again
 from prunesearch.files import load_schedule, load_schedule_file, save_schedule
 from prunesearch.models import apply_schedule
 from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
+from prunesearch.search.tasks import candidate_task
 
 SCHEDULE = Schedule((Stage(1, keep=0.5, reduce="squeeze"), Stage(3, keep=0.7, reduce="merge")))
 STUDY = StudyConfig(
@@ -37,7 +38,7 @@ STUDY = StudyConfig(
 def finished(folder: Path, images: int = 100) -> Record:
     """A candidate that was really fine-tuned and measured."""
     record = Record(7, "abc", SCHEDULE, "complete", "sampler", seed=3)
-    task = task_of(record, STUDY, Budget(images=images))
+    task = candidate_task(record, STUDY, Budget(images=images))
     evaluation = evaluate(replace(task, save_to=str(folder / "weights" / "abc") if images else None))
     assert evaluation.status == "complete", evaluation.traceback
     return replace(record, evaluations=(evaluation,))
@@ -78,7 +79,9 @@ def test_weights_that_are_gone_are_made_again_and_announced(tmp_path: Path) -> N
 def test_weights_of_several_rungs_are_made_again_rung_by_rung(tmp_path: Path) -> None:
     first = finished(tmp_path, 50)
     stem = str(tmp_path / "weights" / "abc.1")
-    task = replace(task_of(first, STUDY, Budget(images=150)), resume_from=first.evaluation.checkpoint, save_to=stem)
+    task = replace(
+        candidate_task(first, STUDY, Budget(images=150)), resume_from=first.evaluation.checkpoint, save_to=stem
+    )
     as_it_comes = finished(tmp_path, 0).evaluation
     record = replace(first, evaluations=(as_it_comes, first.evaluation, evaluate(task)))
     kept = load_file(f"{stem}.safetensors")
@@ -94,10 +97,10 @@ def test_weights_of_several_rungs_are_made_again_rung_by_rung(tmp_path: Path) ->
 def test_what_a_schedule_learned_always_comes_along(tmp_path: Path) -> None:
     schedule = Schedule((Stage(1, at="pre", score="predictor", keep=0.6),))
     record = replace(Record(7, "abc", SCHEDULE, "complete", "sampler", seed=3), schedule=schedule)
-    untrained = replace(record, evaluations=(evaluate(task_of(record, STUDY, Budget(images=0))),))
+    untrained = replace(record, evaluations=(evaluate(candidate_task(record, STUDY, Budget(images=0))),))
     with pytest.raises(StudyError, match="learns scores or queries, but it was measured without training"):
         export(untrained, STUDY, tmp_path / "best.yaml")
-    task = replace(task_of(record, STUDY, Budget(images=50)), save_to=str(tmp_path / "w"))
+    task = replace(candidate_task(record, STUDY, Budget(images=50)), save_to=str(tmp_path / "w"))
     trained = replace(record, evaluations=(evaluate(task),))
     assert [path.name for path in export(trained, STUDY, tmp_path / "best.yaml")] == ["best.yaml", "best.safetensors"]
     assert any(name.startswith("token_stages.") for name in load_file(tmp_path / "best.safetensors"))

@@ -40,7 +40,7 @@ from prunesearch.evaluate.outcome import same_work
 from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.supernet import is_trained, made_with, schedules_of_step
 from prunesearch.evaluate.task import SupernetWork
-from prunesearch.export.schedules import export, task_of
+from prunesearch.export.schedules import export
 from prunesearch.files import from_mapping, load_schedule_file, to_mapping
 from prunesearch.record import Record
 from prunesearch.report.live import LiveReport
@@ -49,6 +49,7 @@ from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event
 from prunesearch.search.problems import study_problems
 from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet, shared_weights, supernet_task
+from prunesearch.search.tasks import candidate_task
 from prunesearch.space.choices import combination, combinations, schedule_from
 from prunesearch.study.reader import open_study_readonly
 from prunesearch.workers.protocol import Lost, NoWorkers, Outcome
@@ -322,7 +323,7 @@ def test_progress_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def candidate(config: StudyConfig, schedule: Schedule, images: int = 0) -> Task:
     record = Record(7, "abc", schedule, "complete", "sampler", seed=3)
-    return replace(task_of(record, config, Budget(images=images)), metrics=("top1", "agreement", "gmacs"))
+    return replace(candidate_task(record, config, Budget(images=images)), metrics=("top1", "agreement", "gmacs"))
 
 
 def moved(folder: Path, config: StudyConfig = STUDY) -> str:
@@ -412,7 +413,7 @@ def finished(folder: Path, start: str, images: int) -> Record:
     record = Record(7, "abc", schedule, "complete", "sampler", seed=3)
     evaluations = []
     for rung in (0, images) if images else (0,):
-        task = replace(task_of(record, STUDY, Budget(images=rung)), start=start, metrics=("top1",))
+        task = replace(candidate_task(record, STUDY, Budget(images=rung)), start=start, metrics=("top1",))
         evaluations.append(evaluate(replace(task, save_to=str(folder / "weights" / "own") if rung else None)))
     return replace(record, evaluations=tuple(evaluations))
 

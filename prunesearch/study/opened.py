@@ -1,0 +1,49 @@
+"""Open a study to write to it: its locks, its storage, and the copy of its settings in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from prunesearch.config import StudyConfig
+from prunesearch.files import write_yaml
+from prunesearch.strict import to_mapping
+from prunesearch.study.lock import Place, one_of_several, only_driver
+from prunesearch.study.lost_database import refuse_lost_database
+from prunesearch.study.reader import knows_study
+from prunesearch.study.storage import check_url, journal_file, shown, sqlite_file, storage_url
+from prunesearch.study.store import Store, open_store
+
+
+def url_and_drivers(folder: Path, storage: str | None) -> tuple[str, bool]:
+    """The storage URL of a study, and whether it has one driver only. Raises StudyError for a URL that cannot be.
+
+    A database that was named may have several drivers. The database of a folder, a journal and memory have one.
+    """
+    url = storage_url(folder) if storage is None else storage
+    check_url(url)
+    return url, storage is None or storage.startswith(("journal:", "memory:"))
+
+
+@contextmanager
+def opened_study(
+    config: StudyConfig,
+    folder: Path,
+    storage: str | None = None,
+    on_wait: Callable[[str, float], bool] = lambda why, waited: True,
+) -> Iterator[tuple[Store, Place]]:
+    """Make a study or continue it, until the block ends. folder: absolute. on_wait: see `Patience`.
+
+    Raises StudyError when another driver has it, its database is lost, or it has other settings.
+    """
+    url, alone = url_and_drivers(folder, storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
+        place = stack.enter_context(lock)
+        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
+        store = open_store(config, url, owner=place.name, alone=alone, on_wait=on_wait)
+        stack.callback(store.close)
+        write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
+        yield store, place
