@@ -30,7 +30,7 @@ from prunesearch.evaluate.limits import computed_excess
 from prunesearch.evaluate.outcome import check_evaluation, failed, hopeless, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record, State, with_evaluation
-from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.propose import propose, seed_of
 from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.schedule import Schedule

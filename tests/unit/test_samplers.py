@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,39 @@ from prunesearch.config import (
     ThresholdRange,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.samplers import optuna_samplers as samplers
-from prunesearch.samplers import quasi_random, token_gp
-from prunesearch.samplers.optuna_samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
-from prunesearch.samplers.propose import propose, seed_of
+from prunesearch.samplers import SAMPLERS, Proposer, ProposerSettings, Sampler, quasi_random, token_gp
+from prunesearch.samplers.optuna_samplers import GENERATION_KEY, ModelStudy
+from prunesearch.samplers.propose import build, propose, seed_of
+from prunesearch.samplers.proposer import Handover, in_charge
 from prunesearch.space.choices import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
 
-OPTUNAS = [name for name, sampler in SAMPLERS.items() if sampler.make is not None]
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 
 
-def model(name: str, startup: int | None = None) -> ModelStudy:
-    return ModelStudy(SamplerConfig(name, startup=startup), SPACE, OBJECTIVES)
+def proposer(sampler: Sampler, startup: int | None = None, space: SpaceConfig = SPACE) -> Proposer:
+    config = study(space=space, objectives=OBJECTIVES)
+    return sampler.make(
+        ProposerSettings(
+            sampler,
+            max(sampler.startup if startup is None else startup, sampler.least_startup),
+            space,
+            OBJECTIVES,
+            config.limits,
+            config.model,
+            SHAPE,
+            build=partial(build, config, SHAPE),
+            seen=(),
+        )
+    )
+
+
+def model(name: str, startup: int | None = None, **changes: Any) -> ModelStudy:
+    found = proposer(replace(SAMPLERS[name], **changes), startup)
+    assert isinstance(found, ModelStudy)
+    return found
+
+
+OPTUNAS = [name for name, sampler in SAMPLERS.items() if isinstance(proposer(sampler), ModelStudy)]
 
 
 def trials(study: ModelStudy) -> list[optuna.trial.FrozenTrial]:
@@ -96,7 +118,8 @@ def test_thresholds_are_looked_at_as_ratios(name: str) -> None:
     )
     candidates = []
     for _ in range(2):
-        study = ModelStudy(SamplerConfig(name, startup=8), space, OBJECTIVES)
+        study = proposer(SAMPLERS[name], 8, space)
+        assert isinstance(study, ModelStudy)
         assert study._distributions["block2.threshold"] == FloatDistribution(1e-4, 1.0, log=True)
         drawn = []
         for index in range(12 if name == "gp" else 24):
@@ -131,10 +154,8 @@ def test_nsga2_sees_its_generations() -> None:
     assert parents == ["NSGAIISampler:parent:1", "NSGAIISampler:parent:2", "NSGAIISampler:parent:3"]
 
 
-def test_tpe_looks_at_the_front_the_latest_and_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = replace(SAMPLERS["tpe"], window=5)
-    monkeypatch.setattr(samplers, "SAMPLERS", {"tpe": window})
-    study = model("tpe", startup=3)
+def test_tpe_looks_at_the_front_the_latest_and_what_runs() -> None:
+    study = model("tpe", startup=3, window=5)
     settings = [{name: 0.5 if "keep" in name else "drop" for name in dimensions(SPACE)} for _ in range(20)]
     for parameters in settings:
         parameters.update({name: "key_norm" for name in parameters if "score" in name})
@@ -145,7 +166,7 @@ def test_tpe_looks_at_the_front_the_latest_and_what_runs(monkeypatch: pytest.Mon
     study.add("running", settings[-1])
     study.draw(1)
     assert study._memory.visible == [0, 2, 14, 15, 16, 17, 18, 19]  # 1 is dominated and old
-    assert WINDOW == 400 == SAMPLERS["tpe"].window
+    assert SAMPLERS["tpe"].window == 400
 
 
 def test_limits_reach_the_sampler_as_constraints() -> None:
@@ -181,7 +202,7 @@ def test_a_continuous_space_is_never_counted() -> None:
     space = replace(SPACE, blocks=(2,), keep=Range(0.5, 1.0), reduce=("drop",), score=("key_norm",))
     config = study(space=space)
     seen: set[str] = set()
-    sampler = ModelStudy(SamplerConfig("random"), space, OBJECTIVES)
+    sampler = proposer(SAMPLERS["random"], space=space)
     for index in range(32):  # ceil(keep * 64) is 33 to 64 tokens
         proposal = propose(config, SHAPE, sampler.draw, 5, [], seen, index)
         assert proposal.schedule is not None
@@ -190,18 +211,17 @@ def test_a_continuous_space_is_never_counted() -> None:
 
 
 def test_auto_begins_with_points_that_fill_the_space() -> None:
-    config = study(sampler="auto")
-    assert quasi_random.count_of(config) == len(dimensions(SPACE)) == 15
-    assert quasi_random.count_of(replace(config, space=SpaceConfig(blocks=(1, 2)))) == 10
-    config = replace(config, sampler=SamplerConfig("auto", startup=40))
-    first = [next(quasi_random.points(config, index)) for index in range(32)]
+    assert quasi_random.count_of(SamplerConfig("auto"), SPACE) == len(dimensions(SPACE)) == 15
+    assert quasi_random.count_of(SamplerConfig("auto"), SpaceConfig(blocks=(1, 2))) == 10
+    sampler = SamplerConfig("auto", startup=40)
+    first = [next(quasi_random.points(sampler, SPACE, index)) for index in range(32)]
     for name, dimension in dimensions(SPACE).items():
         values = Counter(point[name] for point in first)
         expected = 32 / (len(dimension.values) if isinstance(dimension, Choice) else 6)
         assert all(abs(values[value] - expected) <= 2 for value in values), name  # chance alone is off by 5 and more
-    again = [str(point) for index in range(8) for point in quasi_random.points(config, index)]
+    again = [str(point) for index in range(8) for point in quasi_random.points(sampler, SPACE, index)]
     assert len(again) == 8 * quasi_random.REDRAWS == len(set(again))
-    assert next(quasi_random.points(replace(config, sampler=SamplerConfig("auto", seed=1, startup=40)), 3)) != first[3]
+    assert next(quasi_random.points(replace(sampler, seed=1), SPACE, 3)) != first[3]
 
 
 def test_auto_counts_what_the_study_has_and_then_asks_the_model() -> None:
@@ -214,11 +234,11 @@ def test_auto_counts_what_the_study_has_and_then_asks_the_model() -> None:
 
     for known in range(5):
         found = propose(config, SHAPE, draw, 8, [{}] * known, set(), 9)
-        assert found.schedule == schedule_from(next(quasi_random.points(config, known)), SPACE, SHAPE)
+        assert found.schedule == schedule_from(next(quasi_random.points(config.sampler, SPACE, known)), SPACE, SHAPE)
     assert not asked
     propose(config, SHAPE, draw, 8, [{}] * 5, set(), 9)
     assert asked == [seed_of(0, 9, 0)]
-    assert quasi_random.count_of(study(sampler="tpe")) == 0
+    assert quasi_random.count_of(SamplerConfig("tpe"), SPACE) == 0
 
 
 def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None:
@@ -231,10 +251,11 @@ def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None
 
 
 def test_auto_hands_over_to_nsga2() -> None:
-    config = study(sampler="auto")
-    assert [samplers.in_charge(config, known, 16).name for known in (0, 999, 1000)] == ["token_gp", "token_gp", "nsga2"]
-    assert samplers.in_charge(config, 0, 17).name == "nsga2"
-    assert samplers.in_charge(study(sampler="gp"), 5000, 17) == study(sampler="gp").sampler
+    auto, nsga2 = SAMPLERS["auto"], SAMPLERS["nsga2"]
+    assert auto.make == SAMPLERS["token_gp"].make
+    assert [in_charge(auto, known, 16) for known in (0, 999, 1000)] == [auto, auto, nsga2]
+    assert in_charge(auto, 0, 17) == nsga2
+    assert in_charge(SAMPLERS["gp"], 5000, 17) == SAMPLERS["gp"]
 
 
 @pytest.mark.parametrize("rungs", [1, 3])
@@ -243,7 +264,8 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
 ) -> None:
     """Through all three of its samplers."""
 
-    monkeypatch.setattr(samplers, "MANY_CANDIDATES", 9)
+    early = replace(SAMPLERS["auto"], handover=Handover("nsga2", candidates=9, workers=16))
+    monkeypatch.setitem(SAMPLERS._things, "auto", early)
     monkeypatch.setattr(token_gp, "FEWEST", 4)
     config = replace(small_study(13, "auto"), sampler=SamplerConfig("auto", startup=4))
     if rungs == 1:
