@@ -1,7 +1,7 @@
 """Who proposes candidates: the samplers, one entry each with its facts.
 
-To add one of Optuna's, add a line. To add another one, write its file, with a class that is a `Proposer`, and a line.
-The libraries that samplers use are imported when a proposer is made.
+To add a sampler of Optuna, add an entry. To add another one, write a class that is a `Proposer` in a file of its own,
+and add an entry. The libraries that samplers use are imported when a proposer is made.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 
 from prunesearch.samplers.proposer import SAMPLERS, Handover, Proposer, ProposerSettings, Sampler
 
-__all__ = ["SAMPLERS", "Handover", "Proposer", "ProposerSettings", "Sampler"]
+__all__ = ["SAMPLERS", "Handover", "Proposer", "ProposerSettings", "Sampler", "from_optuna"]
 
 
-def _optuna(class_name: str, startup: str | None = None, **options: Any) -> Callable[[ProposerSettings], Proposer]:
-    """What makes proposers of a sampler of Optuna. startup: how its class calls what we call startup."""
+def from_optuna(class_name: str, startup: str | None = None, **options: Any) -> Callable[[ProposerSettings], Proposer]:
+    """`Sampler.make` for a class of `optuna.samplers`.
+
+    startup: the name of the class's parameter that takes `ProposerSettings.startup`. options: its other parameters.
+    """
 
     def make(settings: ProposerSettings) -> Proposer:
         import optuna
@@ -54,14 +57,14 @@ for _sampler in (
     Sampler(
         "tpe",
         "tree-structured Parzen estimator over all parameters at once",
-        _optuna("TPESampler", startup="n_startup_trials", multivariate=True, constant_liar=True),
+        from_optuna("TPESampler", startup="n_startup_trials", multivariate=True, constant_liar=True),
         draws=8,
         window=400,  # a question takes longer with each result that it looks at
     ),
     Sampler(
         "nsga2",
         "genetic algorithm, generations of 50 (or of sampler.startup)",
-        _optuna("NSGAIISampler", startup="population_size"),
+        from_optuna("NSGAIISampler", startup="population_size"),
         draws=8,
         startup=50,
         least_startup=2,
@@ -70,11 +73,11 @@ for _sampler in (
     Sampler(
         "gp",
         "Gaussian process with expected hypervolume; for up to 200 costly candidates",
-        _optuna("GPSampler", startup="n_startup_trials"),
+        from_optuna("GPSampler", startup="n_startup_trials"),
         draws=2,
         least_startup=1,  # it cannot begin with no result
         most_trials=200,
     ),
-    Sampler("random", "uniform, the baseline", _optuna("RandomSampler")),
+    Sampler("random", "uniform, the baseline", from_optuna("RandomSampler")),
 ):
     SAMPLERS.add(_sampler.name, _sampler)

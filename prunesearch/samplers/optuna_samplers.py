@@ -21,8 +21,6 @@ from prunesearch.samplers.proposer import ProposerSettings
 from prunesearch.space.choices import Value, dimensions
 from prunesearch.study.distributions import distribution_of, quiet_optuna
 
-GENERATION_KEY = "NSGAIISampler:generation"
-
 
 class ModelStudy:
     """The proposer of an Optuna sampler.
@@ -32,7 +30,10 @@ class ModelStudy:
 
     def __init__(self, settings: ProposerSettings, create: Callable[..., BaseSampler]) -> None:
         self._create, self._startup = create, settings.startup
-        self._window, self._counts_generations = settings.sampler.window, settings.sampler.counts_generations
+        self._window = settings.sampler.window
+        self._generation_key: str | None = None
+        if settings.sampler.counts_generations:  # as Optuna names it
+            self._generation_key = f"{type(create(seed=0)).__name__}:generation"
         self._distributions = {
             name: distribution_of(dimension) for name, dimension in dimensions(settings.space).items()
         }
@@ -55,7 +56,7 @@ class ModelStudy:
         """One proposal; the question itself leaves no trace in the study."""
         if not self._distributions:
             return {}
-        if self._counts_generations and self._asked != (generation := self._generation()):
+        if self._generation_key is not None and self._asked != (generation := self._generation()):
             # Optuna selects the parents of a generation at the first question and remembers them, in another order.
             # The order changes the answer. The second question always finds the remembered order, also in a search
             # that was continued.
@@ -74,19 +75,18 @@ class ModelStudy:
 
     def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
         """A candidate runs now. It has every parameter of the space."""
-        generation = self._generation() if self._counts_generations else None
+        generation = self._generation()
         trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(parameters),
             distributions=self._distributions,
-            system_attrs={} if generation is None else {GENERATION_KEY: generation},
+            system_attrs={} if self._generation_key is None else {self._generation_key: generation},
         )
         study_id = self._memory.get_study_id_from_name(self._study.study_name)
         self._ids[uid] = self._memory.create_new_trial(study_id, template_trial=trial)
         self._running.add(self._ids[uid])
         self._candidates.append(self._ids[uid])
-        if generation is not None:
-            self._generation_of[self._ids[uid]] = generation
+        self._generation_of[self._ids[uid]] = generation
 
     def _generation(self) -> int:
         """The generation of a candidate that is added now, as NSGA-II counts: the next one begins when `startup`
@@ -107,8 +107,7 @@ class ModelStudy:
         for name, amount in excess.items():
             trial.set_constraint(name, amount)
         self._study.tell(trial, list(values))
-        if number in self._generation_of:
-            self._finished_in[self._generation_of[number]] += 1
+        self._finished_in[self._generation_of[number]] += 1
         self._recent.append(number)
         if all(amount <= 0 for amount in excess.values()):
             self._update_front(number, tuple(sign * value for sign, value in zip(self._signs, values, strict=True)))

@@ -81,7 +81,7 @@ class Sampler:
     quasi_random_startup: bool = False
     """Whether the first candidates are points that fill the space evenly (`quasi_random.py`)."""
     counts_generations: bool = False
-    """Whether Optuna's sampler reads the generation of each candidate, of `startup` candidates each."""
+    """Whether it is a genetic algorithm of Optuna, with generations of `startup` candidates."""
     window: int | None = None
     """Finished candidates that it looks at, besides the front; None is all."""
     most_trials: int | None = None

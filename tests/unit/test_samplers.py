@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,11 @@ from prunesearch.config import (
     ThresholdRange,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.samplers import SAMPLERS, Proposer, ProposerSettings, Sampler, quasi_random, token_gp
-from prunesearch.samplers.optuna_samplers import GENERATION_KEY, ModelStudy
+from prunesearch.samplers import SAMPLERS, Proposer, ProposerSettings, Sampler, from_optuna, quasi_random, token_gp
+from prunesearch.samplers.optuna_samplers import ModelStudy
 from prunesearch.samplers.propose import build, propose, seed_of
 from prunesearch.samplers.proposer import Handover, in_charge
-from prunesearch.space.choices import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
+from prunesearch.space.choices import Choice, Value, anything, dimensions, parameters_of, schedule_from, uid_of
 
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 
@@ -86,6 +88,44 @@ def test_every_sampler_runs_30_candidates(tmp_path: Path, name: str) -> None:
         config = replace(config, stop=replace(config.stop, trials=12), space=replace(SPACE, blocks=(2, 4)))
     done, _ = run(config, tmp_path)
     assert done.complete == len(records(tmp_path)) == len(set(EVALUATED)) == config.stop.trials
+
+
+class LastFirst:
+    """A sampler of one's own: it proposes the last candidate again, so that its neighbours are tried."""
+
+    def __init__(self, settings: ProposerSettings) -> None:
+        self.space, self.last = dimensions(settings.space), dict[str, Value]()
+        self.told = list[str]()
+
+    def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
+        self.last = dict(parameters)
+
+    def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
+        assert values is not None and len(values) == len(OBJECTIVES)
+        self.told.append(uid)
+
+    def draw(self, seed: int) -> dict[str, Value]:
+        return self.last or anything(self.space, random.Random(seed))
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_sampler_is_added_with_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LastFirst] = []
+
+    def make(settings: ProposerSettings) -> Proposer:
+        made.append(LastFirst(settings))
+        return made[-1]
+
+    for sampler in (
+        Sampler("last_first", "its last candidate again", make, draws=1),
+        Sampler("nsga3", "NSGA-III", from_optuna("NSGAIIISampler", "population_size"), counts_generations=True),
+    ):
+        monkeypatch.setitem(SAMPLERS._things, sampler.name, sampler)
+        run(study(14, sampler.name), tmp_path / sampler.name)
+        assert len(records(tmp_path / sampler.name)) == 14
+    assert made[-1].told == [record.uid for record in records(tmp_path / "last_first")]
+    grow(grown := model("nsga3", startup=4), 12)
+    assert [trial.system_attrs["NSGAIIISampler:generation"] for trial in trials(grown)] == [i // 4 for i in range(12)]
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
@@ -149,7 +189,9 @@ def test_mutations_and_random_values_of_thresholds_are_ratios_too() -> None:
 def test_nsga2_sees_its_generations() -> None:
     study = model("nsga2", startup=8)
     grow(study, 30)
-    assert [trial.system_attrs[GENERATION_KEY] for trial in trials(study)] == [index // 8 for index in range(30)]
+    assert [trial.system_attrs["NSGAIISampler:generation"] for trial in trials(study)] == [
+        index // 8 for index in range(30)
+    ]
     parents = [key for key in study._memory.get_study_system_attrs(0) if "parent" in key]
     assert parents == ["NSGAIISampler:parent:1", "NSGAIISampler:parent:2", "NSGAIISampler:parent:3"]
 
