@@ -41,7 +41,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import ScheduleFile, load_study, save_schedule, write_yaml
 from prunesearch.presets import load_preset, presets
 from prunesearch.record import Record, with_evaluation
-from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.propose import propose, seed_of
 from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.samplers.token_gp import features
@@ -299,22 +299,22 @@ def _text(path: Path) -> str:
 def proposals(config: StudyConfig, count: int) -> int:
     """How many new candidates a study proposes, at most `count`, each told a made-up result."""
     shape = model_shape(config.model)
-    lessons, records = SamplerState(config), dict[str, Record]()
+    state, records = SamplerState(config), dict[str, Record]()
     for index in range(count):
         draws = SAMPLERS[config.sampler.name].draws
-        proposal = propose(config, shape, lessons.draw, draws, lessons.known, records, index)
+        proposal = propose(config, shape, state.draw, draws, state.known, records, index)
         if proposal.schedule is None:
             break
         features(proposal.schedule, shape)
         uid = uid_of(proposal.schedule, shape)
         record = Record(index, uid, proposal.schedule, "running", "sampler", 0, parameters=proposal.parameters)
         records[uid] = record
-        lessons.begin(record)
+        state.begin(record)
         generator = random.Random(seed_of(uid))
         metrics = tuple((name, generator.uniform(0.001, 100)) for name in config.metric_names)
         evaluation = Evaluation(uid, "complete", metrics=metrics)
         records[uid] = with_evaluation(record, evaluation, index, len(config.rungs) - 1)
-        lessons.finish(records[uid], evaluation, records)
+        state.finish(records[uid], evaluation, records)
     return len(records)
 
 

@@ -120,7 +120,7 @@ def _metrics(pattern: str) -> Iterator[Row]:
 
 
 def _samplers(pattern: str) -> Iterator[Row]:
-    from prunesearch.samplers.optuna_samplers import SAMPLERS
+    from prunesearch.samplers import SAMPLERS
 
     for name, entry in SAMPLERS.items():
         yield name, entry.summary

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import SamplerConfig, SpaceConfig, StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.limits import computed_excess
 from prunesearch.samplers.iso_budget import within_budget
@@ -29,14 +29,15 @@ from prunesearch.space.choices import (
 MUTATIONS = 200
 RANDOM_DRAWS = 1000
 COUNTABLE = 20_000
-"""Spaces of up to this many combinations are searched to the last one."""
+"""A space of up to this many combinations is exhausted only when each of them has been tried."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A candidate, or None when there is no further one, and how many were turned down on the way.
+    """What was found for the next candidate.
 
-    parameters: what the sampler has to learn of it. With a budget another schedule than this one stands for them.
+    schedule: None when there is no further candidate. rejected: how many suggestions were turned down before.
+    parameters: what the sampler is told of the candidate; with a budget, those of the schedule before it was moved.
     """
 
     schedule: Schedule | None
@@ -45,7 +46,7 @@ class Proposal:
 
 
 def seed_of(*parts: object) -> int:
-    """31 bits that depend on nothing but the parts."""
+    """A seed of 31 bits that depends on nothing but the parts."""
     digest = blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -61,13 +62,13 @@ def propose(
 ) -> Proposal:
     """The index-th candidate of a study.
 
-    draw: asks the sampler with a seed, at most `draws` times. known: parameters of earlier candidates. seen: uids that
-    were candidates before. When the sampler only repeats itself, neighbours of what it wants are tried, then anything.
-    The same arguments give the same candidate.
+    draw: asks the sampler with a seed, at most `draws` times. known: parameters of earlier candidates. seen: uids of
+    earlier candidates. When the sampler has only repeated itself, neighbours of its suggestions are tried, then random
+    parameters, then, in a small space, all combinations. The same arguments give the same candidate.
     """
     rejected = 0
     repeated: list[dict[str, Value]] = []
-    for parameters in _stream(config, draw, draws, repeated, known, index):
+    for parameters in _suggestions(config.space, config.sampler, draw, draws, repeated, known, index):
         built = build(config, shape, parameters)
         if built is not None:
             uid, schedule = built
@@ -80,8 +81,8 @@ def propose(
 
 
 def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value]) -> tuple[str, Schedule] | None:
-    """Uid and schedule of the candidate that these values stand for; None when they do not go together, cannot come to
-    the budget, or break a limit that arithmetic knows."""
+    """Uid and schedule of the candidate that these values stand for. None when they do not go together, cannot be moved
+    onto the budget, or break a limit on a metric that arithmetic gives."""
     try:
         schedule = schedule_from(parameters, config.space, shape)
         if config.budget is not None:
@@ -93,27 +94,31 @@ def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value
         return None
 
 
-def _stream(
-    config: StudyConfig,
+def _suggestions(
+    space: SpaceConfig,
+    sampler: SamplerConfig,
     draw: Callable[[int], dict[str, Value]],
     draws: int,
     repeated: Sequence[dict[str, Value]],
     known: Sequence[dict[str, Value]],
     index: int,
 ) -> Iterator[dict[str, Value]]:
-    space = dimensions(config.space)
-    seed = config.sampler.seed
-    yield from points(config, len(known))
+    """Parameters to try, in this order, until some are a new candidate.
+
+    repeated: suggestions that were candidates before; the caller adds to it while this runs.
+    """
+    ranges, seed = dimensions(space), sampler.seed
+    yield from points(sampler, space, len(known))
     for attempt in range(draws):
         yield draw(seed_of(seed, index, attempt))
     generator = random.Random(seed_of(seed, index, "neighbours"))
     start = tuple(repeated) or known
-    if start and space:
+    if start and ranges:
         for _ in range(MUTATIONS):
-            yield mutated(generator.choice(start), space, generator)
+            yield mutated(generator.choice(start), ranges, generator)
     for _ in range(RANDOM_DRAWS):
-        yield anything(space, generator)
-    total = combinations(config.space)
+        yield anything(ranges, generator)
+    total = combinations(space)
     if total is not None and total <= COUNTABLE:
         for position in generator.sample(range(total), total):
-            yield combination(config.space, position)
+            yield combination(space, position)

@@ -1,8 +1,7 @@
-"""The first candidates of samplers auto and token_gp: points that fill the space evenly, by Sobol's sequence, scrambled
-by the seed.
+"""The first candidates of some samplers: points that fill the space evenly, by Sobol's sequence, scrambled by the seed.
 
-SciPy's, since the one in Optuna takes no choices without an order, and its next point depends on what a process asked
-before.
+The sequence is SciPy's. Optuna's QMCSampler takes no choices without an order, and its next point depends on what the
+process asked before.
 """
 
 from __future__ import annotations
@@ -10,42 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from prunesearch.config import StudyConfig
-from prunesearch.samplers.optuna_samplers import TOKEN_GP
+from prunesearch.config import SamplerConfig, SpaceConfig
+from prunesearch.samplers.proposer import SAMPLERS
 from prunesearch.space.choices import Choice, Dimension, Value, dimensions
 
-FEWEST = 10
-"""Candidates from here in small spaces; in others as many as there are parameters. With twice as many and more, the
-model begins too late."""
 REDRAWS = 64
 """Points for one candidate, when some are impossible or over the limits."""
 
 
-def count_of(config: StudyConfig) -> int:
-    """How many candidates of a study come from here."""
-    if config.sampler.name not in ("auto", TOKEN_GP):
+def count_of(sampler: SamplerConfig, space: SpaceConfig) -> int:
+    """How many candidates of a study come from here: `startup` of them; where the study file does not say, the
+    sampler's default or the number of parameters, whichever is larger. With twice as many the model began too late."""
+    entry = SAMPLERS[sampler.name]
+    if not entry.quasi_random_startup:
         return 0
-    startup = config.sampler.startup
-    return max(FEWEST, len(dimensions(config.space))) if startup is None else startup
+    return max(entry.startup, len(dimensions(space))) if sampler.startup is None else sampler.startup
 
 
-def points(config: StudyConfig, index: int) -> Iterator[dict[str, Value]]:
-    """What may become the index-th candidate, the first choice first: none twice, and none for another index."""
+def points(sampler: SamplerConfig, space: SpaceConfig, index: int) -> Iterator[dict[str, Value]]:
+    """The points that may become the index-th candidate, the first choice first. No point comes twice, nor for two
+    indices."""
     from scipy.stats.qmc import Sobol
 
-    space, count = dimensions(config.space), count_of(config)
-    if not space or index >= count:
+    ranges, count = dimensions(space), count_of(sampler, space)
+    if not ranges or index >= count:
         return
-    # an aligned part of the sequence of a power of two is as even as its beginning
+    # of the sequence, any aligned part whose length is a power of two is as even as the beginning
     part = 2 ** math.ceil(math.log2(count))
-    sequence = Sobol(len(space), scramble=True, seed=config.sampler.seed)
-    if index > 0:  # SciPy cannot go forward by nothing
+    sequence = Sobol(len(ranges), scramble=True, seed=sampler.seed)
+    if index > 0:  # SciPy refuses to go forward by 0
         sequence.fast_forward(index)
     for _ in range(REDRAWS):
         position = map(float, sequence.random(1)[0])
         if part > 1:
             sequence.fast_forward(part - 1)
-        yield {name: _value(space[name], at) for name, at in zip(space, position, strict=True)}
+        yield {name: _value(ranges[name], at) for name, at in zip(ranges, position, strict=True)}
 
 
 def _value(dimension: Dimension, position: float) -> Value:

@@ -1,49 +1,39 @@
-"""What the sampler learns: the results of one rung at a time, never a mixture of budgets.
+"""The sampler of a study, told the results of one rung at a time, never of a mixture of budgets.
 
 That rung is the highest one with enough results for a model (BOHB, Falkner et al. 2018). When it changes, the sampler
-starts over with the results of the new rung, in the order in which they came; so does a search that is continued, and
-with one worker both know exactly the same.
+starts over with the results of the new rung, in the order in which they came. A search that is continued starts over
+in the same way, so that with one worker its sampler knows exactly what it would have known without the interruption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
-from prunesearch.config import SamplerConfig, StudyConfig
+from prunesearch.config import StudyConfig
 from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.limits import excess
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record
-from prunesearch.samplers.optuna_samplers import POPULATION, TOKEN_GP, ModelStudy, in_charge
 from prunesearch.samplers.propose import build
+from prunesearch.samplers.proposer import SAMPLERS, Proposer, ProposerSettings, Sampler, in_charge
 from prunesearch.space.choices import Value, dimensions, parameters_of
-
-if TYPE_CHECKING:
-    from prunesearch.samplers.token_gp import TokenModel
-
-STARTUP = 10
-"""Random candidates before a model takes over, where the study file does not say."""
 
 
 class SamplerState:
-    """The model study of the sampler, kept up to date with the records of a study."""
+    """The proposer of a study, kept up to date with its records."""
 
     def __init__(self, config: StudyConfig) -> None:
-        self._config = config
-        startup = config.sampler.startup
-        if startup is None:
-            startup = POPULATION if config.sampler.name == "nsga2" else STARTUP
-        self._enough = max(2 * len(dimensions(config.space)), startup)
+        self._config, self._own = config, SAMPLERS[config.sampler.name]
+        self._enough = max(2 * len(dimensions(config.space)), self._startup(self._own))
         self._parameters: dict[str, dict[str, Value]] = {}
         self._counts = [0] * len(config.rungs)
         self.rung = 0
-        """Whose results the sampler knows."""
+        """The rung whose results the sampler knows."""
         self.workers = 1
-        """How many there are; `take_up` comes after it is set."""
+        """How many there are; to be set before `take_up`."""
         self._sampler = self._in_charge()
-        self.model = self._new_model()
+        self._proposer = self._new_proposer()
 
     @property
     def known(self) -> list[dict[str, Value]]:
@@ -52,20 +42,20 @@ class SamplerState:
 
     def draw(self, seed: int) -> dict[str, Value]:
         """One proposal for a new candidate; the same results and seed give the same one."""
-        return self.model.draw(seed)
+        return self._proposer.draw(seed)
 
     def begin(self, record: Record) -> None:
-        """A candidate runs now, at its rung."""
+        """A candidate runs now, at the rung that its record says."""
         if record.uid not in self._parameters:
             parameters = self._parameters_of(record)
             if parameters is None:
-                return  # no sampler could have proposed it
+                return  # it lies outside the space
             self._parameters[record.uid] = parameters
         if record.rung <= self.rung:
-            self.model.add(record.uid, self._parameters[record.uid])
+            self._proposer.add(record.uid, self._parameters[record.uid])
 
     def finish(self, record: Record, evaluation: Evaluation, records: Mapping[str, Record]) -> None:
-        """Its evaluation came back; `records` are all of them, by uid, with this one."""
+        """An evaluation of a candidate came back. records: all of the study by uid, this one included."""
         if record.uid not in self._parameters:
             return
         if evaluation.rung <= self.rung:
@@ -75,7 +65,7 @@ class SamplerState:
             self._start_over(records.values())
 
     def take_up(self, records: Iterable[Record]) -> None:
-        """Learn all that an earlier run found."""
+        """Start over with all that earlier runs found."""
         records = sorted(records, key=lambda record: record.number)
         for record in records:
             parameters = self._parameters_of(record)
@@ -86,7 +76,8 @@ class SamplerState:
         self._start_over(records)
 
     def _parameters_of(self, record: Record) -> dict[str, Value] | None:
-        """What a sampler says for this candidate. With a budget, none says what was not moved onto it."""
+        """The parameters that a sampler would have proposed for a candidate; None when it could not. With a budget it
+        proposes only what is then moved onto the budget, so start schedules and the dense model are left out."""
         if self._config.budget is not None and record.origin != "sampler":
             return None
         if record.parameters is not None:
@@ -95,7 +86,7 @@ class SamplerState:
 
     def _start_over(self, records: Iterable[Record]) -> None:
         self.rung, self._sampler = self._best_rung(), self._in_charge()
-        self.model = self._new_model()
+        self._proposer = self._new_proposer()
         inside = [record for record in records if record.uid in self._parameters]
         results = [
             (order, record.number, record.uid, evaluation)
@@ -104,31 +95,44 @@ class SamplerState:
             if evaluation.rung == self.rung
         ]
         for _, _, uid, evaluation in sorted(results, key=lambda result: result[:2]):
-            self.model.add(uid, self._parameters[uid])
+            self._proposer.add(uid, self._parameters[uid])
             self._tell(uid, evaluation)
         for record in inside:
             if record.state == "running" and record.rung <= self.rung:
-                self.model.add(record.uid, self._parameters[record.uid])
+                self._proposer.add(record.uid, self._parameters[record.uid])
 
     def _tell(self, uid: str, evaluation: Evaluation) -> None:
-        if evaluation.status == "failed" or evaluation.rung != self.rung:  # it runs no more, and has no result here
-            self.model.tell(uid, None, {})
+        if evaluation.status == "failed" or evaluation.rung != self.rung:  # it has no result at the rung that is told
+            self._proposer.tell(uid, None, {})
             return
         values = dict(evaluation.metrics)
         objectives = [values[objective.metric] for objective in self._config.objectives]
-        self.model.tell(uid, objectives, excess(self._config, values))
+        self._proposer.tell(uid, objectives, excess(self._config, values))
 
     def _best_rung(self) -> int:
         enough = (rung for rung, count in enumerate(self._counts) if count >= self._enough)
         return max(enough, default=0)
 
-    def _in_charge(self) -> SamplerConfig:
-        return in_charge(self._config, len(self._parameters), self.workers)
+    def _startup(self, sampler: Sampler) -> int:
+        """Of the study file, which speaks of its own sampler only; else the sampler's default."""
+        startup = self._config.sampler.startup
+        return sampler.startup if startup is None or sampler.name != self._own.name else startup
 
-    def _new_model(self) -> ModelStudy | TokenModel:
-        if self._sampler.name != TOKEN_GP:
-            return ModelStudy(self._sampler, self._config.space, self._config.objectives)
-        from prunesearch.samplers.token_gp import TokenModel
+    def _in_charge(self) -> Sampler:
+        return in_charge(self._own, len(self._parameters), self.workers)
 
-        shape = model_shape(self._config.model)
-        return TokenModel(self._config, shape, partial(build, self._config, shape), self._parameters)
+    def _new_proposer(self) -> Proposer:
+        config, sampler = self._config, self._sampler
+        shape = model_shape(config.model)
+        settings = ProposerSettings(
+            sampler,
+            max(self._startup(sampler), sampler.least_startup),
+            config.space,
+            config.objectives,
+            config.limits,
+            config.model,
+            shape,
+            build=partial(build, config, shape),
+            seen=self._parameters,
+        )
+        return sampler.make(settings)

@@ -1,11 +1,13 @@
-"""Sampler `token_gp`: a Gaussian process over what a schedule does to the tokens, and not over how the space spells it.
+"""Sampler `token_gp`: a Gaussian process over what a schedule does to the tokens, instead of the space's parameters.
 
-Two schedules whose blocks see almost as many tokens cost and lose almost the same, however their stages are placed; a
-model of the parameters has to learn that from results, this one begins with it. Objectives that arithmetic gives are
-not modelled. What is asked next is the candidate of a pool, half of it neighbours of the front, whose optimistic
-prediction adds the most hypervolume to the predicted front of what was evaluated (an upper confidence bound by
-hypervolume, as in SMS-EGO, Ponweiser et al. 2008), times the probability that it is within the measured limits
-(Gardner et al. 2014). The front is the predicted one because the measured one is made of lucky trainings.
+Two schedules whose blocks see almost as many tokens cost and lose almost the same, however their stages are placed. A
+model of the parameters has to learn that from results; this one begins with it. Objectives that arithmetic gives are
+computed and not modelled.
+
+A proposal is the best of a pool of candidates, half of them neighbours of the front. The best is the one whose
+optimistic prediction adds the most hypervolume to the predicted front (an upper confidence bound by hypervolume, as in
+SMS-EGO, Ponweiser et al. 2008), times the probability that it is within the measured limits (Gardner et al. 2014). The
+front is made of predictions and not of measurements, because the best measurements are partly luck.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -26,34 +28,42 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.preprocessing import StandardScaler
 
-from prunesearch.config import ModelConfig, StudyConfig
+from prunesearch.config import ModelConfig
 from prunesearch.evaluate import METRICS
 from prunesearch.front import hypervolume, nondominated_ranks
+from prunesearch.samplers.proposer import ProposerSettings
 from prunesearch.schedule import Schedule, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import Value, anything, blocks_of, dimensions, mutated
 
 POOL = 150
+"""Candidates among which one proposal is chosen."""
 FEWEST = 8
-"""Results before the model is asked."""
+"""With fewer results, proposals are random."""
 GROWTH = 1.5
-"""The hyperparameters are fitted anew whenever there are so many times as many results."""
+"""The hyperparameters are fitted anew each time the number of results has grown by this factor."""
 MOST_FITTED = 256
-"""Results that the hyperparameters are fitted to; all others count for the predictions only."""
+"""Results that the hyperparameters are fitted to, at most."""
 WINDOW = 400
-"""Results that predictions are made from: those that are not dominated, and the last ones."""
+"""Results that predictions are made from, at most: those that are not dominated, and the last ones."""
 OPTIMISM = (1.0, 2.0, 4.0)
-"""Standard deviations; drawn anew for each question, as one that is always bold or never is stuck sooner. More of them
-when no candidate seems to improve the front."""
+"""Exploration weights of the upper confidence bound, in standard deviations. One is drawn at random per proposal,
+because a fixed weight got stuck in local fronts. The next larger one is taken when no candidate seems to improve the
+front."""
 REMEMBERED = 4 * WINDOW
+"""Schedules whose features and computed metrics are kept."""
 LIMIT = "limit "
+"""Prefix of the name of what is modelled for a limit."""
 BEYOND = 0.1
-"""The reference point of the hypervolume is so far beyond the front's extent."""
+"""Distance from the front's worst values to the reference point of the hypervolume, in units of the front's extent."""
 
 
 def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
-    """What a schedule does to the tokens, by name: the share that is there after each block, how much each verb, score
-    and place removes (in nats), the logarithm of each threshold, and the target of thresholds."""
+    """What a schedule does to the tokens, by name.
+
+    The share of tokens present after each block; how many nats of them each verb, score and place removes; minus the
+    logarithm of each threshold; the target of thresholds, if there is one.
+    """
     found: dict[str, float] = {}
     present = [1.0] * shape.depth
     for step in resolve(schedule, shape):
@@ -61,7 +71,7 @@ def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
         present[stage.block :] = [step.after / shape.patch_tokens] * (shape.depth - stage.block)
         amount = math.log(step.before / step.after)
         if stage.threshold is not None:
-            # cosines may be negative; down there nothing more is kept or merged, so that a straight line will do
+            # a threshold on cosines may be negative, where the logarithm ends; the second term goes on, linearly
             amount = -math.log(max(stage.threshold, 1e-9)) - min(stage.threshold, 0.0)
             found[f"threshold {stage.block} {stage.reduce}"] = amount
         for word in (f"reduce {stage.reduce}", f"score {stage.score}", f"at {stage.at}"):
@@ -80,7 +90,7 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Result(_Candidate):
-    """What was measured of a candidate. losses: objectives, minimized. excess: by measured limit, 0 is within it."""
+    """What was measured of a candidate. losses: objectives, as numbers to minimize. excess: by limit, as in `tell`."""
 
     losses: tuple[float, ...]
     excess: Mapping[str, float]
@@ -88,7 +98,8 @@ class _Result(_Candidate):
 
 @dataclass(frozen=True)
 class _Forecast:
-    """mean, deviation: (schedules, objectives), of losses without noise. likely: (schedules,), to be within limits."""
+    """mean, deviation: (schedules, objectives), of losses without noise. likely: (schedules,), the probability that all
+    limits are kept."""
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -96,47 +107,37 @@ class _Forecast:
 
 
 class TokenModel:
-    """What the sampler knows, with the questions of `samplers.ModelStudy`.
+    """The proposer of this sampler."""
 
-    build: uid and schedule of the candidate that parameters stand for; None when they stand for none. seen: uids of
-    candidates, that need not be proposed again.
-    """
-
-    def __init__(
-        self,
-        config: StudyConfig,
-        shape: ModelShape,
-        build: Callable[[Mapping[str, Value]], tuple[str, Schedule] | None],
-        seen: Container[str],
-    ) -> None:
-        self._config, self._shape, self._build, self._seen = config, shape, build, seen
-        self._space = dimensions(config.space)
-        self._signs = [1.0 if one.goal == "minimize" else -1.0 for one in config.objectives]
+    def __init__(self, settings: ProposerSettings) -> None:
+        self._build, self._seen = settings.build, settings.seen
+        self._space = dimensions(settings.space)
+        self._signs = [1.0 if one.goal == "minimize" else -1.0 for one in settings.objectives]
         self._running: dict[str, _Candidate] = {}
         self._results: dict[str, _Result] = {}
         self._kernels: dict[tuple[str, int], Any] = {}
-        self._objectives = [one.metric for one in config.objectives]
-        adaptive = any("threshold" in block.amount for block in blocks_of(config.space))  # costs are measured then
-        names = [*self._objectives, *(LIMIT + name for name, _ in config.limits)]
+        self._objectives = [one.metric for one in settings.objectives]
+        adaptive = any("threshold" in block.amount for block in blocks_of(settings.space))  # costs are measured then
+        names = [*self._objectives, *(LIMIT + name for name, _ in settings.limits)]
         self._modelled = [name for name in names if adaptive or not METRICS[name.removeprefix(LIMIT)].computed]
-        self._computed = lru_cache(REMEMBERED)(partial(_computed, config.model))
-        self._features = lru_cache(REMEMBERED)(partial(features, shape=shape))
+        self._computed = lru_cache(REMEMBERED)(partial(_computed, settings.model))
+        self._features = lru_cache(REMEMBERED)(partial(features, shape=settings.shape))
 
     def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
-        """A candidate that runs now."""
+        """A candidate runs now."""
         built = self._build(parameters)
         if built is not None:
             self._running[uid] = _Candidate(dict(parameters), built[1])
 
     def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
-        """The result of a candidate: None when it failed. `excess` above 0 breaks a limit. Others are ignored."""
+        """The result of a candidate that runs; None when it failed. Results of others are ignored."""
         candidate = self._running.pop(uid, None)
         if candidate is not None and values is not None:
             losses = tuple(sign * value for sign, value in zip(self._signs, values, strict=True))
             self._results[uid] = _Result(candidate.parameters, candidate.schedule, losses, dict(excess))
 
     def draw(self, seed: int) -> dict[str, Value]:
-        """One proposal that is no candidate yet; anything at random while there are too few results."""
+        """One proposal that is no candidate yet; random parameters while there are too few results."""
         generator = random.Random(seed)
         results = self._window()
         if len(results) < FEWEST:
@@ -187,11 +188,11 @@ class TokenModel:
     # --- the regressions ---
 
     def _fitted(self, results: Sequence[_Result]) -> dict[str, Regression]:
-        """One for each objective that arithmetic does not give and for each measured limit, by metric."""
+        """A regression of each objective and limit that is modelled, by name."""
         milestone = FEWEST
         while GROWTH * milestone <= min(len(self._results), WINDOW):
             milestone = math.ceil(GROWTH * milestone)
-        first = list(self._results.values())[:milestone]  # always the same, also for a search that is continued
+        first = list(self._results.values())[:milestone]  # the same results in a search that is continued
         rows, models = [self._features(one.schedule) for one in results], {}
         for name in self._modelled:
             if (name, milestone) not in self._kernels:
@@ -223,7 +224,7 @@ class TokenModel:
 
 
 class Regression:
-    """A Gaussian process on features, with a kernel whose hyperparameters are given."""
+    """A Gaussian process on features; the hyperparameters of its kernel are given."""
 
     def __init__(self, rows: Sequence[Mapping[str, float]], values: Sequence[float], kernel: Any) -> None:
         self._columns, self._scale = DictVectorizer(sparse=False), StandardScaler()
@@ -233,7 +234,7 @@ class Regression:
         self._noise = kernel.k2.noise_level * np.square(np.std(targets))
 
     def predict(self, rows: Sequence[Mapping[str, float]]) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard deviations of the mean of many evaluations."""
+        """Means, and standard deviations without the noise of a single evaluation."""
         inputs = self._scale.transform(self._columns.transform(rows))
         mean, deviation = self._process.predict(inputs, return_std=True)
         return mean, np.sqrt(np.maximum(np.square(deviation) - self._noise, 1e-12))
@@ -242,31 +243,35 @@ class Regression:
 def _computed(model: ModelConfig, metric: str, schedule: Schedule) -> float:
     compute = METRICS[metric].compute
     value = None if compute is None else compute(model, schedule)
-    assert value is not None, "only thresholds make a cost depend on the images"
+    assert value is not None, "without thresholds a cost does not depend on the images"
     return value
 
 
 def fitted_kernel(rows: Sequence[Mapping[str, float]], values: Sequence[float]) -> Any:
-    """Smooth functions with noise, by maximum likelihood on at most MOST_FITTED results."""
+    """A kernel of smooth functions with noise, fitted by maximum likelihood to at most MOST_FITTED results."""
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_FITTED)).astype(int))
     inputs = DictVectorizer(sparse=False).fit_transform([rows[index] for index in chosen])
     kernel = ConstantKernel(1.0) * RBF(5.0, (3.0, 1e3)) + WhiteKernel(0.5, (1e-2, 1e1))
     process = GaussianProcessRegressor(kernel, normalize_y=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a bound is an answer too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a hyperparameter may end at its bound
         process.fit(StandardScaler().fit_transform(inputs), _without_outliers([values[index] for index in chosen]))
     return process.kernel_
 
 
 def _without_outliers(values: Sequence[float]) -> np.ndarray:
-    """Trainings that went wrong count as bad ones: how bad would hide every other difference."""
+    """The values, those far above the others set to three interquartile ranges above the upper quartile: one training
+    that collapsed would otherwise hide every other difference."""
     found = np.asarray(values, dtype=np.float64)
     low, high = np.percentile(found, (25, 75))
     return np.minimum(found, high + 3 * (high - low)) if high > low else found
 
 
 def _gains(hoped: np.ndarray, believed: np.ndarray) -> np.ndarray:
-    """(n, objectives), (front, objectives), both in units of the front's extent -> (n,) of hypervolume added."""
+    """The hypervolume that each of the points adds to a front; all in units of the front's extent.
+
+    hoped: (points, objectives), optimistic predictions. believed: (front, objectives). Returns (points,).
+    """
     reference = np.full(believed.shape[1], 1.0 + BEYOND)
     base = hypervolume(believed, reference)
     return np.array([hypervolume(np.vstack([believed, point]), reference) for point in hoped]) - base

@@ -16,8 +16,8 @@ from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, st
 from prunesearch.plugins import import_plugins
 from prunesearch.presets import find_schedule
 from prunesearch.record import SENSITIVITY
+from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.iso_budget import budget_problems
-from prunesearch.samplers.optuna_samplers import SAMPLERS
 from prunesearch.schedule import Schedule, resolve
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
 from prunesearch.shape import ModelShape

@@ -9,7 +9,7 @@ from dataclasses import replace
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record, State
-from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.propose import propose, seed_of
 from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.schedule import Schedule

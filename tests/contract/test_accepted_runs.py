@@ -28,7 +28,7 @@ from prunesearch.config import (
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
 from prunesearch.files import write_yaml
-from prunesearch.samplers.optuna_samplers import SAMPLERS
+from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.token_gp import features
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.problems import study_problems

@@ -36,7 +36,7 @@ from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.files import load_study, save_schedule
 from prunesearch.record import Record
-from prunesearch.samplers import sampler_state as lessons
+from prunesearch.samplers import optuna_samplers
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search import driver, loop
 from prunesearch.search.events import Done, Finished, Started, Stopping, Submitted
@@ -478,15 +478,15 @@ def die_in_storage(monkeypatch: pytest.MonkeyPatch, call: str, time: int) -> Non
 
 
 def test_the_sampler_learns_from_one_rung_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[lessons.ModelStudy, str, float]] = []
+    told: list[tuple[optuna_samplers.ModelStudy, str, float]] = []
 
-    class Spy(lessons.ModelStudy):
+    class Spy(optuna_samplers.ModelStudy):
         def tell(self, uid: str, values: Any, excess: Any) -> None:
             if values is not None:
                 told.append((self, uid, values[0]))
             super().tell(uid, values, excess)
 
-    monkeypatch.setattr(lessons, "ModelStudy", Spy)
+    monkeypatch.setattr(optuna_samplers, "ModelStudy", Spy)
     run(small_study(24), tmp_path)
     measured = {(record.uid, one.rung): one.value("top1") for record in records(tmp_path) for one in record.evaluations}
     models = list(dict.fromkeys(model for model, *_ in told))

@@ -161,9 +161,9 @@ def test_the_sampler_learns_what_it_drew_and_nothing_of_other_costs(tmp_path: Pa
     config = study(8, budget=IsoBudget(BUDGET), space=space)
     run(config, tmp_path)
     found = records(tmp_path)
-    lessons = SamplerState(config)
-    lessons.take_up(found)
-    assert lessons.known == [record.parameters for record in found[2:]]
+    state = SamplerState(config)
+    state.take_up(found)
+    assert state.known == [record.parameters for record in found[2:]]
     unbound = SamplerState(replace(config, budget=None))
     unbound.take_up(found)
     assert unbound.known[0] == parameters_of(Schedule(), space)

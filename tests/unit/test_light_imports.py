@@ -20,6 +20,14 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert run(f"import sys, prunesearch, prunesearch.cli; print({heavy} & set(sys.modules))") == "set()"
 
 
+def test_a_list_of_samplers_loads_nothing_that_they_use() -> None:
+    heavy = "{'torch', 'optuna', 'sklearn', 'scipy', 'numpy'}"
+    code = (
+        f"import sys; from prunesearch.samplers import SAMPLERS; print(len(SAMPLERS) > 5, {heavy} & set(sys.modules))"
+    )
+    assert run(code) == "True set()"
+
+
 def test_applying_a_schedule_needs_torch_timm_and_yaml_only(tmp_path: Path) -> None:
     """What a deployed model imports, in a process where everything else of ours is missing."""
     (tmp_path / "best.yaml").write_text("version: 1\nstages: [{block: 1, keep: 0.5, reduce: squeeze}]\n")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +27,39 @@ from prunesearch.config import (
     ThresholdRange,
 )
 from prunesearch.errors import UnknownNameError
-from prunesearch.samplers import optuna_samplers as samplers
-from prunesearch.samplers import quasi_random, token_gp
-from prunesearch.samplers.optuna_samplers import GENERATION_KEY, SAMPLERS, WINDOW, ModelStudy
-from prunesearch.samplers.propose import propose, seed_of
-from prunesearch.space.choices import Choice, Value, dimensions, parameters_of, schedule_from, uid_of
+from prunesearch.samplers import SAMPLERS, Proposer, ProposerSettings, Sampler, from_optuna, quasi_random, token_gp
+from prunesearch.samplers.optuna_samplers import ModelStudy
+from prunesearch.samplers.propose import build, propose, seed_of
+from prunesearch.samplers.proposer import Handover, in_charge
+from prunesearch.space.choices import Choice, Value, anything, dimensions, parameters_of, schedule_from, uid_of
 
-OPTUNAS = [name for name, sampler in SAMPLERS.items() if sampler.make is not None]
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 
 
-def model(name: str, startup: int | None = None) -> ModelStudy:
-    return ModelStudy(SamplerConfig(name, startup=startup), SPACE, OBJECTIVES)
+def proposer(sampler: Sampler, startup: int | None = None, space: SpaceConfig = SPACE) -> Proposer:
+    config = study(space=space, objectives=OBJECTIVES)
+    return sampler.make(
+        ProposerSettings(
+            sampler,
+            max(sampler.startup if startup is None else startup, sampler.least_startup),
+            space,
+            OBJECTIVES,
+            config.limits,
+            config.model,
+            SHAPE,
+            build=partial(build, config, SHAPE),
+            seen=(),
+        )
+    )
+
+
+def model(name: str, startup: int | None = None, **changes: Any) -> ModelStudy:
+    found = proposer(replace(SAMPLERS[name], **changes), startup)
+    assert isinstance(found, ModelStudy)
+    return found
+
+
+OPTUNAS = [name for name, sampler in SAMPLERS.items() if isinstance(proposer(sampler), ModelStudy)]
 
 
 def trials(study: ModelStudy) -> list[optuna.trial.FrozenTrial]:
@@ -64,6 +88,44 @@ def test_every_sampler_runs_30_candidates(tmp_path: Path, name: str) -> None:
         config = replace(config, stop=replace(config.stop, trials=12), space=replace(SPACE, blocks=(2, 4)))
     done, _ = run(config, tmp_path)
     assert done.complete == len(records(tmp_path)) == len(set(EVALUATED)) == config.stop.trials
+
+
+class LastFirst:
+    """A sampler of one's own: it proposes the last candidate again, so that its neighbours are tried."""
+
+    def __init__(self, settings: ProposerSettings) -> None:
+        self.space, self.last = dimensions(settings.space), dict[str, Value]()
+        self.told = list[str]()
+
+    def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
+        self.last = dict(parameters)
+
+    def tell(self, uid: str, values: Sequence[float] | None, excess: Mapping[str, float]) -> None:
+        assert values is not None and len(values) == len(OBJECTIVES)
+        self.told.append(uid)
+
+    def draw(self, seed: int) -> dict[str, Value]:
+        return self.last or anything(self.space, random.Random(seed))
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_sampler_is_added_with_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LastFirst] = []
+
+    def make(settings: ProposerSettings) -> Proposer:
+        made.append(LastFirst(settings))
+        return made[-1]
+
+    for sampler in (
+        Sampler("last_first", "its last candidate again", make, draws=1),
+        Sampler("nsga3", "NSGA-III", from_optuna("NSGAIIISampler", "population_size"), counts_generations=True),
+    ):
+        monkeypatch.setitem(SAMPLERS._things, sampler.name, sampler)
+        run(study(14, sampler.name), tmp_path / sampler.name)
+        assert len(records(tmp_path / sampler.name)) == 14
+    assert made[-1].told == [record.uid for record in records(tmp_path / "last_first")]
+    grow(grown := model("nsga3", startup=4), 12)
+    assert [trial.system_attrs["NSGAIIISampler:generation"] for trial in trials(grown)] == [i // 4 for i in range(12)]
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
@@ -96,7 +158,8 @@ def test_thresholds_are_looked_at_as_ratios(name: str) -> None:
     )
     candidates = []
     for _ in range(2):
-        study = ModelStudy(SamplerConfig(name, startup=8), space, OBJECTIVES)
+        study = proposer(SAMPLERS[name], 8, space)
+        assert isinstance(study, ModelStudy)
         assert study._distributions["block2.threshold"] == FloatDistribution(1e-4, 1.0, log=True)
         drawn = []
         for index in range(12 if name == "gp" else 24):
@@ -126,15 +189,15 @@ def test_mutations_and_random_values_of_thresholds_are_ratios_too() -> None:
 def test_nsga2_sees_its_generations() -> None:
     study = model("nsga2", startup=8)
     grow(study, 30)
-    assert [trial.system_attrs[GENERATION_KEY] for trial in trials(study)] == [index // 8 for index in range(30)]
+    assert [trial.system_attrs["NSGAIISampler:generation"] for trial in trials(study)] == [
+        index // 8 for index in range(30)
+    ]
     parents = [key for key in study._memory.get_study_system_attrs(0) if "parent" in key]
     assert parents == ["NSGAIISampler:parent:1", "NSGAIISampler:parent:2", "NSGAIISampler:parent:3"]
 
 
-def test_tpe_looks_at_the_front_the_latest_and_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = replace(SAMPLERS["tpe"], window=5)
-    monkeypatch.setattr(samplers, "SAMPLERS", {"tpe": window})
-    study = model("tpe", startup=3)
+def test_tpe_looks_at_the_front_the_latest_and_what_runs() -> None:
+    study = model("tpe", startup=3, window=5)
     settings = [{name: 0.5 if "keep" in name else "drop" for name in dimensions(SPACE)} for _ in range(20)]
     for parameters in settings:
         parameters.update({name: "key_norm" for name in parameters if "score" in name})
@@ -145,7 +208,7 @@ def test_tpe_looks_at_the_front_the_latest_and_what_runs(monkeypatch: pytest.Mon
     study.add("running", settings[-1])
     study.draw(1)
     assert study._memory.visible == [0, 2, 14, 15, 16, 17, 18, 19]  # 1 is dominated and old
-    assert WINDOW == 400 == SAMPLERS["tpe"].window
+    assert SAMPLERS["tpe"].window == 400
 
 
 def test_limits_reach_the_sampler_as_constraints() -> None:
@@ -181,7 +244,7 @@ def test_a_continuous_space_is_never_counted() -> None:
     space = replace(SPACE, blocks=(2,), keep=Range(0.5, 1.0), reduce=("drop",), score=("key_norm",))
     config = study(space=space)
     seen: set[str] = set()
-    sampler = ModelStudy(SamplerConfig("random"), space, OBJECTIVES)
+    sampler = proposer(SAMPLERS["random"], space=space)
     for index in range(32):  # ceil(keep * 64) is 33 to 64 tokens
         proposal = propose(config, SHAPE, sampler.draw, 5, [], seen, index)
         assert proposal.schedule is not None
@@ -190,18 +253,17 @@ def test_a_continuous_space_is_never_counted() -> None:
 
 
 def test_auto_begins_with_points_that_fill_the_space() -> None:
-    config = study(sampler="auto")
-    assert quasi_random.count_of(config) == len(dimensions(SPACE)) == 15
-    assert quasi_random.count_of(replace(config, space=SpaceConfig(blocks=(1, 2)))) == 10
-    config = replace(config, sampler=SamplerConfig("auto", startup=40))
-    first = [next(quasi_random.points(config, index)) for index in range(32)]
+    assert quasi_random.count_of(SamplerConfig("auto"), SPACE) == len(dimensions(SPACE)) == 15
+    assert quasi_random.count_of(SamplerConfig("auto"), SpaceConfig(blocks=(1, 2))) == 10
+    sampler = SamplerConfig("auto", startup=40)
+    first = [next(quasi_random.points(sampler, SPACE, index)) for index in range(32)]
     for name, dimension in dimensions(SPACE).items():
         values = Counter(point[name] for point in first)
         expected = 32 / (len(dimension.values) if isinstance(dimension, Choice) else 6)
         assert all(abs(values[value] - expected) <= 2 for value in values), name  # chance alone is off by 5 and more
-    again = [str(point) for index in range(8) for point in quasi_random.points(config, index)]
+    again = [str(point) for index in range(8) for point in quasi_random.points(sampler, SPACE, index)]
     assert len(again) == 8 * quasi_random.REDRAWS == len(set(again))
-    assert next(quasi_random.points(replace(config, sampler=SamplerConfig("auto", seed=1, startup=40)), 3)) != first[3]
+    assert next(quasi_random.points(replace(sampler, seed=1), SPACE, 3)) != first[3]
 
 
 def test_auto_counts_what_the_study_has_and_then_asks_the_model() -> None:
@@ -214,11 +276,11 @@ def test_auto_counts_what_the_study_has_and_then_asks_the_model() -> None:
 
     for known in range(5):
         found = propose(config, SHAPE, draw, 8, [{}] * known, set(), 9)
-        assert found.schedule == schedule_from(next(quasi_random.points(config, known)), SPACE, SHAPE)
+        assert found.schedule == schedule_from(next(quasi_random.points(config.sampler, SPACE, known)), SPACE, SHAPE)
     assert not asked
     propose(config, SHAPE, draw, 8, [{}] * 5, set(), 9)
     assert asked == [seed_of(0, 9, 0)]
-    assert quasi_random.count_of(study(sampler="tpe")) == 0
+    assert quasi_random.count_of(SamplerConfig("tpe"), SPACE) == 0
 
 
 def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None:
@@ -231,10 +293,11 @@ def test_auto_passes_impossible_points_over_and_asks_the_model_at_last() -> None
 
 
 def test_auto_hands_over_to_nsga2() -> None:
-    config = study(sampler="auto")
-    assert [samplers.in_charge(config, known, 16).name for known in (0, 999, 1000)] == ["token_gp", "token_gp", "nsga2"]
-    assert samplers.in_charge(config, 0, 17).name == "nsga2"
-    assert samplers.in_charge(study(sampler="gp"), 5000, 17) == study(sampler="gp").sampler
+    auto, nsga2 = SAMPLERS["auto"], SAMPLERS["nsga2"]
+    assert auto.make == SAMPLERS["token_gp"].make
+    assert [in_charge(auto, known, 16) for known in (0, 999, 1000)] == [auto, auto, nsga2]
+    assert in_charge(auto, 0, 17) == nsga2
+    assert in_charge(SAMPLERS["gp"], 5000, 17) == SAMPLERS["gp"]
 
 
 @pytest.mark.parametrize("rungs", [1, 3])
@@ -243,7 +306,8 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
 ) -> None:
     """Through all three of its samplers."""
 
-    monkeypatch.setattr(samplers, "MANY_CANDIDATES", 9)
+    early = replace(SAMPLERS["auto"], handover=Handover("nsga2", candidates=9, workers=16))
+    monkeypatch.setitem(SAMPLERS._things, "auto", early)
     monkeypatch.setattr(token_gp, "FEWEST", 4)
     config = replace(small_study(13, "auto"), sampler=SamplerConfig("auto", startup=4))
     if rungs == 1:

@@ -14,7 +14,7 @@ from fake_search import SHAPE, SPACE, study
 from prunesearch.config import IsoBudget, Limit, SpaceConfig, StudyConfig, ThresholdRange
 from prunesearch.cost import estimate_cost
 from prunesearch.front import hypervolume
-from prunesearch.samplers import token_gp
+from prunesearch.samplers import SAMPLERS, ProposerSettings, token_gp
 from prunesearch.samplers.propose import build, seed_of
 from prunesearch.samplers.token_gp import TokenModel, features
 from prunesearch.schedule import Schedule, Stage
@@ -24,7 +24,19 @@ REFERENCE = np.array([0.8, 0.013])
 
 
 def new_model(config: StudyConfig, seen: dict[str, object] | None = None) -> TokenModel:
-    return TokenModel(config, SHAPE, partial(build, config, SHAPE), {} if seen is None else seen)
+    return TokenModel(
+        ProposerSettings(
+            SAMPLERS["token_gp"],
+            10,
+            config.space,
+            config.objectives,
+            config.limits,
+            config.model,
+            SHAPE,
+            build=partial(build, config, SHAPE),
+            seen={} if seen is None else seen,
+        )
+    )
 
 
 def losses(schedule: Schedule, noise: float = 0.0) -> tuple[float, float]:
