@@ -477,5 +477,9 @@ class StudyConfig:
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Every metric an evaluation must report, objectives first, each once."""
-        wanted = [o.metric for o in self.objectives] + [name for name, _ in self.limits] + list(self.metrics)
-        return tuple(dict.fromkeys(wanted))
+        return tuple(dict.fromkeys((*self.deciding_metrics, *self.metrics)))
+
+    @property
+    def deciding_metrics(self) -> tuple[str, ...]:
+        """The metrics of objectives and limits, without which an evaluation is no result."""
+        return (*(objective.metric for objective in self.objectives), *(name for name, _ in self.limits))

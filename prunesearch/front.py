@@ -17,10 +17,9 @@ import numpy as np
 from prunesearch.config import Limit, Objective
 from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import StudyError
+from prunesearch.evaluate.limits import Limits, total_excess
 from prunesearch.record import Record
 from prunesearch.strict import to_mapping
-
-Limits = Sequence[tuple[str, Limit]]
 
 _NOTHING = (
     "front: it is empty. Possible: a study with at least one complete candidate within its limits. "
@@ -223,12 +222,9 @@ def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
     """What to say when none of these records, one or more, is within the bounds: which one is nearest."""
 
     def distance(record: Record) -> tuple[float, int]:
-        total = 0.0
-        for name, limit in bounds:
-            bound = limit.at_most if limit.at_most is not None else limit.at_least
-            excess = limit.excess(values_of(record).get(name, math.nan))
-            total += math.inf if math.isnan(excess) else max(excess, 0.0) / (abs(bound or 0.0) or 1.0)
-        return total, record.number
+        values = values_of(record)
+        is_known = not any(math.isnan(values.get(name, math.nan)) for name, _ in bounds)
+        return total_excess(bounds, values) if is_known else math.inf, record.number
 
     nearest = min(measured, key=distance)
     asked = " and ".join(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import Objective
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import Value
@@ -78,7 +78,7 @@ def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_run
     return replace(record, state=state, evaluations=evaluations, orders=orders, rung=evaluation.rung)
 
 
-def cost_of(config: StudyConfig) -> str | None:
+def cost_of(objectives: Sequence[Objective]) -> str | None:
     """The objective that says what a candidate costs: gmacs, else the first minimized one; None when there is none."""
-    minimized = [objective.metric for objective in config.objectives if objective.goal == "minimize"]
+    minimized = [objective.metric for objective in objectives if objective.goal == "minimize"]
     return "gmacs" if "gmacs" in minimized else next(iter(minimized), None)

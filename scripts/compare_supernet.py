@@ -113,7 +113,9 @@ def main() -> None:
         folder = Path(name)
         work = supernet_task(config, folder).supernet
         generator = random.Random(0)
-        schedules = [draw_schedule(work, config.model, generator) for _ in range(arguments.schedules)]
+        schedules = [
+            draw_schedule(work.space, work.limits, config.model, generator) for _ in range(arguments.schedules)
+        ]
         dense = means([measured(config, [Schedule()])], "gmacs")[0]  # also loads what all need
         before = time.process_time()
         shared = prepare_supernet(config, folder, folder, SerialWorkers(config.workers, folder), told)

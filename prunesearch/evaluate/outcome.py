@@ -1,20 +1,22 @@
-"""What the study makes of an evaluation: complete or failed, and whose."""
+"""Decide whether an evaluation counts as complete, and whether two tasks must give the same numbers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
-from prunesearch.config import StudyConfig
 from prunesearch.evaluate.task import Cause, Evaluation, Task
 
 
-def check_evaluation(evaluation: Evaluation, config: StudyConfig) -> Evaluation:
-    """The evaluation as the study takes it: complete only with a finite number for every objective and limit."""
+def check_evaluation(evaluation: Evaluation, needed: Iterable[str]) -> Evaluation:
+    """The evaluation, failed when it lacks a finite number for one of the metrics that are needed.
+
+    needed: of a study, `StudyConfig.deciding_metrics`.
+    """
     if evaluation.status == "failed":
         return evaluation
     values = dict(evaluation.metrics)
-    needed = [objective.metric for objective in config.objectives] + [name for name, _ in config.limits]
     for name in needed:
         if name not in values:
             return replace(evaluation, status="failed", cause="error", error=f"metric {name} was not measured")

@@ -13,8 +13,7 @@ from prunesearch.config import ModelConfig, SpaceConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, StudyError
 from prunesearch.evaluate.build import model_shape
-from prunesearch.evaluate.metrics import METRICS
-from prunesearch.evaluate.task import SupernetWork
+from prunesearch.evaluate.limits import Limits, is_within
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import (
@@ -39,20 +38,20 @@ class TooLarge(Exception):
 
 
 def draw_schedule(
-    work: SupernetWork, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
+    space: SpaceConfig, limits: Limits, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
 ) -> Schedule:
     """A schedule of the space whose parameters are each uniformly random, among those within the limits that
     arithmetic knows; with more stages than `max_stages` allows, a random part of them.
 
     Raises StudyError when none is found in so many draws.
     """
-    shape, space = model_shape(model), dimensions(work.space)
-    unbounded = replace(work.space, max_stages=None)
+    shape, choices = model_shape(model), dimensions(space)
+    unbounded = replace(space, max_stages=None)
     for _ in range(draws):
-        parameters = anything(space, generator)
+        parameters = anything(choices, generator)
         try:
-            schedule = _thinned(schedule_from(parameters, unbounded, shape), work, generator)
-            if schedule is not None and is_within(work, model, schedule):
+            schedule = _thinned(schedule_from(parameters, unbounded, shape), space, generator)
+            if schedule is not None and is_within(limits, model, schedule):
                 return schedule
         except ScheduleError:
             pass  # these choices do not go together
@@ -62,18 +61,8 @@ def draw_schedule(
     )
 
 
-def is_within(work: SupernetWork, model: ModelConfig, schedule: Schedule) -> bool:
-    """Whether a schedule keeps the limits that arithmetic knows. Raises ScheduleError when it fits no such model."""
-    for name, limit in work.limits:
-        compute = METRICS[name].compute
-        value = None if compute is None else compute(model, schedule)
-        if value is not None and limit.excess(value) > 0:
-            return False
-    return True
-
-
 @lru_cache(maxsize=2)
-def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
+def cheapest_schedule(space: SpaceConfig, limits: Limits, model: ModelConfig) -> Schedule:
     """The schedule of fewest MACs that a local search finds: from a random one, changing one parameter at a time (also
     two at once where `max_stages` makes a stage give way to another) as long as that makes it cheaper. Always the same.
 
@@ -82,10 +71,11 @@ def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
     shape = model_shape(model)
 
     def cost(schedule: Schedule) -> float:
-        return estimate_cost(shape, schedule).macs if is_within(work, model, schedule) else math.inf
+        return estimate_cost(shape, schedule).macs if is_within(limits, model, schedule) else math.inf
 
     generator = random.Random(0)
-    return improved([draw_schedule(work, model, generator) for _ in range(LOCAL_STARTS)], work.space, shape, cost)
+    starts = [draw_schedule(space, limits, model, generator) for _ in range(LOCAL_STARTS)]
+    return improved(starts, space, shape, cost)
 
 
 def improved(
@@ -122,15 +112,15 @@ def improved(
     return best
 
 
-def _thinned(schedule: Schedule, work: SupernetWork, generator: random.Random) -> Schedule | None:
+def _thinned(schedule: Schedule, space: SpaceConfig, generator: random.Random) -> Schedule | None:
     """The schedule, with a random part of its stages when it has too many; None when the space cannot leave them
     out."""
-    most = work.space.max_stages
+    most = space.max_stages
     if most is None or len(schedule.stages) <= most:
         return schedule
     kept = sorted(generator.sample(range(len(schedule.stages)), generator.randint(1, most)))
     thinned = replace(schedule, stages=tuple(schedule.stages[index] for index in kept))
-    return None if parameters_of(thinned, work.space) is None else thinned
+    return None if parameters_of(thinned, space) is None else thinned
 
 
 def _changes(space: Mapping[str, Dimension], pairs: bool) -> Iterator[dict[str, Value]]:

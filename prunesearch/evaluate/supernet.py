@@ -74,8 +74,8 @@ def train_supernet(
 def schedules_of_step(task: Task, work: SupernetWork, images: int) -> list[Schedule]:
     """What the step that begins after so many images trains: the dense model, the cheapest schedule, random ones."""
     generator = random.Random(f"{task.seed}/{images}")
-    drawn = [draw_schedule(work, task.model, generator) for _ in range(work.schedules)]
-    return [Schedule(), cheapest_schedule(work, task.model), *drawn]
+    drawn = [draw_schedule(work.space, work.limits, task.model, generator) for _ in range(work.schedules)]
+    return [Schedule(), cheapest_schedule(work.space, work.limits, task.model), *drawn]
 
 
 def made_with(task: Task) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 from prunesearch.config import Objective
 from prunesearch.confirmation import confirmation_of
 from prunesearch.errors import StudyError, UserError
-from prunesearch.front import Limits, comparable, front, values_of
+from prunesearch.evaluate.limits import Limits
+from prunesearch.front import comparable, front, values_of
 from prunesearch.record import Record
 from prunesearch.report.tables import evenly, unit_of
 

@@ -22,7 +22,7 @@ def rungs_table(records: Sequence[Record], config: StudyConfig) -> Table:
     for name in ("rung", "images", "done", "went on", "waiting", "running", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("rank correlation with\nthe next (by cost)")
-    found = agreements(records, config)
+    found = agreements(records, config.objectives, len(config.rungs))
     for rung, budget in enumerate(config.rungs):
         there = [record for record in records if record.at(rung) is not None]
         went_on = sum(record.rung > rung for record in there)
@@ -41,7 +41,7 @@ def warnings(records: Sequence[Record], config: StudyConfig) -> list[str]:
     return [
         f"rung {one.rung} says little about rung {one.rung + 1}: Kendall's tau of {one.metric} is {one.tau:.2f} over "
         f"{one.pairs} candidates, under 0.5. Raise rungs[{one.rung}].images in the next study."
-        for one in agreements(records, config)
+        for one in agreements(records, config.objectives, len(config.rungs))
         if one.is_low
     ]
 

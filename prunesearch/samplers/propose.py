@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 from prunesearch.config import SamplerConfig, SpaceConfig, StudyConfig
 from prunesearch.errors import ScheduleError
-from prunesearch.evaluate.limits import computed_excess
+from prunesearch.evaluate.limits import is_within
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.quasi_random import points
 from prunesearch.schedule import Schedule
@@ -87,7 +87,7 @@ def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value
         schedule = schedule_from(parameters, config.space, shape)
         if config.budget is not None:
             schedule = within_budget(schedule, shape, config.budget.gmacs)
-        if any(amount > 0 for amount in computed_excess(config, schedule).values()):
+        if not is_within(config.limits, config.model, schedule):
             return None
         return uid_of(schedule, shape), schedule
     except ScheduleError:

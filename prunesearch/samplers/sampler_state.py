@@ -107,7 +107,7 @@ class SamplerState:
             return
         values = dict(evaluation.metrics)
         objectives = [values[objective.metric] for objective in self._config.objectives]
-        self._proposer.tell(uid, objectives, excess(self._config, values))
+        self._proposer.tell(uid, objectives, excess(self._config.limits, values))
 
     def _best_rung(self) -> int:
         enough = (rung for rung, count in enumerate(self._counts) if count >= self._enough)

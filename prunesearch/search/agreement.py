@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import Objective
 from prunesearch.evaluate import METRICS
 from prunesearch.record import Record, cost_of
 from prunesearch.search.rungs import BANDS, bands_of
@@ -42,14 +42,14 @@ class Agreement:
         return self.tau is not None and self.pairs >= ENOUGH and self.tau < LOW
 
 
-def agreements(records: Sequence[Record], config: StudyConfig) -> list[Agreement]:
+def agreements(records: Sequence[Record], objectives: Sequence[Objective], rungs: int) -> list[Agreement]:
     """For each pair of neighbouring rungs and each objective that training can change, lowest rung first."""
-    cost = cost_of(config)
+    cost = cost_of(objectives)
     found = []
-    for rung in range(len(config.rungs) - 1):
+    for rung in range(rungs - 1):
         both = [(low, high) for one in records if (low := one.at(rung)) and (high := one.at(rung + 1))]
         bands = bands_of([high.value(cost) for _, high in both]) if cost is not None else []
-        for objective in config.objectives:
+        for objective in objectives:
             metric = objective.metric
             if metric in METRICS and METRICS[metric].computed:
                 continue

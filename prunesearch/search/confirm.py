@@ -102,7 +102,7 @@ def confirm(
                 if outcome.cause == "crash" and deaths[task.uid] <= config.workers.retries:
                     continue  # it is still missing, and claimed
                 outcome = failed(task, outcome.cause, outcome.error)
-            evaluation = check_evaluation(outcome, config)
+            evaluation = check_evaluation(outcome, config.deciding_metrics)
             if evaluation.status == "complete":
                 store.confirm(one.record.uid, one.index, evaluation)
             else:
@@ -185,7 +185,7 @@ def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> Non
             continue
         for index in range(config.confirm.seeds):
             if same_work(task, _task(record, index, config, folder)):
-                evaluation = check_evaluation(evaluation, config)
+                evaluation = check_evaluation(evaluation, config.deciding_metrics)
                 if evaluation.status == "complete":
                     store.confirm(record.uid, index, evaluation)
                 delete(path)

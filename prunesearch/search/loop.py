@@ -143,7 +143,7 @@ class Search:
             )
             self._stop("disk", "no space is left for weights")
             return
-        evaluation = check_evaluation(outcome, self.config)
+        evaluation = check_evaluation(outcome, self.config.deciding_metrics)
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         after = self.store.finish(record, evaluation)

@@ -11,8 +11,8 @@ from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.build import input_channels
 from prunesearch.evaluate.images import channel_problems
-from prunesearch.evaluate.limits import unreachable_limits
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
+from prunesearch.evaluate.unreachable_limits import unreachable_limits
 from prunesearch.plugins import import_plugins
 from prunesearch.presets import find_schedule
 from prunesearch.record import SENSITIVITY
@@ -59,7 +59,7 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     in_space = space_problems(config.space, shape)
     costs = [] if in_space else budget_problems(config, shape)
     if not in_space and all(name in METRICS for name, _ in config.limits):
-        costs += unreachable_limits(config)
+        costs += unreachable_limits(config.space, config.limits, config.model, config.evaluation == "supernet")
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
     if starts:
         problems += _sensitivity_problems(config, shape) if not in_space else []

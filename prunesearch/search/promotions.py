@@ -15,7 +15,7 @@ class Promotions:
 
     def __init__(self, config: StudyConfig, records: Iterable[Record] = ()) -> None:
         self._config = config
-        names, cost = [objective.metric for objective in config.objectives], cost_of(config)
+        names, cost = [objective.metric for objective in config.objectives], cost_of(config.objectives)
         self._cost = None if cost is None else names.index(cost)
         self._results: list[dict[str, Result]] = [{} for _ in config.rungs]
         self._settled: set[int] = set()  # rungs where nobody deserves it, as long as nothing changes there
@@ -32,7 +32,7 @@ class Promotions:
                 record.uid,
                 evaluation.rung,
                 tuple(values[one.metric] * (1 if one.goal == "minimize" else -1) for one in objectives),
-                total_excess(self._config, values),
+                total_excess(self._config.limits, values),
                 record.is_start,
                 is_promoted=record.rung > evaluation.rung,
             )

@@ -87,7 +87,7 @@ class Recovery:
                     self.kept.add((task.uid, task.rung))
                     return None
                 record = replace(record, owner=self.store.owner)
-            finished = self.store.finish(record, check_evaluation(evaluation, self.config))
+            finished = self.store.finish(record, check_evaluation(evaluation, self.config.deciding_metrics))
             if finished is not None:
                 self.state.records[task.uid] = finished
         if self.store.holds(record.number, task.rung):
@@ -110,7 +110,7 @@ class Recovery:
         if new.uid != task.uid or not same_work(task, expected):
             raise ValueError("it comes from a study with other settings")
         if record.number < 0:
-            self.store.check(record, computed_excess(self.config, record.schedule))
+            self.store.check(record, computed_excess(self.config.limits, self.config.model, record.schedule))
         return record
 
 
@@ -119,4 +119,5 @@ def begin(store: Store, record: Record) -> Record | None:
     faster."""
     if record.rung > 0:
         return replace(record, owner=store.owner) if store.promote(record) else None
-    return store.begin(record, computed_excess(store.config, record.schedule), store.config.stop.trials)
+    config = store.config
+    return store.begin(record, computed_excess(config.limits, config.model, record.schedule), config.stop.trials)

@@ -10,7 +10,7 @@ import numpy as np
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
-from prunesearch.evaluate.limits import computed_excess
+from prunesearch.evaluate.limits import is_within
 from prunesearch.evaluate.sensitivity import (
     IMAGES_FOR_A_START,
     Sensitivities,
@@ -39,7 +39,7 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     possible = [
         point
         for point in predicted_front(found.effects, config.space, shape)
-        if point.schedule.stages and all(amount <= 0 for amount in computed_excess(config, point.schedule).values())
+        if point.schedule.stages and is_within(config.limits, config.model, point.schedule)
     ]
     if config.budget is not None:
         budget = config.budget.gmacs

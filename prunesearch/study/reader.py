@@ -252,7 +252,7 @@ def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
 
 def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: StudyConfig) -> str | None:
     """What an evaluation cannot say if it is one of this study."""
-    verdict = check_evaluation(evaluation, config)
+    verdict = check_evaluation(evaluation, config.deciding_metrics)
     if verdict.status != evaluation.status:
         return verdict.error
     if evaluation.rung not in range(len(config.rungs)):

@@ -541,7 +541,7 @@ class Store(StudyReader):
             trial,
             state="COMPLETE" if record.state == "complete" else "FAIL",
             attributes=attributes,
-            constraints=excess(self.config, values),
+            constraints=excess(self.config.limits, values),
             values=objectives,
         )
         return True
@@ -563,7 +563,7 @@ class Store(StudyReader):
             self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
             return
         known = self._storage.get_trial_system_attrs(trial_id)
-        for name, amount in excess(self.config, values).items():
+        for name, amount in excess(self.config.limits, values).items():
             key = f"constraints:{name}"
             if key not in known:  # those that arithmetic knows are there from the start
                 self._storage.set_trial_system_attr(trial_id, key, amount)

@@ -103,7 +103,8 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
         claimed = begin(store, begun)
         if claimed is None:
             return rung > 0  # another driver has it, or goes on with it
-        finished = store.finish(claimed, check_evaluation(replace(evaluation, checkpoint=weights), config))
+        checked = check_evaluation(replace(evaluation, checkpoint=weights), config.deciding_metrics)
+        finished = store.finish(claimed, checked)
         if finished is None:
             return True  # another driver took it over
         record = finished

@@ -153,7 +153,7 @@ class _Candidate(tune.Trainable):
         record = replace(self._record, rung=self._record.rung_done + 1)
         task = task_of(record, 0, self.study, self._scratch)
         with _working_in(self.directory):
-            evaluation = check_evaluation(find_evaluate(self.evaluate)(task), self.study)
+            evaluation = check_evaluation(find_evaluate(self.evaluate)(task), self.study.deciding_metrics)
         if evaluation.cause == "disk":  # no fault of the candidate
             raise RunError(
                 f"{self._scratch}: no space is left for weights ({evaluation.error}). Free some space there."
@@ -170,7 +170,7 @@ class _Candidate(tune.Trainable):
             **about,
             "training_iteration": task.rung + 1,
             "images": evaluation.images,
-            "feasible": int(all(amount <= 0 for amount in excess(self.study, values).values())),
+            "feasible": int(all(amount <= 0 for amount in excess(self.study.limits, values).values())),
             "cause": "",
             "done": task.rung == len(self.study.rungs) - 1,
             "should_checkpoint": True,
@@ -210,7 +210,8 @@ class _Candidate(tune.Trainable):
             return schedule
         if study.budget is not None:
             schedule = within_budget(schedule, self._shape, study.budget.gmacs)
-        over = {name: amount for name, amount in computed_excess(study, schedule).items() if amount > 0}
+        amounts = computed_excess(study.limits, study.model, schedule)
+        over = {name: amount for name, amount in amounts.items() if amount > 0}
         if over:
             said = ", ".join(f"{name} by {amount:.4g}" for name, amount in over.items())
             raise ScheduleError(

@@ -32,12 +32,11 @@ from prunesearch.config import (
 )
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import RunError, ScheduleError, StudyError
-from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
+from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape, sampling
 from prunesearch.evaluate import supernet as module
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.finetune import Batch, Progress, distillation_loss, take_steps
 from prunesearch.evaluate.outcome import same_work
-from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.supernet import is_trained, made_with, schedules_of_step
 from prunesearch.evaluate.task import SupernetWork
 from prunesearch.export.schedules import export
@@ -76,6 +75,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Random) -> Schedule:
+    return sampling.draw_schedule(work.space, work.limits, model, generator)
+
+
+def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
+    return sampling.cheapest_schedule(work.space, work.limits, model)
 
 
 def work(space: SpaceConfig = SPACE, schedules: int = 2, **limits: Limit) -> SupernetWork:

@@ -232,19 +232,19 @@ def test_tau_is_scipys(seed: int) -> None:
 def test_agreement_overall_and_within_thirds_of_the_cost() -> None:
     """Three groups: dearer is better at both rungs, but within a group the order turns round."""
     groups = [[record(10 * g + i, 10.0 * g + i, 10.0 * g - i, gmacs=float(g)) for i in range(4)] for g in range(3)]
-    lower, upper = agreements([*itertools.chain(*groups), record(99, 1.0)], CONFIG)
+    lower, upper = agreements([*itertools.chain(*groups), record(99, 1.0)], CONFIG.objectives, len(CONFIG.rungs))
     assert (lower.metric, lower.rung, lower.pairs) == ("top1", 0, 12)  # gmacs is arithmetic, no training changes it
     assert lower.bands == pytest.approx((-1.0, -1.0, -1.0))
     assert lower.tau == pytest.approx((48 - 18) / 66) and lower.is_low
     assert (upper.rung, upper.pairs, upper.tau, upper.is_low) == (1, 0, None, False)
-    assert not agreements(groups[0], CONFIG)[0].is_low  # four say nothing
+    assert not agreements(groups[0], CONFIG.objectives, len(CONFIG.rungs))[0].is_low  # four say nothing
 
 
 def test_limits_add_up_as_shares_of_their_bounds() -> None:
     limited = study(limits=(("gmacs", Limit(at_most=2.0)), ("top1", Limit(at_least=50.0))))
-    assert total_excess(limited, {"gmacs": 1.0, "top1": 60.0}) == 0
-    assert total_excess(limited, {"gmacs": 3.0, "top1": 40.0}) == pytest.approx(0.5 + 0.2)
-    assert total_excess(limited, {"gmacs": 1.0, "top1": 40.0}) == pytest.approx(0.2)
+    assert total_excess(limited.limits, {"gmacs": 1.0, "top1": 60.0}) == 0
+    assert total_excess(limited.limits, {"gmacs": 3.0, "top1": 40.0}) == pytest.approx(0.5 + 0.2)
+    assert total_excess(limited.limits, {"gmacs": 1.0, "top1": 40.0}) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])

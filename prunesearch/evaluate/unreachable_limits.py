@@ -1,0 +1,78 @@
+"""Limits that no schedule of a space can keep, found before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from functools import partial
+
+from prunesearch.config import Limit, ModelConfig, SpaceConfig
+from prunesearch.errors import StudyError
+from prunesearch.evaluate.build import model_shape
+from prunesearch.evaluate.limits import Limits
+from prunesearch.evaluate.metrics import METRICS, Compute
+from prunesearch.evaluate.sampling import TooLarge, draw_schedule, improved
+from prunesearch.schedule import Schedule
+from prunesearch.space.choices import blocks_of, parameters_of
+
+MOST_WORK = 20_000
+"""Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
+RANDOM_STARTS, DRAWS = 8, 30
+"""Random schedules from the best of which the search begins, and how often each is drawn until it is a possible one."""
+
+
+def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, together: bool) -> list[str]:
+    """What to say about limits that arithmetic knows and that no schedule of the space can keep, each for itself, and
+    all `together` if asked. The space, the model and the names of metrics must be without mistakes.
+
+    The schedule nearest to a limit is found by local search, so a limit that only a few of many schedules keep could
+    be taken for one that none keeps; costs, which every removed token lowers, are not of that kind. Where the space is
+    too large for the search, nothing is said.
+    """
+    known = [(name, limit, METRICS[name].compute) for name, limit in limits if METRICS[name].compute is not None]
+    if not known:
+        return []
+    generator = random.Random(0)
+    starts = list(_starts(space, model, generator))
+    most, problems = MOST_WORK // max(1, len(blocks_of(space))), []
+    for name, limit, compute in known:
+        assert compute is not None
+        if not starts or (limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least):
+            continue
+        miss = partial(_miss, compute, model, limit)
+        try:
+            nearest = improved(starts, space, model_shape(model), miss, enough=0.0, most=most)
+        except TooLarge:
+            continue
+        value = compute(model, nearest)
+        if value is None or limit.excess(value) <= 0:
+            continue
+        is_over = limit.at_most is not None and value > limit.at_most
+        bound = f"at_most {limit.at_most:g}" if is_over else f"at_least {limit.at_least:g}"
+        problems.append(
+            f"limits.{name}: {bound}, and {value:.4g} is the nearest that a schedule of this space comes to it. "
+            f"Possible: a limit that some of them keep. Change it, or allow more or other stages."
+        )
+    if together and not problems:
+        try:
+            draw_schedule(space, limits, model, generator)
+        except StudyError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _starts(space: SpaceConfig, model: ModelConfig, generator: random.Random) -> Iterator[Schedule]:
+    for _ in range(RANDOM_STARTS):
+        try:
+            schedule = draw_schedule(space, (), model, generator, draws=DRAWS)
+        except StudyError:
+            return
+        if parameters_of(schedule, space) is not None:
+            yield schedule
+
+
+def _miss(compute: Compute, model: ModelConfig, limit: Limit, schedule: Schedule) -> float:
+    """By how much a schedule breaks a limit; of what only images tell, not at all."""
+    value = compute(model, schedule)
+    return -math.inf if value is None else limit.excess(value)
