@@ -129,7 +129,7 @@ def _features(schedule: Schedule, shape: ModelShape, words: Sequence[str]) -> np
     """For each block the share of tokens present after it, and the logarithm of the share that stays of those before
     it; for each verb and score 1 when a stage has it.
 
-    `token_gp.features` differs: each verb and score counts by how much it removes, and the share that stays is left out.
+    `token_gp.features` differs: each verb and score counts by how much it removes, and blocks have no second number.
     """
     present, stays = np.ones(shape.depth), np.zeros(shape.depth)
     has = dict.fromkeys(words, 0.0)

@@ -1,6 +1,6 @@
 """Recorded evaluations: a table of schedules, each measured at several budgets, on which searches are replayed.
 
-It is a CSV file as `scripts/record_table.py` writes it. Its columns: uid, rung, images, one for each metric, seconds (of
+A table is a CSV file that `scripts/record_table.py` writes. Columns: uid, rung, images, one for each metric, seconds (of
 this rung alone: the training since the rung before, and the measurement) and schedule (its stages as JSON).
 """
 

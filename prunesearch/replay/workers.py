@@ -136,7 +136,7 @@ class SimulatedWorkers:
 
 
 def seconds_of(row: Callable[[int], Recorded], budgets: Sequence[int], images: int, before: int = 0) -> float:
-    """Seconds to train a schedule from `before` to `images` images and to measure it then, by those of the table's rungs.
+    """Seconds to train a schedule from `before` to `images` images and then to measure it, by the table's seconds.
 
     The table also measured at each rung in between. The seconds of these measurements are subtracted where they are
     known: where the table has a rung without training.
