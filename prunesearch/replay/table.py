@@ -1,7 +1,7 @@
 """Recorded evaluations: a table of schedules, each measured at several budgets, on which searches are replayed.
 
-A table is a CSV file that `scripts/record_table.py` writes. Columns: uid, rung, images, one for each metric, seconds (of
-this rung alone: the training since the rung before, and the measurement) and schedule (its stages as JSON).
+A table is a CSV file that `scripts/record_table.py` writes. Columns: uid, rung, images, one for each metric, seconds
+(of this rung alone: training since the rung before, and measurement) and schedule (its stages as JSON).
 """
 
 from __future__ import annotations
