@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from suggest import suggest
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
@@ -31,7 +32,7 @@ from prunesearch.files import load_study
 from prunesearch.front import dense_of, normalised_hypervolume
 from prunesearch.record import Record
 from prunesearch.schedule import Schedule
-from prunesearch.space.choices import suggest, uid_of
+from prunesearch.space.choices import uid_of
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 

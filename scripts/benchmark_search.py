@@ -32,6 +32,7 @@ import numpy as np
 import optuna
 import torch
 from scipy.stats import wilcoxon
+from suggest import suggest
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
@@ -54,7 +55,7 @@ from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.agreement import kendall_tau
 from prunesearch.search.driver import run_study
 from prunesearch.search.sensitivity_start import FILE, WORD
-from prunesearch.space.choices import parameters_of, suggest
+from prunesearch.space.choices import parameters_of
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
 SPACE = (

@@ -1,10 +1,12 @@
-"""A parametric model of a table: what schedules that were not measured would have given.
+"""A regression of a table: predicts what schedules would have given that were not measured.
 
-A regression in each budget's transformed metrics (the logit of a share, the logarithm of anything else) on what a
-schedule does to the tokens: how many are present in each block, how many go there, the verb and the score, and the
-products of these. What it leaves unexplained is the noise of training: `Surrogate.measured` adds the residuals of one
-measured schedule, drawn by uid, at all budgets together, so that an invented evaluation scatters like a measured one
-and a lucky first budget means as much, or as little, for the next. GMACs are arithmetic, and exact.
+It predicts each metric at each budget, transformed: percentages by the logit, others by the logarithm. Its inputs are
+what a schedule does to the tokens (how many are present in each block, how many are removed there, the verbs and the
+scores) and the products of these. GMACs are computed and exact.
+
+Its residuals are taken for the noise of training. `Surrogate.measured` adds the residuals of one measured schedule,
+drawn by uid, at all budgets. So an invented evaluation scatters like a measured one, and luck at the first budget is
+correlated with luck at the next as in the table.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ from prunesearch.space.choices import uid_of
 FOLDS = 5
 SECONDS = "seconds"
 SMALLEST = 2e-3
-"""Shares are kept this far from 0 and 1, so that their logit stays finite."""
+"""Shares are clipped to this distance from 0 and 1, so that their logit is finite."""
 
 
 @dataclass(frozen=True)
 class FitError:
-    """How well one quantity is predicted for schedules that the regression did not see, at one budget.
+    """How well one quantity is predicted at one budget, for schedules that the regression was not fitted to.
 
-    mae: in the quantity's own unit. r2: of the transformed quantity. tau: Kendall's, over all schedules; tau_best: over
-    the third of them that was measured to be best, which is where a search spends its time.
+    mae: mean absolute error in the quantity's own unit. r2: of the transformed quantity. tau: Kendall's, over all
+    schedules. tau_best: Kendall's, over the best third by measurement, among which a search has to choose.
     """
 
     name: str
@@ -53,7 +55,7 @@ class FitError:
 
 
 class Surrogate:
-    """What schedules like those of a table give, whether they are in it or not."""
+    """Evaluations of schedules with the verbs and scores of a table, in the table or not."""
 
     def __init__(self, table: Table) -> None:
         self.table = table
@@ -67,15 +69,15 @@ class Surrogate:
         self._known: dict[Schedule, tuple[str, np.ndarray]] = {}
 
     def expected(self, schedule: Schedule, rung: int) -> Recorded:
-        """The mean of what evaluations of a schedule at a rung of the table give, without the luck of one training.
+        """The mean of many evaluations of a schedule at a rung of the table.
 
         Raises ScheduleError for a verb or a score that the table does not have.
         """
         return self._as_measured(schedule, rung, self._seen(schedule)[1])
 
     def measured(self, schedule: Schedule, rung: int) -> Recorded:
-        """What the table has of a schedule; where it has nothing, what one evaluation could have given: always the
-        same for the same schedule. Raises ScheduleError as `expected`."""
+        """What the table has for a schedule. For a schedule that it lacks, one invented evaluation with noise, always
+        the same one. Raises ScheduleError as `expected`."""
         uid, transformed = self._seen(schedule)
         if uid in self.table.rows:
             return self.table.rows[uid][rung]
@@ -83,7 +85,7 @@ class Surrogate:
         return self._as_measured(schedule, rung, transformed + luck)
 
     def errors(self) -> list[FitError]:
-        """Of each metric and the seconds at each budget, by cross validation with five folds."""
+        """Errors of each metric and of the seconds at each budget, by cross validation with FOLDS folds."""
         targets, found = _targets(self.table, self._names), []
         for column, (images, name) in enumerate((i, name) for i in self.table.images for name in self._names):
             true, predicted = targets[:, column], self._predicted[:, column]
@@ -96,7 +98,7 @@ class Surrogate:
         return found
 
     def _seen(self, schedule: Schedule) -> tuple[str, np.ndarray]:
-        """Its uid, and what is expected of it, transformed, at all budgets."""
+        """The uid of a schedule, and its predicted means at all budgets, transformed."""
         if schedule not in self._known:
             row = _features(schedule, self.table.shape, self._words)
             self._known[schedule] = uid_of(schedule, self.table.shape), self._regression.predict(row[None])[0]
@@ -115,7 +117,7 @@ def _regression() -> Pipeline:
     return make_pipeline(PolynomialFeatures(2, include_bias=False), StandardScaler(), ridge)
 
 
-# --- what a regression sees --------------------------------------------------------------------------------------
+# --- inputs of the regression --------------------------------------------------------------------------------------
 
 
 def _words(schedules: Sequence[Schedule]) -> list[str]:
@@ -124,8 +126,11 @@ def _words(schedules: Sequence[Schedule]) -> list[str]:
 
 
 def _features(schedule: Schedule, shape: ModelShape, words: Sequence[str]) -> np.ndarray:
-    """For each block the share of tokens after it, and the logarithm of the share that stays there; for each verb and
-    score 1 when a stage has it."""
+    """For each block the share of tokens present after it, and the logarithm of the share that stays of those before
+    it; for each verb and score 1 when a stage has it.
+
+    `token_gp.features` differs: each verb and score counts by how much it removes, and blocks have no second number.
+    """
     present, stays = np.ones(shape.depth), np.zeros(shape.depth)
     has = dict.fromkeys(words, 0.0)
     for step in resolve(schedule, shape):
@@ -141,7 +146,7 @@ def _features(schedule: Schedule, shape: ModelShape, words: Sequence[str]) -> np
     return np.concatenate([present, stays, list(has.values())])
 
 
-# --- what it predicts --------------------------------------------------------------------------------------------
+# --- targets of the regression -----------------------------------------------------------------------------------
 
 
 def _targets(table: Table, names: Sequence[str]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Evaluations that were measured once and for all: a table of schedules at several budgets, to replay searches on.
+"""Recorded evaluations: a table of schedules, each measured at several budgets, on which searches are replayed.
 
-A CSV file as `scripts/record_table.py` writes it: uid, rung, images, a column for each metric, seconds (of this rung
-alone: the training since the rung before, and the measurement) and the stages as JSON.
+A table is a CSV file that `scripts/record_table.py` writes. Columns: uid, rung, images, one for each metric, seconds
+(of this rung alone: training since the rung before, and measurement) and schedule (its stages as JSON).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Table:
-    """Schedules measured at every one of several budgets.
+    """Schedules, each measured at all budgets.
 
-    images: the budgets, ascending. metrics: their names. schedules, rows: by uid; a row has one entry for each budget,
-    the continuation of the one before.
+    images: the budgets, ascending. metrics: their names. schedules, rows: by uid. A row has one entry for each budget;
+    each training continues the one of the budget before.
     """
 
     shape: ModelShape
@@ -44,15 +44,15 @@ class Table:
     rows: Mapping[str, tuple[Recorded, ...]]
 
     def lookup(self, schedule: Schedule, rung: int) -> Recorded | None:
-        """What was measured of a schedule, however it is spelled, at a rung of the table; None when it was not."""
+        """What was measured of a schedule, or of an equivalent one, at a rung of the table; None if it is not there."""
         row = self.rows.get(uid_of(schedule, self.shape))
         return None if row is None else row[rung]
 
 
 def read_table(path: Path, shape: ModelShape) -> Table:
-    """Read a table that was measured on a model of this shape; schedules that lack a rung are left out.
+    """Read a table that was measured on a model of this shape. Schedules that lack a budget are left out.
 
-    Raises FileError when it is no such table.
+    Raises FileError for a file that is no such table.
     """
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)

@@ -1,5 +1,5 @@
-"""Workers that evaluate nothing: they answer from a table and let virtual time pass, so that whole searches replay in
-seconds, with any number of workers and with failures.
+"""Simulated workers: they answer from a table in virtual time, so that a whole search is replayed in seconds, with any
+number of workers and with failures.
 
     table = read_table(path, model_shape(config.model))
     workers = SimulatedWorkers(table, config, measured=Surrogate(table).measured, count=64)
@@ -31,8 +31,10 @@ from prunesearch.workers.protocol import Lost, Outcome
 
 @dataclass(frozen=True)
 class Failures:
-    """How likely a task ends with the death of its worker, with a worker that hangs, or with an error. A hang is over
-    after `workers.timeout` of the study, or after ten times what the task would have taken."""
+    """Probabilities that a task ends with the death of its worker, with a worker that hangs, or with an error.
+
+    A hang is over after `workers.timeout` of the study; without one, after ten times what the task would have taken.
+    """
 
     crash: float = 0.0
     timeout: float = 0.0
@@ -44,7 +46,7 @@ NEVER = Failures()
 
 @dataclass(frozen=True)
 class SimulatedTask:
-    """A task that a simulated worker ended: when it began and ended, in virtual seconds, and what came of it."""
+    """A task that has ended: when it began and ended, in virtual seconds, and its outcome."""
 
     began: float
     ended: float
@@ -53,16 +55,16 @@ class SimulatedTask:
 
 
 class OutOfTime(KeyboardInterrupt):
-    """Virtual time reached its end. To the driver it is the second Ctrl-C: what runs is dropped."""
+    """Virtual time is over. The driver treats it as a second Ctrl-C: it drops what runs."""
 
 
 class SimulatedWorkers:
-    """Workers for one study, whose every evaluation takes as long as the table says, plus `overhead` seconds.
+    """Workers for one study. An evaluation takes as long as the table says, plus `overhead` virtual seconds.
 
-    now: virtual seconds; whoever spends time before the search may set it. finished: what ended so far, in order.
-    seconds: when this is reached, `wait` raises OutOfTime. measured: what a schedule gives at a rung of the table
-    (`Surrogate.measured` for schedules that the table lacks too); by default what the table has, and StudyError for
-    what it has not. Use it as `make_workers=lambda *_: workers`.
+    measured: gives the result of a schedule at a rung of the table. The default looks it up in the table and raises
+    StudyError when it is not there; `Surrogate.measured` also knows other schedules. seconds: `wait` raises OutOfTime
+    when this much virtual time is over. now: the virtual time; may be set to count what was done before the search.
+    finished: tasks that have ended, in order.
     """
 
     def __init__(
@@ -93,11 +95,11 @@ class SimulatedWorkers:
     def submit(self, task: Task) -> None:
         seconds, outcome = self._run(task)
         done = SimulatedTask(self.now, self.now + seconds, task, outcome)
-        heapq.heappush(self._under_way, (done.ended, self._submitted, done))  # at the same time: in order of submission
+        heapq.heappush(self._under_way, (done.ended, self._submitted, done))  # equal ends: in order of submission
         self._submitted += 1
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """The task that ends next, at once: nobody waits for virtual time."""
+        """The task that ends next; returns at once."""
         if not self._under_way:
             return []
         ended, _, done = heapq.heappop(self._under_way)
@@ -134,10 +136,10 @@ class SimulatedWorkers:
 
 
 def seconds_of(row: Callable[[int], Recorded], budgets: Sequence[int], images: int, before: int = 0) -> float:
-    """What it takes to train a schedule from `before` to `images` images and to measure it, by what its rungs took.
+    """Seconds to train a schedule from `before` to `images` images and then to measure it, by the table's seconds.
 
-    The rungs between were measured too, in the table, and need not be; what that took is known where the table has a
-    rung without training.
+    The table also measured at each rung in between. The seconds of these measurements are subtracted where they are
+    known: where the table has a rung without training.
     """
     rungs = [rung for rung, budget in enumerate(budgets) if before < budget <= images]
     if not rungs:

@@ -1,8 +1,9 @@
 """Candidates that all cost the same: a suggestion is moved onto a budget before it becomes a candidate.
 
-One exponent t for all its keep ratios, keep -> keep^t, leaves who removes more than whom as it was; above 1 it removes
-more, below 1 less. What whole tokens then leave of the budget goes to the last stages first, whose tokens cost the
-least. Counts (tokens) and blocks without a stage stay as they are.
+All keep ratios get the same exponent t, keep -> keep^t: above 1 every stage removes more, below 1 less, and the order
+of the stages by keep ratio does not change. Tokens are whole, so a part of the budget may be left. It is spent on more
+tokens in the last stages first, where a token costs the least. Stages with a count (tokens) and blocks without a stage
+stay as they are.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from prunesearch.space.choices import BlockChoices, blocks_of, is_counted
 from prunesearch.tokens import REDUCERS
 
 GRID = 10_000
-"""Keep ratios are multiples of 1/GRID, which is short to read and finer than any count of tokens."""
+"""Keep ratios are multiples of 1/GRID: short to read, and finer than one token."""
 BISECTIONS = 20
+"""Steps of the search for an exponent."""
 
 
 def within_budget(schedule: Schedule, shape: ModelShape, gmacs: float) -> Schedule:
-    """The schedule moved onto a budget in GMACs: never above it, and so near that no stage could keep one token more.
+    """The schedule moved onto a budget in GMACs: never above it, and so near to it that no stage could keep one token
+    more.
 
-    Raises ScheduleError when its stages cannot come down to the budget, or are below it whatever their keep ratios.
+    Raises ScheduleError when it costs more than the budget with the smallest keep ratios, or less with the largest.
     """
 
-    def is_down(strength: float) -> bool:  # what is impossible leaves too few tokens
+    def is_down(strength: float) -> bool:  # an impossible schedule keeps too few tokens
         cost = _cost(_powered(schedule, strength), shape)
         return cost is None or cost <= gmacs
 
@@ -58,7 +61,8 @@ def _powered(schedule: Schedule, strength: float) -> Schedule:
 
 
 def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
-    """Two exponents next to each other, between which something begins to hold; the search is over u = t / (1 + t)."""
+    """The largest exponent t for which a condition was found not to hold, and the smallest for which it holds, by
+    bisection over u = t / (1 + t)."""
     low, high = 0.0, 1.0 - 2.0**-BISECTIONS
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -67,7 +71,7 @@ def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
 
 
 def _with_one_more(schedule: Schedule, index: int, shape: ModelShape) -> Schedule | None:
-    """The schedule with one token more after a stage; None when a ratio below 1 cannot say it."""
+    """The schedule with one token more after a stage; None when the stage has a count, or no ratio below 1 gives it."""
     step = resolve(schedule, shape)[index]
     keep = math.floor((step.kept + 1) * GRID / step.before) / GRID
     if step.stage.keep is None or not step.stage.keep < keep < 1:
@@ -81,7 +85,7 @@ def _fits(schedule: Schedule, shape: ModelShape, gmacs: float) -> bool:
 
 
 def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
-    """GMACs, or None for what is impossible."""
+    """GMACs, or None for an impossible schedule."""
     try:
         return estimate_cost(shape, schedule).gmacs
     except ScheduleError:
@@ -92,7 +96,7 @@ def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
 
 
 def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
-    """Mistakes of `budget` in a study whose space has none of its own; empty without one."""
+    """Mistakes in the `budget` of a study, if it has one. Its space must be without mistakes."""
     if config.budget is None:
         return []
     budget, problems = config.budget.gmacs, []
@@ -122,7 +126,7 @@ def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
 
 
 def _least(space: SpaceConfig, shape: ModelShape) -> float:
-    """GMACs of the cheapest schedule that a budget could ask for, among those with one verb and one score."""
+    """GMACs of the cheapest schedule that a suggestion can be moved to, of those with one verb and one score."""
     costs = (_cost(_powered(schedule, _strongest(schedule, shape)), shape) for schedule in _with_all_stages(space))
     return min((cost for cost in costs if cost is not None), default=math.inf)
 
@@ -133,6 +137,7 @@ def _strongest(schedule: Schedule, shape: ModelShape) -> float:
 
 
 def _with_all_stages(space: SpaceConfig) -> Iterator[Schedule]:
+    """Schedules with as many stages as the space allows, in the first blocks: one for each place, score and verb."""
     blocks = sorted(blocks_of(space), key=lambda block: block.block)[: space.max_stages]
     ats, scores, verbs = (
         dict.fromkeys(itertools.chain.from_iterable(getattr(block, field) for block in blocks))

@@ -116,7 +116,7 @@ class SamplerState:
     def _startup(self, sampler: Sampler) -> int:
         """Of the study file, which speaks of its own sampler only; else the sampler's default."""
         startup = self._config.sampler.startup
-        return sampler.startup if startup is None or sampler.name != self._own.name else startup
+        return sampler.startup if startup is None or sampler != self._own else startup
 
     def _in_charge(self) -> Sampler:
         return in_charge(self._own, len(self._parameters), self.workers)

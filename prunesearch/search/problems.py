@@ -90,7 +90,7 @@ def model_free_problems(config: StudyConfig) -> list[str]:
                 f"within. Possible: at_least up to at_most. Swap them."
             )
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
-    problems += _sampler_problems(config) + _finetune_problems(config)
+    problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config)
     return problems + _rung_problems(config) + _supernet_problems(config)
 
 
@@ -169,8 +169,7 @@ def _learned_choices(space: SpaceConfig) -> list[str]:
     return sorted(scores | verbs)
 
 
-def _sampler_problems(config: StudyConfig) -> list[str]:
-    name, trials = config.sampler.name, config.stop.trials
+def _sampler_problems(name: str, trials: int | None) -> list[str]:
     if name not in SAMPLERS:
         return [f"sampler.name: {SAMPLERS.unknown(name)}"]
     most = SAMPLERS[name].most_trials

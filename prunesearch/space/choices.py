@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from hashlib import blake2b
-from typing import Any, Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
@@ -49,15 +49,6 @@ class Interval:
 Dimension = Choice | Interval
 
 
-class Trial(Protocol):
-    """What `suggest` needs of an Optuna trial."""
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float: ...
-
-
 def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
     """The parameters that have more than one value, by name, in the order of the blocks.
 
@@ -65,18 +56,6 @@ def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
     """
     named = ((name, _dimension(values)) for name, values in _fields(space).items())
     return {name: dimension for name, dimension in named if dimension is not None}
-
-
-def suggest(trial: Trial, space: SpaceConfig, shape: ModelShape) -> Schedule:
-    """Ask a trial for every parameter. Raises ScheduleError for a combination that cannot be a candidate."""
-    parameters: dict[str, Value] = {}
-    for name, dimension in dimensions(space).items():
-        if isinstance(dimension, Choice):
-            parameters[name] = trial.suggest_categorical(name, dimension.values)
-        else:
-            low, high, step, log = dimension.low, dimension.high, dimension.step, dimension.log
-            parameters[name] = trial.suggest_float(name, low, high, step=step, log=log)
-    return schedule_from(parameters, space, shape)
 
 
 def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: ModelShape) -> Schedule:
