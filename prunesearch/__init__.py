@@ -11,8 +11,9 @@ nor Optuna nor rich.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from prunesearch.registry import lazily
 
 if TYPE_CHECKING:
     from prunesearch.config import StudyConfig as StudyConfig
@@ -32,29 +33,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Evaluation": "evaluate",
-    "PruneSearchError": "errors",
-    "Schedule": "schedule",
-    "Stage": "schedule",
-    "StudyConfig": "config",
-    "Task": "evaluate",
-    "apply_schedule": "models",
-    "estimate_cost": "cost",
-    "load_schedule": "files",
-    "load_study": "files",
-    "remove_schedule": "models",
-    "save_schedule": "files",
-    "shape_of": "models",
+    "Evaluation": "prunesearch.evaluate",
+    "PruneSearchError": "prunesearch.errors",
+    "Schedule": "prunesearch.schedule",
+    "Stage": "prunesearch.schedule",
+    "StudyConfig": "prunesearch.config",
+    "Task": "prunesearch.evaluate",
+    "apply_schedule": "prunesearch.models",
+    "estimate_cost": "prunesearch.cost",
+    "load_schedule": "prunesearch.files",
+    "load_study": "prunesearch.files",
+    "remove_schedule": "prunesearch.models",
+    "save_schedule": "prunesearch.files",
+    "shape_of": "prunesearch.models",
 }
 __all__ = ["__version__", *_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,17 @@
-"""Name -> thing, with "did you mean". One small class; each kind of thing has one instance where it is defined."""
+"""Name -> thing, with "did you mean", and the loading of our own modules at first use.
+
+Facts of scores, verbs and metrics stand in tables that import nothing heavy. `Named` stands there for a function whose
+module imports torch, and `lazily` gives a package names whose modules do. No other file loads our modules by name.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 from prunesearch.errors import UnknownNameError
 
@@ -53,3 +60,38 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._things)
+
+
+class Named:
+    """A function by its place, "package.module:name". The module is imported at the first call."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, _, name = self.place.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.function(*arguments, **options)
+
+    def __repr__(self) -> str:
+        return f"Named({self.place!r})"
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a package: each name is imported from its module when it is first asked for.
+
+    homes: name -> module.
+    """
+
+    def load(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load

@@ -22,6 +22,7 @@ from prunesearch.config import (
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 from prunesearch.shape import ModelShape
+from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
 Place = Literal["mid", "pre"]
 PLACES: tuple[Place, ...] = ("pre", "mid")
@@ -80,8 +81,6 @@ class Stage:
     @property
     def learns_to_score(self) -> bool:
         """Whether its scorer has weights of its own."""
-        from prunesearch.tokens import SCORERS
-
         return self.score in SCORERS and SCORERS[self.score].part is not None
 
     def __str__(self) -> str:
@@ -126,8 +125,6 @@ class Schedule:
     def needs_weights(self) -> bool:
         """Whether a stage's score or verb learns, so that the schedule is of no use without its weights. A threshold
         does not count: the schedule holds it."""
-        from prunesearch.tokens import REDUCERS
-
         return any(
             stage.learns_to_score or (stage.reduce in REDUCERS and REDUCERS[stage.reduce].part is not None)
             for stage in self.stages
@@ -165,8 +162,6 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     `keep` is rounded up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
     Raises ScheduleError naming every stage that does not fit the model.
     """
-    from prunesearch.tokens import REDUCERS  # late: the tokens package needs this module's nouns
-
     problems: list[str] = []
     steps: list[Step] = []
     present = shape.patch_tokens
@@ -264,8 +259,6 @@ def _is_number(value: object) -> bool:
 
 def stage_problems(stage: Stage) -> list[str]:
     """What is wrong with a stage's names and options, whatever the model: one sentence or two for each mistake."""
-    from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
-
     problems = unknown_words(stage)
     if problems:
         return problems
@@ -316,8 +309,6 @@ def stage_problems(stage: Stage) -> list[str]:
 
 def unknown_words(stage: Stage) -> list[str]:
     """What to say about a score and a verb that are not registered here; nothing when both are."""
-    from prunesearch.tokens import REDUCERS, SCORERS
-
     problems = []
     if stage.score != "none" and stage.score not in SCORERS:
         problems.append(SCORERS.unknown(stage.score))
@@ -337,8 +328,6 @@ def without_defaults(schedule: Schedule) -> Schedule:
 
 
 def _default_options(stage: Stage) -> dict[str, Scalar]:
-    from prunesearch.tokens import REDUCERS, SCORERS
-
     scorer = SCORERS[stage.score].options if stage.score in SCORERS else {}
     reducer = REDUCERS[stage.reduce].options if stage.reduce in REDUCERS else {}
     return {**scorer, **reducer}
@@ -346,8 +335,6 @@ def _default_options(stage: Stage) -> dict[str, Scalar]:
 
 def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
     """The options that differ from their default and, given a model's shape, do something there."""
-    from prunesearch.tokens import REDUCERS
-
     defaults = _default_options(stage)
     idle = () if shape is None else REDUCERS[stage.reduce].no_effect(shape)
     return as_options(
@@ -360,8 +347,6 @@ def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
 
 
 def _score_unless_written(reduce: str) -> str:
-    from prunesearch.tokens import REDUCERS
-
     return DEFAULT_SCORE if reduce not in REDUCERS or REDUCERS[reduce].ranks else "none"
 
 
@@ -373,15 +358,11 @@ def _fits(value: Scalar, default: Scalar) -> bool:
 
 def reads_attention(stage: Stage) -> bool:
     """Whether a stage decides by what an attention layer left: scores or keys."""
-    from prunesearch.tokens import REDUCERS, SCORERS
-
     return REDUCERS[stage.reduce].needs_keys or (stage.score != "none" and SCORERS[stage.score].needs_attention)
 
 
 def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
     """Why a stage whose names are right cannot run on this model."""
-    from prunesearch.tokens import REDUCERS, SCORERS
-
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
     if REDUCERS[stage.reduce].holds != shape.holds:

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from prunesearch.cost import estimate_cost, macs_of_counts
 from prunesearch.models import apply_schedule, shape_of, steps_of, trace, vision_transformer
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.tokens import scorer
-from prunesearch.tokens.registry import ScoreInput
+from prunesearch.tokens import ScoreInput, scorer
 
 BLOCKS = (3, 6, 9)
 KEEP = 0.7

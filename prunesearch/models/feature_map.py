@@ -36,7 +36,7 @@ from prunesearch.models.swap import (
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.schedule import Schedule
 from prunesearch.tokens import REDUCERS
-from prunesearch.tokens.registry import Grouping, ReduceInput
+from prunesearch.tokens.inputs import Grouping, ReduceInput
 
 SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
 

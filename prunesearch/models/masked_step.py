@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from prunesearch.models.step import Evidence, TokenState, equal_sizes, full_precision
 from prunesearch.schedule import Stage, Step, count_of, options_of
-from prunesearch.tokens.registry import REDUCERS, Joining, MaskedInput, Pooled
+from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
+from prunesearch.tokens.registry import REDUCERS
 from prunesearch.tokens.select import above, best, draw
 
 LEAST_SAVED = 0.05

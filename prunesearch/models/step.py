@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.schedule import Stage, Step, options_of
-from prunesearch.tokens.registry import REDUCERS, SCORERS, Attended, Grouping, Pooled, ReduceInput, ScoreInput
+from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
+from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
+
+load_functions()
 
 
 class Evidence(NamedTuple):

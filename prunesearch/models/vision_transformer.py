@@ -45,7 +45,7 @@ from prunesearch.models.vit_shape import channels_of, gate_of
 from prunesearch.models.vit_shape import shape_of as shape_of
 from prunesearch.schedule import Schedule, reads_attention
 from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Attended
+from prunesearch.tokens.inputs import Attended
 
 MOST_GROUPS = 8
 """Into which a batch is parted when its images have different counts; measured in benchmarks/adaptive.md."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import top_k
 from prunesearch.tokens.squeeze import nearest_staying
 
 
-def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
-    return kept * (before - kept) * shape.dim
-
-
-def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
     total_Bn = torch.ones_like(guest_Bn).scatter_add(1, host_Bn, guest_Bn)
@@ -28,15 +23,6 @@ def _masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     )
 
 
-@reducer(
-    "absorb",
-    source="DiffRate (ICCV 2023, arXiv 2305.17997), merging; from its released code",
-    merges=True,
-    macs=_similarity_macs,
-    masked=_masked,
-    takes_threshold=True,
-    options={"proportional_attention": True},
-)
 def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
     """Average each of the others into its most similar kept token (plain mean), whose size grows by cosine x size.
 

@@ -5,21 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import ScoreInput, scorer
+from prunesearch.tokens.inputs import ScoreInput
 
 
-def _matrix_macs(shape: ModelShape, tokens: int) -> int:
-    return tokens * tokens * shape.attention_dim
-
-
-@scorer(
-    "attention_received",
-    source="LTMP (TMLR 2023, arXiv 2307.10780)",
-    macs=_matrix_macs,
-    options={"merged": "sum"},
-    choices={"merged": ("sum", "max")},
-)
 def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     """Attention each patch token receives, averaged over heads and over all queries (prefix tokens included).
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Attended, ScoreInput, scorer
+from prunesearch.tokens.inputs import Attended, ScoreInput
 
 
 def class_rows_BHRN(attended: Attended) -> Tensor:
@@ -27,23 +26,12 @@ def _patch_attention_BHn(attended: Attended) -> Tensor:
     return class_rows_BHRN(attended).mean(dim=2)[:, :, attended.prefix_tokens :]
 
 
-def _row_macs(shape: ModelShape, tokens: int) -> int:
-    return shape.class_tokens * tokens * shape.attention_dim
-
-
-@scorer("class_attention", source="EViT (ICLR 2022, arXiv 2202.07800), eq. 3", needs_class_token=True, macs=_row_macs)
 def class_attention(scene: ScoreInput) -> Tensor:
     """Attention the class token pays to each patch token, averaged over heads."""
     assert scene.attended is not None
     return _patch_attention_BHn(scene.attended).mean(dim=1)
 
 
-@scorer(
-    "head_weighted_class_attention",
-    source="AS-ViT (IJCAI 2023, arXiv 2209.13802)",
-    needs_class_token=True,
-    macs=_row_macs,
-)
 def head_weighted_class_attention(scene: ScoreInput) -> Tensor:
     """Class attention with each head weighted, per token, by the norm of the token's output in that head.
 
@@ -60,12 +48,6 @@ def head_weights_BHn(attended: Attended) -> Tensor:
     return norm_BHn / norm_BHn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-@scorer(
-    "value_weighted",
-    source="PPT (arXiv 2310.01812), ATS (ECCV 2022, arXiv 2111.15667) eq. 4",
-    needs_class_token=True,
-    macs=_row_macs,
-)
 def value_weighted(scene: ScoreInput) -> Tensor:
     """Class attention summed over heads, times the norm of the token's value vector; sums to 1 over patch tokens."""
     attended = scene.attended

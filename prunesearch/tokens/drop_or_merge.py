@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from prunesearch.tokens.merge import PARITIES, _half, _matching_macs, merge, parity_no_effect
-from prunesearch.tokens.registry import Grouping, ReduceInput, reducer
+from prunesearch.tokens.inputs import Grouping, ReduceInput
+from prunesearch.tokens.merge import merge
 from prunesearch.tokens.select import top_k
 
 
-@reducer(
-    "drop_or_merge",
-    source="PPT (arXiv 2310.01812)",
-    needs_keys=True,
-    merges=True,
-    fewest_kept=_half,
-    macs=_matching_macs,
-    options={"variance": 7e-5, "proportional_attention": True, "parity": "patches"},
-    choices={"parity": PARITIES},
-    bounds={"variance": (0.0, 1.0)},
-    no_effect=parity_no_effect,
-)
 def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:
     """Merge as `merge` does where the scores are alike (their variance is below `variance`), else drop the lowest.
 

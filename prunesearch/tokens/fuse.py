@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import top_k
 
 
-def _weighted_sum_macs(shape: ModelShape, before: int, kept: int) -> int:
-    return (before - kept) * shape.dim
-
-
-def _masked(scene: MaskedInput) -> Joining:
+def masked(scene: MaskedInput) -> Joining:
     assert scene.stays_Bn is not None and scene.scores_Bn is not None
     return Joining(scene.stays_Bn, guest_share_Bn=scene.scores_Bn * (scene.present_Bn - scene.stays_Bn))
 
 
-@reducer(
-    "fuse",
-    source="EViT (ICLR 2022, arXiv 2202.07800), eq. 4",
-    extra_tokens=1,
-    macs=_weighted_sum_macs,
-    masked=_masked,
-    takes_threshold=True,
-)
 def fuse(scene: ReduceInput) -> Grouping:
     """Sum the others, each times its score, into one token appended at the end.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.shape import ModelShape
+from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import top_k
 
 LAYER_SCALE = 1e-6
@@ -30,18 +31,16 @@ class FastPath(nn.Module):
         return added_BGC if self.gamma is None else added_BGC * self.gamma
 
 
-def _masked(scene: MaskedInput) -> Joining:
+def masked(scene: MaskedInput) -> Joining:
     assert scene.stays_Bn is not None
     return Joining(scene.stays_Bn)
 
 
-@reducer(
-    "hold",
-    source="Dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
-    masked=_masked,
-    holds=True,
-    part=lambda shape, kept: FastPath(shape.dim, shape.layer_scale, shape.norm_eps),
-)
+def part(shape: ModelShape, kept: int) -> FastPath:
+    """What each block learns until the next stage."""
+    return FastPath(shape.dim, shape.layer_scale, shape.norm_eps)
+
+
 def hold(scene: ReduceInput) -> Grouping:
     """Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses among all."""
     assert scene.scores_Bn is not None

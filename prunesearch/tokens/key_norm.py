@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunesearch.tokens.registry import ScoreInput, scorer
+from prunesearch.tokens.inputs import ScoreInput
 
 
-@scorer("key_norm", source="a free baseline of our own; no paper proposes it for ViTs")
 def key_norm(scene: ScoreInput) -> Tensor:
     """Norm of the token's key over all heads, as a share of the sum over patch tokens.
 

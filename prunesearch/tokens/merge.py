@@ -5,25 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import best, straight_through
-
-PARITIES = ("patches", "all")
-"""Among which tokens places are counted, of which every second one looks for a partner."""
-
-
-def parity_no_effect(shape: ModelShape) -> tuple[str, ...]:
-    """An odd number of prefix tokens leaves patches 1, 3, 5, ... at even places among all tokens."""
-    return ("parity",) if shape.prefix_tokens % 2 else ()
-
-
-def _matching_macs(shape: ModelShape, before: int, kept: int) -> int:
-    return (before // 2) * ((before + 1) // 2) * (shape.attention_dim // shape.heads)
-
-
-def _half(present: int) -> int:
-    return (present + 1) // 2
 
 
 def _first_guest(parity: str, prefix_tokens: int) -> int:
@@ -31,7 +14,7 @@ def _first_guest(parity: str, prefix_tokens: int) -> int:
     return 0 if parity == "all" and prefix_tokens % 2 == 0 else 1
 
 
-def _masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> Joining:
     """The same matching among the tokens that are present, by counts or by a threshold on the cosine."""
     keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
     assert keys_BnD is not None and size_Bn is not None
@@ -70,20 +53,6 @@ def _masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) ->
     )
 
 
-@reducer(
-    "merge",
-    source="ToMe (ICLR 2023, arXiv 2210.09461)",
-    ranks=False,
-    needs_keys=True,
-    merges=True,
-    fewest_kept=_half,
-    macs=_matching_macs,
-    masked=_masked,
-    takes_threshold=True,
-    options={"proportional_attention": True, "parity": "patches"},
-    choices={"parity": PARITIES},
-    no_effect=parity_no_effect,
-)
 def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> Grouping:
     """Match every second token to its most similar neighbour set and average the closest pairs, weighted by size.
 

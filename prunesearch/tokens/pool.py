@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import MaskedInput, Pooled, ReduceInput, reducer
+from prunesearch.tokens.inputs import MaskedInput, Pooled, ReduceInput
 
 
 class Queries(nn.Module):
@@ -27,25 +27,16 @@ class Queries(nn.Module):
         return logits_BKn.softmax(dim=-1) @ normed_BnC
 
 
-def _macs(shape: ModelShape, before: int, kept: int) -> int:
-    return 2 * kept * before * shape.dim
-
-
-def _masked(scene: MaskedInput, *, scaled: bool) -> Pooled:
+def masked(scene: MaskedInput, *, scaled: bool) -> Pooled:
     assert scene.part is not None
     return Pooled(scene.part(scene.patches_BnC, scene.present_Bn, scaled))
 
 
-@reducer(
-    "pool",
-    source="PatchMerger (arXiv 2202.12015)",
-    ranks=False,
-    pools=True,
-    macs=_macs,
-    masked=_masked,
-    part=lambda shape, kept: Queries(shape.dim, kept),
-    options={"scaled": True},
-)
+def part(shape: ModelShape, kept: int) -> Queries:
+    """What one stage learns."""
+    return Queries(shape.dim, kept)
+
+
 def pool(scene: ReduceInput, *, scaled: bool) -> Pooled:
     """Replace all patch tokens by as many as asked for, each a learned query's mixture of the normalised tokens.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import ScoreInput, scorer
+from prunesearch.tokens.inputs import ScoreInput
 
 
 class Predictor(nn.Module):
@@ -38,18 +38,11 @@ class Predictor(nn.Module):
         return self.decide(joined_BnC).log_softmax(dim=-1)[..., 0]
 
 
-def _macs(shape: ModelShape, tokens: int) -> int:
-    c = shape.dim
-    return tokens * (c * c + c * (c // 2) + (c // 2) * (c // 4) + (c // 4) * 2)
+def part(shape: ModelShape) -> Predictor:
+    """What one stage learns."""
+    return Predictor(shape.dim, shape.norm_eps)
 
 
-@scorer(
-    "predictor",
-    source="DynamicViT (NeurIPS 2021, arXiv 2106.02034), eq. 1-6",
-    needs_attention=False,
-    macs=_macs,
-    part=lambda shape: Predictor(shape.dim, shape.norm_eps),
-)
 def predictor(scene: ScoreInput) -> Tensor:
     """Probability that a token stays, from a learned two-way classifier (local and global features)."""
     assert scene.part is not None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunesearch.tokens.registry import ScoreInput, scorer
+from prunesearch.tokens.inputs import ScoreInput
 
 
-@scorer("random", source="baseline", needs_attention=False, options={"seed": 0}, bounds={"seed": (0, 2**31 - 1)})
 def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
     """Random: anew for every image while training; in eval mode one fixed order of slots per block and seed.
 

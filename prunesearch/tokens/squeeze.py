@@ -8,13 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunesearch.shape import ModelShape
-from prunesearch.tokens.registry import Grouping, Joining, MaskedInput, ReduceInput, reducer
+from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import top_k
-
-
-def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
-    return kept * (before - kept) * shape.dim
 
 
 def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +28,7 @@ def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
     return cosine_Bn.masked_fill(~hosted_Bn, 0.0), host_Bn, (scene.present_Bn - scene.stays_Bn) * hosted_Bn
 
 
-def _masked(scene: MaskedInput, *, temperature: float) -> Joining:
+def masked(scene: MaskedInput, *, temperature: float) -> Joining:
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
     guest_weight_Bn = (cosine_Bn / temperature).exp() * guest_Bn
@@ -47,15 +42,6 @@ def _masked(scene: MaskedInput, *, temperature: float) -> Joining:
     )
 
 
-@reducer(
-    "squeeze",
-    source="TPS (CVPR 2023, arXiv 2304.10716), eq. 3-5",
-    macs=_similarity_macs,
-    masked=_masked,
-    takes_threshold=True,
-    options={"temperature": 1.0},
-    bounds={"temperature": (0.02, 100.0)},  # below, exp(1 / temperature) comes near the largest fp32
-)
 def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
     """Mix each of the others into its most similar kept token, by exp(cosine / temperature) against e for the host.
 

@@ -14,8 +14,7 @@ from prunesearch.models import apply_schedule, shape_of, trace
 from prunesearch.models.step import Evidence, TokenState, gather_evidence, take_step
 from prunesearch.presets import load_preset, presets
 from prunesearch.schedule import Schedule, Stage, canonical, options_of, resolve
-from prunesearch.tokens import REDUCERS, SCORERS
-from prunesearch.tokens.registry import Attended, Grouping
+from prunesearch.tokens import REDUCERS, SCORERS, Attended, Grouping
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 

@@ -18,8 +18,7 @@ from prunesearch.models import apply_schedule, shape_of, steps_of, trace
 from prunesearch.models.masked_step import join
 from prunesearch.models.vision_transformer import MOST_GAP, masked_softmax
 from prunesearch.schedule import Schedule, Stage
-from prunesearch.tokens import REDUCERS
-from prunesearch.tokens.registry import MaskedInput
+from prunesearch.tokens import REDUCERS, MaskedInput
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 

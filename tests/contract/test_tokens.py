@@ -9,17 +9,25 @@ import torch
 from small_models import pairs
 
 from prunesearch.models.step import TokenState, add_up, gather_evidence, regroup, take_step
+from prunesearch.registry import Named
 from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
-from prunesearch.tokens import REDUCERS, SCORERS
+from prunesearch.tokens import REDUCERS, SCORERS, Attended, ReduceInput, Reducer, Scorer
 from prunesearch.tokens.class_attention import class_rows_BHRN, head_weights_BHn
-from prunesearch.tokens.registry import Attended, ReduceInput
 
 PREFIX, PATCHES = 3, 25
 SHAPE = ModelShape(
     depth=2, dim=16, heads=4, attention_dim=16, patch_tokens=PATCHES, prefix_tokens=PREFIX, class_tokens=1, mlp_macs=0,
     stem_macs=0, head_macs=0,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [*SCORERS.values(), *REDUCERS.values()], ids=lambda entry: entry.name)
+def test_the_tables_name_functions_that_are_there(entry: Scorer | Reducer) -> None:
+    named = [value for value in vars(entry).values() if isinstance(value, Named)]
+    assert named and all(callable(one.function) for one in named)
+    documented = entry.function.function.__doc__  # type: ignore[union-attr]
+    assert entry.summary == documented.split("\n")[0]
 
 
 def attended(class_tokens: int = 1, bias: bool = False) -> Attended:

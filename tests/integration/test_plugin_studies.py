@@ -31,7 +31,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.evaluate import DATASETS, computed_metric, measured_metric, model_shape
 from prunesearch.evaluate.data import open_digits
 from prunesearch.tokens import Reducer, reducer, scorer
-from prunesearch.tokens.registry import Grouping, Pooled
+from prunesearch.tokens import Grouping, Pooled
 
 @scorer("their_score", source="theirs", needs_attention=False, options={"power": 1.0})
 def their_score(scene, *, power):

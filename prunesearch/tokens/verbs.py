@@ -1,0 +1,141 @@
+"""The reduce verbs: facts of each, and the place of its functions. Imports nothing heavy; `registry.Reducer` says what
+is what.
+
+To add one, write its file in this folder and an entry here. `summary` is the first line of the function's docstring.
+"""
+
+from __future__ import annotations
+
+from prunesearch.registry import Named
+from prunesearch.shape import ModelShape
+from prunesearch.tokens.registry import REDUCERS, Reducer
+
+PARITIES = ("patches", "all")
+"""Among which tokens places are counted, of which every second one looks for a partner."""
+
+
+def _parity_no_effect(shape: ModelShape) -> tuple[str, ...]:
+    """An odd number of prefix tokens leaves patches 1, 3, 5, ... at even places among all tokens."""
+    return ("parity",) if shape.prefix_tokens % 2 else ()
+
+
+def _half(present: int) -> int:
+    return (present + 1) // 2
+
+
+def _similarity_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return kept * (before - kept) * shape.dim
+
+
+def _matching_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return (before // 2) * ((before + 1) // 2) * (shape.attention_dim // shape.heads)
+
+
+def _weighted_sum_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return (before - kept) * shape.dim
+
+
+def _queries_macs(shape: ModelShape, before: int, kept: int) -> int:
+    return 2 * kept * before * shape.dim
+
+
+for _entry in (
+    Reducer(
+        "squeeze",
+        Named("prunesearch.tokens.squeeze:squeeze"),
+        summary="Mix each of the others into its most similar kept token, by exp(cosine / temperature) against "
+        "e for the host.",
+        source="TPS (CVPR 2023, arXiv 2304.10716), eq. 3-5",
+        masked=Named("prunesearch.tokens.squeeze:masked"),
+        takes_threshold=True,
+        macs=_similarity_macs,
+        options={"temperature": 1.0},
+        bounds={"temperature": (0.02, 100.0)},  # below, exp(1 / temperature) comes near the largest fp32
+    ),
+    Reducer(
+        "absorb",
+        Named("prunesearch.tokens.absorb:absorb"),
+        summary="Average each of the others into its most similar kept token (plain mean), whose size grows by "
+        "cosine x size.",
+        source="DiffRate (ICCV 2023, arXiv 2305.17997), merging; from its released code",
+        masked=Named("prunesearch.tokens.absorb:masked"),
+        takes_threshold=True,
+        merges=True,
+        macs=_similarity_macs,
+        options={"proportional_attention": True},
+    ),
+    Reducer(
+        "drop",
+        Named("prunesearch.tokens.drop:drop"),
+        summary="Remove the tokens that are not among the best.",
+        source="DynamicViT (NeurIPS 2021, arXiv 2106.02034)",
+        masked=Named("prunesearch.tokens.drop:masked"),
+        takes_threshold=True,
+    ),
+    Reducer(
+        "merge",
+        Named("prunesearch.tokens.merge:merge"),
+        summary="Match every second token to its most similar neighbour set and average the closest pairs, "
+        "weighted by size.",
+        source="ToMe (ICLR 2023, arXiv 2210.09461)",
+        masked=Named("prunesearch.tokens.merge:masked"),
+        takes_threshold=True,
+        ranks=False,
+        needs_keys=True,
+        merges=True,
+        fewest_kept=_half,
+        macs=_matching_macs,
+        options={"proportional_attention": True, "parity": "patches"},
+        choices={"parity": PARITIES},
+        no_effect=_parity_no_effect,
+    ),
+    Reducer(
+        "drop_or_merge",
+        Named("prunesearch.tokens.drop_or_merge:drop_or_merge"),
+        summary="Merge as `merge` does where the scores are alike (their variance is below `variance`), else "
+        "drop the lowest.",
+        source="PPT (arXiv 2310.01812)",
+        needs_keys=True,
+        merges=True,
+        fewest_kept=_half,
+        macs=_matching_macs,
+        options={"variance": 7e-5, "proportional_attention": True, "parity": "patches"},
+        choices={"parity": PARITIES},
+        bounds={"variance": (0.0, 1.0)},
+        no_effect=_parity_no_effect,
+    ),
+    Reducer(
+        "fuse",
+        Named("prunesearch.tokens.fuse:fuse"),
+        summary="Sum the others, each times its score, into one token appended at the end.",
+        source="EViT (ICLR 2022, arXiv 2202.07800), eq. 4",
+        masked=Named("prunesearch.tokens.fuse:masked"),
+        takes_threshold=True,
+        extra_tokens=1,
+        macs=_weighted_sum_macs,
+    ),
+    Reducer(
+        "hold",
+        Named("prunesearch.tokens.hold:hold"),
+        summary="Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses "
+        "among all.",
+        source="Dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
+        masked=Named("prunesearch.tokens.hold:masked"),
+        part=Named("prunesearch.tokens.hold:part"),
+        holds=True,
+    ),
+    Reducer(
+        "pool",
+        Named("prunesearch.tokens.pool:pool"),
+        summary="Replace all patch tokens by as many as asked for, each a learned query's mixture of the "
+        "normalised tokens.",
+        source="PatchMerger (arXiv 2202.12015)",
+        masked=Named("prunesearch.tokens.pool:masked"),
+        part=Named("prunesearch.tokens.pool:part"),
+        ranks=False,
+        pools=True,
+        macs=_queries_macs,
+        options={"scaled": True},
+    ),
+):
+    REDUCERS.add(_entry.name, _entry)
