@@ -11,8 +11,10 @@ nor Optuna nor rich.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
+from prunesearch.moved import Signpost
 from prunesearch.registry import lazily
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _HOMES = {
 }
 __all__ = ["__version__", *_HOMES]
 __getattr__ = lazily(__name__, _HOMES)
+
+sys.meta_path.append(Signpost())
 
 
 def __dir__() -> list[str]:

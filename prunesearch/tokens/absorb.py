@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
-from prunesearch.tokens.select import top_k
-from prunesearch.tokens.squeeze import nearest_staying
+from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
 def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
@@ -29,13 +27,7 @@ def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
     Similarity is the cosine of block features. Negative cosines add nothing to a size; in the released code sizes can
     fall below zero there, and their logarithm with them. With proportional_attention later attention adds log(size).
     """
-    assert scene.scores_Bn is not None
-    kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
-    unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
-    index = (-1, -1, unit_BnC.shape[-1])
-    hosts_BKC = unit_BnC.gather(1, kept_BK[..., None].expand(index))
-    guests_BGC = unit_BnC.gather(1, guests_BG[..., None].expand(index))
-    cosine_BG, host_BG = (guests_BGC @ hosts_BKC.transpose(1, 2)).max(dim=-1)
+    kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
     total_BK = torch.ones_like(kept_BK, dtype=torch.float32).scatter_add(1, host_BG, torch.ones_like(cosine_BG))
     return Grouping(
         kept_BK,

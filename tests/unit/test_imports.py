@@ -10,7 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 FLOORS = (
-    *("errors", "printable", "registry", "recipes", "plugins", "config", "shape", "tokens", "schedule", "strict"),
+    *(
+        "errors",
+        "printable",
+        "moved",
+        "registry",
+        "recipes",
+        "plugins",
+        "config",
+        "shape",
+        "tokens",
+        "schedule",
+        "strict",
+    ),
     *("yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate", "record", "confirmation"),
     *("front", "workers", "study", "samplers", "search", "tune", "replay", "report", "export", "cli", "__main__"),
 )
