@@ -10,9 +10,9 @@ from functools import partial
 
 from prunesearch.config import Limit, ModelConfig, StudyConfig
 from prunesearch.errors import StudyError
-from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.metrics import Compute
+from prunesearch.evaluate.metrics import METRICS, Compute
 from prunesearch.evaluate.sampling import TooLarge, draw_schedule, improved
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.task import SupernetWork
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import blocks_of, parameters_of

@@ -8,10 +8,10 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
-from prunesearch.evaluate.build import input_channels
-from prunesearch.evaluate.images import channel_problems
 from prunesearch.evaluate.limits import unreachable_limits
+from prunesearch.evaluate.sections import channel_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
+from prunesearch.evaluate.shapes import input_channels
 from prunesearch.presets import find_schedule
 from prunesearch.record import SENSITIVITY
 from prunesearch.samplers.iso_budget import budget_problems
