@@ -1,6 +1,6 @@
 """The `prunesearch` command: a verb parses, calls one function, prints.
 
-Heavy imports are inside the verbs, so that `--help` is instant and a verb loads only what it needs.
+What is heavy (PyTorch, timm, Ray, Optuna, rich, NumPy) is imported in the verbs, so that each loads only what it needs.
 Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (everything is saved).
 """
 
@@ -21,15 +21,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from prunesearch import __version__
-from prunesearch.errors import PruneSearchError, StudyError, UserError
+from prunesearch.config import DataConfig, ModelConfig, StudyConfig
+from prunesearch.cost import Cost, estimate_cost
+from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
+from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
+from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
+from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
+from prunesearch.files import (
+    ScheduleFile,
+    is_schedule_file,
+    load_schedule_file,
+    load_study,
+    override_study,
+    plugins_named_in,
+    refuse_no_file,
+    save_schedule,
+)
+from prunesearch.json_schema import json_schema
+from prunesearch.plugins import all_plugins, import_plugins
+from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import printable
+from prunesearch.space.choices import combinations, dimensions
+from prunesearch.strict import to_mapping
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prunesearch.config import DataConfig, ModelConfig, StudyConfig
-    from prunesearch.cost import Cost
-    from prunesearch.files import ScheduleFile
     from prunesearch.record import Record
     from prunesearch.schedule import Schedule
     from prunesearch.study.reader import StudyReader
@@ -89,16 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import load_study
-
     config = load_study(parsed.file, _overrides(parsed))
     _check_folder(parsed.output)
     return _search(config, parsed.output / config.name, parsed)
 
 
 def _resume(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import override_study
-
     reader = _open(parsed)
     reader.close()
     config = _with_plugins(parsed, reader.config, override_study(reader.config, _overrides(parsed)))
@@ -106,8 +119,6 @@ def _resume(parsed: argparse.Namespace) -> int:
 
 
 def _confirm(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import override_study
-
     reader = _open(parsed)
     reader.close()
     seeds = parsed.seeds or reader.config.confirm.seeds or CONFIRM_SEEDS
@@ -121,7 +132,7 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 
 
 def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, search: bool = True) -> int:
-    from prunesearch.report import LiveReport
+    from prunesearch.report.live import LiveReport
     from prunesearch.search.driver import run_study
     from prunesearch.study.storage import shown
 
@@ -134,8 +145,6 @@ def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, searc
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import is_schedule_file, load_study
-
     if is_schedule_file(parsed.file):
         if parsed.deep:
             raise UserError(f"{parsed.file}: --deep opens weights and data, which a study names. Leave --deep out.")
@@ -145,14 +154,8 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _check_study(config: StudyConfig, deep: bool) -> int:
-    from prunesearch.cost import estimate_cost
-    from prunesearch.errors import FileError
-    from prunesearch.evaluate import is_remote, model_shape
-    from prunesearch.evaluate.sensitivity import stages_of
-    from prunesearch.plugins import import_plugins
     from prunesearch.search.problems import model_free_problems, start_schedules, study_problems
     from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
-    from prunesearch.space.choices import combinations, dimensions
 
     import_plugins(config.plugins)
     remote = is_remote(config.model)  # looking it up needs the network, which is left to the run
@@ -184,7 +187,7 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
 
 
 def _check_inputs(config: StudyConfig) -> int:
-    from prunesearch.evaluate import check_inputs
+    from prunesearch.evaluate.inputs import check_inputs
 
     def progress(split: str, done: int, total: int | None) -> None:
         _say(f"{split}: {done:,}{'' if total is None else f' of {total:,}'} pictures looked at")
@@ -202,18 +205,12 @@ def _check_inputs(config: StudyConfig) -> int:
 
 
 def _sensitivity(parsed: argparse.Namespace) -> int:
-    from prunesearch.cost import estimate_cost
-    from prunesearch.errors import FileError
-    from prunesearch.evaluate import model_shape
-    from prunesearch.evaluate.sensitivity import IMAGES, measure_sensitivities, save_sensitivities
-    from prunesearch.files import load_study
-    from prunesearch.plugins import import_plugins
-    from prunesearch.report import predicted_table, sensitivity_table
+    from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
     from prunesearch.report.plot import check_format
     from prunesearch.report.plot_sensitivity import plot_sensitivity
+    from prunesearch.report.sensitivity_tables import predicted_table, sensitivity_table
     from prunesearch.search.problems import study_problems
     from prunesearch.search.sensitivity_start import predicted_starts
-    from prunesearch.strict import to_mapping
 
     config = load_study(parsed.file, parsed.set)
     for path in (parsed.output, parsed.plot):
@@ -242,11 +239,6 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
 
 
 def _check_schedule(parsed: argparse.Namespace) -> int:
-    from prunesearch.cost import estimate_cost
-    from prunesearch.evaluate import is_remote, model_problems, model_shape
-    from prunesearch.export.sources import Given, model_and_data
-    from prunesearch.files import load_schedule_file, plugins_named_in
-
     plugins = [*parsed.plugin, *(plugins_named_in(parsed.file) if parsed.trust_plugins else ())]
     file = load_schedule_file(parsed.file, plugins)
     schedule = file.schedule
@@ -274,7 +266,7 @@ def _cost_in_words(schedule: Schedule, cost: Cost) -> str:
 
 
 def _status(parsed: argparse.Namespace) -> int:
-    from prunesearch.report import status_view
+    from prunesearch.report.tables import status_view
 
     reader = _open(parsed)
     records = _records(reader)
@@ -291,8 +283,8 @@ def _status(parsed: argparse.Namespace) -> int:
 
 def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, front, front_rows, nothing_within
-    from prunesearch.report import front_csv, front_table
     from prunesearch.report.plot import plot_front
+    from prunesearch.report.tables import front_csv, front_table
 
     _check_output(parsed.plot)
     reader = _open(parsed)
@@ -319,7 +311,7 @@ def _front(parsed: argparse.Namespace) -> int:
 
 def _export(parsed: argparse.Namespace) -> int:
     from prunesearch.export.schedules import export
-    from prunesearch.report import short
+    from prunesearch.report.tables import short
 
     _check_output(parsed.output)
     reader = _open(parsed)
@@ -364,9 +356,6 @@ def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
 
 def _load_trusted(parsed: argparse.Namespace, study: StudyConfig | None) -> tuple[ScheduleFile, tuple[str, ...]]:
     """The schedule file, and the plug-ins that it and the study need, which are imported now."""
-    from prunesearch.files import load_schedule_file, plugins_named_in
-    from prunesearch.plugins import all_plugins
-
     named = all_plugins(plugins_named_in(parsed.file), study.plugins if study else ())
     plugins = _trusted(parsed, named, str(parsed.file))
     return load_schedule_file(parsed.file, plugins), plugins
@@ -376,8 +365,6 @@ def _sources(
     parsed: argparse.Namespace, file: ScheduleFile, study: StudyConfig | None
 ) -> tuple[ModelConfig, DataConfig]:
     """Model and data of the file or the study, with what the arguments say instead; says what had to be guessed."""
-    from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
-
     given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
     model, data = needed(*model_and_data(file, study, given))
     for text in guessed_normalisation(model_and_data(file, study), (model, data)):
@@ -407,9 +394,8 @@ def _freeze(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from prunesearch.evaluate import METRICS
     from prunesearch.export.schedules import COMPARED, measure_again
-    from prunesearch.report import comparison_table
+    from prunesearch.report.tables import comparison_table
 
     study = _study_of(parsed)
     file, plugins = _load_trusted(parsed, study)
@@ -435,9 +421,6 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _import_diffrate(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import save_schedule
-    from prunesearch.presets.diffrate import load_diffrate
-
     schedule = load_diffrate(parsed.file, parsed.model, parsed.target)
     output = parsed.output or Path(f"diffrate-{parsed.model}-{parsed.target}.yaml".lower().replace("/", "-"))
     _check_output(output)
@@ -449,7 +432,6 @@ def _import_diffrate(parsed: argparse.Namespace) -> int:
 
 
 def _import_tune(parsed: argparse.Namespace) -> int:
-    from prunesearch.files import load_study
     from prunesearch.tune.results import import_results
 
     config = load_study(parsed.file, parsed.set)
@@ -462,7 +444,6 @@ def _import_tune(parsed: argparse.Namespace) -> int:
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    from prunesearch.plugins import import_plugins
     from prunesearch.report import catalogue
 
     import_plugins(parsed.plugin)
@@ -472,10 +453,6 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _schema(parsed: argparse.Namespace) -> int:
-    from prunesearch.config import StudyConfig
-    from prunesearch.files import ScheduleFile
-    from prunesearch.json_schema import json_schema
-
     print(json.dumps(json_schema(StudyConfig if parsed.what == "study" else ScheduleFile), indent=2))
     return 0
 
@@ -523,8 +500,6 @@ def _short_path(path: Path) -> Path:
 def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tuple[str, ...]:
     """The plug-ins to import: those named by what came from elsewhere, and those of the command line. Raises StudyError
     for one that the user did not say to trust."""
-    from prunesearch.plugins import all_plugins
-
     unknown = [name for name in named if name not in parsed.plugin]
     if unknown and not parsed.trust_plugins:
         flags = " ".join(f"--plugin {name}" for name in unknown)
@@ -537,16 +512,12 @@ def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tu
 
 def _with_plugins(parsed: argparse.Namespace, stored: StudyConfig, config: StudyConfig) -> StudyConfig:
     """A study that was read from a storage, with the plug-ins of the command line, if its own may be imported."""
-    from prunesearch.plugins import all_plugins
-
     own = [name for name in config.plugins if name in stored.plugins]  # others come from --set
     return replace(config, plugins=all_plugins(config.plugins, _trusted(parsed, own, f"study {config.name}")))
 
 
 def _check_output(path: Path | None) -> None:
     """Raises UserError for a file that cannot be written, before the work that it is for."""
-    from prunesearch.files import refuse_no_file
-
     if path is not None:
         refuse_no_file(path)
         _check_folder(path.absolute().parent)

@@ -37,12 +37,8 @@ from suggest import suggest
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import build_model, model_shape
-from prunesearch.evaluate.sensitivity import (
-    IMAGES_FOR_A_START,
-    load_sensitivities,
-    measure_sensitivities,
-    save_sensitivities,
-)
+from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
+from prunesearch.evaluate.sensitivity import IMAGES_FOR_A_START, load_sensitivities, save_sensitivities
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import load_study
 from prunesearch.front import hypervolume

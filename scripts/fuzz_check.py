@@ -36,7 +36,7 @@ from prunesearch.cli import main as prunesearch
 from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.build import OPTIONS, Bounds
+from prunesearch.evaluate.sections import OPTIONS, Bounds
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import ScheduleFile, load_study, save_schedule, write_yaml
 from prunesearch.presets import load_preset, presets

@@ -1,22 +1,25 @@
-"""From a `Task` to an `Evaluation`: data, fine-tune, metrics. The only code that runs on a worker."""
+"""From a `Task` to an `Evaluation`: data, fine-tune, metrics. The only code that runs on a worker.
+
+What only reads or computes (tasks, the table of metrics, shapes by the name of a model, mistakes in a file) imports
+nothing heavy. The other names are imported when they are first used.
+"""
 
 from __future__ import annotations
 
-from prunesearch.config import DataConfig, ModelConfig
-from prunesearch.evaluate.build import (
-    build_model,
-    check_checkpoint,
-    is_remote,
-    model_problems,
-    model_shape,
-    skeleton,
-)
-from prunesearch.evaluate.data import DATASETS, check_paths
-from prunesearch.evaluate.images import ImageInput, image_input
-from prunesearch.evaluate.inputs import Inputs, check_inputs
-from prunesearch.evaluate.metrics import METRICS, Measured, Metric, Subject, computed_metric, measured_metric
-from prunesearch.evaluate.run import evaluate
+from typing import TYPE_CHECKING
+
+from prunesearch.evaluate.metrics import METRICS, Measured, Metric, computed_metric, measured_metric
+from prunesearch.evaluate.sections import is_remote, model_problems
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.registry import lazily
+
+if TYPE_CHECKING:
+    from prunesearch.evaluate.build import build_model
+    from prunesearch.evaluate.data import DATASETS
+    from prunesearch.evaluate.inputs import Inputs, check_files, check_inputs, image_input_of
+    from prunesearch.evaluate.measures import Subject
+    from prunesearch.evaluate.run import evaluate
 
 __all__ = [
     "DATASETS",
@@ -38,15 +41,16 @@ __all__ = [
     "model_problems",
     "model_shape",
 ]
-
-
-def image_input_of(model: ModelConfig, data: DataConfig) -> ImageInput:
-    """How images are resized, cropped and normalised for a model, without its weights. Raises DataError, ModelError."""
-    return image_input(skeleton(model), data)
-
-
-def check_files(model: ModelConfig, data: DataConfig) -> None:
-    """Raises ModelError or DataError when what a study reads is not there; a look at the paths, nothing is opened."""
-    if model.checkpoint is not None:
-        check_checkpoint(model.checkpoint)
-    check_paths(data)
+__getattr__ = lazily(
+    __name__,
+    {
+        "DATASETS": "prunesearch.evaluate.data",
+        "Inputs": "prunesearch.evaluate.inputs",
+        "Subject": "prunesearch.evaluate.measures",
+        "build_model": "prunesearch.evaluate.build",
+        "check_files": "prunesearch.evaluate.inputs",
+        "check_inputs": "prunesearch.evaluate.inputs",
+        "evaluate": "prunesearch.evaluate.run",
+        "image_input_of": "prunesearch.evaluate.inputs",
+    },
+)

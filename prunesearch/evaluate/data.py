@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image, fromarray
@@ -31,11 +31,11 @@ from prunesearch.evaluate.picture_files import (
     TarPictures,
     list_pictures,
 )
+from prunesearch.evaluate.task import Split
 from prunesearch.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "validation", "test"]
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 SUBSET_SEED = 0
 FEW_IMAGES = 5000

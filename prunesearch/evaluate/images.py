@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
 from prunesearch.evaluate.pixels import grey_or_rgb
+from prunesearch.evaluate.sections import channel_problems
 from prunesearch.models import input_size
 from prunesearch.registry import did_you_mean
 
@@ -136,21 +137,6 @@ def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return images, labels, [item for item in items if isinstance(item, Unreadable)]
-
-
-def channel_problems(config: DataConfig, channels: int) -> list[str]:
-    """What does not go with a model of so many input channels."""
-    if channels not in (1, 3):
-        return [
-            f"data: the pictures have 1 or 3 channels, the model wants {channels}. Possible: in_chans 1 (grey) or 3 "
-            f"(RGB). Change model.options, or choose another checkpoint."
-        ]
-    return [
-        f"data.{name}: {len(values)} values were given, but the model has {channels} input channels. Possible: one "
-        f"value per channel. Write {channels} of them."
-        for name, values in (("mean", config.mean), ("std", config.std))
-        if values is not None and len(values) != channels
-    ]
 
 
 def image_input(model: nn.Module, config: DataConfig) -> ImageInput:

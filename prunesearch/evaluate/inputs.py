@@ -13,7 +13,7 @@ from typing import Any
 import PIL
 
 from prunesearch.config import DataConfig, ModelConfig
-from prunesearch.evaluate.build import build_model
+from prunesearch.evaluate.build import build_model, skeleton
 from prunesearch.evaluate.data import (
     DATASETS,
     Split,
@@ -34,6 +34,7 @@ from prunesearch.evaluate.data import (
 from prunesearch.evaluate.images import ImageInput, ImageSet, image_input, refuse_unreadable
 from prunesearch.evaluate.machine import find_device
 from prunesearch.evaluate.picture_files import PictureFiles
+from prunesearch.evaluate.sections import check_checkpoint
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import write_atomically
 
@@ -204,3 +205,15 @@ def _recall(memory: Path | None) -> dict[str, Any]:
         return {split: {"key": one["key"], "notes": list(one["notes"])} for split, one in content.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def image_input_of(model: ModelConfig, data: DataConfig) -> ImageInput:
+    """How images are resized, cropped and normalised for a model, without its weights. Raises DataError, ModelError."""
+    return image_input(skeleton(model), data)
+
+
+def check_files(model: ModelConfig, data: DataConfig) -> None:
+    """Raises ModelError or DataError when what a study reads is not there; a look at the paths, nothing is opened."""
+    if model.checkpoint is not None:
+        check_checkpoint(model.checkpoint)
+    check_paths(data)

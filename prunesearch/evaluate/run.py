@@ -22,7 +22,7 @@ from torch import Tensor
 from prunesearch.config import DataConfig, ModelConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, UserError
-from prunesearch.evaluate.build import build_model, model_shape
+from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.calibrate import calibrate
 from prunesearch.evaluate.data import Split, open_data, unreadable_note
 from prunesearch.evaluate.finetune import (
@@ -37,9 +37,11 @@ from prunesearch.evaluate.finetune import (
 )
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.machine import describe, find_device, versions
-from prunesearch.evaluate.metrics import METRICS, Measured, Subject
+from prunesearch.evaluate.measures import Subject
+from prunesearch.evaluate.metrics import METRICS, Measured
 from prunesearch.evaluate.predict import autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import distills_tokens
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
 from prunesearch.evaluate.task import Cause, Evaluation, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of

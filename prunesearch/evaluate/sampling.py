@@ -12,8 +12,8 @@ from functools import lru_cache
 from prunesearch.config import ModelConfig, SpaceConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, StudyError
-from prunesearch.evaluate.build import model_shape
 from prunesearch.evaluate.limits import Limits, is_within
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import (

@@ -20,6 +20,7 @@ from prunesearch.config import (
 )
 from prunesearch.schedule import Schedule
 
+Split = Literal["train", "validation", "test"]
 Status = Literal["complete", "failed"]
 Cause = Literal["error", "oom", "nan", "timeout", "crash", "invalid", "disk"]
 """error: an exception; oom: out of memory; nan: the loss was not finite; timeout: hung;

@@ -9,10 +9,10 @@ from functools import partial
 
 from prunesearch.config import Limit, ModelConfig, SpaceConfig
 from prunesearch.errors import StudyError
-from prunesearch.evaluate.build import model_shape
 from prunesearch.evaluate.limits import Limits
 from prunesearch.evaluate.metrics import METRICS, Compute
 from prunesearch.evaluate.sampling import TooLarge, draw_schedule, improved
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import blocks_of, parameters_of
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import RunError, StudyError, UserError
-from prunesearch.evaluate import Evaluation, Task, check_inputs, evaluate
+from prunesearch.evaluate import Evaluation, Task
 from prunesearch.export.sources import model_and_data, needed
 from prunesearch.files import ScheduleFile, save_schedule, to_mapping
 from prunesearch.plugins import all_plugins, import_plugins, missing_plugins
@@ -123,6 +123,8 @@ def _export_weights(
         shutil.copyfile(source, target)
         return target
     _refuse_to_import(config, f"the weights of trial {record.number}")
+    from prunesearch.evaluate.run import evaluate
+
     say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
     again, stem = evaluation, str(target.with_suffix(""))
     trained = [one.images for one in record.evaluations if one.images > 0]
@@ -193,6 +195,9 @@ def measure_again(
     `folder`) are used for the pruned model. plugins: modules to import, beside those of the study. Raises UserErrors
     when model or data are known from nowhere or do not fit, RunError when an evaluation fails.
     """
+    from prunesearch.evaluate.inputs import check_inputs
+    from prunesearch.evaluate.run import evaluate
+
     known_model, known_data = model_and_data(file, study)
     model, data = needed(model or known_model, data or known_data)
     weights = None if file.weights is None else str(folder / file.weights)

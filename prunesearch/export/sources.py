@@ -7,7 +7,6 @@ from typing import Any
 
 from prunesearch.config import DataConfig, ModelConfig, StudyConfig
 from prunesearch.errors import UserError
-from prunesearch.evaluate import image_input_of
 from prunesearch.files import ScheduleFile, from_mapping, override, to_mapping
 from prunesearch.yaml_text import Text
 
@@ -85,6 +84,8 @@ def guessed_normalisation(
     measured; nothing when all values are the same, or given. Raises DataError and ModelError."""
     if before == now or before[0] is None or before[1] is None:
         return []
+    from prunesearch.evaluate.inputs import image_input_of
+
     measured, guessed = image_input_of(before[0], before[1]), image_input_of(*now)
     return [
         f"data.{name} is {_shown(guessed, name)}, the model's own, but the schedule was measured with "

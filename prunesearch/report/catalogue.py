@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
+from prunesearch.cost import estimate_cost
+from prunesearch.evaluate import METRICS
+from prunesearch.evaluate.shapes import prunable_models
+from prunesearch.presets import presets
 from prunesearch.printable import printable
-
-if TYPE_CHECKING:
-    from prunesearch.tokens import Reducer, Scorer
+from prunesearch.recipes import RECIPES
+from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
 Row = tuple[str, ...]
 
@@ -30,16 +34,12 @@ def table(what: str, pattern: str = "*") -> Table:
 
 
 def _scores(pattern: str) -> Iterator[Row]:
-    from prunesearch.tokens import SCORERS
-
     for name, entry in SCORERS.items():
         needs = "yes" if entry.needs_class_token else "no"
         yield name, needs, _options(entry), entry.summary, entry.source
 
 
 def _reduces(pattern: str) -> Iterator[Row]:
-    from prunesearch.tokens import REDUCERS
-
     for name, entry in REDUCERS.items():
         options = _options(entry)
         yield name, "yes" if entry.ranks else "no", options, entry.summary, entry.source
@@ -57,8 +57,6 @@ def _options(entry: Scorer | Reducer) -> str:
 
 
 def _presets(pattern: str) -> Iterator[Row]:
-    from prunesearch.presets import presets
-
     for name, preset in presets().items():
         yield name, preset.summary, "\n".join(_reported(row) for row in preset.published)
 
@@ -71,9 +69,6 @@ def _reported(row: Mapping[str, Any]) -> str:
 
 
 def _recipes(pattern: str) -> Iterator[Row]:
-    from prunesearch.presets import presets
-    from prunesearch.recipes import RECIPES
-
     for name, recipe in RECIPES.items():
         fields = [f"{field}: {str(value).lower()}" for field, value in recipe.fields.items()]
         if recipe.learned_rate is not None:
@@ -83,38 +78,11 @@ def _recipes(pattern: str) -> Iterator[Row]:
 
 
 def _models(pattern: str) -> Iterator[Row]:
-    import timm
-    import torch
-
-    import prunesearch.models.digits_vit  # noqa: F401  (registers the shipped model)
-    from prunesearch.cost import estimate_cost
-    from prunesearch.errors import ModelError
-    from prunesearch.models import shape_of
-
-    for name in timm.list_models(pattern):
-        if not _may_be_plain(name):
-            continue
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        try:
-            shape = shape_of(model)
-        except ModelError:
-            continue
+    for name, shape in prunable_models(pattern, lambda text: print(f"note: {text}", file=sys.stderr)).items():
         yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), f"{estimate_cost(shape).gmacs:.3g}"
 
 
-def _may_be_plain(name: str) -> bool:
-    """Whether the file that defines a name builds supported classes; building all of timm would take minutes."""
-    import timm
-
-    vits = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit")
-    files = (*vits, "swin_transformer", "convnext")
-    return timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in files
-
-
 def _metrics(pattern: str) -> Iterator[Row]:
-    from prunesearch.evaluate import METRICS
-
     for name, entry in METRICS.items():
         yield name, entry.unit, entry.goal, "arithmetic" if entry.computed else "measured", entry.summary
 

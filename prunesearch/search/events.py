@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prunesearch.evaluate.data import Split
-from prunesearch.evaluate.task import Evaluation
+from prunesearch.evaluate.task import Evaluation, Split
 from prunesearch.record import Record
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.shared_weights import SupernetTrained

@@ -9,9 +9,9 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
-from prunesearch.evaluate.build import input_channels
-from prunesearch.evaluate.images import channel_problems
+from prunesearch.evaluate.sections import channel_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
+from prunesearch.evaluate.shapes import input_channels
 from prunesearch.evaluate.unreachable_limits import unreachable_limits
 from prunesearch.plugins import import_plugins
 from prunesearch.presets import find_schedule

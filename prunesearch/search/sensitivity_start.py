@@ -15,7 +15,6 @@ from prunesearch.evaluate.sensitivity import (
     IMAGES_FOR_A_START,
     Sensitivities,
     load_sensitivities,
-    measure_sensitivities,
     save_sensitivities,
 )
 from prunesearch.front import hypervolume
@@ -59,6 +58,8 @@ def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
             if found.fits(config):
                 return found
             logger.warning("%s is of another model, data or space: measured again", path)
+    from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
+
     found = measure_sensitivities(config, IMAGES_FOR_A_START)
     save_sensitivities(found, path)
     return found

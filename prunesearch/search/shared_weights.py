@@ -12,7 +12,6 @@ from pathlib import Path
 
 from prunesearch.config import Budget, StudyConfig
 from prunesearch.errors import RunError, StudyError
-from prunesearch.evaluate.supernet import is_trained
 from prunesearch.evaluate.task import Evaluation, SupernetWork, Task
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
@@ -54,6 +53,8 @@ def prepare_supernet(
     """
     if config.evaluation != "supernet":
         return None
+    from prunesearch.evaluate.supernet import is_trained
+
     whole = supernet_task(config, folder)
     work, path = whole.supernet, shared_weights(config, folder)
     assert work is not None and path is not None

@@ -9,7 +9,8 @@ import timm
 
 from prunesearch.config import ModelConfig, Scalar, as_options
 from prunesearch.errors import ModelError
-from prunesearch.evaluate.build import OPTIONS, Bounds, model_problems, model_shape
+from prunesearch.evaluate import model_problems, model_shape
+from prunesearch.evaluate.sections import OPTIONS, Bounds
 
 # small models of every class that takes schedules
 MODELS: dict[str, dict[str, Scalar]] = {

@@ -12,8 +12,8 @@ import torch
 
 from prunesearch.config import ModelConfig
 from prunesearch.errors import ModelError
-from prunesearch.evaluate import build
-from prunesearch.evaluate.build import build_model, model_shape, parameter_count
+from prunesearch.evaluate import build, model_shape
+from prunesearch.evaluate.build import build_model, parameter_count
 from prunesearch.evaluate.digits import load_digits
 from prunesearch.models.digits_vit import WEIGHTS
 

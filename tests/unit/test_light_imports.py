@@ -1,23 +1,83 @@
-"""What importing the package loads: nothing heavy, and for a deployed model torch, timm and yaml only."""
+"""What the package and its verbs load: looking needs no PyTorch, a deployed model needs torch, timm and yaml only."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import fake_search
 import pytest
 
+from prunesearch.report.catalogue import CATALOGUES
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+HEAVY = {"torch", "timm", "torchvision", "ray", "sklearn", "scipy", "matplotlib"}
+SCHEDULE = """
+version: 1
+model: {name: deit_small_patch16_224}
+stages: [{block: 3, keep: 0.7}, {block: 6, keep: 0.7, reduce: squeeze}]
+"""
+STUDY = """\
+# What a light look costs.
+version: 1
+name: light
+model: {name: deit_small_patch16_224.fb_in1k, pretrained: true}
+data: {name: folder, root: nowhere}
+space: {blocks: [3, 6, 9], keep: [0.5, 0.7, 1.0], reduce: [drop, merge], start_from: [evit-0.7, sensitivity]}
+limits: {gmacs: {at_most: 3.5}}
+stop: {trials: 5}
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    process = [sys.executable, "-c", code]
+    result = subprocess.run(process, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'timm', 'ray', 'optuna', 'rich', 'sklearn', 'matplotlib', 'yaml'}"
-    assert run(f"import sys, prunesearch, prunesearch.cli; print({heavy} & set(sys.modules))") == "set()"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that is done, a study file and a schedule file."""
+    folder = tmp_path_factory.mktemp("light")
+    fake_search.run(fake_search.study(4), folder / "study", journal=False)
+    (folder / "search_spaces").mkdir()
+    (folder / "search_spaces" / "light.yaml").write_text(STUDY)
+    (folder / "best.yaml").write_text(SCHEDULE)
+    return folder
+
+
+def test_importing_the_package_loads_nothing_at_all() -> None:
+    heavy = HEAVY | {"optuna", "rich", "numpy", "yaml"}
+    assert run(f"import sys, prunesearch; print({heavy} & set(sys.modules))") == "set()"
+    heavy = HEAVY | {"optuna", "rich", "numpy"}
+    assert run(f"import sys, prunesearch.cli; print({heavy} & set(sys.modules))") == "set()"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "status study",
+        "front study",
+        "front study --csv",
+        "export study -o exported.yaml",
+        "check search_spaces/light.yaml",
+        "check best.yaml",
+        "schema",
+        *(f"list {what}" for what in CATALOGUES),
+    ],
+)
+def test_looking_loads_no_pytorch(verb: str, folder: Path) -> None:
+    code = f"""
+import contextlib, io, os, sys
+os.chdir({str(folder)!r})
+from prunesearch.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    code = main({verb.split()!r})
+print(code, len(said.getvalue()) > 40, {HEAVY} & set(sys.modules))
+"""
+    assert run(code, XDG_CACHE_HOME=str(folder / "cache")) == "0 True set()"
 
 
 def test_a_list_of_samplers_loads_nothing_that_they_use() -> None:

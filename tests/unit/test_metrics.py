@@ -11,7 +11,8 @@ from prunesearch.errors import DataError, UnknownNameError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.images import ImageInput
-from prunesearch.evaluate.metrics import METRICS, Measured, Subject, agreement, loss, top1, top5
+from prunesearch.evaluate.measures import Subject, agreement, loss, top1, top5
+from prunesearch.evaluate.metrics import METRICS, Measured
 from prunesearch.evaluate.predict import Predictions
 from prunesearch.evaluate.speed import peak_memory, time_batches
 from prunesearch.models import apply_schedule

@@ -17,7 +17,9 @@ import torch
 from prunesearch.cli import main
 from prunesearch.config import DataConfig, ModelConfig, Scalar, as_options
 from prunesearch.errors import ModelError
-from prunesearch.evaluate.build import OPTIONS, Bounds, build_model, model_problems, model_shape
+from prunesearch.evaluate import model_problems, model_shape
+from prunesearch.evaluate.build import build_model
+from prunesearch.evaluate.sections import OPTIONS, Bounds
 from prunesearch.search.problems import study_problems
 
 STUDY = """

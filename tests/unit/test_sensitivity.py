@@ -29,21 +29,15 @@ from prunesearch.config import (
 )
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import FileError, ScheduleError, StudyError
-from prunesearch.evaluate import build_model, model_shape
+from prunesearch.evaluate import build_model, measure_sensitivity, model_shape
 from prunesearch.evaluate.data import open_data
-from prunesearch.evaluate.sensitivity import (
-    Effect,
-    Sensitivities,
-    load_sensitivities,
-    measure_sensitivities,
-    save_sensitivities,
-    stages_of,
-)
+from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
+from prunesearch.evaluate.sensitivity import Effect, Sensitivities, load_sensitivities, save_sensitivities, stages_of
 from prunesearch.front import hypervolume
 from prunesearch.models import apply_schedule
 from prunesearch.record import SENSITIVITY
 from prunesearch.schedule import Schedule, resolve
-from prunesearch.search import sensitivity_front, sensitivity_start
+from prunesearch.search import sensitivity_front
 from prunesearch.search.problems import start_schedules, study_problems
 from prunesearch.search.sensitivity_front import predicted_front
 from prunesearch.search.sensitivity_start import FILE, MOST_STARTS, kept_sensitivities, predicted_starts
@@ -288,7 +282,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
         calls.append(config)
         return table(config)
 
-    monkeypatch.setattr(sensitivity_start, "measure_sensitivities", measure)
+    monkeypatch.setattr(measure_sensitivity, "measure_sensitivities", measure)
     return calls
 
 

@@ -1,0 +1,100 @@
+"""Measure what each stage of a space does alone in the dense model, without training.
+
+A few hundred training images go through the dense model once; each stage then runs the blocks from its own on, from
+the tokens that arrived there. Validation images are not touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from prunesearch.config import StudyConfig
+from prunesearch.errors import StudyError
+from prunesearch.evaluate.build import build_model
+from prunesearch.evaluate.data import open_training
+from prunesearch.evaluate.machine import describe, find_device
+from prunesearch.evaluate.predict import reproducible
+from prunesearch.evaluate.sensitivity import IMAGES, Effect, Sensitivities, nothing_to_measure, stages_of
+from prunesearch.evaluate.shapes import model_shape
+from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from
+from prunesearch.schedule import Schedule, Stage, reads_attention
+
+logger = logging.getLogger(__name__)
+
+DIGITS = 6
+"""Significant digits of what is measured: what is beyond depends on the machine."""
+
+
+def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivities:
+    """Measure every stage of a study's space on `count` training images (all when there are fewer), on the device of
+    its workers but in this process.
+
+    The images are part of those that the study trains on, always the same. Plugins must have been imported. Raises
+    StudyError when nothing can be measured without training; ModelError, DataError and ResourceError as an evaluation.
+    """
+    stages, left_out = stages_of(config.space, model_shape(config.model))
+    if not stages:
+        raise StudyError(nothing_to_measure(left_out))
+    device = find_device(config.workers.device)
+    begin = time.perf_counter()
+    few = replace(config.data, train_images=min(count, config.data.train_images or count))
+    with torch.random.fork_rng(devices=[]):  # a first model and first images take some
+        model = build_model(config.model, device)
+        images = open_training(few, model)
+    starts = [_start(stage) for stage in stages]
+    divergence, same = (torch.zeros(len(stages), dtype=torch.float64) for _ in range(2))
+    confidence, seen = 0.0, 0
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_device), reproducible(device), torch.inference_mode():
+        for batch, labels in images.batches(torch.arange(len(images)).split(config.measure.batch_size), device):
+            if len(labels) == 0:  # none of them could be read
+                continue
+            seen += len(labels)
+            logits, inputs = block_inputs(model, batch, set(starts))
+            dense_BC = _log_probabilities(logits)
+            confidence += dense_BC.exp().amax(dim=1).sum().item()
+            for index, (stage, first) in enumerate(zip(stages, starts, strict=True)):
+                apply_schedule(model, Schedule((stage,)))
+                torch.manual_seed(0)  # a random score must not depend on what ran before
+                pruned_BC = _log_probabilities(run_from(model, inputs[first], first))
+                divergence[index] += (dense_BC.exp() * (dense_BC - pruned_BC)).sum()
+                same[index] += (dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)).sum()
+            remove_schedule(model)
+    effects = [
+        Effect(stage, _short(max(total / seen, 0.0)), _short(100 * equal / seen))
+        for stage, total, equal in zip(stages, divergence.tolist(), same.tolist(), strict=True)
+    ]
+    seconds = round(time.perf_counter() - begin, 3)
+    found = Sensitivities(
+        version=1,
+        model=config.model,
+        data=config.data,
+        images=seen,
+        confidence=_short(confidence / seen),
+        effects=tuple(effects),
+        seconds=seconds,
+        device=describe(device),
+        left_out=left_out,
+    )
+    logger.info("%d stages measured alone on %d images in %.1f s", len(stages), seen, seconds)
+    return found
+
+
+def _start(stage: Stage) -> int:
+    """The block that a stage has to be run from: it may read the attention of the one before."""
+    return stage.block - (stage.at == "pre" and reads_attention(stage))
+
+
+def _log_probabilities(logits_BC: Tensor) -> Tensor:
+    """In double precision on the CPU: a confident model's smallest probabilities are beyond single precision."""
+    return logits_BC.cpu().double().log_softmax(dim=1)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else value

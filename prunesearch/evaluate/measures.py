@@ -1,0 +1,148 @@
+"""The functions of the metrics, measured on a model with its validation images; `metrics.py` has their table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prunesearch.config import MeasureConfig, ModelConfig
+from prunesearch.cost import macs_of_counts
+from prunesearch.errors import DataError
+from prunesearch.evaluate.build import parameter_count
+from prunesearch.evaluate.images import ImageSet
+from prunesearch.evaluate.metrics import Measured
+from prunesearch.evaluate.predict import Predictions, predict
+from prunesearch.evaluate.schedule_loss import macs_by_counts
+from prunesearch.evaluate.shapes import model_shape
+from prunesearch.evaluate.speed import Timing, peak_memory, time_batches
+from prunesearch.models import learned_parameters, shape_of, steps_of
+from prunesearch.schedule import Schedule
+
+SPEED_BATCHES = 4
+"""Different batches that a speed measurement goes through in turn."""
+
+
+@dataclass
+class Subject:
+    """The model being measured, with what several metrics share: one pass over the validation images.
+
+    dense_logits: gives the dense model's logits of the validation images, as it comes, (N, classes) float32 on CPU.
+    """
+
+    model: nn.Module
+    config: ModelConfig
+    schedule: Schedule
+    validation: ImageSet
+    settings: MeasureConfig
+    device: torch.device
+    amp: bool
+    dense_logits: Callable[[], Tensor]
+
+    @cached_property
+    def outputs(self) -> Predictions:
+        """What the model says of all validation images, in their order."""
+        return predict(self.model, self.validation, self.settings.batch_size, self.device, self.amp)
+
+    @cached_property
+    def gmacs(self) -> Tensor:
+        """GMACs of each validation image by its own token counts, (N), float64."""
+        logits, _, counts = self.outputs
+        return macs_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits)) / 1e9
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens after each block, prefix included: the mean over the validation images, rounded."""
+        steps, shape = steps_of(self.model), shape_of(self.model)
+        counts = [count.double().mean().item() for count in self.outputs.counts]
+        fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
+        _, _, tokens = macs_of_counts(shape, [step.step for step in steps], [*fixed, *counts])
+        return tuple(round(count) for count in tokens)
+
+    def batches(self, batch_size: int) -> list[Tensor]:
+        """A few batches of validation images on the device, for measuring speed and memory: with thresholds these
+        depend on what is in the picture."""
+        indices = torch.arange(SPEED_BATCHES * batch_size) % len(self.validation)
+        return [images for images, _ in self.validation.batches(indices.split(batch_size), self.device)]
+
+    def time(self, batch_size: int) -> Timing:
+        """Seconds of one forward pass."""
+        return time_batches(self.model, self.batches(batch_size), self.settings.speed_seconds, self.amp)
+
+
+def top1(subject: Subject) -> float:
+    """Percent."""
+    return _top(subject, 1)
+
+
+def top5(subject: Subject) -> float:
+    """Percent. Raises DataError below six classes, where it would always be 100."""
+    return _top(subject, 5)
+
+
+def loss(subject: Subject) -> float:
+    """Mean over images, without label smoothing."""
+    logits, labels, _ = subject.outputs
+    return F.cross_entropy(logits, labels).item()
+
+
+def agreement(subject: Subject) -> float:
+    """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model is below 100 too."""
+    same = subject.outputs.logits.argmax(dim=1) == subject.dense_logits().argmax(dim=1)
+    return 100 * same.double().mean().item()
+
+
+def mean_gmacs(subject: Subject) -> Measured:
+    low, high = subject.gmacs.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    return Measured(subject.gmacs.mean().item(), (high - low) / 2)
+
+
+def gmacs_p95(subject: Subject) -> float:
+    """10^9 multiply-accumulates."""
+    return subject.gmacs.quantile(0.95).item()
+
+
+def target_miss(subject: Subject) -> float:
+    """Percent of the target, above or below."""
+    target = subject.schedule.target_gmacs
+    return 0.0 if target is None else 100 * abs(subject.gmacs.mean().item() / target - 1)
+
+
+def parameters(model: ModelConfig, schedule: Schedule) -> float:
+    """Millions, with what the schedule learns."""
+    return (parameter_count(model) + learned_parameters(schedule, model_shape(model))) / 1e6
+
+
+def latency_ms(subject: Subject) -> Measured:
+    """Milliseconds, after warm-up, synchronised."""
+    timing = subject.time(1)
+    return Measured(1e3 * timing.median, 1e3 * timing.spread)
+
+
+def throughput(subject: Subject) -> Measured:
+    """At `measure.speed_batch_size`, after warm-up, synchronised."""
+    batch_size = subject.settings.speed_batch_size
+    timing = subject.time(batch_size)
+    return Measured(batch_size / timing.median, (batch_size / timing.low - batch_size / timing.high) / 2)
+
+
+def peak_memory_mb(subject: Subject) -> float:
+    """10^6 bytes of weights, input and activations at `measure.speed_batch_size`; see `speed.peak_memory`."""
+    images = subject.batches(subject.settings.speed_batch_size)[0]
+    return peak_memory(subject.model, images, subject.amp) / 1e6
+
+
+def _top(subject: Subject, guesses: int) -> float:
+    logits, labels, _ = subject.outputs
+    classes = logits.shape[1]
+    if classes <= guesses:
+        raise DataError(
+            f"metric top{guesses}: the data set has {classes} classes, so every image would count as right. "
+            f"Possible: {guesses + 1} classes or more. Leave it out, or use another metric."
+        )
+    right = (logits.topk(guesses, dim=1).indices == labels[:, None]).any(dim=1)
+    return 100 * right.double().mean().item()
