@@ -26,6 +26,7 @@ from prunesearch.cost import Cost, estimate_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
+from prunesearch.export.schedules import COMPARED, export, measure_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
 from prunesearch.files import (
     ScheduleFile,
@@ -310,7 +311,6 @@ def _front(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from prunesearch.export.schedules import export
     from prunesearch.report.tables import short
 
     _check_output(parsed.output)
@@ -394,7 +394,6 @@ def _freeze(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from prunesearch.export.schedules import COMPARED, measure_again
     from prunesearch.report.tables import comparison_table
 
     study = _study_of(parsed)

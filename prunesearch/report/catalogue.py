@@ -16,6 +16,7 @@ from prunesearch.evaluate.shapes import prunable_models
 from prunesearch.presets import presets
 from prunesearch.printable import printable
 from prunesearch.recipes import RECIPES
+from prunesearch.samplers import SAMPLERS
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
 Row = tuple[str, ...]
@@ -88,8 +89,6 @@ def _metrics(pattern: str) -> Iterator[Row]:
 
 
 def _samplers(pattern: str) -> Iterator[Row]:
-    from prunesearch.samplers import SAMPLERS
-
     for name, entry in SAMPLERS.items():
         yield name, entry.summary
 
