@@ -96,6 +96,13 @@ def evaluate(task: Task) -> Evaluation:
     )
 
 
+def evaluate_and_note(task: Task) -> Evaluation:
+    """The same, with a line in the file that FAKE_LEDGER names, which other processes can read."""
+    with Path(os.environ["FAKE_LEDGER"]).open("a") as ledger:
+        ledger.write(f"{task.uid}\n")
+    return evaluate(task)
+
+
 def evaluate_in_vain(task: Task) -> Evaluation:
     """Nothing works."""
     return Evaluation(task.uid, "failed", cause="error", error="no such luck", traceback="Traceback: ...")

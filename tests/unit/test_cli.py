@@ -140,7 +140,7 @@ def test_studies_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path
 @pytest.mark.parametrize("what", ["scores", "reduces", "presets", "metrics", "samplers", "spaces"])
 def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = {"scores": "class_attention", "reduces": "squeeze", "presets": "evit-0.7", "metrics": "top1",
-                "samplers": "tpe", "spaces": "file"}  # fmt: skip
+                "samplers": "tpe", "spaces": "search_spaces/digits.yaml"}  # fmt: skip
     assert expected[what] in out(capsys, "list", what)
 
 

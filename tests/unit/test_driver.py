@@ -76,15 +76,18 @@ def test_start_schedules_that_do_not_fit_are_refused_before_anything_runs(tmp_pa
     assert not EVALUATED
 
 
+SEARCHES = (("auto", 3), ("random", 1), ("tpe", 3), ("nsga2", 1), ("nsga2", 3), ("tpe", 1))
+
+
 @pytest.mark.parametrize(
-    ("sampler", "rungs"),
+    ("sampler", "rungs", "step"),
     [
-        ("random", 1),
-        ("auto", 3),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("tpe", 1), ("nsga2", 1), ("tpe", 3), ("nsga2", 3))),
+        # every step with one of two searches, the rest of the grid among the slow tests
+        pytest.param(*search, step, marks=() if index % 2 == place else pytest.mark.slow)
+        for index, step in enumerate(STEPS)
+        for place, search in enumerate(SEARCHES)
     ],
 )
-@pytest.mark.parametrize("step", STEPS)
 def test_a_kill_at_any_step_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, rungs: int, step: str
 ) -> None:
