@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_search
 import pytest
 
+from prunesearch.evaluate import shape_cache
 from prunesearch.report.catalogue import CATALOGUES
 
 HEAVY = {"torch", "timm", "torchvision", "ray", "sklearn", "scipy", "matplotlib"}
@@ -69,6 +70,8 @@ def test_importing_the_package_loads_nothing_at_all() -> None:
     ],
 )
 def test_looking_loads_no_pytorch(verb: str, folder: Path) -> None:
+    if ("check" in verb or "models" in verb) and not shape_cache.shipped():
+        pytest.skip("the shipped shapes are of another version of timm")
     code = f"""
 import contextlib, io, os, sys
 os.chdir({str(folder)!r})

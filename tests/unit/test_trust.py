@@ -77,7 +77,7 @@ def test_files_from_others_are_data(path: Path) -> None:
         if called in ("np.load", "numpy.load"):
             assert given.get("allow_pickle", "False") == "False"
         if called.endswith("import_module"):
-            homes = ("prunesearch/plugins.py", "prunesearch/__init__.py", "prunesearch/workers/protocol.py")
+            homes = ("prunesearch/plugins.py", "prunesearch/registry.py", "prunesearch/workers/protocol.py")
             assert str(path.relative_to(ROOT)) in homes
 
 
