@@ -10,14 +10,13 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from prunesearch.config import MOST_TOKENS, ModelConfig
 from prunesearch.errors import ModelError
 from prunesearch.evaluate.sections import check_checkpoint, is_remote, model_problems
 from prunesearch.evaluate.shape_cache import Facts
-from prunesearch.models import digits_vit, input_size, shape_of  # noqa: F401  (digits_vit registers its model with timm)
+from prunesearch.models import adapted, input_size, shape_of, size_keywords
 from prunesearch.models.weights import load_weights, misfits, read_weights
 
 FRESH_SEED = 0
@@ -100,7 +99,7 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
         raise ModelError("; ".join(problems))
     keywords: dict[str, Any] = dict(config.options)
     if config.image_size is not None:
-        keywords |= _size_keywords(config)
+        keywords |= size_keywords(config.name, config.image_size, int(keywords.get("in_chans", 3)))
     if config.num_classes is not None:
         keywords["num_classes"] = config.num_classes
     try:
@@ -115,17 +114,6 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _size_keywords(config: ModelConfig) -> dict[str, Any]:
-    """How a model is told its input size. A ConvNeXt takes any, so that only its settings name it; images of that size
-    are then neither resized nor cropped."""
-    size = config.image_size
-    is_convnext = timm.is_model(config.name) and timm.model_entrypoint(config.name).__module__ == "timm.models.convnext"
-    if not is_convnext:
-        return {"img_size": size}
-    channels = dict(config.options).get("in_chans", 3)
-    return {"pretrained_cfg_overlay": {"input_size": (channels, size, size), "crop_pct": 1.0}}
-
-
 def _load_checkpoint(model: nn.Module, path: str) -> None:
     check_checkpoint(path)
     place = f"model.checkpoint {path!r}"
@@ -134,8 +122,9 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
         other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise TypeError(f"no tensors: {', '.join(other[:4])}")
-        if isinstance(model, VisionTransformer):
-            state = checkpoint_filter_fn(state, model)  # also resizes position embeddings, as timm does for its own
+        state = adapted(model, state)
+    except ModelError:
+        raise
     except Exception as error:  # a damaged or foreign file raises anything
         raise ModelError(
             f"{place}: cannot be read as weights of the model: {type(error).__name__}: {error}. Possible: "

@@ -10,17 +10,12 @@ from prunesearch.config import ModelConfig
 from prunesearch.errors import ModelError
 from prunesearch.evaluate.build import facts_of
 from prunesearch.evaluate.shape_cache import Facts
-
-FILES = (
-    *("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "digits_vit"),
-    *("swin_transformer", "convnext"),
-)
-"""Files that build supported classes; building all of timm would take minutes."""
+from prunesearch.models import may_be_supported
 
 
 def architectures() -> list[str]:
-    """Names of timm, without tags of weights, whose file builds supported classes."""
-    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in FILES]
+    """Names of timm, without tags of weights, that may be supported; building all of timm would take minutes."""
+    return [name for name in timm.list_models() if may_be_supported(name)]
 
 
 def facts_of_names(names: Iterable[str]) -> dict[str, Facts]:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,17 +53,20 @@ __all__ = [
     "PARTS",
     "PlannedStep",
     "Trace",
+    "adapted",
     "apply_schedule",
     "block_inputs",
     "digits_vit",
     "input_size",
     "learned_parameters",
     "learned_parts",
+    "may_be_supported",
     "patches_of",
     "remove_schedule",
     "run_from",
     "schedule_of",
     "shape_of",
+    "size_keywords",
     "steps_of",
     "threshold_of",
     "threshold_unit",
@@ -201,17 +205,39 @@ def patches_of(model: nn.Module, features: Tensor) -> Tensor:
 
 
 def block_inputs(model: nn.Module, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of a dense VisionTransformer, and the tokens (B, N, C) that arrive at some of its blocks."""
-    return vision_transformer.block_inputs(model, images, blocks)
+    """Logits of a dense model, and the tokens (B, N, C) that arrive at some of its blocks. Raises ModelError for a
+    family that cannot be run from a block."""
+    return _family(model).block_inputs(model, images, blocks)
 
 
 def run_from(model: nn.Module, tokens_BNC: Tensor, first: int) -> Tensor:
-    """Logits of a VisionTransformer that carries a schedule, from the tokens that arrive at block `first`.
+    """Logits of a model that carries a schedule, from the tokens that arrive at block `first`.
 
     For fixed counts and scores that do not learn, with no stage before `first` and none at its `pre` that reads the
     attention of the block before: then the same as from the images, to the last bit.
     """
-    return vision_transformer.run_from(model, tokens_BNC, first)
+    return _family(model).run_from(model, tokens_BNC, first)
+
+
+def may_be_supported(name: str) -> bool:
+    """Whether the module of timm (or ours) that builds a model of this name builds models of a family."""
+    return any(_module_of(name) in family.MODULES for family in FAMILIES)
+
+
+def size_keywords(name: str, size: int, channels: int) -> dict[str, Any]:
+    """Keywords of `timm.create_model` that build a model, by its name, for square images of a size."""
+    module = _module_of(name)
+    family = next((family for family in FAMILIES if module in family.MODULES), vision_transformer)
+    return family.size_keywords(module, size, channels)
+
+
+def adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint under the names and in the sizes that a dense model has. Raises ModelError."""
+    return _family(model).adapted(model, state)
+
+
+def _module_of(name: str) -> str:
+    return timm.model_entrypoint(name).__module__ if timm.is_model(name) else ""
 
 
 def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:

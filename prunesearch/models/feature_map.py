@@ -9,7 +9,7 @@ Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,6 +223,11 @@ HOLDING: dict[type, type[Swapped]] = {
 }
 
 
+CONVNEXT = "timm.models.convnext"
+MODULES = ("timm.models.swin_transformer", CONVNEXT)
+"""Where the functions are that build models of these classes, among others."""
+
+
 def is_family(model: nn.Module) -> bool:
     """Exactly one of the classes here, with or without a schedule."""
     return timm_class(model) in (SwinTransformer, ConvNeXt)
@@ -259,6 +264,34 @@ def patch_tokens_of(model: Any) -> int:
     stage: Any = stages_of(model)[STAGE]
     height, width = stage.output_resolution
     return height * width
+
+
+def size_keywords(module: str, size: int, channels: int) -> dict[str, Any]:
+    """See `prunesearch.models.size_keywords`. A ConvNeXt takes any size, so that only its settings name one; images of
+    that size are then neither resized nor cropped."""
+    if module != CONVNEXT:
+        return {"img_size": size}
+    return {"pretrained_cfg_overlay": {"input_size": (channels, size, size), "crop_pct": 1.0}}
+
+
+def adapted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """See `prunesearch.models.adapted`."""
+    return state
+
+
+def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """See `prunesearch.models.block_inputs`. Raises ModelError: all verbs of this family learn, so that none is of use
+    before it was trained, and there is nothing to measure block by block."""
+    raise ModelError(
+        "model: a feature map cannot be run from one of its blocks. Possible: the whole model. Use a VisionTransformer "
+        "to measure stages one by one."
+    )
+
+
+def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
+    """See `block_inputs`."""
+    block_inputs(model, tokens_BNC, ())
+    raise AssertionError("block_inputs raises")
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -256,6 +256,16 @@ REDUCED: dict[type, type[Swapped]] = {
 }
 
 
+MODULES = (
+    "timm.models.vision_transformer",
+    "timm.models.deit",
+    "timm.models.vision_transformer_hybrid",
+    "timm.models.vitamin",
+    "prunesearch.models.digits_vit",
+)
+"""Where the functions are that build models of these classes, among others."""
+
+
 def is_family(model: nn.Module) -> bool:
     """Exactly one of the classes here, with or without a schedule."""
     return timm_class(model) in REDUCED
@@ -312,6 +322,16 @@ def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[T
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def size_keywords(module: str, size: int, channels: int) -> dict[str, Any]:
+    """See `prunesearch.models.size_keywords`."""
+    return {"img_size": size}
+
+
+def adapted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """See `prunesearch.models.adapted`. Resizes position embeddings too, as timm does for its own weights."""
+    return checkpoint_filter_fn(state, model)
 
 
 def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
