@@ -28,7 +28,7 @@ def test_dense_agrees_with_the_flop_counter(layout: str) -> None:
 
 @pytest.mark.parametrize("at", ["mid", "pre"])
 @pytest.mark.parametrize(("score", "verb"), pairs())
-def test_macs_of_all_pairs_are_arithmetic(score: str, verb: str, at: str) -> None:
+def test_macs_are_arithmetic(score: str, verb: str, at: str) -> None:
     check_macs(small_model(), score, verb, at)
 
 
