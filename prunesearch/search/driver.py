@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate import Inputs, check_files, check_inputs, model_shape
@@ -31,6 +33,9 @@ from prunesearch.study.vocabulary import vocabulary_of
 from prunesearch.workers.child import ChildWorker
 from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
 from prunesearch.workers.serial import SerialWorkers
+
+if TYPE_CHECKING:
+    from prunesearch.workers.ray_pool import RayWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -60,56 +65,59 @@ def run_study(
     problems = []
     if config.evaluation == "supernet" and not alone:
         problems = ["evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out."]
-    check_study(config, starts=not has_study(url, config.name), problems=problems)
-    shape = model_shape(config.model)
-    if make_workers is None:
-        on_event = _suspicious(config, _look(config, folder, on_event), on_event)
-    elif config.workers.address is None:  # else they are on other machines
-        check_files(config.model, config.data)
-    (folder / "outbox").mkdir(parents=True, exist_ok=True)
-    interrupt = Interrupt()
+    is_new = not has_study(url, config.name)
+    check_study(config, starts=is_new, problems=problems)
+    with Interrupt() as interrupt, ExitStack() as stack:
+        early: RayWorkers | None = None
+        if make_workers is None:
+            if is_new and search and config.workers.kind == "ray":
+                # its processes take seconds to start, in which this one opens data and weights
+                early = stack.enter_context(closing(_start_ray(folder / "outbox", config, folder, evaluate)))
+            on_event = _suspicious(config, _look(config, folder, on_event), on_event)
+        elif config.workers.address is None:  # else they are on other machines
+            check_files(config.model, config.data)
+        (folder / "outbox").mkdir(parents=True, exist_ok=True)
 
-    def wait_for_storage(why: str, waited: float) -> bool:
-        on_event(Waiting(why, waited))
-        return interrupt.count == 0
+        def wait_for_storage(why: str, waited: float) -> bool:
+            on_event(Waiting(why, waited))
+            return interrupt.count == 0
 
-    with interrupt, opened_study(config, folder, storage, wait_for_storage) as (store, place):
-        team = None if alone else Team(store, place, lease)
+        store, place = stack.enter_context(opened_study(config, folder, storage, wait_for_storage))
+        team = None if alone else stack.enter_context(closing(Team(store, place, lease)))
+        shape = model_shape(config.model)
+        starts = store.starts(lambda: start_schedules(config, shape, folder))
+        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+        outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
+        state = SearchState(config, shape, starts, store.records())
+        recovery = Recovery(state, store, folder)
+        others: Others = NoOthers()
+        if team is not None:
+            others = OtherDrivers(state, store, recovery, team, outbox, on_event)
+        run = Search(state, store, recovery, others, outbox, interrupt, on_event)
+        take_up_confirmations(config, folder, outbox, store)
+        workers: Workers = NoWorkers()
+        if (search and run.has_work()) or missing(config, folder, store.records()):
+            if early is not None:
+                early.outbox = outbox  # this driver's name may be part of it
+                workers = early
+            elif make_workers is not None:
+                workers = stack.enter_context(closing(make_workers(config, folder, evaluate)))
+            else:
+                workers = stack.enter_context(closing(_start_workers(outbox, config, folder, evaluate)))
+        interrupt.listen()  # after Ray, which sets a handler of its own
+        is_stopped = partial(_has_come, interrupt)
         try:
-            starts = store.starts(lambda: start_schedules(config, shape, folder))
-            store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
-            outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
-            state = SearchState(config, shape, starts, store.records())
-            recovery = Recovery(state, store, folder)
-            others: Others = NoOthers()
-            if team is not None:
-                others = OtherDrivers(state, store, recovery, team, outbox, on_event)
-            run = Search(state, store, recovery, others, outbox, interrupt, on_event)
-            take_up_confirmations(config, folder, outbox, store)
-            workers: Workers = NoWorkers()
-            if (search and run.has_work()) or missing(config, folder, store.records()):
-                make = make_workers or partial(_start_workers, outbox)
-                workers = make(config, folder, evaluate)
-            interrupt.listen()  # after Ray, which sets a handler of its own
-            try:
-                is_stopped = partial(_has_come, interrupt)
-                try:
-                    if not isinstance(workers, NoWorkers):
-                        prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
-                except KeyboardInterrupt:
-                    search = False
-                done = run.run(workers) if search else run.look()
-                if done.reason not in STOPPED_BY_HAND and not interrupt.count:
-                    confirm(config, folder, outbox, store, workers, on_event, is_stopped, team)
-                if interrupt.count and done.reason not in STOPPED_BY_HAND:
-                    done = replace(done, reason="interrupted")
-                on_event(done)
-                return done
-            finally:
-                workers.close()
-        finally:
-            if team is not None:
-                team.close()
+            if not isinstance(workers, NoWorkers):
+                prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
+        except KeyboardInterrupt:
+            search = False
+        done = run.run(workers) if search else run.look()
+        if done.reason not in STOPPED_BY_HAND and not interrupt.count:
+            confirm(config, folder, outbox, store, workers, on_event, is_stopped, team)
+        if interrupt.count and done.reason not in STOPPED_BY_HAND:
+            done = replace(done, reason="interrupted")
+        on_event(done)
+        return done
 
 
 def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) -> Inputs:
@@ -150,6 +158,10 @@ def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: st
         if config.plugins or config.workers.timeout is not None:  # other people's code, or what must be stopped
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
+    return _start_ray(outbox, config, folder, evaluate)
+
+
+def _start_ray(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> RayWorkers:
     from prunesearch.workers.ray_pool import RayWorkers
 
     return RayWorkers(config.workers, folder, outbox, evaluate)
