@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """How long the verbs take that only look, beside importing torch and timm, in turns in the same run.
 
-    python scripts/benchmark_startup.py                       # about three minutes; writes benchmarks/startup.md
-    python scripts/benchmark_startup.py --before FOLDER       # also with the checkout in FOLDER, in the same turns
+    python scripts/benchmark_startup.py         # five to ten minutes; writes benchmarks/startup.md
 
 Each command is a process of its own, from its start to its end. Files are in the page cache, as one round goes before.
+Python keeps the bytecode of what it imports; where it may not (PYTHONDONTWRITEBYTECODE, a read-only installation that
+was never compiled), it compiles every module again in every process, so both are measured.
 """
 
 from __future__ import annotations
@@ -44,55 +45,55 @@ VERBS = (
 GOALS = {"status": 1.5, "front": 1.5, "export": 1.5, "list": 1.5, "check": 2.0}
 
 
-def seconds(command: list[str], home: Path, folder: Path) -> float:
+def seconds(command: list[str], folder: Path, keeps_bytecode: bool) -> float:
     """From the start of a process to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "" if keeps_bytecode else "1"
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / ("bytecode" if keeps_bytecode else "none"))
     begin = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 
-def measure(homes: list[Path], rounds: int) -> dict[str, list[float]]:
-    """Median seconds of each command, for each checkout."""
+def measure(rounds: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each command, with bytecode that was kept and without."""
     commands = {f"python -c 'import {name}'": ["-c", f"import {name}"] for name in ("torch", "timm")}
     commands |= {f"prunesearch {verb}": ["-m", "prunesearch", *verb.split()] for verb in VERBS}
-    taken: dict[str, list[list[float]]] = {name: [[] for _ in homes] for name in commands}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         (folder / "small.yaml").write_text(STUDY)
-        seconds(["-m", "prunesearch", "run", "small.yaml", "--no-progress"], homes[0], folder)
+        seconds(["-m", "prunesearch", "run", "small.yaml", "--no-progress"], folder, keeps_bytecode=True)
         for _ in range(rounds + 1):
             for name, command in commands.items():
-                for place, home in enumerate(homes):
-                    taken[name][place].append(seconds(command, home, folder))
-                print(f"{name}: {', '.join(f'{times[-1]:.2f}' for times in taken[name])} s", flush=True)
-    return {name: [median(times[1:]) for times in places] for name, places in taken.items()}
+                kept, compiled = taken[name]
+                kept.append(seconds(command, folder, keeps_bytecode=True))
+                compiled.append(seconds(command, folder, keeps_bytecode=False))
+                print(f"{name}: {kept[-1]:.2f} s, without bytecode {compiled[-1]:.2f} s", flush=True)
+    return {name: (median(kept[1:]), median(compiled[1:])) for name, (kept, compiled) in taken.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout, for comparison")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    homes = [HOME] if arguments.before is None else [HOME, arguments.before.resolve()]
     load = os.getloadavg()[0]
-    found = measure(homes, arguments.rounds)
     rows = []
-    for name, times in found.items():
-        goal = GOALS.get(name.split()[1]) if name.startswith("prunesearch") else None
-        cells = [f"`{name}`", f"{times[0]:.2f}", "" if goal is None else f"{goal:g}", *(f"{t:.2f}" for t in times[1:])]
-        rows.append(f"| {' | '.join(cells)} |")
-    columns = ["command", "seconds", "goal on an idle machine"] + (["seconds before"] if len(homes) > 1 else [])
+    for name, (kept, compiled) in measure(arguments.rounds).items():
+        goal = GOALS.get(name.split()[1], "") if name.startswith("prunesearch") else ""
+        rows.append(f"| `{name}` | {kept:.2f} | {goal} | {compiled:.2f} |")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} when it began"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "optuna"))
     text = f"""# What looking costs
 
 Written by `scripts/benchmark_startup.py`. Seconds from the start of a process to its end, median of {arguments.rounds}
-rounds; all commands take turns. Python {platform.python_version()}, {versions}; {machine}. The study is
-one of the digits ViT with 5 candidates. Importing torch and timm in the same rounds says how fast the machine was.
+rounds in which all commands take turns. Python {platform.python_version()}, {versions};
+{machine}. The study is one of the digits ViT with 5 candidates in SQLite.
+Importing torch and timm in the same rounds says how fast the machine was. The last column is for installations where
+Python may not keep bytecode (PYTHONDONTWRITEBYTECODE), so that each process compiles all that it imports.
 
-| {" | ".join(columns)} |
-|{"---|" + "--:|" * (len(columns) - 1)}
+| command | seconds | goal, idle | without bytecode |
+|---|--:|--:|--:|
 """
     (HOME / "benchmarks" / "startup.md").write_text(text + "\n".join(rows) + "\n")
 
