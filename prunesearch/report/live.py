@@ -24,6 +24,7 @@ from prunesearch.report.rung_tables import compared, rungs_table, seconds_of, wa
 from prunesearch.report.tables import causes, decimals, front_table, said, short
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.events import (
+    Checked,
     Done,
     Event,
     Finished,
@@ -94,6 +95,8 @@ class Progress:
                     f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
                 )
             self._judge()
+        elif isinstance(event, Checked):
+            self.note = f"{self.config.name}: no mistakes in the study file; loading PyTorch, data and weights"
         elif isinstance(event, LookingAtData):
             of = "" if event.total is None else f" of {event.total:,}"
             self.note = f"looking at the {event.split} pictures: {event.done:,}{of}"

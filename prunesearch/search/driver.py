@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunesearch.config import StudyConfig
-from prunesearch.evaluate import Inputs, check_files, check_inputs, model_shape
-from prunesearch.evaluate.inputs import suspicion
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
-from prunesearch.search.events import Done, Event, Finished, LookingAtData, Waiting
+from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.others import NoOthers, OtherDrivers, Others
@@ -35,6 +34,7 @@ from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
 from prunesearch.workers.serial import SerialWorkers
 
 if TYPE_CHECKING:
+    from prunesearch.evaluate.inputs import Inputs
     from prunesearch.workers.ray_pool import RayWorkers
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def run_study(
         problems = ["evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out."]
     is_new = not has_study(url, config.name)
     check_study(config, starts=is_new, problems=problems)
+    on_event(Checked())
     with Interrupt() as interrupt, ExitStack() as stack:
         early: RayWorkers | None = None
         if make_workers is None:
@@ -75,6 +76,8 @@ def run_study(
                 early = stack.enter_context(closing(_start_ray(folder / "outbox", config, folder, evaluate)))
             on_event = _suspicious(config, _look(config, folder, on_event), on_event)
         elif config.workers.address is None:  # else they are on other machines
+            from prunesearch.evaluate.inputs import check_files
+
             check_files(config.model, config.data)
         (folder / "outbox").mkdir(parents=True, exist_ok=True)
 
@@ -122,6 +125,8 @@ def run_study(
 
 def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) -> Inputs:
     """Open what the workers will read. Raises the UserErrors of `check_inputs`."""
+    from prunesearch.evaluate.inputs import check_inputs
+
     inputs = check_inputs(
         config.model,
         config.data,
@@ -142,6 +147,8 @@ def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event],
     def pass_on(event: Event) -> None:
         on_event(event)
         if isinstance(event, Finished) and event.record.origin == "dense":
+            from prunesearch.evaluate.inputs import suspicion
+
             why = suspicion(inputs, config.model, event.evaluation)
             if why is not None:
                 logger.warning("%s", why)

@@ -18,6 +18,11 @@ interrupted: asked to stop, running candidates were waited for. cancelled: asked
 
 
 @dataclass(frozen=True)
+class Checked:
+    """The study file has no mistakes. PyTorch is loaded now, data and weights are opened, and workers start."""
+
+
+@dataclass(frozen=True)
 class LookingAtData:
     """Before workers start, pictures are opened: so many of a split so far. Comes every few seconds; total: None for a
     stream."""
@@ -102,5 +107,15 @@ class Done:
 
 
 Event = (
-    LookingAtData | Started | SupernetTrained | Submitted | Finished | Retrying | Waiting | Stopping | Confirmed | Done
+    Checked
+    | LookingAtData
+    | Started
+    | SupernetTrained
+    | Submitted
+    | Finished
+    | Retrying
+    | Waiting
+    | Stopping
+    | Confirmed
+    | Done
 )

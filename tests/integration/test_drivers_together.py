@@ -110,7 +110,7 @@ def test_without_a_shared_disk_only_what_was_not_yet_written_is_repeated(
     again = len(fake_search.EVALUATED)
     (tmp_path / "away").rename(tmp_path / "dead")
     events = search(fake_search.study(6), tmp_path / "dead", url)
-    assert isinstance(events[0], Started) and events[0].recovered == 0
+    assert isinstance(events[1], Started) and events[1].recovered == 0
     assert len(fake_search.EVALUATED) == again and not undelivered(tmp_path)
 
 

@@ -22,7 +22,7 @@ from prunesearch.evaluate import model_shape
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record
 from prunesearch.search.driver import run_study
-from prunesearch.search.events import Done, Event, Finished
+from prunesearch.search.events import Checked, Done, Event, Finished
 from prunesearch.shape import ModelShape
 from prunesearch.study.reader import open_study_readonly
 
@@ -128,7 +128,8 @@ def run(
     events: list[Event] = []
     storage = f"journal:{folder / 'study.log'}" if journal else None
     done = run_study(config, folder, storage=storage, on_event=events.append, evaluate=f"fake_search:{evaluate}")
-    return done, events
+    assert isinstance(events[0], Checked)
+    return done, events[1:]
 
 
 def records(folder: Path) -> list[Record]:
