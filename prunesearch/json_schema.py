@@ -34,7 +34,7 @@ def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = 
     if dataclasses.is_dataclass(kind):
         name = typing.cast(type, kind).__name__
         if name not in definitions:
-            definitions[name] = {}  # holds the place, should a class ever contain itself
+            definitions[name] = {}  # ends the recursion if a class contains itself
             definitions[name] = _object_schema(typing.cast(type, kind), definitions)
         return {"$ref": f"#/$defs/{name}"}
     if is_pairs(kind):
