@@ -7,6 +7,7 @@ from prunesearch.tokens.select import top_k
 
 
 def masked(scene: MaskedInput) -> Joining:
+    """`drop` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     return Joining(scene.stays_Bn)
 
