@@ -76,9 +76,10 @@ def check_inputs(
 ) -> Inputs:
     """Open all that the evaluations of a study will read, and raise an error for mistakes.
 
-    Pictures for validation and test are decoded; for training pictures it is enough to read the header. here: evaluations run on
-    this machine. Otherwise, what this machine cannot see is not checked but named in the result. keep: evaluations run
-    in this process, so decoded images stay in memory. memory: folder of the study, which records the checked pictures.
+    Pictures for validation and test are decoded. For training pictures it is enough to read the header.
+    here: evaluations run on this machine. Otherwise, what this machine cannot see is not checked but named in the
+    result. keep: evaluations run in this process, so decoded images stay in memory. memory: folder of the study, in
+    which the checked pictures are recorded.
     Raises ModelError, DataError and ResourceError.
     """
     unseen = []
