@@ -332,7 +332,7 @@ def _values(dimension: Dimension) -> tuple[Value, ...] | None:
 
 
 def grid_of(interval: Interval | Range) -> Iterator[float]:
-    """The values of an interval with a step, in exact decimals."""
+    """The values of an interval with a step, computed exactly in decimals."""
     low, high, step = (Decimal(repr(number)) for number in (interval.low, interval.high, interval.step))
     return (float(low + index * step) for index in range(int((high - low) / step) + 1))
 

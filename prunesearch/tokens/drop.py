@@ -1,4 +1,4 @@
-"""Reduce: tokens that do not stay are gone (DynamicViT, AS-ViT, Top-K; EViT without fusion)."""
+"""Reduce: tokens that do not stay are removed (DynamicViT, AS-ViT, Top-K; EViT without fusion)."""
 
 from __future__ import annotations
 

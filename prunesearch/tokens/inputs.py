@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 class Attended(NamedTuple):
-    """Tensors of one attention layer, for scorers. Queries and keys are those after q/k norm, the output is that before
-    the projection.
+    """Tensors of one attention layer, for scorers.
 
+    query, key: after q/k norm. output: before the output projection.
     bias_B11N: added to the logits (log sizes of merged tokens; -inf for empty slots), or None. class_tokens: how many
     of the first prefix tokens are class and distillation tokens. present_Bn: 1 for patch tokens that are present, 0
     for removed ones and padding; None when all are present.
