@@ -1,4 +1,4 @@
-"""Every error prunesearch raises on purpose, in one tree.
+"""Every error that prunesearch raises on purpose, in one tree.
 
     PruneSearchError
     ├── UserError             the caller can mend it; the command line prints it and exits 2

@@ -1,4 +1,4 @@
-"""JSON schema of the files, for editors that complete and check YAML; made from the same dataclasses as the reader."""
+"""JSON schema of the files, made from their dataclasses, for editors that complete and check YAML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Stage` and `Schedule`, and `resolve`, the only place where fractions become token counts."""
+"""`Stage` and `Schedule`, and `resolve`, which turns a schedule into token counts for a model."""
 
 from __future__ import annotations
 
@@ -158,10 +158,10 @@ class Step:
 
 
 def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
-    """Turn a schedule into integer counts for a model. No other code rounds them.
+    """Turn a schedule into integer counts for a model.
 
-    `keep` is rounded up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
-    Raises ScheduleError naming every stage that does not fit the model.
+    `count_of` rounds `keep` up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
+    Raises ScheduleError, which names every stage that does not fit the model.
     """
     problems: list[str] = []
     steps: list[Step] = []

@@ -1,4 +1,4 @@
-"""Plain data (from YAML or JSON) <-> dataclass, strictly: every mistake at once, each with its field and a remedy.
+"""Convert plain data (from YAML or JSON) to dataclasses and back. Reading is strict and reports all mistakes at once.
 
 The annotations of the dataclasses are the only description of the format: the reader, the writer and `json_schema.py`
 all follow them.

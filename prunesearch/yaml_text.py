@@ -1,4 +1,4 @@
-"""YAML text -> plain dicts, lists and scalars, with the line of each field and every mistake as a sentence.
+"""Parse YAML text to plain dicts, lists and scalars, with the line of each field and a message for each mistake.
 
 Some features of YAML make a reader hang, fill the memory, or fail far from the cause. Only its core is read here:
 mappings, lists, text, numbers, true and false, null. Sizes are bounded. Everything else is reported as a mistake, with

@@ -159,11 +159,11 @@ def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, repo
     if is_shipped(data, split):
         return []
     images, chosen = chosen_images(data, split)
-    often = _seldom(lambda done, total: report(split, done, total))
+    throttled = _throttled(lambda done, total: report(split, done, total))
     if split != "train":
-        bad = unreadable_images(data, wanted, outputs, split, often)
+        bad = unreadable_images(data, wanted, outputs, split, throttled)
     elif isinstance(images, PictureFiles) and chosen is not None:
-        bad = unreadable_headers(images, chosen, data.loaders, often)
+        bad = unreadable_headers(images, chosen, data.loaders, throttled)
     else:
         return []  # no files, so nothing can be checked without decoding
     if not bad or chosen is None:
@@ -172,16 +172,17 @@ def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, repo
     return [unreadable_note(split, bad, len(chosen))]
 
 
-def _seldom(report: Callable[[int, int | None], None]) -> Callable[[int, int | None], None]:
+def _throttled(report: Callable[[int, int | None], None]) -> Callable[[int, int | None], None]:
+    """A function that calls `report`, but at most once in REPORT_SECONDS."""
     last = time.monotonic()
 
-    def often(done: int, total: int | None) -> None:
+    def throttled(done: int, total: int | None) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
             report(done, total)
 
-    return often
+    return throttled
 
 
 def _key(data: DataConfig, split: Split) -> str | None:

@@ -1,4 +1,4 @@
-"""Sensitivities: the effect of each stage of a space alone in the dense model. Which stages there are, and their table.
+"""Sensitivities, the effects of single stages in the dense model: which stages a space has, and the table of effects.
 
 `measure_sensitivity.py` measures them.
 """

@@ -1,7 +1,7 @@
 """Carry out one step on tokens that stay in their slots: for learned decisions, and where images keep different counts.
 
 After a token is removed, the content of its slot does not matter: nothing attends to it, scores it or counts it. Counts
-come from the same function as in `step.py` (`count_of`). So with the same decisions, the masked pass and the gathered
+come from the same function as in `resolve` (`count_of`). So with the same decisions, the masked pass and the gathered
 one give the same tokens.
 """
 
