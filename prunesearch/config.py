@@ -68,7 +68,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images. `digits` ships with scikit-learn; anything else is opened by timm's create_dataset."""
+    """Which images: scikit-learn's digits, class/image files in a folder or tar, or a data set that timm opens."""
 
     name: str = _field(
         '"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...',
@@ -235,7 +235,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Limit:
-    """Bounds on one metric. Candidates over a limit on computable metrics are rejected before any training."""
+    """Bounds on one metric. Candidates over a limit on a computed metric are rejected before any training."""
 
     at_most: float | None = _field("upper bound", None, low=-1e12, high=1e12)
     at_least: float | None = _field("lower bound", None, low=-1e12, high=1e12)

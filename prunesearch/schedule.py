@@ -318,7 +318,7 @@ def unknown_words(stage: Stage) -> list[str]:
 
 
 def options_of(stage: Stage) -> dict[str, Scalar]:
-    """The stage's options with the published defaults filled in, as far as its score and verb are registered."""
+    """The stage's options, completed with the defaults of its score and verb, if those are registered."""
     return {**_default_options(stage), **dict(stage.options)}
 
 
@@ -362,7 +362,7 @@ def reads_attention(stage: Stage) -> bool:
 
 
 def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
-    """Why a stage whose names are right cannot run on this model."""
+    """Why a stage without other mistakes cannot run on this model."""
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
     if REDUCERS[stage.reduce].holds != shape.holds:

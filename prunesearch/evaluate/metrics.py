@@ -20,7 +20,7 @@ Goal = Literal["maximize", "minimize"]
 
 
 class Measured(NamedTuple):
-    """A value with its spread: half the interquartile range of the repetitions, in the metric's unit."""
+    """A value with its spread: half the interquartile range over repetitions or images, in the metric's unit."""
 
     value: float
     spread: float
@@ -68,7 +68,7 @@ def computed_metric(
 
 
 def measured_metric(name: str, *, unit: str, goal: Goal, summary: str) -> Callable[[Measure], Measure]:
-    """Register a function of a `Subject`. A measurement that repeats returns `Measured`."""
+    """Register a function of a `Subject`. It returns a number, or `Measured` for a value with a spread."""
 
     def register(measure: Measure) -> Measure:
         METRICS.add(name, Metric(name, unit, goal, summary, measure))

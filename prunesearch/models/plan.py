@@ -260,7 +260,7 @@ def _reducer_part(reducer: Reducer, shape: ModelShape, planned: PlannedStep, unt
 
 
 def _until(plan: Plan) -> list[int]:
-    """For each step, the block of the next one, or the number of blocks."""
+    """For each step, the block of the next step; for the last one the number of blocks."""
     return [*(planned.stage.block for planned in plan.steps[1:]), plan.shape.depth][: len(plan.steps)]
 
 

@@ -531,7 +531,7 @@ def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
         return None
     if state.present_Bn is not None:
         size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
-    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # prefix tokens stand for themselves: log 1
+    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
     return bias_BN[:, None, None, :].to(state.tokens_BNC.dtype)
 
 

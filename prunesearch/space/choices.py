@@ -59,7 +59,7 @@ def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
 
 
 def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: ModelShape) -> Schedule:
-    """The candidate that these values stand for. Raises ScheduleError when it breaks `max_stages` or the model."""
+    """The candidate of these values. Raises ScheduleError when it exceeds `max_stages` or does not fit the model."""
     schedule = _schedule(parameters, space)
     if space.max_stages is not None and len(schedule.stages) > space.max_stages:
         raise ScheduleError(

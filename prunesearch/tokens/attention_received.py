@@ -23,6 +23,6 @@ def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     attention_BNN = logits_BHNN.softmax(dim=-1).mean(dim=1)
     if attended.present_Bn is None:
         return attention_BNN.mean(dim=1)[:, attended.prefix_tokens :]
-    asking_BN = F.pad(attended.present_Bn, (attended.prefix_tokens, 0), value=1.0)  # empty slots do not ask
+    asking_BN = F.pad(attended.present_Bn, (attended.prefix_tokens, 0), value=1.0)  # empty slots have no query
     received_BN = (attention_BNN * (asking_BN / asking_BN.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)
     return received_BN[:, attended.prefix_tokens :]
