@@ -5,8 +5,8 @@
     model = timm.create_model("deit_small_patch16_224", pretrained=True)
     apply_schedule(model, load_schedule("best.yaml"))
 
-The names below are imported when they are first used, so that `import prunesearch` is instant and needs neither Ray
-nor Optuna nor rich.
+The names below are imported when they are first used. So `import prunesearch` is fast, and loads neither PyTorch nor
+Ray nor Optuna.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The nouns of a study file: one frozen dataclass per section, names and numbers only.
+"""The sections of a study file: one frozen dataclass each, which holds names and numbers only.
 
-Field texts and bounds (`_field("...")`) become the descriptions of the JSON schema that editors show. Reading and
-checking files is in `files.py`; what a section does is where the section is used.
+`_field(...)` gives a field its description and bounds. The JSON schema that editors use shows them. `files.py` and
+`strict.py` read and check the files.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from prunesearch.errors import UserError
 from prunesearch.recipes import RecipeName, expanded
 
 DEFAULT_SCORE = "class_attention"
-"""The score of a stage that names none, when its verb ranks."""
+"""Score of a stage that names none and whose verb ranks tokens."""
 Scalar = bool | int | float | str
 Options = tuple[tuple[str, Scalar], ...]
-"""Named values in a hashable form, sorted by name. In YAML a mapping; `as_options` makes one from a dict."""
+"""Named values as pairs sorted by name, so that they are hashable. YAML writes them as a mapping."""
 
 
 def as_options(mapping: Mapping[str, Scalar] | Options) -> Options:
-    """A dict (or what is already a tuple of pairs) as sorted, hashable pairs."""
+    """Convert a dict, or a tuple of pairs, to pairs sorted by name."""
     pairs = mapping.items() if isinstance(mapping, Mapping) else mapping
     return tuple(sorted((str(name), value) for name, value in pairs))
 
@@ -32,17 +32,18 @@ MOST_TOKENS = 1_000_000
 MOST_GMACS = 1e6
 MOST_IMAGES = 10**12
 MOST_VALUES = 200
-"""Choices of one parameter of a search."""
+"""Most values of one parameter of a search."""
 MOST_NAMES = 100
 LARGEST = 1e6
-"""Of thresholds, weights of losses and options, in their own units: beyond any sensible value, far from overflow."""
+"""Bound on thresholds, loss weights and options, in their own units: beyond any sensible value, far from overflow."""
 
 
 def bounded(text: str, default: Any = ..., **bounds: float | str) -> Any:
-    """A dataclass field with a description, bounds, and maybe a default.
+    """Make a dataclass field with a description, bounds and an optional default.
 
-    low, high: inclusive; above: exclusive. They hold for each number in a tuple too, of which `most` bounds the length.
-    pattern: regular expression of a text. Sections that are made in Python are held to them by `study_problems`.
+    low, high: inclusive bounds. above: exclusive lower bound. For a tuple they hold for each number in it.
+    most: largest length of a tuple. pattern: regular expression that a text must match.
+    Reading a file checks the bounds. For sections that were made in Python, `study_problems` does.
     """
     metadata = {"text": text, **bounds}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -67,7 +68,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images. `digits` ships with scikit-learn; anything else is opened by timm's create_dataset."""
+    """Which images: scikit-learn's digits, class/image files in a folder or tar, or a data set that timm opens."""
 
     name: str = _field(
         '"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...',
@@ -143,7 +144,7 @@ class ThresholdRange:
 
 @dataclass(frozen=True)
 class BlockSpace:
-    """The space of one block; what is absent is taken from the space around it."""
+    """The space of one block. Fields that are absent are taken from the whole space."""
 
     block: int = _field("0-based block index", low=0, high=MOST_BLOCKS)
     keep: tuple[float, ...] | Range | None = _field(
@@ -234,13 +235,13 @@ class Objective:
 
 @dataclass(frozen=True)
 class Limit:
-    """Bounds on one metric. Candidates over a limit on computable metrics are rejected before any training."""
+    """Bounds on one metric. Candidates over a limit on a computed metric are rejected before any training."""
 
     at_most: float | None = _field("upper bound", None, low=-1e12, high=1e12)
     at_least: float | None = _field("lower bound", None, low=-1e12, high=1e12)
 
     def excess(self, value: float) -> float:
-        """By how much a value breaks the bounds, in its unit; 0 or less is within, and NaN, for NaN, is not."""
+        """How far a value lies outside the bounds, in its unit. 0 or less: within them. NaN gives NaN: not within."""
         above = [] if self.at_most is None else [value - self.at_most]
         below = [] if self.at_least is None else [self.at_least - value]
         return max(above + below, default=0.0)
@@ -250,8 +251,8 @@ class Limit:
 class FinetuneConfig:
     """How a candidate is trained for its budget.
 
-    recipe: a word of files only. Whoever reads a section replaces it by the fields it stands for, so that it is None in
-    every value; the constructor cannot know which fields were given, and refuses it.
+    recipe: for files only. The reader replaces it by the fields it stands for, so it is None in every object.
+    The constructor refuses it, because it cannot know which of the other fields were given.
     """
 
     learning_rate: float = _field("peak learning rate of AdamW", 2.0e-5, low=0, high=10)
@@ -330,7 +331,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one fine-tune may spend. The first bound reached ends it; 0 images = as it comes."""
+    """What one fine-tune may spend. It ends at the first bound that is reached; 0 images = no training."""
 
     images: int | None = _field("training images seen (0 = no training)", None, low=0, high=MOST_IMAGES)
     seconds: float | None = _field("seconds of training", None, low=0, high=1e8)
@@ -348,7 +349,7 @@ class SupernetConfig:
 
 @dataclass(frozen=True)
 class IsoBudget:
-    """What every candidate of the sampler costs: its keep ratios are moved until it does."""
+    """The cost of every candidate of the sampler. Its keep ratios are changed until it has this cost."""
 
     gmacs: float = _field("GMACs of one image", above=0, high=MOST_GMACS)
 
@@ -402,7 +403,7 @@ class StopConfig:
 
 @dataclass(frozen=True)
 class ConfirmConfig:
-    """How the final front is measured again, as the best of many noisy results look better than they are."""
+    """How the final front is measured again. The search's own values are too good: the best of many noisy ones."""
 
     seeds: int = _field(
         "fresh seeds with which each schedule of the final front is trained and measured again; 0 = none",
@@ -413,11 +414,11 @@ class ConfirmConfig:
 
 
 NAME_BYTES = 200
-"""A file system takes 255 for a file name."""
+"""Longest name of a study in UTF-8. File systems allow 255 bytes for a file name."""
 
 
 def study_name_problem(name: str) -> str | None:
-    """Why a study cannot have this name, which is also that of its folder; None when it can."""
+    """Why a study cannot have this name (its folder has the same one); None when it can."""
     is_component = name not in ("", ".", "..") and "/" not in name
     is_plain = name.isprintable() and name == name.strip() and not name.startswith("-")
     if is_component and is_plain and len(name.encode()) <= NAME_BYTES:
@@ -481,5 +482,5 @@ class StudyConfig:
 
     @property
     def deciding_metrics(self) -> tuple[str, ...]:
-        """The metrics of objectives and limits, without which an evaluation is no result."""
+        """The metrics of objectives and limits. An evaluation that lacks one of them counts as failed."""
         return (*(objective.metric for objective in self.objectives), *(name for name, _ in self.limits))

@@ -17,7 +17,11 @@ from prunesearch.record import Record
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Means over fresh seeds, and sample standard deviations when there are two or more. split: validation or test."""
+    """Means and sample standard deviations of metrics over fresh seeds.
+
+    split: "validation" or "test", the images they were measured on. spread: the standard deviations; empty with one
+    seed.
+    """
 
     split: str
     seeds: int
@@ -31,7 +35,7 @@ def name_of(uid: str, split: str, index: int) -> str:
 
 
 def confirmation_of(record: Record) -> Confirmation | None:
-    """On the test images when any evaluation was on those, else on those for validation; None without any."""
+    """The confirmation of a candidate, or None. If some were measured on the test images, only those count."""
     for split in ("test", "validation"):
         found = [one for one in record.confirmations if one.uid.startswith(f"{record.uid}.{split}")]
         if found:
@@ -44,7 +48,7 @@ def confirmation_of(record: Record) -> Confirmation | None:
 
 
 def confirmation_row(record: Record) -> dict[str, Any]:
-    """The same as plain values for JSON and YAML; empty without any."""
+    """`confirmation_of` as plain values for JSON and YAML; empty when there is none."""
     again = confirmation_of(record)
     if again is None:
         return {}
@@ -57,12 +61,15 @@ def confirmation_row(record: Record) -> dict[str, Any]:
 
 
 def measured_objectives(objectives: Iterable[Objective]) -> list[Objective]:
-    """Those that a seed can change: not the ones that arithmetic gives."""
+    """The objectives that a seed can change. Those that are computed from the schedule alone are left out."""
     return [one for one in objectives if one.metric not in METRICS or not METRICS[one.metric].computed]
 
 
 def mean_drop(records: Iterable[Record], objective: Objective) -> float | None:
-    """By how much records are worse again than in the search, on average, in the metric's unit; None without any."""
+    """How much worse the confirmed values are than the search's, on average, in the metric's unit.
+
+    None when no record has a confirmation.
+    """
     sign = 1.0 if objective.goal == "maximize" else -1.0
     drops = [
         sign * (record.evaluation.value(objective.metric) - again.mean[objective.metric])

@@ -1,14 +1,15 @@
 """MACs and token counts of a schedule by the closed form; arithmetic only, no forward pass.
 
-What papers call FLOPs are multiply-accumulates. Per block, with Na tokens in attention and Nm in the MLP:
+What papers call FLOPs are multiply-accumulates. A block of width C and attention width A, with Na tokens in attention
+and Nm in the MLP, costs
 
-    3 C A Na + A C Na  (qkv, projection)  +  2 A Na^2  (QK^T, AV)  +  mlp_macs Nm
+    3 C A Na + A C Na  (qkv, projection)  +  2 A Na^2  (QK^T, AV)  +  gate_macs Na  +  mlp_macs Nm
 
-plus the patch embedding, the classifier, and what scorers and reducers cost themselves. Normalisation, softmax,
-biases and activations are not counted, as in the papers and in torch.utils.flop_counter.
+The patch embedding, the pooling head, the classifier, and the scorers and reducers themselves are added to this.
+Normalisation, softmax, biases and activations are not counted, as in the papers and in torch.utils.flop_counter.
 
-Where a verb holds tokens (a model with a feature map), Na is always all positions, A is 0 and the mixing is gate_macs
-of each, and those that skip the MLP cost C C each, for the fast path.
+In a model with a feature map (Swin, ConvNeXt), Na is the number of all positions and A is 0. gate_macs is then the
+token mixing per position, and each position that skips the MLP costs C C for its fast path.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Cost:
 
 
 def estimate_cost(shape: ModelShape, schedule: Schedule = Schedule()) -> Cost:
-    """What one image costs under a schedule (the dense model by default); with thresholds, the most one can cost.
+    """Cost of one image under a schedule, by default of the dense model. With thresholds: the most it can cost.
 
     Raises ScheduleError as `resolve`.
     """
@@ -57,9 +58,10 @@ def estimate_cost(shape: ModelShape, schedule: Schedule = Schedule()) -> Cost:
 def macs_of_counts(
     shape: ModelShape, steps: Sequence[Step], after: Sequence[Count]
 ) -> tuple[Count, list[Count], list[Count]]:
-    """MACs, and the tokens that each block's attention and MLP see, from the patch tokens after each step.
+    """MACs of one image, and the tokens that each block's attention and MLP see.
 
-    Counts may be tensors (one value for each image, also with gradients); so are the results then.
+    after: patch tokens after each step. Each count is an int, or a tensor with one value per image. Tensors give
+    tensors, and gradients pass through.
     """
     prefix = shape.prefix_tokens
     macs: Count = shape.stem_macs + shape.head_macs
@@ -92,17 +94,16 @@ def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) ->
 def stage_macs(
     shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]
 ) -> Count:
-    """MACs of a stage itself: its score and its verb. attention_tokens: of its own block, and of the one before."""
+    """MACs of a stage's score and verb. attention_tokens: by block; its own and the one before are read."""
     stage, reducer = step.stage, REDUCERS[step.stage.reduce]
-    # the rounding in a reducer's own (small) share has no derivative
+    # reducers divide integers, which has no gradient; their share of the cost is small
     macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))
     if stage.score == "none":
         return macs
     scorer = SCORERS[stage.score]
     if not scorer.needs_attention:
         return macs + scorer.macs(shape, before)
-    # a score comes from an attention, and that attention saw its own number of tokens: at mid this block's,
-    # at pre the one of the block before
+    # the score reads an attention: at mid that of this block, at pre that of the block before
     return macs + scorer.macs(shape, attention_tokens[stage.block - (stage.at == "pre")])
 
 

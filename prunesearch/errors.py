@@ -1,4 +1,4 @@
-"""Every error prunesearch raises on purpose, in one tree.
+"""Every error that prunesearch raises on purpose, in one tree.
 
     PruneSearchError
     ├── UserError             the caller can mend it; the command line prints it and exits 2
@@ -7,11 +7,11 @@
     │   ├── ScheduleError     a schedule that is wrong in itself or does not fit the model
     │   ├── ModelError        a model that prunesearch cannot change, or that cannot be built
     │   ├── DataError         a data set that cannot be opened or does not fit the model
-    │   ├── StudyError        a study that cannot be opened, continued or answered from
+    │   ├── StudyError        a study that cannot be opened or continued, or cannot answer a question
     │   └── ResourceError     more workers, CPUs or GPUs asked for than there are
     └── RunError              the run itself failed (nothing feasible, storage lost, ...); exits 1
 
-A message has four parts, in this order: where, what came, what is possible, what to do.
+A message has four parts, in this order: where it is, what was given, what is possible, what to do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _WithProblems(UserError):
 
 
 class FileError(_WithProblems):
-    """A file is missing, unreadable, or says things that it cannot say."""
+    """A file is missing, unreadable, or has mistakes."""
 
 
 class UnknownNameError(UserError):
@@ -63,7 +63,7 @@ class DataError(UserError):
 
 
 class StudyError(UserError):
-    """A study that cannot be opened, continued, or answered from."""
+    """A study that cannot be opened or continued, or cannot answer a question."""
 
 
 class ResourceError(UserError):
@@ -71,7 +71,7 @@ class ResourceError(UserError):
 
 
 class UntrainedWarning(UserWarning):
-    """A schedule whose scores or queries nobody has trained was applied."""
+    """A schedule with untrained scores or queries was applied."""
 
 
 class RunError(PruneSearchError):

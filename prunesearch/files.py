@@ -1,7 +1,7 @@
-"""Files in and out: studies, schedules and presets as YAML, written atomically, read strictly.
+"""Read and write studies, schedules and presets as YAML: reading is strict, writing is atomic.
 
-It needs PyYAML and nothing else, so that a deployed model can load its schedule. What the fields mean is read by
-`strict.py` from the dataclasses.
+The only library this needs is PyYAML, so that a deployed model can load its schedule. `strict.py` turns what was read
+into dataclasses.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, load_schedu
 class ScheduleFile:
     """A schedule as it is written to a file: the stages, and where they come from.
 
-    weights: file name of fine-tuned weights beside it; without one, the model's own weights belong to it.
-    plugins: modules that register its scores and verbs, as far as they are not of prunesearch.
+    weights: name of the file with fine-tuned weights, in the same folder. None: the model's own weights belong to it.
+    plugins: modules that register those of its scores and verbs that prunesearch does not bring.
     """
 
     version: Literal[1]
@@ -64,19 +64,23 @@ class ScheduleFile:
 
     @property
     def schedule(self) -> Schedule:
-        """What it says to do. Options at their default, which a file writes out, are left out."""
+        """The schedule alone. A file writes options at their default; here they are left out."""
         return without_defaults(Schedule(self.stages, self.target_gmacs))
 
 
 @dataclass(frozen=True)
 class PresetStage:
-    """A stage whose place and amount are rules. The fields it shares with `Stage` mean the same.
+    """A stage of a preset. Its block and amount are rules; its other fields mean the same as those of `Stage`.
 
-    block: written for the preset's `depth`, scaled to the model's; left out: every block. Exactly one amount:
-    keep (of the tokens present, rounded up), keep_of_original (of those at the input, rounded down), tokens (one
-    count, or one for each block; a count that is not below what arrives is no stage), remove (how many go, but never
-    more than the verb can take) and threshold (written for the preset's `patch_tokens`; scores that are shares of a
-    sum over the tokens scale with it). remove_last: `remove` goes linearly to this in the last block, truncated.
+    block: for a model of the preset's `depth`; scaled to the depth of the model at hand. None: every block.
+    Exactly one of these amounts is given:
+    keep: share of the tokens present, rounded up.
+    keep_of_original: share of the tokens at the input, rounded down.
+    tokens: one count, or one for each block. Where it is not below the tokens present, there is no stage.
+    remove: number of tokens that go, at most as many as the verb can remove. remove_last: that number in the last
+    block; from the first block to the last it changes linearly and is truncated.
+    threshold: for a model with the preset's `patch_tokens`. Thresholds on scores that are shares of a sum over the
+    tokens are scaled to the model at hand.
     """
 
     block: int | None = bounded("0-based block index", None, low=0, high=MOST_BLOCKS)
@@ -96,9 +100,9 @@ class PresetStage:
 class PresetFile:
     """A published schedule as a rule, and what its paper reports (rows with model, gmacs, top1, trained).
 
-    depth, patch_tokens: of the model that blocks, thresholds and lists of counts are written for. target: share of
-    the dense model's MACs towards which thresholds are trained. recipe: how the method trains it, as a study's
-    `finetune.recipe` says it; a study that starts from the preset trains it by its own fine-tune.
+    depth, patch_tokens: size of the model that blocks, thresholds and lists of counts are written for.
+    target: share of the dense model's MACs towards which thresholds are trained.
+    recipe: how the method trains, as a name for `finetune.recipe`. A study that starts from the preset does not use it.
     """
 
     version: Literal[1]
@@ -113,16 +117,16 @@ class PresetFile:
 
 
 def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
-    """Read a schedule file. Raises FileError with all mistakes; whether it fits a model is seen when it is applied.
+    """Read a schedule file. Raises FileError with all mistakes. `apply_schedule` checks whether it fits a model.
 
-    plugins: modules to import first. Those that a file names are not imported by themselves, as a file from a stranger
-    would then run code here.
+    plugins: modules to import first. The modules that the file names are not imported by themselves, because a file
+    from a stranger would then run code here.
     """
     return load_schedule_file(path, plugins).schedule
 
 
 def is_schedule_file(path: str | Path) -> bool:
-    """Whether a file is a schedule (it has stages); else it can only be a study. Raises FileError."""
+    """True when a file has `stages`, as a schedule has; otherwise it can only be a study. Raises FileError."""
     return _has_stages(_read_yaml(path))
 
 
@@ -131,7 +135,7 @@ def _has_stages(text: Text) -> bool:
 
 
 def plugins_named_in(path: str | Path) -> tuple[str, ...]:
-    """The plug-ins that a schedule file names, whatever else it says. Raises FileError when it cannot be read."""
+    """The plug-ins that a schedule file names. Nothing else is checked. Raises FileError when it cannot be read."""
     return _plugins_named(_read_yaml(path).content)
 
 
@@ -141,7 +145,7 @@ def load_preset_file(path: str | Path) -> PresetFile:
 
 
 def load_schedule_file(path: str | Path, plugins: Sequence[str] = ()) -> ScheduleFile:
-    """Read a schedule file with what it says about its origin. plugins: as for `load_schedule`. Raises FileError."""
+    """Read a schedule file with all its fields. plugins: as for `load_schedule`. Raises FileError."""
     import_plugins(plugins)
     text = _read_yaml(path)
     text.problems += _unusable_stages(text.content, text.lines)
@@ -149,9 +153,10 @@ def load_schedule_file(path: str | Path, plugins: Sequence[str] = ()) -> Schedul
 
 
 def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
-    """Write a schedule file; `about` are the other fields of `ScheduleFile` (model, weights, measured, ...).
+    """Write a schedule file. about: the other fields of `ScheduleFile` (model, weights, measured, ...).
 
-    Every option is written, also those at their default, as far as score and verb are registered.
+    Options at their default are written too. The defaults of a score or verb that is not registered are unknown and
+    left out.
     """
     stages = tuple(replace(stage, options=as_options(options_of(stage))) for stage in schedule.stages)
     mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
@@ -171,13 +176,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
-    """A study with single values replaced, as `load_study` does it. Raises FileError."""
+    """The study with single values replaced; `overrides` as for `load_study`. Raises FileError."""
     place = f"study {config.name}"
     return _named_well(_override_and_read(StudyConfig, Text(to_mapping(config)), place, overrides), place)
 
 
 def _named_well(config: StudyConfig, place: str) -> StudyConfig:
-    """The study, unless its name cannot be that of a folder; studies in a storage may have any name."""
+    """Return the study. Raises FileError when a folder cannot have its name; only studies in a storage may have any."""
     problem = study_name_problem(config.name)
     if problem is not None:
         raise FileError(place, [problem])
@@ -185,7 +190,7 @@ def _named_well(config: StudyConfig, place: str) -> StudyConfig:
 
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
-    """Write YAML with a comment on top, atomically: readers see the old file or the new one, never half of one."""
+    """Write YAML atomically, with `header` as a comment on top."""
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.dump(
         mapping, Dumper=_RowDumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
@@ -194,7 +199,7 @@ def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
 
 
 def refuse_no_file(path: str | Path) -> None:
-    """Raises UserError for a folder, a pipe or a device, which a file would replace."""
+    """Raise UserError when a file cannot be written to this path: it is a folder, a pipe or a device."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: it is a folder. Possible: the name of a file. Write for example {path / 'best'}.")
@@ -205,8 +210,10 @@ def refuse_no_file(path: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, also across a crash. A link stays, and what
-    it names is written. Raises UserError for a path that is there and no file."""
+    """Write a file atomically: readers see the old file or the whole new one, also after a crash.
+
+    A symbolic link stays a link; the file that it points to is written. Raises UserError as `refuse_no_file`.
+    """
     refuse_no_file(path)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +238,7 @@ def _read_yaml(path: str | Path) -> Text:
     place = str(path)
     try:
         with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)  # and no more: it may be a device, or a data set
+            data = file.read(MOST_BYTES + 1)  # no more: the path may be a device or a huge file
         text = data.decode("utf-8-sig") if len(data) <= MOST_BYTES else None
     except FileNotFoundError:
         raise FileError(place, [f"there is no such file (looked in {Path.cwd()}). Check the path."]) from None
@@ -247,7 +254,7 @@ def _load(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
 
 
 def _override_and_read(kind: type[T], text: Text, place: str, overrides: Sequence[str]) -> T:
-    """Overrides come last. When the text itself could not be read, only that is said."""
+    """Apply the overrides and read the result as `kind`. For text that is no YAML, only its problems are reported."""
     if text.problems and text.content is None:
         raise FileError(place, text.problems)
     for one in overrides:
@@ -256,8 +263,10 @@ def _override_and_read(kind: type[T], text: Text, place: str, overrides: Sequenc
 
 
 def override(text: Text, assignment: str) -> None:
-    """Replace one value of what was read by an assignment such as "stop.trials=20". Raises FileError when there is no
-    such place, or the value is not YAML."""
+    """Replace one value in `text`, by an assignment such as "stop.trials=20".
+
+    Raises FileError when the file has no such place, or the value is not YAML.
+    """
     name, equals, written = assignment.partition("=")
     short = assignment if len(assignment) <= 100 else f"{assignment[:97]}..."
     shown = f"--set {short if short.isprintable() else repr(short)}"
@@ -295,8 +304,10 @@ def _place_of(content: Any, part: str, shown: str) -> str | int:
 
 
 def _unusable_stages(content: Any, lines: Mapping[FieldPath, int]) -> list[str]:
-    """What is wrong with the scores, verbs and options of a schedule's stages. Stages that cannot even be read are left
-    to `read`."""
+    """Mistakes in the scores, verbs and options of a schedule's stages.
+
+    Stages that cannot be read are skipped here; `read` reports them.
+    """
     given = content.get("stages") if isinstance(content, dict) else None
     rows: list[tuple[FieldPath, Any]] = [(("stages",), given)]
     if isinstance(given, list):

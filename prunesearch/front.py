@@ -1,8 +1,8 @@
 """The Pareto front of a study, its hypervolume and its knee: pure functions over records and objectives.
 
-Inside, every objective is minimized: a maximized metric changes its sign once, in `points`. A record takes part when
-its last evaluation is complete, every objective is a finite number, and no other record has a complete one at a higher
-rung: only equal budgets are compared.
+Inside this file every objective is minimized: `points` changes the sign of maximized metrics. A record takes part when
+its last evaluation is complete, lies within the limits, and has a finite number for every objective. Only records at
+the highest rung that is complete for any record take part, so that equal budgets are compared.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _NOTHING = (
 
 
 def values_of(record: Record) -> dict[str, float]:
-    """What was measured of a candidate at its highest rung so far; empty when there is nothing, or it failed."""
+    """Metrics of a candidate's last evaluation, at its highest rung so far; empty when it has none or failed."""
     evaluation = record.evaluation
     return dict(evaluation.metrics) if evaluation is not None and evaluation.status == "complete" else {}
 
 
 def highest_rung(records: Sequence[Record]) -> int:
-    """The rung that records are compared at: the highest one where any of them is complete, 0 when none is anywhere."""
+    """The rung at which records are compared: the highest one where any of them is complete, else 0."""
     return max((record.rung_done for record in records if values_of(record)), default=0)
 
 
@@ -46,7 +46,7 @@ def comparable(records: Sequence[Record], objectives: Sequence[Objective], limit
 
 
 def points(records: Sequence[Record], objectives: Sequence[Objective]) -> np.ndarray:
-    """Objectives of comparable records as (records, objectives) float64, all of them to be minimized."""
+    """Objectives of comparable records, float64 (records, objectives), all of them to be minimized."""
     rows = [[_sign(objective) * values_of(record)[objective.metric] for objective in objectives] for record in records]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
 
@@ -54,11 +54,11 @@ def points(records: Sequence[Record], objectives: Sequence[Objective]) -> np.nda
 def front(records: Sequence[Record], objectives: Sequence[Objective], limits: Limits = ()) -> list[Record]:
     """The comparable records that no other one dominates, in order of `cost_objective`, best first.
 
-    Of records with equal values in all objectives the one with the lowest number stays.
+    When records have equal values in all objectives, only the one with the lowest number stays.
     """
     candidates = sorted(comparable(records, objectives, limits), key=lambda record: record.number)
     values = points(candidates, objectives)
-    # whoever dominates a point precedes it in this order, so that each is compared with those kept before it only
+    # in lexicographic order a point comes after all that dominate it: comparing it with the kept ones is enough
     order = np.lexsort(values.T[::-1]) if candidates else np.array([], dtype=int)
     kept: list[int] = []
     for index in order:
@@ -69,7 +69,7 @@ def front(records: Sequence[Record], objectives: Sequence[Objective], limits: Li
 
 
 def cost_objective(objectives: Sequence[Objective]) -> int:
-    """Which objective a front is ordered by: the first minimized one, or the last when all are maximized."""
+    """Index of the objective that orders a front: the first minimized one, or the last when all are maximized."""
     goals = [objective.goal for objective in objectives]
     return goals.index("minimize") if "minimize" in goals else len(goals) - 1
 
@@ -78,10 +78,10 @@ def cost_objective(objectives: Sequence[Objective]) -> int:
 
 
 def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
-    """Volume that points (n, objectives), minimized, dominate up to the reference point. Exact.
+    """Exact volume between points (n, objectives), all minimized, and the reference point.
 
-    Points that are not better than the reference in every objective count nothing. By slicing along the last
-    objective, O(n log n) for two objectives and O(n^(k-1) log n) for k: meant for one to four.
+    Points that are not better than the reference in every objective are ignored. The volume is cut into slices along
+    the last objective: O(n log n) for two objectives, O(n^(k-1) log n) for k. Meant for one to four objectives.
     """
     inside = values[(values < reference).all(axis=1)]
     if len(inside) == 0:
@@ -97,16 +97,16 @@ def hypervolume(values: np.ndarray, reference: np.ndarray) -> float:
 
 
 def dense_of(records: Sequence[Record]) -> Record | None:
-    """The dense model of a study at the rung that records are compared at, or None while there is no such result."""
+    """The record of the dense model at the rung where records are compared; None while it has no result there."""
     rung, dense = highest_rung(records), [record for record in records if record.origin == "dense"]
     return next((record for record in dense if values_of(record) and record.rung_done == rung), None)
 
 
 def reference_point(dense: Record, objectives: Sequence[Objective]) -> np.ndarray:
-    """The point that hypervolumes of a study are measured from, (objectives,) and minimized like `points`.
+    """Reference point for the hypervolumes of a study: (objectives,), to be minimized as in `points`.
 
-    Ten per cent above the dense model for a minimized metric, half of it for a maximized one. Fixed by the dense
-    model and not by what was found, so that the numbers of a study can be compared over time.
+    For a minimized metric it is 10 % above the dense model's value, for a maximized one half of it. It depends on the
+    dense model only, so that a study's hypervolumes can be compared over time.
     """
     values = points([dense], objectives)[0]
     return values + np.abs(values) * _margins(objectives)
@@ -117,9 +117,9 @@ def normalised_hypervolume(
 ) -> float | None:
     """Hypervolume of the records' front as a share of the box from the reference point to the ideal.
 
-    The ideal costs nothing (0 of each minimized metric) and is as good as the dense model in each maximized one; 1 is
-    that ideal, and more than 1 is possible where a maximized metric, such as throughput, exceeds the dense model's.
-    None when there is no such box: without a dense result, or when one of its objectives is not above 0.
+    The ideal has 0 in each minimized metric and the dense model's value in each maximized one. A front that reaches it
+    has 1. More than 1 is possible when a maximized metric, such as throughput, exceeds the dense model's.
+    None without a dense result, or when one of its objectives is not above 0.
     """
     if dense is None or not comparable([dense], objectives):
         return None
@@ -136,18 +136,18 @@ def normalised_hypervolume(
 
 
 def knee(found: Sequence[Record], objectives: Sequence[Objective]) -> Record:
-    """The bend of a front: the record farthest below the chord (with more than two objectives, the plane) between
-    its extremes, each objective scaled to [0, 1] over the front.
+    """The knee of a front: the record farthest below the line (with more than two objectives, the plane) through its
+    extremes. Each objective is scaled to [0, 1] over the front.
 
-    When none is below it, as always with one or two records, the best by the first objective. Raises StudyError for
-    an empty front.
+    When no record is below it, as with one or two records, the best by the first objective. Raises StudyError for an
+    empty front.
     """
     if not found:
         raise StudyError(_NOTHING)
     values = points(found, objectives)
     extent = np.ptp(values, axis=0)
     scaled = (values - values.min(axis=0)) / np.where(extent > 0, extent, 1.0)
-    # the distance from the plane through the extremes is (1 - sum) / sqrt(objectives); rounded, so that ties are ties
+    # the distance from the plane through the extremes is (1 - sum) / sqrt(objectives); rounding makes near ties equal
     sums = np.round(scaled.sum(axis=1), 9)
     return found[min(range(len(found)), key=lambda index: (sums[index], values[index, 0], found[index].number))]
 
@@ -162,7 +162,7 @@ def best(
     """The best record within bounds on any measured metrics and the study's limits.
 
     Best by the first objective that is not itself bounded (by the first one when all are); ties go to the other
-    objectives in order, then to the lowest number. Raises StudyError when there is none, with the nearest that is.
+    objectives in order, then to the lowest number. When there is none, raises StudyError, which names the nearest one.
     """
     bounds = [(name, Limit(at_most=value)) for name, value in at_most.items()]
     bounds += [(name, Limit(at_least=value)) for name, value in at_least.items()]
@@ -184,7 +184,7 @@ def best(
 
 
 def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> list[dict[str, Any]]:
-    """Records as plain values for JSON: objectives first among the metrics, the schedule as in a schedule file."""
+    """Records as plain values for JSON. Objectives come first among the metrics."""
     rows = []
     for record in records:
         evaluation, values = record.evaluation, values_of(record)
@@ -219,7 +219,7 @@ def _takes_part(values: Mapping[str, float], objectives: Sequence[Objective], li
 
 
 def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
-    """What to say when none of these records, one or more, is within the bounds: which one is nearest."""
+    """Error message when no record is within the bounds; it names the nearest. measured: one record or more."""
 
     def distance(record: Record) -> tuple[float, int]:
         values = values_of(record)
@@ -239,16 +239,17 @@ def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
 
 
 def nondominated_ranks(losses: np.ndarray) -> np.ndarray:
-    """(n, objectives) -> (n,): 0 for the front, 1 for the front of what is left without it, and so on.
+    """Nondominated ranks (n,) of points (n, objectives): 0 for the front, 1 for the front of the rest, and so on.
 
-    Equal points have the same rank. O(n log n) for one and two objectives, O(n^2) memory and time for more.
+    All objectives are minimized. Equal points have the same rank. O(n log n) for one and two objectives; more than
+    two take O(n^2) memory and time for each rank.
     """
     count, objectives = losses.shape
     if objectives > 2:
         return _ranks_by_pairs(losses)
     first, second = losses[:, 0], losses[:, -1] if objectives == 2 else np.zeros(count)
     ranks = np.zeros(count, dtype=int)
-    ends: list[float] = []  # of each front, the second loss of its last member so far: the smallest one, ascending
+    ends: list[float] = []  # per front, the smallest second loss so far, which is its last member's; ascending
     before: tuple[float, float] | None = None
     rank = 0
     for index in np.lexsort((second, first)):

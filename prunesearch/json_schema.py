@@ -1,4 +1,4 @@
-"""JSON schema of the files, for editors that complete and check YAML; made from the same dataclasses as the reader."""
+"""JSON schema of the files, made from their dataclasses, for editors that complete and check YAML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _schema(kind: Any, definitions: dict[str, Any], limits: Mapping[str, Any] = 
     if dataclasses.is_dataclass(kind):
         name = typing.cast(type, kind).__name__
         if name not in definitions:
-            definitions[name] = {}  # holds the place, should a class ever contain itself
+            definitions[name] = {}  # ends the recursion if a class contains itself
             definitions[name] = _object_schema(typing.cast(type, kind), definitions)
         return {"$ref": f"#/$defs/{name}"}
     if is_pairs(kind):

@@ -1,6 +1,7 @@
-"""Where modules went that had another path before. Importing an old path fails with the new one in the message.
+"""Old and new paths of modules that moved. Importing an old path raises an error that names the new one.
 
-`prunesearch/__init__.py` puts `Signpost` at the end of Python's finders, so that nothing that exists ever meets it.
+`prunesearch/__init__.py` appends `Signpost` to `sys.meta_path`. Python asks it only when no other finder has found the
+module.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ MOVED = {
 
 
 class Signpost(MetaPathFinder):
-    """Raises ModuleNotFoundError for an old path, with the new one."""
+    """Import finder that raises ModuleNotFoundError for an old path and names the new one."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """None for every other name: it is not this finder's."""
+        """None for a name that is no old path."""
         new = MOVED.get(fullname.removeprefix("prunesearch."))
         if new is None or not fullname.startswith("prunesearch."):
             return None

@@ -1,4 +1,4 @@
-"""Plug-ins: modules of others that register scores, verbs, metrics or data sets. Importing one runs its code."""
+"""Import plug-ins: modules of others that register scores, verbs, metrics or data sets. Importing runs their code."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from prunesearch.errors import UserError
 def import_plugins(plugins: Iterable[str]) -> None:
     """Import modules by name, in their order. Raises UserError for one that is not there or fails.
 
-    Whoever calls this has decided to run their code: the names come from a study file that the user wrote, from the
-    command line, or from a file that the user said to trust.
+    This runs their code, so the caller must only pass names that the user chose: from the user's own study file, from
+    the command line, or from a file that the user said to trust.
     """
     for name in plugins:
         try:
@@ -26,7 +26,7 @@ def import_plugins(plugins: Iterable[str]) -> None:
 
 
 def missing_plugins(plugins: Iterable[str]) -> list[str]:
-    """Those that this process has not imported."""
+    """The plug-ins that this process has not imported."""
     return [name for name in plugins if name not in sys.modules]
 
 

@@ -1,4 +1,4 @@
-"""Text from files, names and other libraries, made harmless for a terminal."""
+"""Make text from files, names and other libraries harmless for a terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _CONTROL_OR_BREAK = re.compile(f"[\t\n]|{_CONTROL.pattern}")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""The text with control characters written as escapes such as \x1b: what moves the cursor, sets colours, turns the
-    direction of writing or cannot be encoded.
+    r"""Replace control characters by escapes such as \x1b.
 
-    lines: keep tabs and line breaks, as in a table or an error of several lines; without, the result is one line.
+    They could move the cursor, set colours, change the direction of writing, or fail to encode.
+    lines: keep tabs and line breaks, for a table or an error of several lines. Otherwise the result is one line.
     """
     return (_CONTROL if lines else _CONTROL_OR_BREAK).sub(_escaped, text)
 

@@ -1,8 +1,8 @@
-"""Published training recipes by name: what a method says about its losses, as fields of a study's `finetune` section.
+"""Published training recipes by name. A recipe stands for several fields of a study's `finetune` section.
 
-A recipe is expanded when a section is read, so that studies store, show and compare the fields, never the name: a
-later change of a recipe changes no study that was begun. What of a paper's training a recipe leaves out, and why, is
-in docs/recipes.md.
+When a section is read, the recipe is replaced by its fields. Studies store, show and compare the fields and not the
+name, so a later change of a recipe does not change a study that has begun. docs/recipes.md says which parts of a
+paper's training a recipe leaves out, and why.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ RecipeName = Literal["asvit", "dtps", "dynamicvit", "dynamicvit-maps", "evit", "
 class Recipe:
     """What a method publishes about its training.
 
-    fields: of `finetune`, with their values. learned_rate: learning rate of what a schedule learns as a multiple of
-    the model's own, where the source has such a rule.
+    fields: fields of `finetune` with their values. learned_rate: `learned_learning_rate` as a multiple of
+    `learning_rate`; None when the source has no such rule.
     """
 
     summary: str
@@ -108,10 +108,10 @@ RECIPES: dict[RecipeName, Recipe] = {
 
 
 def expanded(section: Mapping[str, Any], learning_rate: float) -> dict[str, Any]:
-    """A `finetune` section as it is written, with its recipe replaced by the fields it stands for.
+    """Replace the recipe in a `finetune` section, as read from a file, by the fields it stands for.
 
-    Fields written beside the recipe win. learning_rate: the default of that field. A recipe that is not known stays
-    where it is, for the reader to report.
+    Fields written beside the recipe win. learning_rate: the default of that field. An unknown recipe stays in the
+    section, and the reader reports it.
     """
     name = section.get("recipe")
     recipe = RECIPES.get(name) if isinstance(name, str) else None  # type: ignore[call-overload]
@@ -121,5 +121,5 @@ def expanded(section: Mapping[str, Any], learning_rate: float) -> dict[str, Any]
     rate = given.get("learning_rate", learning_rate)
     if recipe.learned_rate is None or isinstance(rate, bool) or not isinstance(rate, int | float):
         return {**recipe.fields, **given}
-    learned = float(Decimal(repr(rate)) * Decimal(repr(recipe.learned_rate)))  # 100 x 2.9e-5 is 0.0029
+    learned = float(Decimal(repr(rate)) * Decimal(repr(recipe.learned_rate)))  # decimal, so that 100 x 2.9e-5 is 0.0029
     return {**recipe.fields, "learned_learning_rate": learned, **given}

@@ -1,4 +1,4 @@
-"""One candidate of a study as the storage knows it: what was proposed, and what came back so far."""
+"""`Record`: one candidate of a study as the storage keeps it, with its schedule and its evaluations so far."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from prunesearch.schedule import Schedule
 from prunesearch.space.choices import Value
 
 SENSITIVITY = "start: sensitivity"
-"""Origin of what was predicted from sensitivities."""
+"""Origin of start schedules that were predicted from sensitivities."""
 State = Literal["running", "paused", "complete", "failed"]
-"""paused: evaluated at a lower rung, and waits for a promotion that may never come. complete: at the highest rung."""
+"""paused: evaluated at a lower rung and not promoted yet. complete: evaluated at the highest rung."""
 
 
 @dataclass(frozen=True)
 class Record:
     """A candidate. `number` is its Optuna trial number; `uid` identifies the canonical schedule in the study.
 
-    origin: "dense" (the model as it is, always evaluated first), "start: NAME" (from `start_from`) or
-    "sampler". seed: of its tasks. evaluations: the finished ones, one per rung, lowest rung first. orders: for each
-    of them, how many evaluations the study had before it. rung: the one that runs, else the one that finished last.
+    origin: "dense" (the unpruned model, always evaluated first), "start: NAME" (from `start_from`) or "sampler".
+    seed: the seed of its tasks. evaluations: the finished ones, one per rung, lowest rung first.
+    orders: for each evaluation, how many the study had before it. rung: the rung that runs, else the last finished.
+    parameters: the sampler's values. owner: the driver that runs or last ran it.
+    confirmations: evaluations with fresh seeds.
     """
 
     number: int
@@ -46,18 +48,18 @@ class Record:
 
     @property
     def outcome(self) -> Schedule:
-        """The schedule as it was measured: with the thresholds that were learned."""
+        """The schedule as it was measured, with its learned thresholds."""
         learned = None if self.evaluation is None else self.evaluation.schedule
         return learned or self.schedule
 
     @property
     def rung_done(self) -> int:
-        """The rung of `evaluation`; -1 when there is none."""
+        """The rung of the last evaluation; -1 when there is none."""
         return self.evaluations[-1].rung if self.evaluations else -1
 
     @property
     def is_start(self) -> bool:
-        """Whether it is evaluated at every rung whatever comes out: the dense model and the start schedules."""
+        """True for the dense model and the start schedules: they are evaluated at every rung, whatever their result."""
         return self.origin != "sampler"
 
     def at(self, rung: int) -> Evaluation | None:
@@ -67,8 +69,7 @@ class Record:
 
 
 def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_rung: int) -> Record:
-    """The record after an evaluation of its rung came back; once more for the same rung changes nothing but the
-    evaluation."""
+    """The record with one more evaluation. A second evaluation of a rung replaces the first and keeps its order."""
     before = [(one, place) for one, place in zip(record.evaluations, record.orders, strict=True)]
     known = [place for one, place in before if one.rung == evaluation.rung]
     before = [(one, place) for one, place in before if one.rung != evaluation.rung]
@@ -79,6 +80,6 @@ def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_run
 
 
 def cost_of(objectives: Sequence[Objective]) -> str | None:
-    """The objective that says what a candidate costs: gmacs, else the first minimized one; None when there is none."""
+    """The metric that is a candidate's cost: gmacs, else the first minimized objective; None when there is none."""
     minimized = [objective.metric for objective in objectives if objective.goal == "minimize"]
     return "gmacs" if "gmacs" in minimized else next(iter(minimized), None)

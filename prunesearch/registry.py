@@ -1,7 +1,7 @@
-"""Name -> thing, with "did you mean", and the loading of our own modules at first use.
+"""Registries (name -> entry, with "did you mean"), and imports of our own modules at first use.
 
-Facts of scores, verbs and metrics stand in tables that import nothing heavy. `Named` stands there for a function whose
-module imports torch, and `lazily` gives a package names whose modules do. No other file loads our modules by name.
+The tables of scores, verbs and metrics import nothing heavy. There, `Named` stands for a function whose module imports
+torch. `lazily` gives a package names that are imported at first use. No other file imports our modules by a string.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A read-only mapping that grows by `add` and says what it knows when asked for something else."""
+    """A read-only mapping that grows by `add`. The error for an unknown name lists the known ones."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -43,7 +43,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return lambda thing: self.add(name, thing)
 
     def unknown(self, name: object) -> str:
-        """What to say about a name that is not here."""
+        """The error message for an unknown name."""
         return f"unknown {self.kind} {name!r}. Known: {', '.join(sorted(self._things))}.{did_you_mean(name, self)}"
 
     def __getitem__(self, name: str) -> T:
@@ -63,7 +63,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 class Named:
-    """A function by its place, "package.module:name". The module is imported at the first call."""
+    """A function given as "package.module:name". Its module is imported at the first call."""
 
     def __init__(self, place: str) -> None:
         self.place = place

@@ -1,4 +1,4 @@
-"""The noun: `Stage` and `Schedule`, and `resolve`, the one place where fractions become token counts."""
+"""`Stage` and `Schedule`, and `resolve`, which turns a schedule into token counts for a model."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ AMOUNTS = ("keep", "tokens", "threshold")
 
 @dataclass(frozen=True)
 class Stage:
-    """Where tokens go, how many stay, by which score, and what becomes of the others.
+    """One reduction of tokens: where it happens, how many stay, by which score, and what happens to the others.
 
     block: 0-based index. at: "mid" (between attention and MLP) or "pre" (on the block's input).
-    score: a registered scorer; "none" for verbs that do not rank. Left out, it is class_attention, or none when the
-    verb is registered as one that does not rank. Exactly one of keep (fraction of the patch tokens present, in (0, 1]),
-    tokens (absolute count of patch tokens that stay) and threshold (adaptive: each image keeps the tokens whose score
-    is above it; for `merge`, pairs merge whose cosine is above it).
-    reduce: a registered reducer. options: the few numbers a scorer or reducer takes.
-    Raises ScheduleError when a value is impossible whatever the model.
+    score: a registered scorer; "none" for verbs that do not rank. Default: class_attention, or none for such verbs.
+    Exactly one of keep, tokens and threshold is given.
+    keep: fraction of the patch tokens present, in (0, 1]. tokens: number of patch tokens that stay.
+    threshold: each image keeps the tokens whose score is above it. For `merge`: pairs merge whose cosine is above it.
+    reduce: a registered reducer (verb). options: options of the scorer and the reducer.
+    Raises ScheduleError for a value that is impossible in every model.
     """
 
     block: int = bounded("0-based block index", low=0, high=MOST_BLOCKS)
@@ -95,8 +95,8 @@ class Stage:
 class Schedule:
     """Stages in the order they run: by block, `pre` before `mid`, else as given. Empty is the dense model.
 
-    target_gmacs: mean cost of an image, in GMACs, towards which thresholds are trained and calibrated; only for
-    schedules with a threshold. Raises ScheduleError when a target has nothing to move.
+    target_gmacs: mean cost of an image, in GMACs, towards which thresholds are trained and calibrated.
+    Raises ScheduleError when it is given and no stage has a threshold.
     """
 
     stages: tuple[Stage, ...] = bounded("in any order", (), most=MOST_BLOCKS)
@@ -123,8 +123,10 @@ class Schedule:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether a stage's score or verb learns, so that the schedule is of no use without its weights. A threshold
-        does not count: the schedule holds it."""
+        """Whether a stage's score or verb has learned weights, without which the schedule is of no use.
+
+        Thresholds do not count, because the schedule itself holds them.
+        """
         return any(
             stage.learns_to_score or (stage.reduce in REDUCERS and REDUCERS[stage.reduce].part is not None)
             for stage in self.stages
@@ -139,10 +141,9 @@ class Schedule:
 class Step:
     """A stage with its counts of patch tokens: `before` arrive, `kept` are selected, `after` go on.
 
-    `after` is `kept` plus what the verb adds (one fused token). `before == after` and `kept == before`
-    means that the stage removes nothing here. From the first stage with a threshold on, counts are the most that an
-    image can have. With a verb that holds, all positions arrive at every stage, and `after` is those that go through
-    the MLP.
+    `after` is `kept` plus what the verb adds (one fused token). `before == after` and `kept == before` mean that the
+    stage removes nothing. From the first stage with a threshold on, the counts are the most that an image can have.
+    With a verb that holds, all positions arrive at every stage, and `after` counts those that go through the MLP.
     """
 
     stage: Stage
@@ -152,15 +153,15 @@ class Step:
 
     @property
     def is_idle(self) -> bool:
-        """True when the stage removes nothing at its place; the runtime skips it and it costs nothing."""
+        """True when the stage removes nothing. The models skip it, and it costs nothing."""
         return self.kept == self.before and not self.stage.is_adaptive
 
 
 def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
-    """Turn a schedule into integer counts for a model. The only place that rounds.
+    """Turn a schedule into integer counts for a model.
 
-    `keep` is rounded up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
-    Raises ScheduleError naming every stage that does not fit the model.
+    `count_of` rounds `keep` up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
+    Raises ScheduleError, which names every stage that does not fit the model.
     """
     problems: list[str] = []
     steps: list[Step] = []
@@ -226,11 +227,10 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
 
 
 def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
-    """The same schedule written in the one way that all its spellings share.
+    """The canonical form of a schedule: schedules that do the same to this model have equal forms (and equal hashes).
 
-    Stages that remove nothing are left out, fractions become counts (where all images have the same), and options are
-    dropped that are at their default or have no effect on this model; two schedules that do the same to this model
-    compare (and hash) equal.
+    Stages that remove nothing are left out. Fractions become counts, where all images have the same count. Options
+    that are at their default, or have no effect on this model, are dropped.
     """
     stages: list[Stage] = []
     for step in resolve(schedule, shape):
@@ -258,7 +258,7 @@ def _is_number(value: object) -> bool:
 
 
 def stage_problems(stage: Stage) -> list[str]:
-    """What is wrong with a stage's names and options, whatever the model: one sentence or two for each mistake."""
+    """Mistakes in a stage's names and options that do not depend on a model."""
     problems = unknown_words(stage)
     if problems:
         return problems
@@ -308,7 +308,7 @@ def stage_problems(stage: Stage) -> list[str]:
 
 
 def unknown_words(stage: Stage) -> list[str]:
-    """What to say about a score and a verb that are not registered here; nothing when both are."""
+    """Error messages for a score and a verb that are not registered; empty when both are."""
     problems = []
     if stage.score != "none" and stage.score not in SCORERS:
         problems.append(SCORERS.unknown(stage.score))
@@ -318,12 +318,12 @@ def unknown_words(stage: Stage) -> list[str]:
 
 
 def options_of(stage: Stage) -> dict[str, Scalar]:
-    """The stage's options with the published defaults filled in, as far as its score and verb are registered."""
+    """The stage's options, completed with the defaults of its score and verb, if those are registered."""
     return {**_default_options(stage), **dict(stage.options)}
 
 
 def without_defaults(schedule: Schedule) -> Schedule:
-    """The schedule without options at their default, as a search writes it, so that the two compare equal."""
+    """The schedule without options at their default, as in a search, so that it compares equal to a candidate."""
     return replace(schedule, stages=tuple(replace(stage, options=_given_options(stage)) for stage in schedule.stages))
 
 
@@ -334,7 +334,7 @@ def _default_options(stage: Stage) -> dict[str, Scalar]:
 
 
 def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
-    """The options that differ from their default and, given a model's shape, do something there."""
+    """The options that differ from their default. With a shape, also without those that have no effect on it."""
     defaults = _default_options(stage)
     idle = () if shape is None else REDUCERS[stage.reduce].no_effect(shape)
     return as_options(
@@ -357,12 +357,12 @@ def _fits(value: Scalar, default: Scalar) -> bool:
 
 
 def reads_attention(stage: Stage) -> bool:
-    """Whether a stage decides by what an attention layer left: scores or keys."""
+    """Whether a stage reads an attention layer, for its score or for keys."""
     return REDUCERS[stage.reduce].needs_keys or (stage.score != "none" and SCORERS[stage.score].needs_attention)
 
 
 def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
-    """Why a stage whose names are right cannot run on this model."""
+    """Why a stage without other mistakes cannot run on this model."""
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
     if REDUCERS[stage.reduce].holds != shape.holds:

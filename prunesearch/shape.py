@@ -1,4 +1,4 @@
-"""`ModelShape`: what arithmetic needs to know of a model."""
+"""`ModelShape`: the sizes of a model from which token counts and MACs are computed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What arithmetic needs to know of a model. Counts are per image.
+    """The sizes of a model from which token counts and MACs are computed. All are per image unless noted.
 
-    `attention_dim` is heads x head_dim (it may differ from `dim`); `mlp_macs` and `gate_macs` are per token;
-    `stem_macs` is the patch embedding, `head_macs` the classifier(s), and a pooling head that attends costs
-    `pool_macs + pool_macs_per_token * N + pool_macs_per_pair * N^2` for N tokens. `prefix_tokens` counts class,
-    distillation and register tokens; `class_tokens` those whose attention ranks patches: 1, or 2 with a
-    distillation token, or 0.
+    attention_dim: heads x head_dim, which may differ from `dim`. mlp_macs, gate_macs: per token.
+    stem_macs: the patch embedding. head_macs: the classifier(s).
+    pool_macs...: a pooling head that attends costs pool_macs + pool_macs_per_token N + pool_macs_per_pair N^2 for N
+    tokens. prefix_tokens: class, distillation and register tokens. class_tokens: those of them whose attention ranks
+    patches (0, 1, or 2 with a distillation token).
 
-    Of a model with a feature map (`holds`), depth, dim and patch tokens are those of its third stage: blocks, width,
-    positions. `gate_macs` is then the token mixing per position, `stem_macs` the rest of the model, `layer_scale`
-    whether its blocks scale what they add, and `norm_eps` the epsilon of their LayerNorms, which learned parts take
-    over. Learned parts of other models have PyTorch's default, as in the released code.
+    holds: the model has a feature map (Swin, ConvNeXt). Then depth, dim and patch_tokens are the blocks, width and
+    positions of its third stage. gate_macs is the token mixing per position, and stem_macs the rest of the model.
+    layer_scale: its blocks scale what they add. norm_eps: epsilon of its LayerNorms; learned parts use the same.
+    In other models learned parts have PyTorch's default, as in the released code.
     """
 
     depth: int

@@ -1,4 +1,4 @@
-"""Plain data (from YAML or JSON) <-> dataclass, strictly: every mistake at once, each with its field and a remedy.
+"""Convert plain data (from YAML or JSON) to dataclasses and back. Reading is strict and reports all mistakes at once.
 
 The annotations of the dataclasses are the only description of the format: the reader, the writer and `json_schema.py`
 all follow them.
@@ -23,24 +23,24 @@ T = TypeVar("T")
 FieldPath = tuple[str | int, ...]
 
 MOST_PROBLEMS = 50
-"""Mistakes that are listed; of more only the number is said."""
+"""Most mistakes that are listed. Of further ones only the number is given."""
 MOST_UNKNOWN = 10
-"""Unknown fields of one mapping that are listed."""
+"""Most unknown fields of one mapping that are listed."""
 
 
 def from_mapping(kind: type[T], mapping: Any, place: str) -> T:
-    """Make a dataclass from what YAML or JSON gave. `place` names the source in errors. Raises FileError.
+    """Make a dataclass from plain YAML or JSON data. place: name of the source in errors. Raises FileError.
 
-    Names of scores, verbs and metrics are not judged: data that is read back may come from plug-ins that are not
-    imported here, or from another version.
+    Names of scores, verbs and metrics are not checked: stored data may come from another version, or from plug-ins
+    that are not imported here.
     """
     return read(kind, mapping, place)
 
 
 def to_mapping(value: Any, *, defaults: bool = False) -> Any:
-    """A dataclass as plain dicts, lists and scalars, from which `from_mapping` makes an equal one.
+    """Convert a dataclass to plain dicts, lists and scalars. `from_mapping` makes an equal dataclass from them.
 
-    Fields at their default are left out; with `defaults` only those whose default is None or empty.
+    Fields at their default are left out. defaults: leave out only those whose default is None or an empty tuple.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = hints_of(type(value))
@@ -63,7 +63,7 @@ def read(
     lines: Mapping[FieldPath, int] = types.MappingProxyType({}),
     problems: Sequence[str] = (),
 ) -> T:
-    """`from_mapping` for a file: with the line of each field, and with mistakes that were found before."""
+    """`from_mapping` for a file. lines: line of each field. problems: mistakes that were found before."""
     found = list(problems)
 
     def report(path: FieldPath, text: str) -> None:
@@ -87,7 +87,7 @@ _WRONG = object()  # a value that could not be read; its problem has been report
 
 
 def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any] = {}) -> Any:
-    """`value` as the annotation `kind`, or _WRONG after reporting why not."""
+    """Convert `value` to the annotation `kind`. When that is impossible, report why and return _WRONG."""
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -140,7 +140,7 @@ def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Ma
         ("high", lambda bound: value <= bound),
         ("above", lambda bound: value > bound),
     ):
-        if name in limits and not holds(limits[name]):  # not a number is neither above nor below anything
+        if name in limits and not holds(limits[name]):  # NaN fails every comparison
             report(path, f"is {_shown(value)}; possible: {_kind_name(kind)} {_bounds(limits)}.")
             return _WRONG
     if kind is float and abs(value) > sys.float_info.max and isinstance(value, int):
@@ -150,7 +150,7 @@ def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Ma
 
 
 def _union(kinds: tuple[Any, ...], value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any]) -> Any:
-    """The member of a union that the value's own shape (nothing, mapping, list, scalar) asks for."""
+    """Convert `value` to the member of a union that fits its kind (None, mapping, list or scalar)."""
     kinds = tuple(kind for kind in kinds if kind is not type(None)) if value is not None else kinds
     if value is None and type(None) in kinds:
         return None
@@ -197,7 +197,7 @@ def _dataclass(kind: type, value: Any, path: FieldPath, report: _Report) -> Any:
 
 
 def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any]) -> Any:
-    """Named values, given as a mapping, kept as sorted pairs (hashable)."""
+    """Convert a mapping to sorted pairs, which are hashable."""
     if not isinstance(value, dict):
         report(path, f"is {_shown(value)}; possible: a mapping (name: value).")
         return _WRONG
@@ -212,7 +212,7 @@ def _pairs(pair: Any, value: Any, path: FieldPath, report: _Report, limits: Mapp
 
 @cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """The annotations of a dataclass. Python compiles their text at each call, which takes a millisecond."""
+    """The annotations of a dataclass. Cached, because Python takes a millisecond to evaluate them."""
     return typing.get_type_hints(kind)
 
 
@@ -264,7 +264,7 @@ def _number(value: float) -> str:
 
 
 def _is_absent(value: Any, field: dataclasses.Field[Any], defaults: bool) -> bool:
-    """Whether a field need not be written, as reading would fill it in."""
+    """Whether a field is left out of a file, because its default means the same."""
     if field.default is dataclasses.MISSING or value != field.default:
         return False
     return not defaults or value is None or value == ()

@@ -1,8 +1,8 @@
-"""YAML text -> plain dicts, lists and scalars, with the line of each field and every mistake as a sentence.
+"""Parse YAML text to plain dicts, lists and scalars, with the line of each field and a message for each mistake.
 
-YAML allows much that no file here needs, and some of it makes a reader hang, fill the memory or fail far from the
-cause. So only its core is read: mappings, lists, text, numbers, true and false, null. Sizes are bounded, and whatever
-else comes is a mistake with its place.
+Some features of YAML make a reader hang, fill the memory, or fail far from the cause. Only its core is read here:
+mappings, lists, text, numbers, true and false, null. Sizes are bounded. Everything else is reported as a mistake, with
+its place.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import yaml
 from prunesearch.strict import FieldPath, dotted
 
 MOST_BYTES = 1_000_000
-"""Of a file. Studies have a few kilobytes; PyYAML reads this much in about two seconds."""
+"""Largest file. Studies have a few kilobytes. PyYAML reads this much in about two seconds."""
 MOST_VALUES = 10_000
-"""Keys, lists and scalars of a file, those that aliases repeat included."""
+"""Most keys, lists and scalars of a file. Values that aliases repeat count again."""
 DEEPEST = 40
-"""Mappings and lists within each other."""
+"""Most levels of mappings and lists within each other."""
 LONGEST = 4096
-"""Characters of one text; no path is longer."""
+"""Most characters of one text. No path is longer."""
 MOST_PROBLEMS = 50
-"""Mistakes of a file that are listed."""
+"""Most mistakes of a file that are listed."""
 
 _CORE = "tag:yaml.org,2002:"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -51,7 +51,7 @@ _RESOLVERS = (
 
 @dataclass
 class Text:
-    """What was read. content: dicts, lists and scalars. lines: of each field, from 1. problems: sentences."""
+    """What was read. content: dicts, lists and scalars. lines: line of each field, from 1. problems: messages."""
 
     content: Any = None
     lines: dict[FieldPath, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Text:
 
 
 def read_yaml_text(text: str) -> Text:
-    """Read one YAML document. Mistakes are in `problems`; without any, `content` is what the text says."""
+    """Read one YAML document. Mistakes are collected in `problems`; when there are none, `content` is complete."""
     read = Text()
     if len(text) > MOST_BYTES:
         read.problems.append(too_large())
@@ -75,7 +75,7 @@ def read_yaml_text(text: str) -> Text:
         read.problems.append(
             f"line {line}: holds the character {_code(error.character)}; possible: printable ones. Remove it."
         )
-    except (ValueError, OverflowError) as error:  # of a character code or a version that does not exist
+    except (ValueError, OverflowError) as error:  # an impossible character code or YAML version
         read.problems.append(f"this is not YAML: {_short(str(error))}. Mend the syntax.")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -86,7 +86,7 @@ def read_yaml_text(text: str) -> Text:
 
 
 def too_large() -> str:
-    """What to say of a text of more than MOST_BYTES."""
+    """The message for a text of more than MOST_BYTES."""
     return (
         f"is larger than {MOST_BYTES // 1_000_000} MB. Possible: studies and schedules, which have a few kilobytes. "
         f"Check whether it is the right file."
@@ -94,7 +94,7 @@ def too_large() -> str:
 
 
 class _TooMuch(Exception):
-    """Reading was given up, so that no further mistake is known."""
+    """Reading stopped early; further mistakes are unknown."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,7 +121,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text which `read_yaml_text` or YAML 1.1 would take for something else."""
+    """SafeDumper that quotes every text that `read_yaml_text` or YAML 1.1 would read as something else."""
 
 
 for _name, _pattern, _first in _RESOLVERS:
@@ -145,13 +145,13 @@ def _too_deep(line: int) -> str:
 
 
 class _Reading:
-    """One pass over the nodes of a document, which notes lines and mistakes."""
+    """Converts the nodes of a document, and collects lines and mistakes."""
 
     def __init__(self, read: Text) -> None:
         self._read, self._values = read, 0
 
     def value(self, node: yaml.Node, path: FieldPath, above: Sequence[yaml.Node]) -> Any:
-        """A node as dicts, lists and scalars. above: the nodes that it is part of."""
+        """Convert a node to dicts, lists and scalars. above: the nodes that it is part of."""
         read, line = self._read, node.start_mark.line + 1
         self._values += 1
         if any(node is other for other in above):

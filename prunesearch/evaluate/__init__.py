@@ -1,7 +1,7 @@
 """From a `Task` to an `Evaluation`: data, fine-tune, metrics. The only code that runs on a worker.
 
-What only reads or computes (tasks, the table of metrics, shapes by the name of a model, mistakes in a file) imports
-nothing heavy. The other names are imported when they are first used.
+Names that need no PyTorch are imported here at once: tasks, the table of metrics, shapes by model name, checks of the
+model section. The other names are imported when they are first used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A `ModelConfig` as a model: timm's create_model, with pretrained weights or a local checkpoint."""
+"""Build the model of a `ModelConfig`: timm's create_model, with pretrained weights or a local checkpoint."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from prunesearch.models import adapted, input_size, shape_of, size_keywords
 from prunesearch.models.weights import load_weights, misfits, read_weights
 
 FRESH_SEED = 0
-"""Of weights that neither timm nor a checkpoint gives, so that every worker starts from the same ones."""
+"""Seed of weights that neither timm nor a checkpoint gives, so that every worker starts from the same ones."""
 
 
 def build_model(config: ModelConfig, device: torch.device | str = "cpu", start: str | None = None) -> nn.Module:
-    """The dense model in evaluation mode. Yours to change: each call returns a copy of weights loaded once.
+    """The dense model in evaluation mode. Weights are loaded once; each call returns a copy, which may be changed.
 
-    start: safetensors file of other weights for it. Raises ModelError for a name timm does not know, weights that are
-    not there or do not fit, wrong options.
+    start: safetensors file with other weights for it. Raises ModelError for a name that timm does not know, for wrong
+    options, and for weights that are missing or do not fit.
     """
     model = copy.deepcopy(_dense_model(config))
     if start is not None:
@@ -37,20 +37,22 @@ def build_model(config: ModelConfig, device: torch.device | str = "cpu", start: 
 
 @lru_cache(maxsize=1)
 def _weights(path: str, modified: int) -> dict[str, Tensor]:
-    """Read once, and again when the file is another one."""
+    """Weights of a file, cached until the file's modification time changes."""
     return read_weights(path)
 
 
 @lru_cache(maxsize=16)
 def facts_of(config: ModelConfig) -> Facts:
-    """What arithmetic knows of the model, which is built without weights. Raises ModelError also for models prunesearch
-    cannot change."""
+    """Shape and input channels of the model, which is built without weights.
+
+    Raises ModelError, also for models to which no schedule can be applied.
+    """
     model = skeleton(config)
     try:
         shape = shape_of(model)
     except ModelError:
         raise
-    except Exception as error:  # a pass over the skeleton, which finds that its sizes do not go together
+    except Exception as error:  # a pass over the skeleton fails when its sizes do not go together
         raise ModelError(
             f"model: {config.name} cannot take images of its own size: {type(error).__name__}: {error}. Possible: a "
             f"larger image_size, or a smaller patch or window. Check image_size and options."
@@ -64,7 +66,7 @@ def facts_of(config: ModelConfig) -> Facts:
 
 
 def is_timms_own(config: ModelConfig) -> bool:
-    """Whether timm or this package defines the model, so that it is the same in every process."""
+    """Whether timm or this package defines the model (no plug-in or remote source), so that it is always the same."""
     if is_remote(config):
         return False
     module = timm.model_entrypoint(config.name).__module__
@@ -73,7 +75,7 @@ def is_timms_own(config: ModelConfig) -> bool:
 
 @lru_cache(maxsize=16)
 def parameter_count(config: ModelConfig) -> int:
-    """How many parameters the model has, without making them."""
+    """How many parameters the model has, counted on the meta device."""
     return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 

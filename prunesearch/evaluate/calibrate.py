@@ -1,4 +1,4 @@
-"""Move thresholds so that images cost what they should on average: all together, by bisection, without training."""
+"""Shift all thresholds of a model together, by bisection, until the mean cost of images is the target."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunesearch.tokens import REDUCERS
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.002
-"""Of the target; what is left is smaller than the difference between two samples of images."""
+"""Share of the target by which the mean may miss it. Two samples of images differ by more."""
 MOST_PASSES = 30
 SUBSET_SEED = 0
 
@@ -28,10 +28,11 @@ SUBSET_SEED = 0
 def calibrate(
     model: nn.Module, images: ImageSet, count: int, batch_size: int, device: torch.device, amp: bool
 ) -> float:
-    """Shift every threshold by the same number of typical scores until the mean cost of `count` images is the target.
+    """Shift every threshold, in place, until the mean cost of `count` images is the schedule's target.
 
-    Thresholds on scores go up for a lower cost, those on the cosine of pairs go down. In place. Returns by how much the
-    mean misses the target afterwards, as a fraction of it: what no shift can reach stays missed.
+    All thresholds shift by the same number of typical scores. For a lower cost, thresholds on scores go up and those on
+    the cosine of pairs go down. Returns by how much the mean then misses the target, as a fraction of it; no shift may
+    reach the target.
     """
     schedule, shape = schedule_of(model), shape_of(model)
     assert schedule is not None and schedule.target_gmacs is not None
@@ -67,7 +68,7 @@ def mean_macs(
     device: torch.device,
     amp: bool,
 ) -> float:
-    """Mean MACs of the chosen images (indices), each by its own counts."""
+    """Mean MACs of the images with the indices `chosen`, each by its own token counts."""
     logits, _, counts = predict(model, images, batch_size, device, amp, indices=chosen)
     return macs_by_counts(counts, steps_of(model), shape, len(logits)).mean().item()
 
@@ -75,11 +76,11 @@ def mean_macs(
 def _step_size(stage: Stage, shape: ModelShape) -> float:
     if REDUCERS[stage.reduce].ranks:
         return threshold_unit(stage, shape)
-    return -0.1  # of a cosine: a lower threshold lets more pairs merge
+    return -0.1  # in cosines; negative, because a lower threshold lets more pairs merge
 
 
 def _root(miss: Callable[[float], float]) -> float:
-    """The shift of least |miss|, which falls as the shift grows: a bracket by doubling, then bisection."""
+    """The shift with the least |miss|: find a bracket by doubling, then bisect. `miss` falls as the shift grows."""
     best = (math.inf, 0.0)
 
     def tried(shift: float) -> float:

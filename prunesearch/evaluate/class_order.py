@@ -1,4 +1,4 @@
-"""Which class has which index: the names of class folders, in the order that `data.class_order` asks for."""
+"""Class indices: the names of class folders, in the order that `data.class_order` asks for."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def natural_key(name: str) -> list[str | int]:
 def class_of_folders(config: DataConfig, folders: Iterable[str], field: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """The class of each folder that holds pictures, and the classes in the order of their indices.
 
-    folders: paths from the root. A class is named by the last folder, as in timm; when two folders end alike, only a
-    `data.class_order` that names whole paths says what is meant. `field` names the root in errors. Raises DataError.
+    folders: paths from the root. A class has the name of the last folder of its path, as in timm. When two paths end in
+    the same name, `data.class_order` must list whole paths. field: name of the root in errors. Raises DataError.
     """
     found = sorted(set(folders))
     if "" in found:
@@ -64,7 +64,10 @@ def order_of(config: DataConfig) -> str:
 
 
 def listed_classes(config: DataConfig) -> tuple[str, ...] | None:
-    """The classes that the study names itself or in a file; None when it names none. Raises DataError."""
+    """The classes that `data.class_order` lists, or the text file that it names; None without a list.
+
+    Raises DataError.
+    """
     order = config.class_order
     if order is None or order in [(word,) for word in ORDERS]:
         return None

@@ -1,4 +1,4 @@
-"""A `DataConfig` as two sets of images: opened by timm or by a registered function, and checked against the model."""
+"""Open the image sets of a `DataConfig`, with timm or a registered function, and check them against the model."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ logger = logging.getLogger(__name__)
 TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 SUBSET_SEED = 0
 FEW_IMAGES = 5000
-"""Below this, starting processes takes longer than decoding in this one."""
+"""With fewer images, starting processes takes longer than decoding in this one."""
 
 
 class Opened(NamedTuple):
-    """One split: a sequence of (PIL image, class index), or an iterable one, and the class names if they are known.
+    """One split as it was opened.
 
-    notes: what was left out, for people. ambiguous: whether the order of the classes was a choice that nobody made.
-    is_shipped: whether it comes with a package, so that nothing in it can be unreadable.
+    images: a sequence or an iterable of (PIL image, class index). classes: names in the order of their indices, None
+    when unknown. notes: messages about what was left out. ambiguous: torchvision would give the classes other indices,
+    and the study does not say which order it means. is_shipped: it comes with a package, so all images are readable.
     """
 
     images: Any
@@ -57,7 +58,7 @@ class Opened(NamedTuple):
 
 
 DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
-"""Data sets that timm does not know; anything else goes to timm.data.create_dataset."""
+"""Data sets by name that are opened by a function. All other names go to `open_with_timm`."""
 
 
 @DATASETS.register("digits")
@@ -67,7 +68,7 @@ def open_digits(config: DataConfig, split: Split) -> Opened:
 
 
 class _Digits(Dataset[tuple[Image, int]]):
-    """One part of the digits, loaded when the first one is asked for: scikit-learn takes seconds to import."""
+    """One part of the digits. It is loaded at the first access, because importing scikit-learn takes seconds."""
 
     def __init__(self, part: str) -> None:
         self._part = part
@@ -93,9 +94,9 @@ def _digits_split(config: DataConfig, split: Split) -> str:
 
 
 def open_data(config: DataConfig, model: nn.Module, measured: Split = "validation") -> tuple[ImageSet, ImageSet]:
-    """The training images for a model and those to measure it on. The last four sets opened stay in memory.
+    """The training images for a model, and those of the split `measured`. The last four sets opened stay in memory.
 
-    Raises DataError for what is not there, not readable, empty, or does not fit the model's classes.
+    Raises DataError for data that is missing, unreadable, empty, or does not fit the model's classes.
     """
     wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
     check_classes(config, outputs, ("train", measured))
@@ -116,7 +117,7 @@ def _open(config: DataConfig, wanted: ImageInput, outputs: int, split: Split) ->
 
 
 def chosen_images(config: DataConfig, split: Split) -> tuple[Any, Sequence[int] | None]:
-    """What a split holds, and the indices of the images that are used of it, in order; None for a stream."""
+    """All images of a split, and the indices of those that are used, in ascending order. None for a stream."""
     images = _open_split(config, split).images
     if isinstance(images, IterableDataset):
         return images, None
@@ -139,9 +140,9 @@ def most_unreadable(config: DataConfig, split: Split, count: int) -> int:
 def unreadable_images(
     config: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Callable[[int, int], None]
 ) -> list[Unreadable]:
-    """Decode all images that are used of a split, keep none, and say which cannot be read.
+    """Decode all used images of a split without keeping them, and return those that cannot be read.
 
-    report: gets how many are done, and of how many. Raises DataError for a label that the model has no output for.
+    report: called with how many are done, and of how many. Raises DataError for a label beyond the model's outputs.
     """
     images, chosen = chosen_images(config, split)
     prepare = partial(_prepare, wanted, outputs, split)
@@ -162,7 +163,7 @@ def unreadable_images(
 def unreadable_headers(
     pictures: PictureFiles, chosen: Sequence[int], loaders: int, report: Callable[[int, int], None]
 ) -> list[Unreadable]:
-    """Open the files with these indices, decode none, and say which do not begin like a picture."""
+    """Read the headers of the files with these indices, and return the files that do not begin like a picture."""
     found, done = [], 0
     for batch in _in_batches(_Headers(pictures, chosen), loaders, list):
         found += [one for one in batch if one is not None]
@@ -183,8 +184,10 @@ def _labels_alone(items: list[Any]) -> tuple[list[int], list[Unreadable]]:
 
 
 def check_paths(config: DataConfig) -> None:
-    """Raises DataError for an unknown data set, a folder or tar that is not there, or a test that the search would see;
-    opens nothing."""
+    """Raise DataError for an unknown data set, a missing folder or tar, or a test split that the search would see.
+
+    Opens no data set.
+    """
     if config.name in ("", "folder"):
         _folders(config)
         listed_classes(config)
@@ -213,9 +216,9 @@ def _open_split(config: DataConfig, split: Split) -> Opened:
 
 
 def open_with_timm(config: DataConfig, split: Split) -> Opened:
-    """torch/..., hfds/..., wds/... through timm.data.create_dataset; a folder or tar file by ourselves.
+    """Open torch/..., hfds/..., wds/... with timm.data.create_dataset, and a folder or tar file with our own reader.
 
-    timm's own reader of folders leaves out most formats, and gives a neighbour for a picture that it cannot read.
+    timm's reader of folders leaves out most formats, and returns another picture for one that it cannot read.
     """
     name = config.name
     if name in ("", "folder"):
@@ -235,8 +238,10 @@ def open_with_timm(config: DataConfig, split: Split) -> Opened:
 
 
 def _as_files(images: Any) -> Any:
-    """What timm or torchvision opened by index, as files where there are any: theirs would be converted to 8-bit RGB
-    by dropping bits, and timm gives a neighbour for what it cannot read."""
+    """Wrap what timm or torchvision opened, so that we read its files ourselves where it has files.
+
+    Their readers convert to 8-bit RGB by dropping bits, and timm's returns another picture for one that it cannot read.
+    """
     if isinstance(images, ImageDataset):
         return ReaderPictures(images)
     if isinstance(images, DatasetFolder):
@@ -246,7 +251,7 @@ def _as_files(images: Any) -> Any:
 
 
 def open_folder(config: DataConfig, split: Split) -> Opened:
-    """Pictures in class folders, on disk or in a tar file. Raises DataError for what is no such thing."""
+    """Open pictures in class folders, on disk or in a tar file. Raises DataError when there are none."""
     check_paths(config)
     field = _root_field(config, split)
     root = _folders(config)[split]
@@ -307,7 +312,7 @@ def _some(names: Collection[str]) -> str:
 
 @lru_cache(maxsize=256)
 def warn_once(text: str) -> None:
-    """Log a warning, the first time in this process that it is given."""
+    """Log a warning, but each text only once in this process."""
     logger.warning("%s", text)
 
 
@@ -327,7 +332,7 @@ def _check_timm_name(name: str) -> None:
 
 
 def _folders(config: DataConfig) -> dict[Split, str]:
-    """Folder or tar of each split. Raises DataError when one is not there or when one contains the other."""
+    """Folder or tar file of each split. Raises DataError when one is missing or contains another."""
     found: dict[Split, Path] = {"train": _folder("root", config.root, (config.train_split, "train", "training"))}
     names: dict[Split, tuple[str, ...]] = {"validation": ("validation", "val", "valid", "eval", "evaluation")}
     if config.has_test:
@@ -348,7 +353,7 @@ def _folders(config: DataConfig) -> dict[Split, str]:
 
 
 def _named_split(config: DataConfig, split: Split) -> str:
-    """What the study file calls a split."""
+    """The name of a split in the study file."""
     return {"train": config.train_split, "validation": config.val_split, "test": config.test_split or "test"}[split]
 
 
@@ -364,7 +369,10 @@ def _folder(field: str, root: str | None, splits: tuple[str, ...]) -> Path:
 
 
 def _class_names(images: Any) -> tuple[str, ...] | None:
-    """Names in the order of their indices, from whichever attribute this reader or torchvision class has."""
+    """Class names in the order of their indices, from the attribute that timm's readers or torchvision's classes have.
+
+    None when there is no such attribute.
+    """
     for holder in (getattr(images, "reader", None), images):
         for attribute in ("class_to_idx", "class_name_to_idx"):
             mapping = getattr(holder, attribute, None)
@@ -374,8 +382,10 @@ def _class_names(images: Any) -> tuple[str, ...] | None:
 
 
 def check_classes(config: DataConfig, outputs: int, splits: Sequence[Split]) -> None:
-    """Raises DataError when splits have other classes than the training images, or others than the model has outputs.
-    What the data set does not name cannot be compared."""
+    """Raise DataError when a split has other classes than the training images, or the model another number of outputs.
+
+    Classes without names cannot be compared.
+    """
     train = _open_split(config, "train").classes
     if train is None:
         return
@@ -397,23 +407,23 @@ def check_classes(config: DataConfig, outputs: int, splits: Sequence[Split]) -> 
 
 
 def classes_of(config: DataConfig) -> tuple[tuple[str, ...] | None, bool]:
-    """The class names, None when they are unknown, and whether their order was a choice that nobody made."""
+    """The class names, None when they are unknown; and whether their order is ambiguous (see `Opened`)."""
     opened = _open_split(config, "train")
     return opened.classes, opened.ambiguous
 
 
 def is_shipped(config: DataConfig, split: Split) -> bool:
-    """Whether a split comes with a package, so that nothing in it can be unreadable."""
+    """Whether a split comes with a package, so that all images are readable."""
     return _open_split(config, split).is_shipped
 
 
 def notes_of(config: DataConfig, split: Split) -> tuple[str, ...]:
-    """What is no picture of a split, for people."""
+    """Messages about files and folders of a split that were left out because they hold no picture."""
     return _open_split(config, split).notes
 
 
 def check_labels(config: DataConfig, outputs: int, split: Split) -> None:
-    """Raises DataError for a class index beyond the model's outputs, where they are known without opening files."""
+    """Raise DataError for a class index beyond the model's outputs, if the indices are known without opening files."""
     images = _open_split(config, split).images
     labels = getattr(images, "labels", None)
     if labels is None:
@@ -427,7 +437,7 @@ def check_labels(config: DataConfig, outputs: int, split: Split) -> None:
 def _stream(
     images: Any, prepare: Callable[[Image, Any], tuple[Tensor, int]], split: Split, limit: int | None
 ) -> Iterator[tuple[Tensor, int]]:
-    """The first ones of a stream: to draw among all of them, all would have to be read."""
+    """The first `limit` images of a stream. A random subset would need all of them to be read."""
     try:
         for image, label in itertools.islice(images, limit):
             yield prepare(image, label)
@@ -490,7 +500,7 @@ def _decode(
 
 
 def unreadable_note(split: Split, bad: Sequence[Unreadable], count: int) -> str:
-    """For people: how many of the images of a split were left out."""
+    """A message: how many images of a split were left out because they cannot be read."""
     names = _some([one.name for one in bad])
     return f"{len(bad)} of {_count(count, split, 'picture')} could not be read and were left out ({names})"
 
@@ -501,7 +511,7 @@ def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label
 
 
 def _check_label(outputs: int, split: Split, label: int) -> None:
-    if not 0 <= label < outputs:  # on a GPU a wrong label would take the whole process down
+    if not 0 <= label < outputs:  # on a GPU a wrong label would kill the whole process
         raise DataError(
             f"data ({split}): an image has label {label}, but the model has {outputs} outputs. "
             f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."
@@ -509,7 +519,7 @@ def _check_label(outputs: int, split: Split, label: int) -> None:
 
 
 class _Prepared(Dataset[Any]):
-    """PIL images and labels as a model wants them, of those `chosen`; an Unreadable for what cannot be read."""
+    """The `chosen` images and labels, prepared for a model; an Unreadable in the place of one that cannot be read."""
 
     def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[[Image, Any], tuple[Tensor, int]]) -> None:
         self._images, self._chosen, self._prepare = images, chosen, prepare
@@ -544,7 +554,7 @@ class _Headers(Dataset[Any]):
 
 
 def _unreadable(images: Any, index: int, error: Exception) -> Unreadable:
-    """Raises what is no fault of the picture: a wrong label, no memory, too many open files."""
+    """The picture as an Unreadable. Raises errors that are not its fault: a wrong label, no memory, too many files."""
     if isinstance(error, (DataError, MemoryError)) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         raise error
     name = images.name(index) if isinstance(images, PictureFiles) else f"picture {index}"

@@ -7,21 +7,21 @@ from functools import lru_cache
 import torch
 
 SPLIT_SEED = 0
-"""Of the one split everything uses: a stratified third is held out for validation."""
+"""Seed of the split, which is the same everywhere. A stratified third is held out for validation."""
 TRAINING, HELD_OUT = 1198, 599
-"""Images of each."""
+"""Number of images of each."""
 PARTS = {
     "train": slice(None),
     "validation": slice(None),
     "first half": slice(None, 300),
     "second half": slice(300, None),
 }
-"""Splits by name; the halves are those of what is held out, for a validation and a test of their own."""
+"""Splits by name. The two halves are those of the held-out images, for separate validation and test sets."""
 
 
 @lru_cache(maxsize=4)
 def load_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, uint8 of shape (count, 8, 8) with 255 for full ink, and int64 labels: 1198 to train, 599 held out."""
+    """Images of a split, uint8 (count, 8, 8) with 255 for full ink, and int64 labels (count,). split: of `PARTS`."""
     from sklearn.datasets import load_digits as read_digits
     from sklearn.model_selection import train_test_split
 

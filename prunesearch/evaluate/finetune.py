@@ -1,4 +1,4 @@
-"""Train a model for exactly its budget: AdamW, a cosine that ends with it, distillation from the dense model."""
+"""Train a model for exactly its budget: AdamW, cosine learning rate, distillation from the dense model."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ from prunesearch.models import PARTS, schedule_of, shape_of, steps_of, threshold
 
 
 class DenseOutput(NamedTuple):
-    """What the dense model makes of a batch: logits (B, classes), and final normalised patch tokens if they count."""
+    """Output of the dense model for a batch: logits (B, classes), and the final normalised patch tokens or None."""
 
     logits: Tensor
     patches_BnC: Tensor | None = None
 
 
 Teacher = Callable[[Tensor, Tensor, Tensor], DenseOutput]
-"""(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> what the dense model says."""
+"""(images (B, C, H, W) as the student sees them, indices (B), mirrored (B, bool)) -> output of the dense model."""
 
 
 class Batch(NamedTuple):
-    """What a step learns from: images (B, C, H, W) as the student sees them, labels (B), and what the dense model
-    makes of them, when there is distillation."""
+    """Input of a training step: images (B, C, H, W) as the student sees them, labels (B), and the dense model's output.
+
+    dense: None without distillation.
+    """
 
     images: Tensor
     labels: Tensor
@@ -50,13 +52,13 @@ class Batch(NamedTuple):
 
     @property
     def target(self) -> Tensor | None:
-        """Logits of the dense model, (B, classes)."""
+        """Logits of the dense model, (B, classes); None without distillation."""
         return None if self.dense is None else self.dense.logits
 
 
 logger = logging.getLogger(__name__)
 
-SCHEDULE_UNITS = 10_000  # timm's scheduler counts whole updates; ours is a fraction of the budget
+SCHEDULE_UNITS = 10_000  # timm's scheduler counts updates; the budget is this many of them
 
 
 class LossNotFinite(Exception):
@@ -65,7 +67,7 @@ class LossNotFinite(Exception):
 
 @dataclass
 class Progress:
-    """How much of a budget is spent, and the optimiser's moments, which a later budget continues with."""
+    """How much of a budget is spent, and the optimiser's moments, with which a larger budget continues."""
 
     images: int = 0
     seconds: float = 0.0
@@ -82,13 +84,12 @@ def finetune(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Train `model` in place until `progress` has reached `budget`, whose bounds count what came before.
+    """Train `model` in place until `progress` has reached `budget`. Images and seconds of earlier calls count.
 
-    A continued training takes up the order of images and the optimiser's moments where they were; its learning rate
-    goes through a whole cosine over the part that is left. The last batch is cut so that exactly `budget.images`
-    images are seen; one that cannot be read counts among them. A model in which nothing learns, as with
-    freeze_backbone: 1 and a schedule without learned parts, stays as it is and sees none. Raises LossNotFinite, and
-    DataError when too many images cannot be read.
+    A continued training goes on with the order of images and the optimiser's moments. Its learning rate goes through a
+    whole cosine over the rest of the budget. The last batch is cut so that exactly `budget.images` images are seen;
+    unreadable images count. When nothing learns (freeze_backbone: 1 and a schedule without learned parts), the model
+    does not change and no image is read. Raises LossNotFinite, and DataError when too many images cannot be read.
     """
     if budget.images is None and budget.seconds is None:
         raise UserError(
@@ -129,10 +130,10 @@ def take_steps(
     losses: Callable[[Batch], Iterable[Tensor]],
     share: Callable[[], float],
 ) -> None:
-    """Train `model` in place until `progress`, which is kept up to date, has reached `budget`.
+    """Train `model` in place until `progress` has reached `budget`. Updates `progress`.
 
-    losses: of a batch. Each is differentiated before the next one is asked for, so that only one graph is in memory;
-    the gradients of all add up to one step. share: how far the learning rate is on its way, 0 to 1.
+    losses: the losses of a batch, whose gradients add up to one step. Each is differentiated before the next one is
+    computed, so that only one graph is in memory. share: progress of the learning rate schedule, 0 to 1.
     Raises LossNotFinite.
     """
     groups = parameter_groups(model, config)
@@ -149,7 +150,7 @@ def take_steps(
     before, start = progress.seconds, time.perf_counter()
     model.train()
     order = training_order(len(train), config.batch_size, seed, progress.images, budget.images)
-    announced, to_read = itertools.tee(order)  # loading processes read ahead
+    announced, to_read = itertools.tee(order)  # the loader reads ahead of the steps
     for indices, (images, labels) in zip(announced, train.batches(to_read, device), strict=False):
         if len(labels) == 0:  # none of them could be read
             progress.images += len(indices)
@@ -169,7 +170,7 @@ def take_steps(
             scaler.scale(loss).backward()
         if config.clip_grad is not None:
             scaler.unscale_(optimizer)
-            for part in ("backbone", "learned"):  # thresholds have a scale of their own, and their step is bounded
+            for part in ("backbone", "learned"):  # thresholds: other scale, AdamW bounds their step
                 clipped = [p for group in optimizer.param_groups if group["part"] == part for p in group["params"]]
                 nn.utils.clip_grad_norm_(clipped, config.clip_grad)
         scaler.step(optimizer)
@@ -185,10 +186,11 @@ def take_steps(
 
 
 def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Parameters with their learning rates: the model's own, what the schedule learns, and each threshold by itself.
+    """Parameter groups of the optimiser: the model's own, the schedule's learned parts, and thresholds.
 
-    Biases, norms and what timm names so decay not; nor do thresholds. Thresholds without a target to move to, and with
-    freeze_backbone: 1 the model's own parameters, are set not to require gradients, and left out.
+    There is no weight decay for biases, norms, thresholds, and the parameters of timm's no_weight_decay. Frozen
+    parameters are left out, and their requires_grad is set to False: thresholds without a target, and with
+    freeze_backbone: 1 the model's own parameters.
     """
     schedule = schedule_of(model)
     moves = schedule is not None and schedule.target_gmacs is not None
@@ -224,7 +226,7 @@ def is_spent(budget: Budget, progress: Progress) -> bool:
 
 
 def _share(budget: Budget, progress: Progress, earlier: Progress) -> float:
-    """How much of the budget that was left is spent, 0 to 1, by the bound that is closer."""
+    """The share, 0 to 1, of the budget that was left after `earlier` and is spent now, for the bound that is closer."""
     shares = []
     if budget.images is not None:
         shares.append((progress.images - earlier.images) / (budget.images - earlier.images))
@@ -234,9 +236,9 @@ def _share(budget: Budget, progress: Progress, earlier: Progress) -> float:
 
 
 def training_order(count: int, batch_size: int, seed: int, first: int, last: int | None) -> Iterator[Tensor]:
-    """Batches of indices: shuffled epochs one after another, from the `first`-th image to the `last`-th (or for ever).
+    """Batches of indices from shuffled epochs, from the `first`-th image to the `last`-th (without end when None).
 
-    The order is a function of the seed alone, so a training that is continued goes on where it was.
+    The order depends on the seed only, so a continued training goes on where it stopped.
     """
     seen = first
     while last is None or seen < last:
@@ -257,7 +259,7 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
 def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, config: FinetuneConfig) -> Tensor:
     """Cross entropy plus temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015), weighted.
 
-    target: logits of the dense model; without them there is the cross entropy alone.
+    target: logits of the dense model; None for the cross entropy alone.
     """
     weight = config.cross_entropy_weight
     if weight is None:
@@ -271,7 +273,7 @@ def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, con
 
 
 def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:
-    """Write `<path>.safetensors` (timm's own parameter names) and `<path>.state`, each atomically."""
+    """Write `<path>.safetensors` (weights) and `<path>.state` (progress), each atomically."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(f"{path}.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     buffer = io.BytesIO()
@@ -280,7 +282,7 @@ def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:
 
 
 def load_checkpoint(path: str, model: nn.Module) -> Progress:
-    """Put what `save_checkpoint` wrote into `model`, and return how far it was. Raises UserError if it is not there."""
+    """Load what `save_checkpoint` wrote into `model`, and return its progress. Raises UserError if it is missing."""
     for suffix in (".safetensors", ".state"):
         if not Path(path + suffix).is_file():
             raise UserError(

@@ -1,7 +1,7 @@
-"""What a model wants to be fed, and a set of images that feeds it.
+"""`ImageInput`: how a model's images are resized and normalised; `ImageSet`: the images of one split, in batches.
 
-Everything goes one way: timm's evaluation transform makes a uint8 tensor of a PIL image, which stays in memory or is
-made each time, and is normalised on the device.
+timm's evaluation transform turns a PIL image into a uint8 tensor. The tensor stays in memory, or is made each time it
+is needed. It is normalised on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a model wants to be fed. `take_sized`: images that already have `size` are neither resized nor cropped."""
+    """How a model's images are resized, cropped and normalised.
+
+    size: channels, height, width. take_sized: images that already have this size are neither resized nor cropped.
+    """
 
     size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -49,7 +52,7 @@ class ImageInput:
         return _pixels(self, cropped=not (self.take_sized and image.size == (width, height)))(image)
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 pixels to float32 of the model's mean and standard deviation, on the device they are on."""
+        """uint8 pixels to float32, minus the mean and divided by the standard deviation, on the same device."""
         mean, std = (
             torch.tensor(values, device=images_BCHW.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
         )
@@ -58,7 +61,7 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A picture that cannot be read: its index, what messages call it, and why."""
+    """A picture that cannot be read: its index, its name for messages, and the reason."""
 
     index: int
     name: str
@@ -66,7 +69,7 @@ class Unreadable:
 
 
 def refuse_unreadable(split: str, bad: Sequence[Unreadable], count: int, most: int) -> None:
-    """Raises DataError when more than `most` of the `count` pictures of a split cannot be read."""
+    """Raise DataError when more than `most` of the `count` pictures of a split cannot be read, or all of them."""
     if len(bad) <= most and len(bad) < count:
         return
     shown = "; ".join(f"{one.name}: {one.why}" for one in bad[:3]) + ("; ..." if len(bad) > 3 else "")
@@ -86,10 +89,10 @@ def refuse_unreadable(split: str, bad: Sequence[Unreadable], count: int, most: i
 class ImageSet:
     """Images and labels of one split, read by index.
 
-    source: uint8 tensors (C, H, W) and labels, in memory when it is a TensorDataset; else an Unreadable may stand in
-    its place. fingerprint: count and hash of pixels and labels, "" unless in memory. most_unreadable: how many of its
-    pictures may be left out when they are decoded each time; unreadable: those that were in this process, by index.
-    notes: what was left out when it was opened, for people.
+    source: uint8 tensors (C, H, W) and labels. A TensorDataset when they are in memory; otherwise items may be an
+    Unreadable. fingerprint: count and hash of pixels and labels; "" when not in memory. notes: messages about what was
+    left out when the split was opened. most_unreadable: how many pictures may be left out later, when they are decoded
+    each time. unreadable: those that this process has left out, by index.
     """
 
     input: ImageInput
@@ -106,14 +109,14 @@ class ImageSet:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are decoded already."""
+        """Whether the images are already decoded."""
         return isinstance(self.source, TensorDataset)
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """For each vector of indices: normalised float32 images (B, C, H, W) and int64 labels (B), on `device`.
 
-        A training picture that cannot be decoded is left out of its batch, which may then be empty. Raises DataError
-        when there are more of them than allowed, or for any other picture.
+        Pictures that cannot be decoded are left out of their batch, which may then be empty. Raises DataError when
+        there are more of them than `most_unreadable`.
         """
         batches: Iterable[tuple[Tensor, Tensor, list[Unreadable]]]
         if self.in_memory:
@@ -132,7 +135,7 @@ class ImageSet:
 
 
 def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    """Images (B, C, H, W) and labels (B) of those that could be read, and the others."""
+    """Images (B, C, H, W) and labels (B) of the items that could be read, and the unreadable ones."""
     good = [item for item in items if not isinstance(item, Unreadable)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
@@ -140,7 +143,7 @@ def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
 
 
 def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
-    """What the model's pretrained settings say, for the size it was built with; `config` wins. Raises DataError."""
+    """The model's pretrained settings, for the size it was built with. Fields of `config` win. Raises DataError."""
     size = input_size(model)
     given = {name: getattr(config, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     for problem in channel_problems(config, size[0]):
@@ -166,7 +169,7 @@ def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
         crop_pct=chosen["crop_pct"],
         crop_mode=chosen["crop_mode"],
         interpolation=chosen["interpolation"],
-        # crop_pct belongs to the size the weights were trained at: 0.9 of 224 says nothing about a 32 x 32 image
+        # the model's crop_pct is for the size its weights were trained at: 0.9 of 224 does not apply to 32 x 32 images
         take_sized=config.crop_pct is None and tuple(own["input_size"]) != size,
     )
 

@@ -1,4 +1,4 @@
-"""Everything that a study reads, opened before its workers start: weights, device, classes, labels, every picture."""
+"""Check all that a study reads before its workers start: weights, device, classes, labels, every picture."""
 
 from __future__ import annotations
 
@@ -39,20 +39,21 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.files import write_atomically
 
 FILE = "inputs.json"
-"""In the study folder: which lists of pictures were found to be readable, so that a large set is looked at once."""
+"""File in the study folder that records which pictures were checked, so that a large set is checked only once."""
 REPORT_SECONDS = 5.0
 
 Report = Callable[[Split, int, "int | None"], None]
-"""Gets a split, how many of its pictures were looked at, and of how many; None for a stream."""
+"""Called with a split, how many of its pictures were checked, and of how many (None for a stream)."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was found.
+    """Result of `check_inputs`.
 
-    counts: how many images of each split are used, None for a stream. classes: their names, None when unknown. outputs:
-    of the model. notes: what was left out. unseen: what was not looked at. order_is_open: whether the classes would
-    have other indices in torchvision's order, and the study does not say which it means.
+    counts: how many images of each split are used, None for a stream. classes: their names, None when unknown.
+    outputs: number of outputs of the model. notes: messages about what was left out. unseen: what was not checked.
+    order_is_open: the classes would have other indices in torchvision's order, and the study does not say which order
+    it means.
     """
 
     counts: tuple[tuple[Split, int | None], ...] = ()
@@ -73,11 +74,12 @@ def check_inputs(
     memory: Path | None = None,
     report: Report = lambda split, done, total: None,
 ) -> Inputs:
-    """Open all that the evaluations of a study will read, and refuse what cannot be right.
+    """Open all that the evaluations of a study will read, and raise an error for mistakes.
 
-    Pictures for validation and test are decoded, training pictures only opened. here: whether evaluations run on this
-    machine; if not, what cannot be seen from it is left to them, and named. keep: whether they run in this process, so
-    that decoded images should stay. memory: folder of the study, where it is noted which pictures were looked at.
+    Pictures for validation and test are decoded. For training pictures it is enough to read the header.
+    here: evaluations run on this machine. Otherwise, what this machine cannot see is not checked but named in the
+    result. keep: evaluations run in this process, so decoded images stay in memory. memory: folder of the study, in
+    which the checked pictures are recorded.
     Raises ModelError, DataError and ResourceError.
     """
     unseen = []
@@ -131,7 +133,7 @@ def check_inputs(
 
 
 def suspicion(inputs: Inputs, model: ModelConfig, dense: Evaluation) -> str | None:
-    """What to say when the dense model with given weights is near chance and nobody chose the order of classes."""
+    """A warning when a dense model with given weights is near chance and the order of classes is open; else None."""
     top1 = dict(dense.metrics).get("top1")
     has_weights = model.pretrained or model.checkpoint is not None
     if top1 is None or not has_weights or not inputs.order_is_open or inputs.outputs < 2:
@@ -147,44 +149,48 @@ def suspicion(inputs: Inputs, model: ModelConfig, dense: Evaluation) -> str | No
 
 
 def _is_visible(data: DataConfig) -> bool:
-    """Whether this machine has the files; what needs a network is left to the workers."""
+    """Whether this machine has the files. Data that needs a network is left to the workers."""
     roots = [root for root in (data.root, data.val_root, data.test_root) if root is not None]
     return data.name in DATASETS or (bool(roots) and all(Path(root).exists() for root in roots))
 
 
 def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Report) -> list[str]:
-    """Read the pictures of a split; what is left out of it. Raises DataError when that is too much."""
+    """Check the pictures of a split, and return messages about those left out. Raises DataError for too many."""
     if is_shipped(data, split):
         return []
     images, chosen = chosen_images(data, split)
-    often = _seldom(lambda done, total: report(split, done, total))
+    throttled = _throttled(lambda done, total: report(split, done, total))
     if split != "train":
-        bad = unreadable_images(data, wanted, outputs, split, often)
+        bad = unreadable_images(data, wanted, outputs, split, throttled)
     elif isinstance(images, PictureFiles) and chosen is not None:
-        bad = unreadable_headers(images, chosen, data.loaders, often)
+        bad = unreadable_headers(images, chosen, data.loaders, throttled)
     else:
-        return []  # nothing to open before it is decoded
+        return []  # no files, so nothing can be checked without decoding
     if not bad or chosen is None:
         return []
     refuse_unreadable(split, bad, len(chosen), most_unreadable(data, split, len(chosen)))
     return [unreadable_note(split, bad, len(chosen))]
 
 
-def _seldom(report: Callable[[int, int | None], None]) -> Callable[[int, int | None], None]:
+def _throttled(report: Callable[[int, int | None], None]) -> Callable[[int, int | None], None]:
+    """A function that calls `report`, but at most once in REPORT_SECONDS."""
     last = time.monotonic()
 
-    def often(done: int, total: int | None) -> None:
+    def throttled(done: int, total: int | None) -> None:
         nonlocal last
         if time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
             report(done, total)
 
-    return often
+    return throttled
 
 
 def _key(data: DataConfig, split: Split) -> str | None:
-    """What a look at the pictures of a split depends on: their names, and of those that are decoded, sizes and times
-    too; of a large training set these would take minutes over a network. None for what has no files."""
+    """A hash of what a check of the pictures of a split depends on; None for data without files.
+
+    It covers the names, and for decoded splits the sizes and times of the files. The sizes and times of a large
+    training set would take minutes over a network.
+    """
     images, chosen = chosen_images(data, split)
     if not isinstance(images, PictureFiles) or chosen is None:
         return None
@@ -198,8 +204,10 @@ def _key(data: DataConfig, split: Split) -> str | None:
 
 
 def _recall(memory: Path | None) -> dict[str, Any]:
-    """By split: the key of what an earlier run looked at, and what it left out. Nothing when the file is missing or
-    damaged, as it only saves time."""
+    """What an earlier run recorded for each split: its key, and messages about what was left out.
+
+    Empty when the file is missing or damaged. The file only saves time.
+    """
     try:
         content = json.loads((memory / FILE).read_text()) if memory is not None else {}
         return {split: {"key": one["key"], "notes": list(one["notes"])} for split, one in content.items()}
@@ -213,7 +221,7 @@ def image_input_of(model: ModelConfig, data: DataConfig) -> ImageInput:
 
 
 def check_files(model: ModelConfig, data: DataConfig) -> None:
-    """Raises ModelError or DataError when what a study reads is not there; a look at the paths, nothing is opened."""
+    """Raise ModelError or DataError when files of a study are missing. Checks the paths only, and opens nothing."""
     if model.checkpoint is not None:
         check_checkpoint(model.checkpoint)
     check_paths(data)

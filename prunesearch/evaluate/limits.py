@@ -1,4 +1,4 @@
-"""Limits on metrics: by how much a value breaks one, and what arithmetic knows before anything is trained."""
+"""Limits on metrics: how far values exceed them, also for metrics that are computed before any training."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Limits = Sequence[tuple[str, Limit]]
 
 
 def excess(limits: Limits, values: Mapping[str, float]) -> dict[str, float]:
-    """By how much each limited metric that has a value breaks its limit, in the metric's unit; 0 or less is within."""
+    """How far each limited metric that has a value exceeds its limit, in the metric's unit. 0 or less: within it."""
     return {name: limit.excess(values[name]) for name, limit in limits if name in values}
 
 
 def total_excess(limits: Limits, values: Mapping[str, float]) -> float:
-    """By how much all limits together are broken, each as a share of its bound; 0 is within all of them."""
+    """Sum of how far limits are exceeded, each as a share of its bound. 0: within all of them."""
     found = excess(limits, values)
     return sum(max(found[name], 0.0) / _size(limit) for name, limit in limits if name in found)
 
 
 def computed_excess(limits: Limits, model: ModelConfig, schedule: Schedule) -> dict[str, float]:
-    """`excess` for the metrics that arithmetic gives. Raises ScheduleError when the schedule does not fit the model."""
+    """`excess` for metrics that are computed from the schedule. Raises ScheduleError when it does not fit the model."""
     values = {}
     for name, _ in limits:
         compute = METRICS[name].compute
@@ -35,7 +35,7 @@ def computed_excess(limits: Limits, model: ModelConfig, schedule: Schedule) -> d
 
 
 def is_within(limits: Limits, model: ModelConfig, schedule: Schedule) -> bool:
-    """Whether a schedule keeps the limits that arithmetic knows. Raises ScheduleError as `computed_excess`."""
+    """Whether a schedule keeps the limits on computed metrics. Raises ScheduleError as `computed_excess`."""
     return all(amount <= 0 for amount in computed_excess(limits, model, schedule).values())
 
 

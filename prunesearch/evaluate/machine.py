@@ -1,4 +1,4 @@
-"""The machine an evaluation runs on: its devices, and the versions of what can move a number."""
+"""The machine an evaluation runs on: its devices, and the versions of libraries that can change results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_device(name: str) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """For people: what the speed of an evaluation was measured on."""
+    """The device as text for people, with what its speed depends on."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu (threads: {torch.get_num_threads()})" if device.type == "cpu" else str(device)
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def versions() -> tuple[tuple[str, str], ...]:
-    """Of everything that can move a number."""
+    """Versions of everything that can change results."""
     try:
         own = metadata.version("prunesearch")
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Measure what each stage of a space does alone in the dense model, without training.
+"""Measure the effect of each stage of a space alone, in the dense model and without training.
 
-A few hundred training images go through the dense model once; each stage then runs the blocks from its own on, from
-the tokens that arrived there. Validation images are not touched.
+A few hundred training images go through the dense model once. For each stage, only the blocks from its own on are run
+again, from the tokens that arrived there. Validation images are not used.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from prunesearch.schedule import Schedule, Stage, reads_attention
 logger = logging.getLogger(__name__)
 
 DIGITS = 6
-"""Significant digits of what is measured: what is beyond depends on the machine."""
+"""Significant digits of results. Further digits would depend on the machine."""
 
 
 def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivities:
-    """Measure every stage of a study's space on `count` training images (all when there are fewer), on the device of
-    its workers but in this process.
+    """Measure every stage of a study's space, in this process, on the device that the study gives its workers.
 
-    The images are part of those that the study trains on, always the same. Plugins must have been imported. Raises
-    StudyError when nothing can be measured without training; ModelError, DataError and ResourceError as an evaluation.
+    count: number of training images (all when there are fewer); always the same ones. Plug-ins must have been imported.
+    Raises StudyError when nothing can be measured without training; ModelError, DataError and ResourceError as in an
+    evaluation.
     """
     stages, left_out = stages_of(config.space, model_shape(config.model))
     if not stages:
@@ -44,7 +44,7 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
     device = find_device(config.workers.device)
     begin = time.perf_counter()
     few = replace(config.data, train_images=min(count, config.data.train_images or count))
-    with torch.random.fork_rng(devices=[]):  # a first model and first images take some
+    with torch.random.fork_rng(devices=[]):  # loading draws random numbers
         model = build_model(config.model, device)
         images = open_training(few, model)
     starts = [_start(stage) for stage in stages]
@@ -87,12 +87,12 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
 
 
 def _start(stage: Stage) -> int:
-    """The block that a stage has to be run from: it may read the attention of the one before."""
+    """The block from which a stage must be run: its own, or the one before when it reads that block's attention."""
     return stage.block - (stage.at == "pre" and reads_attention(stage))
 
 
 def _log_probabilities(logits_BC: Tensor) -> Tensor:
-    """In double precision on the CPU: a confident model's smallest probabilities are beyond single precision."""
+    """Log-probabilities in float64 on the CPU. float32 cannot hold the smallest ones of a confident model."""
     return logits_BC.cpu().double().log_softmax(dim=1)
 
 

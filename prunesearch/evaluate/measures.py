@@ -1,4 +1,4 @@
-"""The functions of the metrics, measured on a model with its validation images; `metrics.py` has their table."""
+"""The functions of the metrics, which measure a model on held-out images; `metrics.py` has their table."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from prunesearch.models import learned_parameters, shape_of, steps_of
 from prunesearch.schedule import Schedule
 
 SPEED_BATCHES = 4
-"""Different batches that a speed measurement goes through in turn."""
+"""Number of different batches that a speed measurement uses in turn."""
 
 
 @dataclass
 class Subject:
-    """The model being measured, with what several metrics share: one pass over the validation images.
+    """The model being measured. Metrics share one pass over the validation images.
 
-    dense_logits: gives the dense model's logits of the validation images, as it comes, (N, classes) float32 on CPU.
+    validation: the images of the task's split, which may be the test images. dense_logits: returns the logits of the
+    original dense model on them, (N, classes) float32 on the CPU.
     """
 
     model: nn.Module
@@ -45,7 +46,7 @@ class Subject:
 
     @cached_property
     def outputs(self) -> Predictions:
-        """What the model says of all validation images, in their order."""
+        """Predictions of the model for all validation images, in their order."""
         return predict(self.model, self.validation, self.settings.batch_size, self.device, self.amp)
 
     @cached_property
@@ -56,7 +57,7 @@ class Subject:
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Tokens after each block, prefix included: the mean over the validation images, rounded."""
+        """Tokens after each block, prefix included: mean over the validation images, rounded."""
         steps, shape = steps_of(self.model), shape_of(self.model)
         counts = [count.double().mean().item() for count in self.outputs.counts]
         fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
@@ -64,8 +65,10 @@ class Subject:
         return tuple(round(count) for count in tokens)
 
     def batches(self, batch_size: int) -> list[Tensor]:
-        """A few batches of validation images on the device, for measuring speed and memory: with thresholds these
-        depend on what is in the picture."""
+        """SPEED_BATCHES batches of validation images on the device, to measure speed and memory.
+
+        They are real images, because with thresholds speed depends on what is in the picture.
+        """
         indices = torch.arange(SPEED_BATCHES * batch_size) % len(self.validation)
         return [images for images, _ in self.validation.batches(indices.split(batch_size), self.device)]
 
@@ -80,29 +83,30 @@ def top1(subject: Subject) -> float:
 
 
 def top5(subject: Subject) -> float:
-    """Percent. Raises DataError below six classes, where it would always be 100."""
+    """Percent. Raises DataError with fewer than six classes, where it would always be 100."""
     return _top(subject, 5)
 
 
 def loss(subject: Subject) -> float:
-    """Mean over images, without label smoothing."""
+    """Cross entropy in nats, mean over images, without label smoothing."""
     logits, labels, _ = subject.outputs
     return F.cross_entropy(logits, labels).item()
 
 
 def agreement(subject: Subject) -> float:
-    """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model is below 100 too."""
+    """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model can be below 100 too."""
     same = subject.outputs.logits.argmax(dim=1) == subject.dense_logits().argmax(dim=1)
     return 100 * same.double().mean().item()
 
 
 def mean_gmacs(subject: Subject) -> Measured:
+    """Mean of 10^9 multiply-accumulates over images. spread: half the interquartile range between images."""
     low, high = subject.gmacs.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
     return Measured(subject.gmacs.mean().item(), (high - low) / 2)
 
 
 def gmacs_p95(subject: Subject) -> float:
-    """10^9 multiply-accumulates."""
+    """95th percentile over images of 10^9 multiply-accumulates."""
     return subject.gmacs.quantile(0.95).item()
 
 
@@ -113,7 +117,7 @@ def target_miss(subject: Subject) -> float:
 
 
 def parameters(model: ModelConfig, schedule: Schedule) -> float:
-    """Millions, with what the schedule learns."""
+    """Millions of parameters, with the learned parts of the schedule."""
     return (parameter_count(model) + learned_parameters(schedule, model_shape(model))) / 1e6
 
 
@@ -124,14 +128,14 @@ def latency_ms(subject: Subject) -> Measured:
 
 
 def throughput(subject: Subject) -> Measured:
-    """At `measure.speed_batch_size`, after warm-up, synchronised."""
+    """Images per second at `measure.speed_batch_size`, after warm-up, synchronised."""
     batch_size = subject.settings.speed_batch_size
     timing = subject.time(batch_size)
     return Measured(batch_size / timing.median, (batch_size / timing.low - batch_size / timing.high) / 2)
 
 
 def peak_memory_mb(subject: Subject) -> float:
-    """10^6 bytes of weights, input and activations at `measure.speed_batch_size`; see `speed.peak_memory`."""
+    """10^6 bytes of weights, input and activations, at `measure.speed_batch_size`; see `speed.peak_memory`."""
     images = subject.batches(subject.settings.speed_batch_size)[0]
     return peak_memory(subject.model, images, subject.amp) / 1e6
 

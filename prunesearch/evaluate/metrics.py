@@ -1,4 +1,4 @@
-"""The metrics by name: facts of each, and the place of its function. Imports nothing heavy.
+"""The table of metrics: the facts of each, and where its function is. Imports nothing heavy.
 
 A metric is computed from the schedule alone, or measured on the model. To add one, write its function in `measures.py`
 and an entry at the end of this file. A plug-in decorates its functions with `computed_metric` and `measured_metric`.
@@ -20,7 +20,7 @@ Goal = Literal["maximize", "minimize"]
 
 
 class Measured(NamedTuple):
-    """A value with its spread: half the interquartile range of the repetitions, in the metric's unit."""
+    """A value with its spread: half the interquartile range over repetitions or images, in the metric's unit."""
 
     value: float
     spread: float
@@ -29,12 +29,12 @@ class Measured(NamedTuple):
 __getattr__ = lazily(__name__, {"Subject": "prunesearch.evaluate.measures"})  # plug-ins may import it from here
 Compute = Callable[[ModelConfig, Schedule], "float | None"]
 Measure = Callable[[Any], "float | Measured"]
-"""Gets a `measures.Subject`."""
+"""Called with a `measures.Subject`."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric. `compute` is there when the value needs no weights, no data and no training."""
+    """A registered metric. compute: for values that need no weights, data or training; else None."""
 
     name: str
     unit: str
@@ -45,8 +45,10 @@ class Metric:
 
     @property
     def computed(self) -> bool:
-        """Whether the value is known before any training, so that limits on it cost nothing; with thresholds, where
-        cost depends on the images, `compute` gives None and the value is measured."""
+        """Whether the value is known before any training, so that a limit on it rejects candidates without training.
+
+        With thresholds the cost depends on the images: `compute` then returns None, and the value is measured.
+        """
         return self.compute is not None
 
 
@@ -56,7 +58,7 @@ METRICS: Registry[Metric] = Registry("metric")
 def computed_metric(
     name: str, *, unit: str, goal: Goal, summary: str, measure: Measure | None = None
 ) -> Callable[[Compute], Compute]:
-    """Register a function of model configuration and schedule alone. Where it gives None, `measure` is asked."""
+    """Register a function of model configuration and schedule alone. When it returns None, `measure` is called."""
 
     def register(compute: Compute) -> Compute:
         METRICS.add(name, Metric(name, unit, goal, summary, _computed_or(compute, measure), compute))
@@ -66,7 +68,7 @@ def computed_metric(
 
 
 def measured_metric(name: str, *, unit: str, goal: Goal, summary: str) -> Callable[[Measure], Measure]:
-    """Register a function of a `Subject`. A measurement that repeats returns `Measured`."""
+    """Register a function of a `Subject`. It returns a number, or `Measured` for a value with a spread."""
 
     def register(measure: Measure) -> Measure:
         METRICS.add(name, Metric(name, unit, goal, summary, measure))
@@ -76,13 +78,15 @@ def measured_metric(name: str, *, unit: str, goal: Goal, summary: str) -> Callab
 
 
 def gmacs(model: ModelConfig, schedule: Schedule) -> float | None:
-    """10^9 multiply-accumulates; what papers call FLOPs. With thresholds the mean of each image's own, not the cost of
-    mean counts, which is less as attention is quadratic."""
+    """10^9 multiply-accumulates, which papers call FLOPs. None with thresholds.
+
+    Then the mean over images is measured. The cost of mean counts would be too low, because attention is quadratic.
+    """
     return None if schedule.is_adaptive else estimate_cost(model_shape(model), schedule).gmacs
 
 
 def _computed_or(compute: Compute, measure: Measure | None = None) -> Measure:
-    """What `compute` gives; where that is None, what `measure` gives."""
+    """A measure that returns the value of `compute`, or that of `measure` when it is None."""
 
     def value(subject: Any) -> float | Measured:
         computed = compute(subject.config, subject.schedule)

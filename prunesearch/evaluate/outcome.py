@@ -10,9 +10,9 @@ from prunesearch.evaluate.task import Cause, Evaluation, Task
 
 
 def check_evaluation(evaluation: Evaluation, needed: Iterable[str]) -> Evaluation:
-    """The evaluation, failed when it lacks a finite number for one of the metrics that are needed.
+    """The evaluation, turned into a failed one when a needed metric is missing or not finite.
 
-    needed: of a study, `StudyConfig.deciding_metrics`.
+    needed: for a study, `StudyConfig.deciding_metrics`.
     """
     if evaluation.status == "failed":
         return evaluation
@@ -26,13 +26,12 @@ def check_evaluation(evaluation: Evaluation, needed: Iterable[str]) -> Evaluatio
 
 
 def failed(task: Task, cause: Cause, error: str) -> Evaluation:
-    """The evaluation of a task that brought none."""
+    """A failed evaluation for a task that returned none."""
     return Evaluation(task.uid, "failed", rung=task.rung, attempt=task.attempt, cause=cause, error=error)
 
 
 def same_work(task: Task, expected: Task) -> bool:
-    """Whether two tasks must give the same numbers; where and how fast they run does not
-    matter, nor where the images lie."""
+    """Whether two tasks must give the same numbers. Device, loading and the location of images do not matter."""
 
     def work(task: Task) -> tuple[object, ...]:
         data = replace(task.data, root=None, val_root=None, test_root=None, loaders=0, in_memory=True)
@@ -43,7 +42,7 @@ def same_work(task: Task, expected: Task) -> bool:
 
 
 def hopeless(failures: list[Evaluation]) -> str:
-    """What to say when every candidate of a run failed, at their rung."""
+    """The error message when every candidate of a run failed."""
     last = failures[-1]
     where = f" at rung {last.rung}" if last.rung else ""
     trace = f"\n{last.traceback}" if last.traceback else ""

@@ -1,4 +1,4 @@
-"""Pictures in files: which there are in class folders on disk or in a tar file, and how each of them is read."""
+"""List and read pictures in class folders, on disk or in a tar file."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from prunesearch.errors import DataError
 from prunesearch.evaluate.pixels import check_mode
 
 _HIDDEN = frozenset({"@eadir", "__macosx", "thumbs.db", "desktop.ini"})
-"""What file managers leave behind, besides names that begin with a dot."""
+"""Names of files and folders that file managers leave behind. Names that begin with a dot are hidden too."""
 
 
 class PictureFiles(Dataset[tuple[Image.Image, Any]], ABC):
-    """Pictures in files, read by index as (PIL image, class index); reading raises whatever Pillow raises."""
+    """Pictures in files, read by index as (PIL image, class index). Reading raises the errors of Pillow."""
 
     labels: Sequence[int] | None = None
-    """Class indices, where they are known without opening a file."""
+    """Class indices, if they are known without opening files."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def open(self, index: int) -> tuple[BinaryIO, Any]:
-        """The file of a picture, to be closed by the caller, and its class index."""
+        """The opened file of a picture, which the caller closes, and its class index."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What messages call a picture."""
+        """Name of a picture in messages."""
 
     def stamp(self, index: int) -> str | None:
-        """Changes when the file does; None when that is not known."""
+        """Text that changes when the file changes; None when that is unknown."""
         return None
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
@@ -51,7 +51,7 @@ class PictureFiles(Dataset[tuple[Image.Image, Any]], ABC):
         return image, label
 
     def read_header(self, index: int) -> None:
-        """Raises when the file is not there or does not begin like a picture; decodes nothing."""
+        """Raise an error when the file is missing or does not begin like a picture. Decodes nothing."""
         file, _ = self.open(index)
         with file:
             _opened(file)
@@ -93,7 +93,7 @@ class FolderPictures(PictureFiles):
 
 
 class Member(NamedTuple):
-    """A file in a tar: its path, and where its bytes are. offset: -1 when the tar does not hold them."""
+    """A file in a tar file: its path, and the offset and size of its bytes. offset: -1 when they are not in the tar."""
 
     name: str
     offset: int
@@ -127,7 +127,7 @@ class TarPictures(PictureFiles):
 
 
 class ReaderPictures(PictureFiles):
-    """What one of timm's readers opens by index, such as hfds/..."""
+    """Pictures of one of timm's readers that opens files by index, such as hfds/..."""
 
     def __init__(self, images: Any) -> None:
         self._images = images
@@ -147,8 +147,11 @@ class ReaderPictures(PictureFiles):
 
 
 class Listing(NamedTuple):
-    """What is in a folder or tar file, as paths from its root: pictures, files that Pillow does not read, and folders
-    with nothing in them. members: of a tar file, like `pictures`."""
+    """Content of a folder or tar file, as paths from its root.
+
+    pictures: files that Pillow may read. others: other files. empty: folders with nothing in them. members: for a tar
+    file, the members of `pictures`, in the same order.
+    """
 
     pictures: list[str]
     others: list[str]
@@ -157,7 +160,7 @@ class Listing(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no part of the data: .DS_Store, ._1.png, .ipynb_checkpoints, @eaDir, Thumbs.db."""
+    """Whether a file or folder is not part of the data: .DS_Store, ._1.png, .ipynb_checkpoints, @eaDir, Thumbs.db."""
     return name.startswith(".") or name.lower() in _HIDDEN
 
 
@@ -168,7 +171,7 @@ def is_picture(name: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _extensions() -> frozenset[str]:
-    formats = {  # not those that it only writes (PDF), nor those that it only recognises (HDF5)
+    formats = {  # without formats that Pillow only writes (PDF) or only recognises (HDF5)
         name
         for name, (factory, _) in (Image.init(), Image.OPEN)[1].items()
         if not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
@@ -177,7 +180,7 @@ def _extensions() -> frozenset[str]:
 
 
 def list_pictures(root: str, field: str) -> Listing:
-    """Everything below a folder or in a tar file that is not hidden. `field` names it in errors. Raises DataError."""
+    """List what is in a folder or tar file and not hidden. field: its name in errors. Raises DataError."""
     return _list_tar(root, field) if os.path.isfile(root) else _list_folder(root, field)
 
 
@@ -218,20 +221,20 @@ def _list_folder(root: str, field: str) -> Listing:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
 def _is_file_or_broken(path: str) -> bool:
-    """False for pipes and devices, which must not be opened: reading them may never end."""
+    """False for pipes and devices, which must not be opened, because reading them may never end."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
-        return True  # said when it is read
+        return True  # a broken link; reading it reports the error
 
 
 def _list_tar(path: str, field: str) -> Listing:
-    members: dict[str, Member] = {}  # of two with one name the later one counts, as in unpacking
+    members: dict[str, Member] = {}  # when a name occurs twice, the later member counts, as in unpacking
     others: dict[str, None] = {}
     folders, full = set[str](), set[str]()
     try:
@@ -267,8 +270,10 @@ def _list_tar(path: str, field: str) -> Listing:
 
 
 def _walk_tar(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
-    """Members with their names and the place of their bytes in the outer file; those of a tar in it are in a folder of
-    its name, as in ImageNet's training set."""
+    """Members with their paths and the offsets of their bytes in the outer file.
+
+    The members of a tar file inside it are in a folder of that file's name, as in ImageNet's training set.
+    """
     for info in tar:
         if info.isfile() and info.name.lower().endswith(".tar") and not is_hidden(os.path.basename(info.name)):
             folder = os.path.splitext(info.name)[0]
@@ -281,7 +286,7 @@ def _walk_tar(tar: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, str, int]
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raises ReadError unless a block of zeros follows the last member: tarfile takes any other end for one."""
+    """Raise ReadError unless a block of zeros follows the last member. tarfile itself does not notice a cut file."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

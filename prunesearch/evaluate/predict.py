@@ -1,4 +1,4 @@
-"""Logits of a model on a set of images, and the numerics that training and validation share."""
+"""Logits of a model on a set of images; mixed precision and determinism for training and validation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from prunesearch.models import steps_of, trace
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.dtype | None:
-    """What mixed precision computes in: on CUDA bfloat16, or float16 where the GPU has no bfloat16; else None."""
+    """The dtype of mixed precision: on CUDA bfloat16, or float16 if the GPU has no bfloat16; else None."""
     if not amp or device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def autocast(device: torch.device, amp: bool) -> AbstractContextManager[object]:
-    """Mixed precision where there is any, else nothing."""
+    """A context with mixed precision, if `half_precision` gives a dtype."""
     dtype = half_precision(device, amp)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Have CUDA add in a fixed order, so that the same task gives the same numbers twice. CPUs do so anyway.
+    """Make CUDA add in a fixed order, so that the same task gives the same numbers again. CPUs do so anyway.
 
-    Operators that cannot warn. Speed is measured outside of this, as deterministic kernels may be slower.
+    Operators that have no deterministic kernel warn. Speed is measured outside of this context, because deterministic
+    kernels may be slower.
     """
     if device.type != "cuda":
         yield
@@ -47,8 +48,10 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 class Predictions(NamedTuple):
-    """Of N images, on the CPU: logits (N, classes) in float32, labels (N), and the patch tokens of each image after
-    each step whose counts differ between images, (N) each."""
+    """Output for N images, on the CPU: logits (N, classes) in float32, and labels (N).
+
+    counts: patch tokens of each image, (N) each, after each step whose counts differ between images.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -65,10 +68,9 @@ def predict(
     flip: bool = False,
     indices: Tensor | None = None,
 ) -> Predictions:
-    """Run a model on a set of images, or on those with these `indices`, in their order.
+    """Run a model, in evaluation mode, on all images of a set, or on those with `indices`, in this order.
 
-    Sets the model to evaluation mode. `flip` mirrors the images left to right. Training images that cannot be read and
-    are not in memory are left out.
+    flip: mirror the images left to right. Training images that are decoded each time and cannot be read are left out.
     """
     model.eval()
     indices = torch.arange(len(images)) if indices is None else indices

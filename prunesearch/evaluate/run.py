@@ -1,4 +1,4 @@
-"""`evaluate(Task) -> Evaluation`: build, apply the schedule, fine-tune within the budget, measure."""
+"""`evaluate(Task) -> Evaluation`: build the model, apply the schedule, fine-tune within the budget, measure."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ logger = logging.getLogger(__name__)
 
 
 class MetricNotFinite(Exception):
-    """A metric came out as NaN or infinite."""
+    """A metric is NaN or infinite."""
 
 
 @dataclass
 class _Findings:
-    """What is known so far; a failure reports it too."""
+    """What is known of an evaluation so far. A failed Evaluation reports it too."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
@@ -81,10 +81,10 @@ class _Findings:
 
 
 def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
-    """Run one task. Whatever goes wrong comes back as a failed Evaluation; only interrupts are raised, and UserErrors
-    when a person waits for the answer (`raise_user_errors`).
+    """Run one task. Errors are not raised: they are returned as a failed Evaluation.
 
-    The process keeps weights, decoded images and the dense model's logits for the next task.
+    raise_user_errors: raise UserErrors, for callers that show them to the user. The process keeps weights, decoded
+    images and the dense model's logits for the next task.
     """
     found = _Findings()
     cause: Cause | None = None
@@ -123,7 +123,7 @@ def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
 
 
 def _data_notes(found: _Findings) -> tuple[str, ...]:
-    """What was left out when the images were opened, and of those decoded each time, what this task met."""
+    """Messages about images that were left out: when they were opened, and while this task decoded them."""
     if found.train is None or not found.train.unreadable:
         return found.notes
     bad = list(found.train.unreadable.values())
@@ -147,7 +147,7 @@ def _run(task: Task, found: _Findings) -> None:
         model = build_model(task.model, device, task.start)
         train, held_out = open_data(task.data, model, task.split)
         found.train, found.notes = train, tuple(dict.fromkeys(train.notes + held_out.notes))
-        train.unreadable.clear()  # of earlier tasks
+        train.unreadable.clear()  # those of earlier tasks
         if train.in_memory:
             found.data = (("data", f"{train.fingerprint} {held_out.fingerprint}"),)
         apply_schedule(model, task.schedule, weights=task.weights, seed=task.seed, untrained=True)
@@ -214,16 +214,19 @@ def dense_logits(
     batch_size: int,
     flip: bool = False,
 ) -> Tensor:
-    """Logits of the dense model, as it comes, for all images of a split: computed once, then kept on the CPU."""
+    """Logits of the original dense model for all images of a split, computed once and kept on the CPU."""
     dense = build_model(model, device)
     images = open_data(data, dense)[0] if split == "train" else open_data(data, dense, split)[1]
     return predict(dense, images, batch_size, device, amp, flip).logits
 
 
 def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bool) -> Teacher | None:
-    """Images in memory: logits of the whole set, once per worker (and once mirrored, when training mirrors).
-    Streamed images, or when final tokens count too: a forward pass of the dense model for each batch, as a set may be
-    far larger than a budget, and tokens than logits."""
+    """The dense model as a teacher for distillation; None without distillation.
+
+    With images in memory, the logits of the whole set are computed once per worker (and once mirrored, when training
+    mirrors). With images that are decoded each time, or when the loss needs final tokens (`gives_tokens`), the dense
+    model runs on each batch: the set may be far larger than the budget, and tokens far larger than logits.
+    """
     amp, batch_size = task.finetune.amp, task.measure.batch_size
     if not task.finetune.distill:
         return None

@@ -1,4 +1,4 @@
-"""Schedules of a space that shared weights are trained with: any, and the cheapest."""
+"""Draw random schedules of a space, and search for its cheapest one."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from prunesearch.space.choices import (
 
 MOST_DRAWS = 10_000
 LOCAL_STARTS = 32
-"""Random schedules, from the cheapest of which the search for the cheapest of all begins."""
+"""Number of random schedules of which the cheapest starts the local search for the cheapest of all."""
 
 
 class TooLarge(Exception):
-    """A space takes longer to be searched than there is time."""
+    """The local search would take more changes than allowed."""
 
 
 def draw_schedule(
     space: SpaceConfig, limits: Limits, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
 ) -> Schedule:
-    """A schedule of the space whose parameters are each uniformly random, among those within the limits that
-    arithmetic knows; with more stages than `max_stages` allows, a random part of them.
+    """Draw a random schedule of the space that is within the limits on computed metrics.
 
-    Raises StudyError when none is found in so many draws.
+    Each parameter is uniform. When there are more stages than `max_stages`, a random part of them is kept.
+    Raises StudyError when `draws` draws give none.
     """
     shape, choices = model_shape(model), dimensions(space)
     unbounded = replace(space, max_stages=None)
@@ -54,7 +54,7 @@ def draw_schedule(
             if schedule is not None and is_within(limits, model, schedule):
                 return schedule
         except ScheduleError:
-            pass  # these choices do not go together
+            pass  # these values do not fit together
     raise StudyError(
         f"space: none of {draws} random schedules is within the limits, so shared weights cannot be trained. "
         f"Possible: a space of which a good part is within them. Loosen limits, or narrow the space to what is."
@@ -63,10 +63,9 @@ def draw_schedule(
 
 @lru_cache(maxsize=2)
 def cheapest_schedule(space: SpaceConfig, limits: Limits, model: ModelConfig) -> Schedule:
-    """The schedule of fewest MACs that a local search finds: from a random one, changing one parameter at a time (also
-    two at once where `max_stages` makes a stage give way to another) as long as that makes it cheaper. Always the same.
+    """The schedule with the fewest MACs that `improved` finds from random ones. Always the same for the same arguments.
 
-    Raises StudyError when the space has none within the limits.
+    Raises StudyError when no random schedule is within the limits.
     """
     shape = model_shape(model)
 
@@ -86,10 +85,10 @@ def improved(
     enough: float = -math.inf,
     most: float = math.inf,
 ) -> Schedule:
-    """The best of the starts, made better by a local search: one parameter at a time (two at once where `max_stages`
-    makes a stage give way to another) is changed, as long as that lowers the cost and it is above `enough`.
+    """Improve the best of the starts by local search, until no change lowers the cost or it is at most `enough`.
 
-    cost: may raise ScheduleError for a schedule that fits no such model. Raises TooLarge when more than `most` changes
+    A change sets one parameter. With `max_stages` it can also set two at once, to exchange one stage for another.
+    cost: may raise ScheduleError for schedules that do not fit the model. Raises TooLarge when more than `most` changes
     would have to be tried.
     """
     values, best = dimensions(space), min(starts, key=cost)
@@ -113,8 +112,7 @@ def improved(
 
 
 def _thinned(schedule: Schedule, space: SpaceConfig, generator: random.Random) -> Schedule | None:
-    """The schedule, with a random part of its stages when it has too many; None when the space cannot leave them
-    out."""
+    """The schedule with a random part of its stages, when it has too many. None when the result is not in the space."""
     most = space.max_stages
     if most is None or len(schedule.stages) <= most:
         return schedule

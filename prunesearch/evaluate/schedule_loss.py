@@ -1,6 +1,6 @@
-"""What a schedule adds to the training loss: holding learned decisions to their budget, kept tokens to the dense ones.
+"""Loss terms of a schedule that learns decisions: they hold counts to their budget, and tokens to the dense model's.
 
-Letters in tensor names as in `tokens/registry.py`.
+Letters in tensor names as in `tokens/inputs.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from prunesearch.tokens import REDUCERS
 
 
 def learns_decisions(model: nn.Module) -> bool:
-    """Whether the model's schedule decides by learned scores or thresholds, so that training runs masked."""
+    """Whether the model's schedule has learned scores or thresholds, so that tokens stay in their slots in training."""
     return any(step.decisions_learn for step in steps_of(model))
 
 
 def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
-    """Whether the loss compares final tokens with the dense model's: with a predictor, unless tokens were pooled."""
+    """Whether the loss compares final tokens with the dense model's: with a predictor, and if no stage pools."""
     steps = steps_of(model)
     predicts = any(step.stage.learns_to_score for step in steps)
     pools = any(REDUCERS[step.stage.reduce].pools for step in steps)
@@ -33,7 +33,7 @@ def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
 
 
 class ScheduleLoss:
-    """The terms of one model; called with each batch's trace. Zero for schedules that learn no decisions."""
+    """The loss terms of one model, called with each batch's trace."""
 
     def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
         self._config, self._shape, self._steps = config, shape_of(model), steps_of(model)
@@ -42,7 +42,7 @@ class ScheduleLoss:
         self._dense_macs = estimate_cost(self._shape).macs
 
     def __call__(self, trace: Trace, dense_patches_BnC: Tensor | None) -> Tensor:
-        """The weighted sum. `dense_patches_BnC`: final normalised patch tokens of the dense model, if they count."""
+        """Weighted sum of the terms. dense_patches_BnC: final normalised patch tokens of the dense model, or None."""
         config = self._config
         loss = config.ratio_weight * ratio_loss(trace, self._steps, self._shape)
         if self._target is not None:
@@ -58,7 +58,10 @@ class ScheduleLoss:
 
 
 def ratio_loss(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
-    """DynamicViT, eq. 10: squared distance of each image's kept fraction to its stage's, mean over both."""
+    """DynamicViT, eq. 10: squared difference between each image's kept fraction and its stage's.
+
+    Mean over images and over stages with learned scores. Fractions are of the model's patch tokens.
+    """
     first = len(steps) - len(trace.counts)
     losses = []
     for step, count_B in zip(steps[first:], trace.counts, strict=True):
@@ -69,12 +72,12 @@ def ratio_loss(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) ->
 
 
 def token_loss(trace: Trace, dense_patches_BnC: Tensor, kind: Literal["squared", "kl"] = "squared") -> Tensor:
-    """Distance of the tokens kept to the end to the dense model's, mean over them.
+    """Distance between the final tokens that were kept and the same tokens of the dense model, mean over tokens.
 
     squared: mean over the channels (DynamicViT, eq. 12). kl: KL(dense || pruned) of the softmax over the channels, as
     in the released code of TPS.
     """
-    tokens = dense_patches_BnC.shape[1]  # a fused token, in a slot behind, has no counterpart
+    tokens = dense_patches_BnC.shape[1]  # a fused token is in a later slot and has no counterpart
     pruned_BnC, dense_BnC = trace.patches_BnC[:, :tokens].float(), dense_patches_BnC.float()
     if kind == "kl":
         logs = pruned_BnC.log_softmax(dim=-1), dense_BnC.log_softmax(dim=-1)
@@ -88,12 +91,12 @@ def token_loss(trace: Trace, dense_patches_BnC: Tensor, kind: Literal["squared",
 
 
 def macs_of_images(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
-    """MACs of each image, (B,), by its own counts; with gradients to the decisions while training."""
+    """MACs of each image, (B,), by its own counts. In training they carry gradients to the decisions."""
     return macs_by_counts(trace.counts, steps, shape, trace.logits.shape[0])
 
 
 def macs_by_counts(counts: Sequence[Tensor], steps: Sequence[PlannedStep], shape: ModelShape, images: int) -> Tensor:
-    """The same from counts as in a `Trace`."""
+    """MACs of each image, (images,), from counts as in a `Trace`."""
     fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
     after = [*fixed, *(count_B.double() for count_B in counts)]
     macs, _, _ = macs_of_counts(shape, [step.step for step in steps], after)

@@ -1,4 +1,4 @@
-"""What is wrong with the model and data sections of a study in themselves; nothing is built, opened or downloaded."""
+"""Find mistakes in the model and data sections of a study without building, opening or downloading anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prunesearch.evaluate.shape_cache import knows
 from prunesearch.registry import did_you_mean
 
 SOURCES = ("hf-hub", "local-dir")
-"""Of model names that timm does not know by itself."""
+"""Prefixes of model names whose architecture is not part of timm ("hf-hub:...")."""
 
 
 class Bounds(NamedTuple):
-    """The numbers that an option takes, both ends included."""
+    """The numbers that an option may have, both ends included."""
 
     kind: type[int] | type[float]
     low: float
@@ -81,18 +81,19 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
         _YES_OR_NO,
     ),
 }
-"""Keywords of the constructors of timm's VisionTransformer, VisionTransformerDistilled, SwinTransformer and ConvNeXt
-that change an architecture and are one number or word. Not every model takes every one, which timm says. Others are
-refused: some of create_model's read files, among them pickles, which may hold code."""
+"""Allowed `model.options`: keywords of the constructors of timm's VisionTransformer, VisionTransformerDistilled,
+SwinTransformer and ConvNeXt that change the architecture and are one number or word. Not every model takes every one;
+timm then raises an error. All others are refused, because some keywords of create_model read files, even pickles, which
+may hold code."""
 
 
 def is_remote(config: ModelConfig) -> bool:
-    """Whether timm has to look a model's architecture up: in the Hugging Face hub, or in a folder of its own."""
+    """Whether the architecture is described outside of timm: in the Hugging Face hub, or in a local folder."""
     return ":" in config.name
 
 
 def model_problems(config: ModelConfig) -> list[str]:
-    """What is wrong with a model section in itself; nothing is built, opened or downloaded."""
+    """Mistakes in a model section. Nothing is built, opened or downloaded."""
     problems = []
     source = config.name.partition(":")[0]
     if is_remote(config) and source not in SOURCES:
@@ -132,8 +133,11 @@ def _pickle_problems(name: str) -> list[str]:
 
 
 def _name_problems(name: str) -> list[str]:
-    """What is wrong with a name that timm should know. timm is asked only when the name is not in the cache, or when it
-    is imported already: then plug-ins may have given it names."""
+    """Mistakes in a model name of timm.
+
+    timm is imported only when the caches do not know the name. When it is already imported it is always asked, because
+    plug-ins may have added names to it.
+    """
     if sys.modules.get("timm") is None and knows(name):
         return []
     import timm
@@ -151,7 +155,7 @@ def _name_problems(name: str) -> list[str]:
 
 
 def _option(name: str, value: Scalar) -> Iterator[str]:
-    """What is wrong with one keyword of timm.create_model."""
+    """Mistakes in one keyword of timm.create_model."""
     if name not in OPTIONS:
         yield (
             f"unknown, or not a matter of the architecture. Possible: {', '.join(OPTIONS)}."
@@ -173,7 +177,7 @@ def _option(name: str, value: Scalar) -> Iterator[str]:
 
 
 def check_checkpoint(path: str) -> None:
-    """Raises ModelError when there is no such file."""
+    """Raise ModelError when the file of a checkpoint is missing."""
     if not Path(path).is_file():
         raise ModelError(
             f"model.checkpoint {path!r}: there is no such file. Possible: .safetensors, or .pth of tensors. "
@@ -182,7 +186,7 @@ def check_checkpoint(path: str) -> None:
 
 
 def channel_problems(config: DataConfig, channels: int) -> list[str]:
-    """What does not go with a model of so many input channels."""
+    """Mistakes in a data section for a model with this many input channels."""
     if channels not in (1, 3):
         return [
             f"data: the pictures have 1 or 3 channels, the model wants {channels}. Possible: in_chans 1 (grey) or 3 "

@@ -1,6 +1,6 @@
-"""How much each stage of a space, alone in the dense model, changes what the model says: which stages, and the table.
+"""Sensitivities, the effects of single stages in the dense model: which stages a space has, and the table of effects.
 
-`measure_sensitivity.py` measures it.
+`measure_sensitivity.py` measures them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from prunesearch.tokens import REDUCERS, SCORERS
 
 IMAGES = 256
 IMAGES_FOR_A_START = 64
-"""Images for a table that only says where a search begins: a quarter of the time, and the starts are as good."""
+"""Number of images when sensitivities only predict start schedules. It takes a quarter of the time, and the starts are
+as good."""
 CONTINUOUS = 8
-"""Keep ratios that stand for a continuous range."""
+"""Number of keep ratios that are measured for a continuous range."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one stage alone does. divergence: mean KL(dense || pruned) of the class probabilities, in nats.
-    agreement: percent of the images that keep the dense model's class."""
+    """The effect of one stage alone.
+
+    divergence: mean KL(dense || pruned) of the class probabilities, in nats. agreement: percent of the images that get
+    the dense model's class.
+    """
 
     stage: Stage
     divergence: float
@@ -43,8 +47,9 @@ class Effect:
 class Sensitivities:
     """The effects of all stages of a space, each alone, on one model and its training images.
 
-    confidence: mean of the dense model's largest probability; near 1 most images say little in the divergence. seconds:
-    of the measurement. left_out: scores, verbs and "thresholds" of the space that say nothing without training.
+    images: how many were measured. confidence: mean of the dense model's largest probability. Near 1 the model is
+    saturated: divergences are tiny for most images and a weak signal. seconds: duration of the measurement.
+    left_out: scores, verbs and "thresholds" of the space that cannot be measured without training.
     """
 
     version: Literal[1]
@@ -58,7 +63,7 @@ class Sensitivities:
     left_out: tuple[str, ...] = ()
 
     def fits(self, config: StudyConfig) -> bool:
-        """Whether it was measured on the model and data of a study, and holds every stage of its space."""
+        """Whether it was measured on the model and training data of a study, and has every stage of its space."""
         wanted, _ = stages_of(config.space, model_shape(config.model))
         known = {effect.stage for effect in self.effects}
         same = self.model == config.model and _training(self.data) == _training(config.data)
@@ -66,10 +71,10 @@ class Sensitivities:
 
 
 def stages_of(space: SpaceConfig, shape: ModelShape) -> tuple[list[Stage], tuple[str, ...]]:
-    """Every stage of a space that can stand alone and means something without training, by block; and the names of the
-    scores and verbs that were left out because they learn, with "thresholds" when there are any.
+    """Every stage of a space that is possible alone and can be measured without training, in the order of the blocks.
 
-    Of a continuous range there are CONTINUOUS ratios.
+    Also returns the names of scores and verbs that are left out because they learn, and "thresholds" when the space has
+    any. A continuous range is replaced by CONTINUOUS ratios.
     """
     stages: list[Stage] = []
     left_out: set[str] = set()
@@ -90,7 +95,7 @@ def stages_of(space: SpaceConfig, shape: ModelShape) -> tuple[list[Stage], tuple
 
 
 def most_stages(space: SpaceConfig) -> int:
-    """How many stages `stages_of` looks at, without looking."""
+    """Upper bound on the number of stages that `stages_of` looks at, computed without listing them."""
     return sum(
         len(block.reduce) * len(block.at) * len(block.score) * len(_keeps(block))
         for block in blocks_of(space)
@@ -99,7 +104,7 @@ def most_stages(space: SpaceConfig) -> int:
 
 
 def nothing_to_measure(left_out: Collection[str]) -> str:
-    """What to say of a space without any stage that could be measured."""
+    """The error message for a space in which no stage can be measured."""
     what = f"{', '.join(left_out)} mean nothing without training" if left_out else "no stage can stand alone in it"
     return (
         f"sensitivity: {what}, so that this space has nothing to measure. Possible: keep ratios below 1 with scores "
@@ -149,6 +154,6 @@ def _is_possible(stage: Stage, shape: ModelShape) -> bool:
 
 
 def _training(data: DataConfig) -> DataConfig:
-    """The part of a data section that says which images are trained on, and how they are read."""
+    """The data section with only the fields that decide which training images are read, and how."""
     other = {"val_root": None, "val_split": "", "test_root": None, "test_split": None, "val_images": None}
     return replace(data, **other, train_images=None, in_memory=True, loaders=0)  # type: ignore[arg-type]

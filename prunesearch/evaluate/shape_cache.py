@@ -1,9 +1,10 @@
-"""Shapes of models that were computed before, so that arithmetic needs no timm.
+"""Cached shapes of models, so that token counts and MACs can be computed without importing timm.
 
-Two files hold them. `timm_shapes.json` comes with this package (made by scripts/record_shapes.py) and has every name
-of one version of timm that a schedule can be applied to. The other is in the user's cache folder, and has what was
-computed here: names with options, image sizes or numbers of classes, and names of other versions of timm. Both are used
-for the installed version of timm only. A file that is missing or damaged counts as empty.
+There are two files. `timm_shapes.json` comes with this package (made by scripts/record_shapes.py). For one version of
+timm it has every name to which a schedule can be applied. The other file is in the user's cache folder. It has the
+shapes that were computed on this machine: names with options, image sizes or numbers of classes, and names of other
+versions of timm. A file is used only when it was made with the installed version of timm. A missing or damaged file
+counts as empty.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from prunesearch.strict import from_mapping, to_mapping
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = Path(__file__).with_name("timm_shapes.json")
 COMPUTED_BY = ("shape.py", "evaluate/build.py", "models/*.py")
-"""Files of this package that say what the shape of a model is. What older ones computed is not used."""
+"""Files of this package that compute shapes. The user's file is not used when one of them has changed since."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What arithmetic needs to know of a model. channels: of the images that it takes."""
+    """The shape of a model, and the number of channels of its images."""
 
     shape: ModelShape
     channels: int
 
 
 def find(config: ModelConfig) -> Facts | None:
-    """What a cache holds of a model, or None. Weights do not matter."""
+    """The cached facts of a model, or None. They do not depend on its weights."""
     if ":" in config.name:
         return None
     if config.options or config.image_size is not None or config.num_classes is not None:
@@ -48,9 +49,9 @@ def find(config: ModelConfig) -> Facts | None:
 
 
 def keep(facts: Mapping[ModelConfig, Facts], *, all_models: bool = False) -> None:
-    """Put what was computed into the user's file. Where that cannot be written, nothing happens.
+    """Write computed facts to the user's file. When it cannot be written, nothing happens.
 
-    all_models: these are all names of timm that a schedule can be applied to, in timm's order.
+    all_models: `facts` has all names of timm to which a schedule can be applied, in timm's order.
     """
     path = user_file()
     if path is None:
@@ -67,15 +68,17 @@ def keep(facts: Mapping[ModelConfig, Facts], *, all_models: bool = False) -> Non
 
 
 def knows(name: str) -> bool:
-    """Whether timm has a model of this name, as far as the caches tell. A tag of weights after a dot may be any, as in
+    """Whether a cache has a model of this architecture. The tag of weights after a dot is ignored, as in
     `timm.is_model`."""
     architecture = name.partition(".")[0]
     return architecture in shipped() or any(_name(key).partition(".")[0] == architecture for key in _user()["shapes"])
 
 
 def all_models() -> Iterator[tuple[str, Facts]]:
-    """All names of timm that a schedule can be applied to, without tags of weights, in timm's order; nothing when no
-    cache has them for this version."""
+    """All names of timm to which a schedule can be applied, without tags of weights, in timm's order.
+
+    Empty when no cache has them for the installed version.
+    """
     names = [name for name in shipped() if "." not in name] or _user()["models"]
     for name in names:
         facts = find(ModelConfig(name))
@@ -84,7 +87,7 @@ def all_models() -> Iterator[tuple[str, Facts]]:
 
 
 def ship(facts: Mapping[str, Facts]) -> None:
-    """Write the file that comes with this package."""
+    """Write `timm_shapes.json`. Models of the same shape share one row of it."""
     texts = {name: json.dumps(_mapping(one)) for name, one in facts.items()}
     shapes = sorted(set(texts.values()))
     models = ",\n".join(f"{json.dumps(name)}: {shapes.index(text)}" for name, text in texts.items())
@@ -95,8 +98,8 @@ def ship(facts: Mapping[str, Facts]) -> None:
 
 @cache
 def timm_version() -> str:
-    """Of the installed timm, which is not imported; empty when there is none."""
-    from importlib.metadata import PackageNotFoundError, version  # which takes as long as all of this package
+    """The version of the installed timm, which is not imported; "" when there is none."""
+    from importlib.metadata import PackageNotFoundError, version  # importing this is as slow as this whole package
 
     try:
         return version("timm")
@@ -105,7 +108,7 @@ def timm_version() -> str:
 
 
 def user_file() -> Path | None:
-    """Where the shapes of this user are kept; None for a user without a home."""
+    """Path of the user's file; None for a user without a home folder."""
     folder = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(folder):
         folder = os.path.expanduser("~/.cache")
@@ -114,7 +117,7 @@ def user_file() -> Path | None:
 
 @cache
 def shipped() -> Mapping[str, Any]:
-    """The shipped file by name; empty for other versions of timm."""
+    """Content of `timm_shapes.json` by model name; empty for other versions of timm."""
     content = _content(SHIPPED)
     if content.get("timm") != timm_version():
         return {}
@@ -123,7 +126,10 @@ def shipped() -> Mapping[str, Any]:
 
 @cache
 def _user() -> Mapping[str, Any]:
-    """The user's file: "shapes" by key, and "models", names. Empty for other versions, and when it is damaged."""
+    """Content of the user's file: "shapes" by key, and "models", a list of names.
+
+    Both are empty when it was written with other versions, or is damaged.
+    """
     path = user_file()
     content = {} if path is None else _content(path)
     return content if _is_ours(content) else {"shapes": {}, "models": []}

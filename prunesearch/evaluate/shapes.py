@@ -1,4 +1,4 @@
-"""What arithmetic needs to know of a model by its name: from the caches, or from timm where they do not have it."""
+"""The `ModelShape` of a model by its name: from the caches, or from timm when they do not have it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from prunesearch.shape import ModelShape
 
 
 def model_shape(config: ModelConfig) -> ModelShape:
-    """The shape of the model, without weights. Raises ModelError also for models prunesearch cannot change."""
+    """The shape of a model, without its weights. Raises ModelError, also for models that take no schedule."""
     return _facts(config).shape
 
 
 def input_channels(config: ModelConfig) -> int:
-    """How many channels its images have. Raises ModelError as `model_shape`."""
+    """The number of channels of a model's images. Raises ModelError as `model_shape`."""
     return _facts(config).channels
 
 
 def prunable_models(pattern: str, say: Callable[[str], None]) -> dict[str, ModelShape]:
-    """Names of timm that a schedule can be applied to, by shell pattern, with their shapes; without tags of weights.
+    """Names of timm that match a shell pattern and to which a schedule can be applied, with their shapes.
 
-    Takes a minute once for a version of timm that this package has no shapes of, which `say` announces.
+    The names have no tags of weights. For a version of timm that is in no cache this takes a minute once; `say` is then
+    called with a message.
     """
     known = dict(shape_cache.all_models())
     if not known:
@@ -43,7 +44,7 @@ def prunable_models(pattern: str, say: Callable[[str], None]) -> dict[str, Model
 
 @lru_cache(maxsize=16)
 def _facts(config: ModelConfig) -> Facts:
-    asks_timm = sys.modules.get("timm") is not None  # then it costs little, and plug-ins may have given it models
+    asks_timm = sys.modules.get("timm") is not None  # if imported, asking is fast, and plug-ins may have added models
     if not asks_timm:
         problems = model_problems(config)
         if problems:

@@ -1,5 +1,4 @@
-"""How long a forward pass takes, and how much memory it needs: in evaluation mode, under inference_mode, with AMP
-where the evaluation uses it."""
+"""Measure the time and memory of a forward pass in evaluation mode, under inference_mode, with AMP if asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from prunesearch.evaluate.predict import autocast
 
 FEWEST_REPETITIONS = 5
 WARM_UP_SHARE = 0.2
-"""Of the measuring time; at least two passes."""
+"""Duration of the warm-up as a share of the measuring time. It has at least two passes."""
 
 
 class Timing(NamedTuple):
@@ -35,9 +34,10 @@ class Timing(NamedTuple):
 
 @torch.inference_mode()
 def time_batches(model: nn.Module, batches: Sequence[Tensor], seconds: float, amp: bool) -> Timing:
-    """Repeat one forward pass for `seconds` (five times at least) after a warm-up, waiting for the device each time.
+    """Time forward passes for `seconds` (at least FEWEST_REPETITIONS) after a warm-up. The batches are used in turn.
 
-    The batches take turns."""
+    Before and after each pass the device is synchronised.
+    """
     model.eval()
     _repeat(model, batches, seconds * WARM_UP_SHARE, 2, amp)
     times = torch.tensor(_repeat(model, batches, seconds, FEWEST_REPETITIONS, amp), dtype=torch.float64)
@@ -61,17 +61,17 @@ def _repeat(model: nn.Module, batches: Sequence[Tensor], seconds: float, at_leas
 
 @torch.inference_mode()
 def peak_memory(model: nn.Module, images: Tensor, amp: bool) -> int:
-    """Bytes of the weights, the input batch (B, C, H, W), and the most that one forward pass holds on top of them.
+    """Bytes of the weights, the input batch (B, C, H, W), and the most that one forward pass allocates besides them.
 
-    CUDA: the allocator's peak, less what else was allocated before. Elsewhere: the largest sum of tensors that
-    operators returned and that were still alive; scratch space inside an operator is not seen.
+    On CUDA it is the allocator's peak minus what was allocated before the pass. On other devices it is the largest sum
+    of living tensors that operators returned; scratch memory inside an operator is not seen.
     """
     model.eval()
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     device = images.device
     if device.type == "cuda":
         with autocast(device, amp):
-            model(images)  # the libraries take their workspaces at the first call
+            model(images)  # libraries allocate their workspaces at the first call
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -85,8 +85,10 @@ def peak_memory(model: nn.Module, images: Tensor, amp: bool) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Follows the storages that operators return until nothing refers to them any more. Views of `known` tensors
-    are not counted."""
+    """Sums the storages that operators return for as long as they live. peak: the largest sum, in bytes.
+
+    Views of `known` tensors are not counted.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()

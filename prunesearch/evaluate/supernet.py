@@ -1,13 +1,12 @@
-"""Weights that all schedules of a space share, trained once: the sandwich rule (Yu & Huang 2019, universally slimmable
-networks, arXiv:1903.05134) with token schedules in the place of widths.
+"""Train shared weights once for all schedules of a space, by the sandwich rule with schedules instead of widths.
 
-Each step takes one batch through the dense model, the cheapest schedule and a few random ones, and adds up their
-gradients. Dense and cheapest are in every step because they bound what is in between.
+The sandwich rule is that of universally slimmable networks (Yu & Huang 2019, arXiv:1903.05134). Each step runs one
+batch through the dense model, the cheapest schedule and a few random ones, and adds up their gradients. The dense model
+and the cheapest schedule are in every step, because all other schedules lie between them.
 
-All of them have the loss of an ordinary fine-tune, with the *original* dense model's logits as its soft target, where
-universally slimmable networks take those that the widest network gives in the same step. They train from scratch and
-have no better ones; here the original is a finished teacher, does not move while the weights do, and is what
-`agreement` and the winners' own fine-tunes compare with.
+The loss is that of an ordinary fine-tune. Its soft targets are the logits of the *original* dense model. Universally
+slimmable networks use the widest network in the same step, because they train from scratch and have no better teacher.
+Here the original model is already trained and does not change. `agreement` and later fine-tunes compare with it too.
 """
 
 from __future__ import annotations
@@ -48,11 +47,10 @@ def train_supernet(
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Train `model` in place from where `progress` is to `task.budget`, with a learning rate on its way to
-    `work.images`.
+    """Train `model` in place until `progress` has reached `task.budget`. The learning rate ends at `work.images`.
 
-    What a step does depends on the seed and on how many images came before, so that trainings in the same parts give
-    the same weights wherever they were interrupted. Raises LossNotFinite, or StudyError for a space without candidates.
+    A step depends only on the seed and on the number of images before it. So an interrupted training, continued in the
+    same parts, gives the same weights. Raises LossNotFinite, or StudyError for a space without candidates.
     """
     if is_spent(task.budget, progress):
         return
@@ -72,16 +70,16 @@ def train_supernet(
 
 
 def schedules_of_step(task: Task, work: SupernetWork, images: int) -> list[Schedule]:
-    """What the step that begins after so many images trains: the dense model, the cheapest schedule, random ones."""
+    """The schedules of the step that begins after `images` images: dense, the cheapest, and random ones."""
     generator = random.Random(f"{task.seed}/{images}")
     drawn = [draw_schedule(work.space, work.limits, task.model, generator) for _ in range(work.schedules)]
     return [Schedule(), cheapest_schedule(work.space, work.limits, task.model), *drawn]
 
 
 def made_with(task: Task) -> str:
-    """16 hexadecimal digits of everything that decides what the shared weights become. Where images lie does not.
+    """Hash (16 hexadecimal digits) of all settings that change the shared weights. The location of images does not.
 
-    Fields at their default are left out, so that a field that a later version adds does not change it.
+    Fields at their default are left out, so that fields that a later version adds do not change the hash.
     """
     assert task.supernet is not None
     data = replace(task.data, root=None, val_root=None, test_root=None, test_split=None, loaders=0, in_memory=True)
@@ -97,7 +95,7 @@ def made_with(task: Task) -> str:
 
 
 def is_trained(task: Task) -> bool:
-    """Whether the shared weights of this task are there and finished; those of other settings are not."""
+    """Whether finished shared weights of this task exist. Weights that were made with other settings do not count."""
     path = Path(f"{task.save_to}.safetensors")
     if not path.is_file():
         return False
@@ -112,7 +110,10 @@ def is_trained(task: Task) -> bool:
 
 
 def load_supernet(task: Task, work: SupernetWork, model: nn.Module) -> Progress:
-    """How far this training came in an earlier task, whose weights are put into `model`."""
+    """Load the weights of an earlier task of this training into `model`, and return its progress.
+
+    When the training is finished, no weights are loaded.
+    """
     if is_trained(task):
         return Progress(images=work.images)
     path = Path(f"{task.save_to}.state")
@@ -127,8 +128,10 @@ def load_supernet(task: Task, work: SupernetWork, model: nn.Module) -> Progress:
 
 
 def save_supernet(task: Task, work: SupernetWork, model: nn.Module, progress: Progress) -> None:
-    """Write `<save_to>.safetensors` when the training is over, else `<save_to>.state`: one file, so that weights and
-    progress cannot come apart."""
+    """Write `<save_to>.safetensors` when the training is finished, otherwise `<save_to>.state`.
+
+    The state is one file, so that weights and progress always belong together.
+    """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     state = Path(f"{task.save_to}.state")
     if progress.images < work.images:

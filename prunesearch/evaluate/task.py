@@ -1,6 +1,7 @@
-"""The two values that cross the wire: a `Task` goes to a worker, an `Evaluation` comes back.
+"""`Task`, which goes to a worker, and `Evaluation`, which comes back.
 
-Both hold names and numbers only, pickle, and round-trip through JSON (`files.to_mapping`, `files.from_mapping`).
+Both hold names and numbers only. They can be pickled, and converted to JSON and back (`strict.to_mapping`,
+`strict.from_mapping`).
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from prunesearch.schedule import Schedule
 Split = Literal["train", "validation", "test"]
 Status = Literal["complete", "failed"]
 Cause = Literal["error", "oom", "nan", "timeout", "crash", "invalid", "disk"]
-"""error: an exception; oom: out of memory; nan: the loss was not finite; timeout: hung;
-crash: the worker or its node died; invalid: the schedule does not fit the model; disk: no space for weights, which is
-no fault of the candidate and is not held against it."""
+"""error: an exception; oom: out of memory; nan: the loss or a metric was not finite; timeout: hung;
+crash: the worker or its node died; invalid: the schedule does not fit the model; disk: no space to write weights, which
+is not the candidate's fault and does not count against it."""
 
 
 @dataclass(frozen=True)
 class SupernetWork:
-    """What training shared weights needs beside a model, images and `Task.finetune`.
+    """What training shared weights needs besides a model, images and `Task.finetune`.
 
-    space, limits: which schedules are drawn, and which of them arithmetic turns down. schedules: so many random ones in
-    each step. images: training images in all; `Task.budget` says how far this task takes it.
+    space, limits: schedules are drawn from this space, within the limits on computed metrics. schedules: number of
+    random ones in each step. images: training images in total; `Task.budget` says how far this task trains.
     """
 
     space: SpaceConfig
@@ -44,23 +45,23 @@ class SupernetWork:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything one evaluation needs, by name. Equal tasks give equal numbers on the same machine.
+    """Everything that one evaluation needs. Equal tasks give equal numbers on the same machine.
 
     uid: identity of the configuration (hash of its canonical schedule within the study).
-    weights: safetensors file of the model with this schedule, as exported, instead of the model's own weights.
-    start: safetensors file of the dense model's weights to begin with instead of its own. The model that `agreement`
-    and distillation compare with stays the original one.
-    supernet: train shared weights, and evaluate nothing. They go to `<save_to>.safetensors` when they are finished,
-    until then with what continuing needs to `<save_to>.state`.
-    rung, attempt: which budget of the study's rungs this is, and how often it was tried before.
-    metrics: names of registered metrics to report. seed: of training order and of fresh weights.
+    weights: safetensors file of the model with this schedule, as exported. It replaces the model's own weights.
+    start: safetensors file of dense weights to start from instead of the model's own. `agreement` and distillation
+    still compare with the original model.
+    supernet: train shared weights and evaluate nothing. Finished weights go to `<save_to>.safetensors`, unfinished ones
+    with their progress to `<save_to>.state`.
+    rung, attempt: index of the budget among the study's rungs, and how often this task was tried before.
+    metrics: names of registered metrics to report. seed: for training order and new weights.
     split: the images that metrics are measured on.
-    confirms: uid of the candidate that this task measures again with a fresh seed, None for a task of the search.
-    parameters: what the sampler drew, where the schedule does not say it.
-    device: "auto", "cpu", "cuda", "mps". threads: torch threads on the CPU, None leaves them alone.
-    resume_from: checkpoint (.safetensors + .state) of an earlier budget to continue from.
-    save_to: path without suffix; the fine-tuned weights go to `<save_to>.safetensors`, the optimiser state,
-    which lets a later budget continue, to `<save_to>.state`. Nothing is written when it is None or when the
+    confirms: uid of the candidate that this task measures again with a fresh seed; None for a task of the search.
+    parameters: the sampler's values, when the schedule does not show them.
+    device: "auto", "cpu", "cuda", "mps". threads: PyTorch's CPU threads; None does not change them.
+    resume_from: checkpoint (.safetensors + .state) of a smaller budget to continue from.
+    save_to: path without suffix. Fine-tuned weights go to `<save_to>.safetensors`, and progress with the optimiser's
+    state, from which a larger budget can continue, to `<save_to>.state`. Nothing is written when it is None or the
     budget is 0 images.
     """
 
@@ -90,14 +91,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came back. A failed evaluation has a cause and a traceback, and whatever metrics were finished.
+    """Result of a task. A failed evaluation has a cause, an error (for exceptions a traceback too), and the metrics
+    that were finished.
 
     metrics: name -> value, in the metric's unit. spread: name -> spread of a measured metric (half the
     interquartile range, same unit). tokens: patch + prefix tokens after each block, with thresholds the rounded mean
     over the validation images. images: training images seen. seconds: wall time by phase ("load", "train",
     "calibrate", "measure"). versions: of python, torch, timm, prunesearch, and "data": counts and hashes.
-    checkpoint: path without suffix of the weights that were written, or None. start: as in the task. schedule: with the
-    thresholds that were learned, None for fixed counts. data_notes: which pictures and files were left out, for people.
+    checkpoint: path without suffix of the weights that were written, or None. start: as in the task. schedule: the
+    schedule with its learned thresholds; None without thresholds. data_notes: messages about images left out.
     """
 
     uid: str

@@ -1,4 +1,4 @@
-"""All models of timm that a schedule can be applied to: each is built, without weights, to see."""
+"""Find all models of timm to which a schedule can be applied, by building each of them without weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from prunesearch.models import may_be_supported
 
 
 def architectures() -> list[str]:
-    """Names of timm, without tags of weights, that may be supported; building all of timm would take minutes."""
+    """Names of timm, without tags of weights, that may be supported. Building all of timm would take minutes."""
     return [name for name in timm.list_models() if may_be_supported(name)]
 
 
 def facts_of_names(names: Iterable[str]) -> dict[str, Facts]:
-    """Those that a schedule can be applied to."""
+    """The names to which a schedule can be applied, with their shapes and channels."""
     found = {}
     for name in names:
         try:

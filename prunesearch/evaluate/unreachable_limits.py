@@ -1,4 +1,4 @@
-"""Limits that no schedule of a space can keep, found before anything is trained."""
+"""Find limits that no schedule of a space can keep, before anything is trained."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from prunesearch.schedule import Schedule
 from prunesearch.space.choices import blocks_of, parameters_of
 
 MOST_WORK = 20_000
-"""Blocks of a space times schedules that are looked at for a limit, which take a second or two."""
+"""Most schedules tried for one limit, times the blocks of the space. This takes a second or two."""
 RANDOM_STARTS, DRAWS = 8, 30
-"""Random schedules from the best of which the search begins, and how often each is drawn until it is a possible one."""
+"""Number of random schedules of which the best starts the search, and most draws for each until one is possible."""
 
 
 def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, together: bool) -> list[str]:
-    """What to say about limits that arithmetic knows and that no schedule of the space can keep, each for itself, and
-    all `together` if asked. The space, the model and the names of metrics must be without mistakes.
+    """Messages about limits on computed metrics that no schedule of the space can keep.
 
-    The schedule nearest to a limit is found by local search, so a limit that only a few of many schedules keep could
-    be taken for one that none keeps; costs, which every removed token lowers, are not of that kind. Where the space is
-    too large for the search, nothing is said.
+    Each limit is checked alone. together: check them all at once too. The space, the model and the names of metrics
+    must be correct. The schedule nearest to a limit is found by local search, so a limit that only few schedules keep
+    could be reported wrongly. This does not happen for costs, which every removed token lowers. When the space is too
+    large for the search, there is no message.
     """
     known = [(name, limit, METRICS[name].compute) for name, limit in limits if METRICS[name].compute is not None]
     if not known:
@@ -73,6 +73,6 @@ def _starts(space: SpaceConfig, model: ModelConfig, generator: random.Random) ->
 
 
 def _miss(compute: Compute, model: ModelConfig, limit: Limit, schedule: Schedule) -> float:
-    """By how much a schedule breaks a limit; of what only images tell, not at all."""
+    """How far a schedule exceeds a limit; -inf when the metric can only be measured."""
     value = compute(model, schedule)
     return -math.inf if value is None else limit.excess(value)

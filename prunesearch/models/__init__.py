@@ -1,17 +1,19 @@
-"""How a schedule gets into a model: `apply_schedule`, `remove_schedule`, `schedule_of`, `shape_of`, `trace`.
+"""Put a schedule into a model: `apply_schedule`, `remove_schedule`, `schedule_of`, `shape_of`, `trace`.
 
-One file per timm family. A family swaps the classes of the model, and of those modules inside it that a step works in,
-for importable subclasses with another `forward`; parameters and their names stay as they are. What a schedule learns is
-attached as one module, `token_stages`.
+One file per timm family. A family swaps the classes of the model, and of the modules inside it that run steps, for
+importable subclasses with another `forward`. Parameters and their names do not change. The learned parts of a schedule
+are attached as one module, `token_stages`.
 
-The rule for what others attach to a model: **what timm's forward calls as a module is called as that module, with
-tensors, also where a step works**. So forward and backward hooks, parametrizations, replaced layers, `block.compile()`,
-DistributedDataParallel and `fully_shard` (of blocks and of the model, after `apply_schedule`) work as they do without a
-schedule; a hook sees the tokens that are there. Three things differ. A `forward` that was replaced on the instance is
-used, but where a step works inside (the model, `blocks`, the block, an attention that a score reads) only if it was
-replaced after `apply_schedule`; else a ModelError names it. With thresholds, in evaluation mode, a block is called once
-for each group of images with similar counts (once, when it is sharded). And a graph that PyTorch records cannot hold
-thresholds, so that tracing, compiling (fullgraph=True) and exporting refuse them.
+**With a schedule, each module that timm's forward calls is still called as a module, with tensors.** So forward and
+backward hooks, parametrizations, replaced layers, `block.compile()`, DistributedDataParallel and `fully_shard` (of
+blocks and of the model, after `apply_schedule`) work as without a schedule. A hook sees the tokens that are present.
+Three things differ:
+
+- A `forward` that was replaced on the instance is used. On a module that runs a step (the model, `blocks`, the block,
+  an attention that a score reads) it must have been replaced after `apply_schedule`. Otherwise a ModelError names it.
+- With thresholds, in evaluation mode, a block is called once for each group of images with similar counts (only once
+  when it is sharded).
+- A graph that PyTorch records cannot hold thresholds. Tracing, compiling (fullgraph=True) and exporting refuse them.
 """
 
 from __future__ import annotations
@@ -86,16 +88,17 @@ def apply_schedule(
 ) -> Model:
     """Make `model` reduce its tokens as the schedule says, in place, and return it.
 
-    schedule: a Schedule, or the path of a schedule file, whose weights (the file it names, in the same folder) are
-    then loaded too. weights: safetensors file or state_dict of the pruned model, as exported. A schedule that was
-    applied before is replaced. Parameters, buffers and `state_dict` keys of the model do not change; what a schedule
-    learns (a predictor, queries, thresholds) is added under `token_stages.`, drawn from `seed` when no weights are
-    given. Scores and queries that nobody trained are of no use, so that is warned of (UntrainedWarning), unless
-    `untrained` says that training follows. An empty schedule leaves the output bit-equal.
+    schedule: a Schedule, or the path of a schedule file. The weights that the file names (in the same folder) are then
+    loaded too. weights: safetensors file or state_dict of the pruned model, as exported. seed: for learned parts
+    without weights. untrained: training follows, so do not warn that learned parts have no weights.
 
-    Raises ModelError for a model that is not supported or weights that do not fit, ScheduleError for a schedule that
-    does not fit it, FileError for a file that cannot be read. When it raises anything, the model is as it was before,
-    with the schedule that it had.
+    An earlier schedule is replaced. Parameters, buffers and `state_dict` keys of the model do not change. Learned parts
+    of the schedule (predictors, queries, thresholds) are added under `token_stages.`. An empty schedule leaves the
+    output bit-equal.
+
+    Warns (UntrainedWarning) when scores or queries are random. Raises ModelError for a model that is not supported or
+    weights that do not fit, ScheduleError for a schedule that does not fit the model, FileError for a file that cannot
+    be read. After an error the model is unchanged and still has its earlier schedule.
     """
     if not isinstance(schedule, Schedule):
         path = Path(schedule)
@@ -111,7 +114,7 @@ def apply_schedule(
         check_unwrapped(places)
     parts = make_parts(plan, seed)
     if parts is not None:
-        # half precision is for the model's own layers; scores and thresholds are compared in fp32
+        # no dtype: learned parts stay in fp32 also in a half-precision model
         parts = parts.to(next(model.parameters()).device)
     state = None if weights is None else fitting_weights(weights, _state_with(model, parts))
     names = _learned_names(parts)
@@ -122,7 +125,7 @@ def apply_schedule(
             UntrainedWarning,
             stacklevel=2,
         )
-    # from here on nothing can fail, so that a model never has half of a schedule
+    # nothing below can fail, so the model never has half of a schedule
     remove_schedule(model)
     attach(model, plan, parts, places)
     if state is not None:
@@ -131,16 +134,16 @@ def apply_schedule(
 
 
 def _state_with(model: nn.Module, parts: nn.ModuleDict | None) -> dict[str, Tensor]:
-    """The state_dict that the model will have with these parts in the place of those it has."""
+    """The state_dict that the model will have with these learned parts instead of its own."""
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{PARTS}.")}
     learned = {} if parts is None else {f"{PARTS}.{name}": value for name, value in parts.state_dict().items()}
     return own | learned
 
 
 def learned_parts(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that a schedule brought and that need training, for example token_stages.block3_pre.scorer.
+    """Names of a schedule's modules that need training, for example token_stages.block3_pre.scorer.
 
-    A threshold is not among them: the schedule holds its value.
+    Thresholds are not among them, because the schedule holds their values.
     """
     return _learned_names(getattr(model, PARTS, None))
 
@@ -159,7 +162,7 @@ def learned_parameters(schedule: Schedule, shape: ModelShape) -> int:
 
 
 def steps_of(model: nn.Module) -> tuple[PlannedStep, ...]:
-    """The steps that a model takes on images of its own size, in their order; none without a schedule."""
+    """The steps of a model's schedule on images of its own size, in their order; empty without a schedule."""
     plan = getattr(model, "_plan", None)
     return plan_for(plan, _family(model).patch_tokens_of(model)).steps if isinstance(plan, Plan) else ()
 
@@ -184,12 +187,12 @@ def remove_schedule(model: Model) -> Model:
 
 
 def schedule_of(model: nn.Module) -> Schedule | None:
-    """The schedule that was applied to this model, with thresholds as they are now; or None."""
+    """The schedule that was applied to a model, with its current thresholds; None without one."""
     return attached(model)
 
 
 def shape_of(model: nn.Module) -> ModelShape:
-    """What the cost arithmetic needs to know of a model; also of one on the meta device. Raises ModelError."""
+    """The `ModelShape` of a model, which may be on the meta device. Raises ModelError."""
     return _family(model).shape_of(model)
 
 
@@ -199,40 +202,44 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 
 
 def patches_of(model: nn.Module, features: Tensor) -> Tensor:
-    """The patch tokens (B, n, C) in what the dense model's `forward_features` returns, after the model's last norm; of
-    a feature map, all positions."""
+    """Patch tokens (B, n, C) after the model's last norm. features: output of the dense model's `forward_features`.
+
+    For a feature map these are all positions.
+    """
     return _family(model).patches_of(model, features)
 
 
 def block_inputs(model: nn.Module, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of a dense model, and the tokens (B, N, C) that arrive at some of its blocks. Raises ModelError for a
-    family that cannot be run from a block."""
+    """Logits of a dense model, and the tokens (B, N, C) that arrive at the given blocks.
+
+    Raises ModelError for a family that cannot be run from a block.
+    """
     return _family(model).block_inputs(model, images, blocks)
 
 
 def run_from(model: nn.Module, tokens_BNC: Tensor, first: int) -> Tensor:
-    """Logits of a model that carries a schedule, from the tokens that arrive at block `first`.
+    """Logits of a model with a schedule, computed from the tokens that arrive at block `first`.
 
-    For fixed counts and scores that do not learn, with no stage before `first` and none at its `pre` that reads the
-    attention of the block before: then the same as from the images, to the last bit.
+    The schedule must have fixed counts, scores that do not learn, no stage before block `first`, and no stage at its
+    `pre` that reads the attention of the block before. Then the logits are bit-equal to those computed from the images.
     """
     return _family(model).run_from(model, tokens_BNC, first)
 
 
 def may_be_supported(name: str) -> bool:
-    """Whether the module of timm (or ours) that builds a model of this name builds models of a family."""
+    """Whether a model of this name may belong to a family, judged by the Python module that builds it."""
     return any(_module_of(name) in family.MODULES for family in FAMILIES)
 
 
 def size_keywords(name: str, size: int, channels: int) -> dict[str, Any]:
-    """Keywords of `timm.create_model` that build a model, by its name, for square images of a size."""
+    """Keywords of `timm.create_model` that build the model of this name for square images of `size` pixels."""
     module = _module_of(name)
     family = next((family for family in FAMILIES if module in family.MODULES), vision_transformer)
     return family.size_keywords(module, size, channels)
 
 
 def adapted(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a checkpoint under the names and in the sizes that a dense model has. Raises ModelError."""
+    """Convert the weights of a checkpoint to the names and sizes of a dense model. Raises ModelError."""
     return _family(model).adapted(model, state)
 
 
@@ -241,11 +248,11 @@ def _module_of(name: str) -> str:
 
 
 def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:
-    """Run a model that carries a schedule, and tell what became of the tokens beside the logits.
+    """Run a model that has a schedule, and return a `Trace`: the logits, the final tokens and the counts.
 
-    masked: keep every token in its slot from the first learned decision on (as training does, so by default when the
-    model is in training mode); else tokens that go are gone. The model may be wrapped in DistributedDataParallel, to
-    train with its counts in the loss. Raises ModelError for a model without a schedule.
+    masked: from the first learned decision on, keep every token in its slot, as training does; otherwise tokens are
+    removed. By default True in training mode. The model may be wrapped in DistributedDataParallel.
+    Raises ModelError for a model without a schedule.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(inner, Swapped):

@@ -1,10 +1,10 @@
-"""The small ViT that ships with prunesearch: one token per pixel of scikit-learn's 8 x 8 digits.
+"""The small ViT that comes with prunesearch: one token per pixel of scikit-learn's 8 x 8 digits.
 
 Importing this module registers `vit_digits_patch1_8` with timm, so that
 
     timm.create_model("vit_digits_patch1_8", pretrained=True)
 
-works like any other name; the weights are a file of this package (made by scripts/train_digits_vit.py).
+works like any other name. The weights are a file of this package, made by scripts/train_digits_vit.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Schedules in timm's SwinTransformer and ConvNeXt: positions are held in the third stage, and the map stays whole.
+"""Schedules in timm's SwinTransformer and ConvNeXt: positions skip the MLP in the third stage, and the map stays whole.
 
 The classes of the model, of its sequence of stages, of the third stage and of its blocks are swapped for subclasses.
-In the third stage, from the first schedule stage on, token mixing (window attention, depth-wise convolution) sees all
-positions, the MLP those that stay, and a linear fast path the others. Each module is called as timm calls it, with a
-map, to a map; what else a step needs goes with a `call`, as in vision_transformer.py. Without one, timm's code runs.
-Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`; n are positions.
+In the third stage, from the first step of the schedule on, token mixing (window attention, depth-wise convolution) sees
+all positions. The MLP sees those that stay, and a linear fast path the others. Each module is called with a map and
+returns a map, as in timm. Whatever else a step needs is passed in a `call`, as in vision_transformer.py. Without a call
+timm's own code runs. Checked against timm 1.0.31. Letters in tensor names as in `tokens/inputs.py`; n are positions.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
 
 
 class Choice(NamedTuple):
-    """Who goes through the MLP. Either `stays_Bn` is a mask (1: through it, with gradients), or `order_Bn` lists the
-    `kept` positions that do and then the others, and `back_Bn` is its inverse."""
+    """Which positions go through the MLP.
+
+    Either stays_Bn is a mask (1: through the MLP; with gradients). Or order_Bn lists the `kept` positions that go
+    through it and then the others, and back_Bn is the inverse of that order.
+    """
 
     stays_Bn: Tensor | None
     order_Bn: Tensor | None
@@ -52,10 +55,10 @@ class Choice(NamedTuple):
 
 
 class StageCall:
-    """What the stages, the third of them and its `blocks` are handed in one pass beside the map. No dataclass, as FSDP
-    would copy it and look for tensors; so is `BlockCall`.
+    """Passed through the stages, the third stage and its `blocks` in one pass, besides the map.
 
-    counts: left by the blocks; the positions of each image that stay, (B,), of each masked step.
+    counts: set by the blocks: for each masked step, the number of positions of each image that stay, (B,).
+    Neither this nor `BlockCall` is a dataclass, because FSDP would copy it and look for tensors in it.
     """
 
     def __init__(self, plan: Plan, parts: nn.ModuleDict | None, is_swin: bool, masked: bool, training: bool) -> None:
@@ -64,7 +67,7 @@ class StageCall:
 
 
 class BlockCall:
-    """What a block is handed in which positions are held; and whether it did so."""
+    """Passed to a block in which positions skip the MLP. done: set by the block when its forward has run."""
 
     def __init__(self, choice: Choice, fast_path: nn.Module) -> None:
         self.choice, self.fast_path = choice, fast_path
@@ -81,7 +84,7 @@ class _HoldingBlock(Swapped):
 
 
 class HoldingSwinTransformerBlock(_HoldingBlock, SwinTransformerBlock):
-    """timm's block, with its MLP for some positions only when it is handed a call."""
+    """timm's block. With a call, only some positions go through its MLP."""
 
     stands_for = SwinTransformerBlock
 
@@ -92,7 +95,7 @@ class HoldingSwinTransformerBlock(_HoldingBlock, SwinTransformerBlock):
 
 
 class HoldingConvNeXtBlock(_HoldingBlock, ConvNeXtBlock):
-    """timm's block, with its MLP for some positions only when it is handed a call."""
+    """timm's block. With a call, only some positions go through its MLP."""
 
     stands_for = ConvNeXtBlock
 
@@ -107,7 +110,7 @@ class HoldingConvNeXtBlock(_HoldingBlock, ConvNeXtBlock):
 
 
 class HoldingBlocks(Swapped, nn.Sequential):
-    """The third stage's `blocks`, with the schedule when they are handed a call."""
+    """The third stage's `blocks`. With a call, they run the schedule."""
 
     stands_for = nn.Sequential
 
@@ -130,19 +133,19 @@ class _HoldingStage(Swapped):
 
 
 class HoldingSwinTransformerStage(_HoldingStage, SwinTransformerStage):
-    """timm's stage, with the schedule when it is handed a call."""
+    """timm's stage. With a call, it runs the schedule."""
 
     stands_for = SwinTransformerStage
 
 
 class HoldingConvNeXtStage(_HoldingStage, ConvNeXtStage):
-    """timm's stage, with the schedule when it is handed a call."""
+    """timm's stage. With a call, it runs the schedule."""
 
     stands_for = ConvNeXtStage
 
 
 class HoldingStages(Swapped, nn.Sequential):
-    """A model's sequence of stages; the third gets the call, if there is one."""
+    """A model's sequence of stages. A call is passed on to the third."""
 
     stands_for = nn.Sequential
 
@@ -161,7 +164,7 @@ class HoldingStages(Swapped, nn.Sequential):
 
 
 class _Holding(Swapped):
-    """The forward pass with a schedule, for either class."""
+    """The forward pass with a schedule, for SwinTransformer and ConvNeXt."""
 
     _plan: Plan
 
@@ -225,17 +228,17 @@ HOLDING: dict[type, type[Swapped]] = {
 
 CONVNEXT = "timm.models.convnext"
 MODULES = ("timm.models.swin_transformer", CONVNEXT)
-"""Where the functions are that build models of these classes, among others."""
+"""Python modules with functions that build models of these classes (among others)."""
 
 
 def is_family(model: nn.Module) -> bool:
-    """Exactly one of the classes here, with or without a schedule."""
+    """True for exactly SwinTransformer and ConvNeXt, with or without a schedule."""
     return timm_class(model) in (SwinTransformer, ConvNeXt)
 
 
 def plan_of(model: Any, schedule: Schedule) -> Plan:
     """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
-    check_methods(model, "model", HOLDING[timm_class(model)])  # before the shape, which is that of a pass
+    check_methods(model, "model", HOLDING[timm_class(model)])  # first, because shape_of runs a pass
     return make_plan(schedule, shape_of(model))
 
 
@@ -258,7 +261,7 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
 
 
 def patch_tokens_of(model: Any) -> int:
-    """Positions of the third stage's map on an image of the model's own size, as it is now."""
+    """Positions of the third stage's map, for an image of the model's current size."""
     if not isinstance(model, SwinTransformer):
         return model._plan.shape.patch_tokens
     stage: Any = stages_of(model)[STAGE]
@@ -267,8 +270,10 @@ def patch_tokens_of(model: Any) -> int:
 
 
 def size_keywords(module: str, size: int, channels: int) -> dict[str, Any]:
-    """See `prunesearch.models.size_keywords`. A ConvNeXt takes any size, so that only its settings name one; images of
-    that size are then neither resized nor cropped."""
+    """See `prunesearch.models.size_keywords`. A ConvNeXt takes any size, so only its settings name one.
+
+    crop_pct 1.0: images of that size are not cropped.
+    """
     if module != CONVNEXT:
         return {"img_size": size}
     return {"pretrained_cfg_overlay": {"input_size": (channels, size, size), "crop_pct": 1.0}}
@@ -280,8 +285,7 @@ def adapted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """See `prunesearch.models.block_inputs`. Raises ModelError: all verbs of this family learn, so that none is of use
-    before it was trained, and there is nothing to measure block by block."""
+    """Raises ModelError. All verbs of this family learn, so without training there is nothing to measure by block."""
     raise ModelError(
         "model: a feature map cannot be run from one of its blocks. Possible: the whole model. Use a VisionTransformer "
         "to measure stages one by one."
@@ -295,8 +299,8 @@ def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
-    """See `prunesearch.models.patches_of`. timm's ConvNeXt pools before its last norm; here that norm is applied to
-    each position."""
+    """See `prunesearch.models.patches_of`. timm's ConvNeXt pools before its last norm; here it is applied to each
+    position."""
     is_swin = isinstance(model, SwinTransformer)
     normalise = nn.Identity() if is_swin else getattr(model.head, "norm", nn.Identity())
     return _positions(normalise(features), is_swin)
@@ -356,7 +360,7 @@ def _run_block(block: nn.Module, path: str, x: Tensor, choice: Choice | None, fa
 
 
 def _add(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor], fast_path: nn.Module) -> Tensor:
-    """What the block adds at each position, (B, n, C): of the MLP where it stays, else of the fast path."""
+    """What the block adds at each position, (B, n, C): from the MLP where it stays, else from the fast path."""
     if choice.stays_Bn is not None:
         slow_BnC, stays_Bn1 = mlp(x_BnC), choice.stays_Bn[..., None]
         return (slow_BnC * stays_Bn1 + fast_path(x_BnC) * (1 - stays_Bn1)).to(slow_BnC.dtype)
@@ -367,7 +371,7 @@ def _add(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor], fast_pa
 
 
 def _positions(x: Tensor, is_swin: bool) -> Tensor:
-    """A map, (B, H, W, C) of Swin or (B, C, H, W) of ConvNeXt, as tokens (B, n, C)."""
+    """A map (Swin: (B, H, W, C), ConvNeXt: (B, C, H, W)) as tokens (B, n, C)."""
     return x.flatten(1, 2) if is_swin else x.flatten(2).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Which layers the cost arithmetic knows: a matrix costs its size, a list of others nothing, the rest is refused."""
+"""MACs of layers: a matrix costs its size per token, a list of known layers nothing, and any other is refused."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ FREE_FILES = frozenset(
         *(f"timm.layers.{name}" for name in ("norm", "norm_act", "patch_dropout")),
     }
 )
-"""Where normalisations, activations, dropouts and layer scales are defined. As in papers they are not counted."""
+"""Modules of normalisations, activations, dropouts and layer scales, which are not counted, as in papers."""
 
 
 def macs_per_token(root: nn.Module | None, place: str) -> int:
-    """MACs per token of a module that is made of known layers; 0 for None. Raises ModelError naming any other layer."""
+    """MACs per token of a module made of known layers; 0 for None. Raises ModelError, which names an unknown layer."""
     if root is None:
         return 0
     return sum(_matrix_macs(layer, path) for path, layer in _parts(root, place) if not _is_free_or_container(layer))
 
 
 def check_countable(root: nn.Module, place: str) -> None:
-    """Raise ModelError for a layer that PyTorch's counter of one pass would not see: one whose class is neither
-    PyTorch's nor timm's, as its arithmetic may be no operator that is counted (a quantised one)."""
+    """Raise ModelError for a layer whose class is neither PyTorch's nor timm's.
+
+    PyTorch's FLOP counter may not see its operators, for example those of a quantised layer.
+    """
     for path, layer in _parts(root, place):
         if not _kind(layer).__module__.startswith(("torch.nn.modules.", "timm.")):
             _refuse(layer, path)
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """A copy without values, to count a pass with, and without what was attached: hooks, replaced forwards, compiled
-    calls. What others attached must not run in it, and its owners must not see it."""
+    """A copy on the meta device, to count the MACs of a pass.
+
+    It has no hooks, replaced forwards or compiled calls, because attached code must not run when a pass is counted.
+    """
     copied = module.__class__.__new__(module.__class__)
     # a new module's own attributes are its empty dicts of parameters, children and hooks
     copied.__dict__ = {**vars(module), **vars(nn.Module()), "training": False}
@@ -59,14 +63,14 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def _parts(root: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its path; not what computes a layer's weight (torch.nn.utils.parametrize), once a pass."""
+    """Every module with its path. Parametrizations are left out: they compute a weight once per pass, not per token."""
     for name, module in root.named_modules(prefix=place):
         if f"{name}.".find(".parametrizations.") < 0:
             yield name, module
 
 
 def _kind(layer: nn.Module) -> type:
-    """The class of a layer, without a schedule, parametrizations and sharding, whose classes PyTorch makes of it."""
+    """The class of a layer before a schedule, a parametrization or sharding changed it."""
     made = ("torch.nn.utils.parametrize", "torch.distributed.")
     return next(kind for kind in timm_class(layer).__mro__ if not kind.__module__.startswith(made))
 
@@ -80,7 +84,10 @@ def _is_free_or_container(layer: nn.Module) -> bool:
 
 
 def _matrix_macs(layer: nn.Module, place: str) -> int:
-    """Of nn.Linear or a subclass that is one matrix: its weight, perhaps made of a parameter of the same shape."""
+    """MACs per token of an nn.Linear, or of a subclass that is still one matrix. Raises ModelError for other layers.
+
+    With a parametrization the matrix may be computed from a parameter of the same shape.
+    """
     if not isinstance(layer, nn.Linear):
         _refuse(layer, place)
     matrices = [layer.weight, *(parameter for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)]

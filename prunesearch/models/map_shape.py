@@ -1,4 +1,4 @@
-"""What arithmetic needs to know of a timm Swin or ConvNeXt: the shape of its third stage, where tokens are held."""
+"""The `ModelShape` of a timm Swin or ConvNeXt, which describes its third stage, where schedules act."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from prunesearch.models.swap import timm_class
 from prunesearch.shape import ModelShape
 
 STAGE = 2
-"""The stage with most of the blocks; the published method leaves the others as they are."""
+"""Index of the third stage, which has most of the blocks. The published method leaves the other stages unchanged."""
 
 
 def stages_of(model: Any) -> nn.Sequential:
-    """The stages, whatever timm calls them."""
+    """The sequence of stages, which Swin and ConvNeXt name differently."""
     return model.layers if isinstance(model, SwinTransformer) else model.stages
 
 
@@ -44,8 +44,8 @@ def shape_of(model: Any) -> ModelShape:
     """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain ones, and for
     layers whose cost is not known.
 
-    What the third stage's blocks do not account for is in `stem_macs`, so that the dense cost is that of one counted
-    pass; also the padding of windows that do not tile the map, which no schedule changes.
+    The dense cost is counted in one pass. `stem_macs` is what remains after the third stage's blocks and the head. It
+    includes the padding of windows that do not tile the map, which no schedule changes.
     """
     stages = stages_of(model)
     if len(stages) <= STAGE:
@@ -90,12 +90,12 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def place_of(model: Any) -> str:
-    """How the third stage is reached from the model."""
+    """The third stage's path in the model."""
     return f"model.layers[{STAGE}]" if isinstance(model, SwinTransformer) else f"model.stages[{STAGE}]"
 
 
 def _block_macs(block: Any, place: str) -> tuple[int, int]:
-    """MACs per position of token mixing, and of the MLP. Raises ModelError for a layer that is not known."""
+    """MACs per position of token mixing and of the MLP. Raises ModelError for an unknown layer."""
     mlp = macs_per_token(block.mlp, f"{place}.mlp")
     if not isinstance(block, SwinTransformerBlock):
         return block.conv_dw.weight.numel(), mlp
@@ -105,7 +105,7 @@ def _block_macs(block: Any, place: str) -> tuple[int, int]:
 
 
 def _check(index: int, block: Any) -> None:
-    """Whether a block does what our own pass through it does."""
+    """Raise ModelError when a block may compute something else than our pass through it."""
     kinds: list[tuple[Any, tuple[type, ...]]] = [
         (block, (SwinTransformerBlock, ConvNeXtBlock)),
         (getattr(block, "mlp", None), (Mlp,)),
@@ -132,9 +132,9 @@ def _check(index: int, block: Any) -> None:
 
 
 def _one_pass(model: Any, dim: int) -> tuple[int, int]:
-    """MACs of the dense model, and positions of the third stage's map: counted without data or memory."""
+    """MACs of the dense model and positions of the third stage's map, counted on the meta device."""
     dense = on_meta(model)
-    dense.__class__ = timm_class(model)  # inside it, ours do what timm's do
+    dense.__class__ = timm_class(model)  # modules inside need no change: without a call they run timm's code
     dense._modules.pop(PARTS, None)
     check_countable(dense, "model")
     positions: list[int] = []
@@ -144,7 +144,7 @@ def _one_pass(model: Any, dim: int) -> tuple[int, int]:
 
     stages_of(dense)[STAGE].register_forward_hook(look)
     image = torch.empty(1, *input_size(model), device="meta", dtype=next(model.parameters()).dtype)
-    # the counter's own bookkeeping needs gradients to be on
+    # FlopCounterMode needs gradients to be enabled
     with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         dense(image)
     return counter.get_total_flops() // 2, positions[0]

@@ -1,8 +1,8 @@
 """Carry out one step on tokens that stay in their slots: for learned decisions, and where images keep different counts.
 
-What a slot holds after its token has gone does not matter: nothing attends to it, scores it or counts it. Counts
-that are compared with fixed ones come from the same arithmetic (`count_of`), so that with the same decisions the
-masked pass and the gathered one give the same tokens.
+After a token is removed, the content of its slot does not matter: nothing attends to it, scores it or counts it. Counts
+come from the same function as in `resolve` (`count_of`). So with the same decisions, the masked pass and the gathered
+one give the same tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prunesearch.tokens.registry import REDUCERS
 from prunesearch.tokens.select import above, best, draw
 
 LEAST_SAVED = 0.05
-"""Share of a batch's slots that a further group must save."""
+"""A further group must save at least this share of the batch's slots."""
 
 
 def take_masked_step(
@@ -36,10 +36,10 @@ def take_masked_step(
     softness: float,
     sample: bool,
 ) -> tuple[TokenState, tuple[Evidence, ...]]:
-    """`take_step` in place. The state gets the mask and this step's count of tokens.
+    """`take_step` for tokens that stay in their slots. The new state has the mask and this step's counts.
 
-    threshold: of the stage, if it has one. softness: of the comparison with it, in units of the score. sample: draw
-    the decisions of learned scores instead of taking the best.
+    threshold: the stage's parameter, or None. softness: width of the soft comparison with the threshold, in units of
+    the score. sample: draw the decisions of learned scores at random instead of taking the best.
     """
     stage, entry = step.stage, REDUCERS[step.stage.reduce]
     options = options_of(stage)
@@ -56,9 +56,9 @@ def take_masked_step(
         if entry.ranks:
             assert own.scores_Bn is not None
             if threshold is not None:
-                # the scores of a learned score need gradients; those of attention would be torn apart by theirs, which
-                # at AS-ViT's temperature are 10^4 times as large as what else reaches them (digits, one epoch towards
-                # 0.8 of the MACs: 94.5 % with them, 97.2 % without)
+                # learned scores need gradients. Scores from attention are detached: at AS-ViT's temperature their
+                # gradients are 10^4 times as large as the others that reach the attention, and accuracy falls (digits,
+                # one epoch towards 0.8 of the MACs: 94.5 % with them, 97.2 % without)
                 scores_Bn = own.scores_Bn if stage.learns_to_score else own.scores_Bn.detach()
                 stays_Bn = above(scores_Bn, threshold, present_Bn, softness)
             elif sample and stage.learns_to_score:
@@ -98,9 +98,9 @@ def take_masked_step(
 def compact(
     state: TokenState, prefix_tokens: int, later: tuple[Evidence, ...]
 ) -> tuple[TokenState, tuple[Evidence, ...]]:
-    """Move the tokens that are there to the front, in order, and cut to the most that an image of the batch has.
+    """Move the present tokens to the front, in order, and cut all images to the largest count in the batch.
 
-    Without a mask afterwards when all images have the same count. Waits for the device.
+    When all images have the same count, the new state has no mask. Waits for the device.
     """
     present_Bn = state.present_Bn
     if present_Bn is None:
@@ -128,17 +128,17 @@ def compact(
 
 
 class Group(NamedTuple):
-    """Some images of a batch, which run together: their places in the batch (None: all of it) and their state."""
+    """Images of a batch that run together. places_B: their indices in the batch; None for the whole batch."""
 
     places_B: Tensor | None
     state: TokenState
 
 
 def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
-    """Part images with few tokens from those with many, into at most `most` groups, each padded to its own largest.
+    """Split a group into at most `most` groups of images with similar counts, each padded to its own largest count.
 
-    Images are sorted by count and the cuts put where they save most padding; a cut that saves less than LEAST_SAVED of
-    the slots is not made. Waits for the device.
+    Images are sorted by count and cut where that saves most padding. A cut that saves less than LEAST_SAVED of the
+    slots is not made. Waits for the device.
     """
     state = group.state
     if state.present_Bn is None or most < 2:
@@ -168,7 +168,7 @@ def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
 
 
 def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
-    """One state for the whole batch again, in its order, padded to the largest count."""
+    """Join groups to one state for the whole batch, in its original order, padded to the largest count."""
     if len(groups) == 1 and groups[0].places_B is None:
         return groups[0].state
     places_B = torch.cat([group.places_B for group in groups])  # type: ignore[misc]
@@ -193,7 +193,7 @@ def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
 
 
 def _cuts(counts: list[int], most: int) -> list[int]:
-    """Where to cut ascending counts: one cut after another, each where it saves most slots."""
+    """Where to cut ascending counts. Cuts are chosen one after another, each where it saves most slots."""
     cuts: list[int] = []
     slots = len(counts) * counts[-1]
     while len(cuts) < most - 1:
@@ -213,7 +213,7 @@ def _cuts(counts: list[int], most: int) -> list[int]:
 
 
 def kept_of_each(stage: Stage, present_Bn: Tensor) -> Tensor:
-    """How many tokens the stage keeps in each image, (B,), by the same arithmetic as in `resolve`."""
+    """How many tokens the stage keeps in each image, (B,), rounded as in `resolve`."""
     most = present_Bn.shape[1]
     fewest = REDUCERS[stage.reduce].fewest_kept
     kept = [max(min(count_of(stage, present), present), fewest(present)) for present in range(most + 1)]
@@ -222,7 +222,7 @@ def kept_of_each(stage: Stage, present_Bn: Tensor) -> Tensor:
 
 
 def join(values_BnC: Tensor, joining: Joining) -> Tensor:
-    """Apply a joining to what tokens hold. Keeps the dtype."""
+    """Apply a joining to the features of tokens. Keeps the dtype."""
     if joining.guest_share_Bn is None:
         return values_BnC
     shared_BnC = values_BnC.float() * joining.guest_share_Bn[..., None]
@@ -246,7 +246,7 @@ def join_amounts(amount_Bn: Tensor, joining: Joining, present_Bn: Tensor) -> Ten
 
 
 def join_largest(amount_Bn: Tensor, joining: Joining) -> Tensor:
-    """Apply a joining to amounts (non-negative) of which a token has the largest of its parts."""
+    """Apply a joining to non-negative amounts; where tokens join, the largest of them stays."""
     if joining.guest_share_Bn is None:
         return amount_Bn
     guests_Bn = amount_Bn * (joining.guest_share_Bn > 0)

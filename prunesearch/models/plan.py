@@ -1,4 +1,4 @@
-"""A schedule made ready to run: the steps of each block, and the learned parts of its stages."""
+"""`Plan`: a schedule made ready to run, with the steps of each block; and the learned parts of its stages."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer
 
 PARTS = "token_stages"
-"""The attribute of the model that holds what a schedule learns, and so the prefix of its names in a state_dict."""
+"""Attribute of the model that holds the schedule's learned parts. It is the prefix of their names in a state_dict."""
 
 
 class StageParts(nn.Module):
-    """What one stage learns: the module of its scorer, the module of its reducer, its threshold; each may be absent."""
+    """The learned parts of one stage: module of the scorer, module of the reducer, threshold. Each may be None."""
 
     def __init__(self, scorer: nn.Module | None, reducer: nn.Module | None, threshold: float | None) -> None:
         super().__init__()
         self.scorer, self.reducer = scorer, reducer
-        # float32 whatever the model computes in: differences between thresholds are small. Of one dimension, as
+        # float32 in every model, because differences between thresholds are small. It has one dimension, because
         # fully_shard refuses parameters without any
         self.threshold = None if threshold is None else nn.Parameter(torch.tensor([threshold], dtype=torch.float32))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         name = f"{prefix}threshold"
-        if name in state_dict:  # saved without a dimension by earlier versions
+        if name in state_dict:  # earlier versions saved it without a dimension
             state_dict[name] = state_dict[name].reshape(-1)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class PlannedStep(NamedTuple):
-    """A step with the name of its stage's parts.
+    """A step that is ready to run.
 
-    counts_differ: images have different counts from here on, as this or an earlier stage has a threshold.
-    decisions_learn: in training tokens stay in their slots from here on, as decisions must pass gradients.
-    softness: of the comparison with a threshold, in units of the score.
+    key: name of its stage's learned parts. counts_differ: this or an earlier stage has a threshold, so images have
+    different counts from here on. decisions_learn: this or an earlier stage learns its decisions, so in training tokens
+    stay in their slots from here on. softness: width of the soft comparison with the threshold, in units of the score.
     """
 
     step: Step
@@ -60,8 +60,7 @@ class PlannedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block does besides its own work. `ahead`: the steps at the next block's `pre` that decide by what
-    this block's attention sees."""
+    """The steps of one block. ahead: the steps at the next block's `pre` that read this block's attention."""
 
     pre: tuple[PlannedStep, ...] = ()
     mid: tuple[PlannedStep, ...] = ()
@@ -70,7 +69,10 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule resolved for one number of patch tokens."""
+    """A schedule resolved for one number of patch tokens.
+
+    merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits.
+    """
 
     schedule: Schedule
     shape: ModelShape
@@ -90,7 +92,7 @@ class Plan:
 
     @property
     def decisions_learn(self) -> bool:
-        """Whether training runs masked."""
+        """Whether decisions learn, so that tokens stay in their slots in training."""
         return any(step.decisions_learn for step in self.steps)
 
 
@@ -111,8 +113,11 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
 
 
 def plan_for(plan: Plan, patch_tokens: int) -> Plan:
-    """The plan for images of another size (dynamic_img_size); itself for its own. Raises ScheduleError when the
-    schedule, or what it has learned, does not fit that many patch tokens, and ModelError in torch.compile."""
+    """The plan for images with this many patch tokens (dynamic_img_size); `plan` itself for the model's own size.
+
+    Raises ScheduleError when the schedule or its learned parts do not fit that many patch tokens, and ModelError when
+    torch.compile meets another size.
+    """
     if patch_tokens == plan.shape.patch_tokens:
         return plan
     if torch.compiler.is_dynamo_compiling():
@@ -145,7 +150,7 @@ def _plan_at(plan: Plan, patch_tokens: int) -> Plan:
 
 
 def _learned_shapes(plan: Plan) -> dict[str, dict[str, torch.Size]]:
-    """Of each stage that learns: the shapes of its parts' parameters and buffers."""
+    """Shapes of the parameters and buffers of each stage that learns, by the stage's key."""
     with torch.device("meta"):
         parts = make_parts(plan, seed=0)
     stages = {} if parts is None else dict(parts.items())
@@ -153,14 +158,17 @@ def _learned_shapes(plan: Plan) -> dict[str, dict[str, torch.Size]]:
 
 
 def _idle_there(plan: Plan, other: Plan) -> list[PlannedStep]:
-    """Steps whose verb learns, and which remove nothing at the other size: what comes after was trained on what the
-    verb makes, so the step cannot be left out. A score that learns can: its tokens all stay."""
+    """Steps of `plan` whose verb learns and which remove nothing at the other size.
+
+    Such a step cannot be left out, because later layers were trained on the verb's output. A step with a learned score
+    alone can be left out, because all its tokens stay.
+    """
     keys = {planned.key for planned in other.steps}
     return [step for step in plan.steps if step.key not in keys and REDUCERS[step.stage.reduce].part is not None]
 
 
 def _misfit(key: str, here: dict[str, dict[str, torch.Size]], there: dict[str, dict[str, torch.Size]]) -> str | None:
-    """How what a stage learned differs from what it needs at another size; None when it does not."""
+    """How the learned parts of a stage differ from those it needs at another size; None when they fit."""
     if here.get(key) == there.get(key):
         return None
     if key not in here:
@@ -171,17 +179,17 @@ def _misfit(key: str, here: dict[str, dict[str, torch.Size]], there: dict[str, d
 
 
 def listeners(steps: Iterable[PlannedStep]) -> tuple[PlannedStep, ...]:
-    """Those that decide by what an attention layer leaves."""
+    """The steps that read an attention layer."""
     return tuple(step for step in steps if reads_attention(step.stage))
 
 
 def threshold_unit(stage: Stage, shape: ModelShape) -> float:
-    """The size of a typical value that a stage's threshold is compared with: a score, or the cosine of a pair."""
+    """A typical value that a stage's threshold is compared with: a score, or 1 for the cosine of a pair."""
     return SCORERS[stage.score].unit(shape) if REDUCERS[stage.reduce].ranks else 1.0
 
 
 def make_parts(plan: Plan, seed: int) -> nn.ModuleDict | None:
-    """Fresh learned parts for a plan, on the CPU, drawn from the seed; None when it has nothing to learn."""
+    """New learned parts for a plan, on the CPU, initialised from the seed; None when nothing learns."""
     parts = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -215,7 +223,7 @@ def detach(model: nn.Module, places: Sequence[Place]) -> None:
 
 
 def attached(model: nn.Module) -> Schedule | None:
-    """The schedule that `attach` gave, with the thresholds as they are now, or None."""
+    """The schedule of the attached plan with its current thresholds; None without one."""
     if not isinstance(model, Swapped):
         return None
     plan: Plan = model._plan  # type: ignore[assignment]
@@ -223,7 +231,7 @@ def attached(model: nn.Module) -> Schedule | None:
 
 
 def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None) -> Schedule:
-    """The schedule with the thresholds that were learned."""
+    """The schedule with the current values of its thresholds."""
     if parts is None:
         return schedule
     learned: dict[Stage, list[Tensor]] = {}
@@ -238,7 +246,7 @@ def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None)
 
 
 def block_key(block: int) -> str:
-    """The name of a block's part in the part of a verb that holds."""
+    """Key of a block's module in the learned part of a verb that holds."""
     return f"block{block}"
 
 
@@ -252,12 +260,12 @@ def _reducer_part(reducer: Reducer, shape: ModelShape, planned: PlannedStep, unt
 
 
 def _until(plan: Plan) -> list[int]:
-    """For each step, the block of the next one, or the number of blocks."""
+    """For each step, the block of the next step; for the last one the number of blocks."""
     return [*(planned.stage.block for planned in plan.steps[1:]), plan.shape.depth][: len(plan.steps)]
 
 
 def _shortest(value: Tensor) -> float:
-    """The shortest decimal that is this float32, so that a threshold of 0.001 is written as 0.001."""
+    """The shortest decimal that equals this float32, so that a threshold of 0.001 is written as 0.001."""
     return float(str(numpy.float32(value.item())))
 
 

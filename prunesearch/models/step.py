@@ -1,4 +1,4 @@
-"""Carry out one step: score, group, and move everything that belongs to a token along with it."""
+"""Carry out one step: score the tokens, group them, and apply the grouping to all that belongs to a token."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ load_functions()
 
 
 class Evidence(NamedTuple):
-    """What a stage will decide by, gathered when its attention ran: scores, or head-mean keys, or neither.
+    """What a stage decides by, gathered when its attention ran: scores, keys (mean over heads), both or none.
 
-    takes_largest: the score of a token that others join is the largest of all their scores, instead of the sum.
+    takes_largest: when tokens join, their score is the largest of their scores instead of the sum.
     """
 
     scores_Bn: Tensor | None = None
@@ -27,10 +27,13 @@ class Evidence(NamedTuple):
 
 
 class TokenState(NamedTuple):
-    """What flows from block to block. size_Bn: original tokens in each patch token, None while nothing has merged.
-    evidence: of the stages at the next block's `pre`, in their order. present_Bn: 1 for patch tokens that are there,
-    0 for empty slots, None when there are none of those. counts: patch tokens of each image after each step so far,
-    (B,) each, of schedules whose counts differ between images."""
+    """What flows from block to block.
+
+    size_Bn: how many original tokens each patch token stands for; None while nothing has merged.
+    evidence: for the stages at the next block's `pre` that read attention, in their order.
+    present_Bn: 1 for present patch tokens, 0 for empty slots; None when there are no empty slots.
+    counts: patch tokens of each image after each masked step so far, (B,) each.
+    """
 
     tokens_BNC: Tensor
     size_Bn: Tensor | None = None
@@ -47,7 +50,10 @@ def gather_evidence(
     present_Bn: Tensor | None = None,
     part: nn.Module | None = None,
 ) -> Evidence:
-    """Score the patch tokens for a stage, or take the keys it matches by. `part`: of a scorer that learns."""
+    """Score the patch tokens for a stage, or take the keys by which it matches them.
+
+    part: the learned module of the scorer, or None.
+    """
     scores_Bn = keys_BnD = None
     options = options_of(stage)
     with full_precision(patches_BnC):
@@ -69,10 +75,10 @@ def take_step(
     later: tuple[Evidence, ...],
     part: nn.Module | None = None,
 ) -> tuple[TokenState, tuple[Evidence, ...]]:
-    """Reduce the patch tokens of `state` from step.before to step.after, by the evidence `own`. `part`: of a reducer
-    that learns.
+    """Reduce the patch tokens of `state` from step.before to step.after.
 
-    Returns the new state (without evidence) and `later`, the evidence of stages still to come, for the new tokens.
+    own: the evidence of this step. later: the evidence of later stages. part: the learned module of the reducer.
+    Returns the new state (without evidence), and `later` for the new tokens.
     """
     entry = REDUCERS[step.stage.reduce]
     options = options_of(step.stage)
@@ -95,7 +101,7 @@ def take_step(
 
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
-    """Apply a grouping to what tokens hold: the weighted mixture it describes. Keeps the dtype."""
+    """Apply a grouping to the features of tokens. Keeps the dtype."""
     channels = values_BnC.shape[-1]
     kept_BKC = values_BnC.gather(1, grouping.kept_BK[..., None].expand(-1, -1, channels))
     if grouping.guests_BG is None:
@@ -126,31 +132,30 @@ def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
 
 
 def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
-    """Apply a grouping to amounts (non-negative) of which a token has the largest of its parts."""
+    """Apply a grouping to non-negative amounts; where tokens join, the largest of them stays."""
     kept_BK = amount_Bn.gather(1, grouping.kept_BK)
     if grouping.guests_BG is None:
         return kept_BK
     assert grouping.guest_share_BG is not None
-    guests_BG = amount_Bn.gather(1, grouping.guests_BG) * (grouping.guest_share_BG > 0)  # others are dropped
+    guests_BG = amount_Bn.gather(1, grouping.guests_BG) * (grouping.guest_share_BG > 0)  # share 0: dropped
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
     return kept_BK.scatter_reduce(1, grouping.host_BG, guests_BG, "amax")
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
-    """Leave mixed precision for a while: ranks, cosines and shares need fp32 (in fp16, near scores tie)."""
+    """A context without autocast: ranks, cosines and shares need fp32 (in fp16, scores that are close tie)."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def equal_sizes(size_Bn: Tensor, count: int) -> Tensor:
-    """Sizes of `count` tokens that stand for all that were there, each for as many: (B, n) to (B, count)."""
+    """Equal sizes for `count` tokens that replace all others, with the same sum: (B, n) to (B, count)."""
     return (size_Bn.sum(dim=1, keepdim=True) / count).expand(-1, count)
 
 
 def _follow(evidence: Evidence, grouping: Grouping) -> Evidence:
-    """Evidence for the new tokens: scores of tokens that joined add up or the largest stays, keys mix as the tokens
-    did."""
+    """Evidence for the new tokens. Where tokens joined, scores add up or the largest stays; keys mix as the tokens."""
     combine = largest_part if evidence.takes_largest else add_up
     return evidence._replace(
         scores_Bn=None if evidence.scores_Bn is None else combine(evidence.scores_Bn, grouping),

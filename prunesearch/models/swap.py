@@ -1,4 +1,4 @@
-"""The classes of a model and of modules inside it, swapped for ours and back; and what a module's forward must take."""
+"""Swap the classes of a model's modules for ours and back, and check that their forwards can run steps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from prunesearch.errors import ModelError
 
 
 class Swapped(nn.Module):
-    """Base of the classes that `apply_schedule` puts in the place of timm's. Each is importable, so that modules
-    pickle, and does what timm's does unless it is handed a `call`."""
+    """Base of the classes that replace timm's. Without a `call` they do what timm's class does.
+
+    They are importable, so that modules pickle.
+    """
 
     stands_for: ClassVar[type[nn.Module]]
+    """timm's class that this one replaces."""
     methods: ClassVar[tuple[str, ...]] = ()
-    """Those of timm's class, beside forward, that ours has too."""
+    """Methods of timm's class, besides forward, that this class overrides."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -27,7 +30,7 @@ class Swapped(nn.Module):
             cls.methods = tuple(sorted(name for name in names - {"forward"} if hasattr(cls.stands_for, name)))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """PyTorch asks this before it scripts a module. A script cannot express the steps of a schedule."""
+        """PyTorch calls this before it scripts a module. Raises ModelError: a script cannot express the steps."""
         raise ModelError(
             "torch.jit.script: the model carries a token schedule, which TorchScript cannot compile. Possible: "
             "torch.jit.trace, torch.export or torch.compile, for a schedule with fixed counts. Use one of those."
@@ -35,7 +38,7 @@ class Swapped(nn.Module):
 
 
 class Place(NamedTuple):
-    """A module inside a model, its path, and the class that it gets. calls: whether passes hand it a `call`."""
+    """A module inside a model, its path, and the class that it gets. calls: whether its forward gets a `call`."""
 
     path: str
     module: nn.Module
@@ -44,13 +47,15 @@ class Place(NamedTuple):
 
 
 def timm_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without a schedule."""
+    """The class that a module has without a schedule."""
     return module.stands_for if isinstance(module, Swapped) else type(module)
 
 
 def check_forwards(places: Iterable[Place]) -> None:
-    """Raise ModelError for a module of which a method was replaced on the instance that ours stands for: what was
-    wrapped is timm's own, in which no step can run."""
+    """Raise ModelError for a module whose forward, or another method that ours overrides, was replaced on the instance.
+
+    The replacement would call timm's method, which runs no step.
+    """
     for place in places:
         if not place.calls:
             continue
@@ -64,8 +69,10 @@ def check_forwards(places: Iterable[Place]) -> None:
 
 
 def check_methods(module: nn.Module, path: str, swapped: type[Swapped]) -> None:
-    """Raise ModelError when one of `swapped.methods` was replaced on the instance. swapped: the class that the module
-    has or gets."""
+    """Raise ModelError when one of `swapped.methods` was replaced on the instance.
+
+    swapped: the class that the module has or gets.
+    """
     for name in swapped.methods:
         if name in module.__dict__:
             raise ModelError(
@@ -76,8 +83,10 @@ def check_methods(module: nn.Module, path: str, swapped: type[Swapped]) -> None:
 
 
 def check_unwrapped(places: Iterable[Place]) -> None:
-    """Raise ModelError when a module's class was changed after the schedule was applied, so that swapping it back
-    would take that away too."""
+    """Raise ModelError when a module's class was changed after the schedule was applied.
+
+    Swapping the class back would undo that change too.
+    """
     for place in places:
         if type(place.module) is not place.swapped:
             raise ModelError(
@@ -100,7 +109,7 @@ def swap_back(places: Iterable[Place]) -> None:
 
 
 def check_takes_call(module: nn.Module, path: str) -> None:
-    """Raise ModelError when a forward that was replaced on the instance cannot be handed a `call`."""
+    """Raise ModelError when a forward that was replaced on the instance does not accept a `call`."""
     if "forward" in module.__dict__:
         try:
             inspect.signature(module.forward).bind(None, call=None)
@@ -109,7 +118,7 @@ def check_takes_call(module: nn.Module, path: str) -> None:
 
 
 def check_was_called(done: Any, path: str) -> None:
-    """Raise ModelError when `done`, which our forward leaves behind, is None: another one ran in its place."""
+    """Raise ModelError when `done` is None. Our forward sets it, so another forward ran instead."""
     if done is None:
         _refuse_replacement(path)
 

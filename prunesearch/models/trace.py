@@ -1,4 +1,4 @@
-"""What a forward pass with a schedule did, beside its logits."""
+"""`Trace`: what a forward pass with a schedule reports: logits, final tokens and counts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch import Tensor
 
 
 class Trace(NamedTuple):
-    """logits (B, classes). patches_BnC: the final normalised patch tokens, `present_Bn`: 1 where there is one, None
-    when all are (always with a feature map, whose patches are all its positions). counts: patch tokens of each image
-    after each step from the first on whose counts differ between images or are learned, (B,) each; with gradients to
-    the decisions while training."""
+    """Results of one forward pass.
+
+    logits: (B, classes). patches_BnC: the final normalised patch tokens; with a feature map, all positions.
+    present_Bn: 1 where there is a token; None when all are present, as always with a feature map.
+    counts: patch tokens of each image after each step, (B,) each, starting with the first step whose counts differ
+    between images or are learned. In training they carry gradients to the decisions.
+    """
 
     logits: Tensor
     patches_BnC: Tensor
@@ -20,9 +23,9 @@ class Trace(NamedTuple):
 
 
 class ModelCall:
-    """What a model with a schedule is handed in one call beside the images; and what it leaves beside the logits.
+    """Passed to a model with a schedule besides the images. The model sets `trace`.
 
-    masked: as `prunesearch.models.trace`. No dataclass, as FSDP would copy it.
+    masked: as in `prunesearch.models.trace`. Not a dataclass, because FSDP would copy it.
     """
 
     def __init__(self, masked: bool) -> None:

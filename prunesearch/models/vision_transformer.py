@@ -1,9 +1,9 @@
 """Schedules in timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT, DINOv2, CLIP, SigLIP, ...).
 
 The classes of the model, of `blocks`, of each block and of its attention are swapped for subclasses. Each is called as
-a module, as timm calls it: with a tensor, to a tensor. What else a step needs and leaves goes with a `call`, an object
-that hooks, FSDP and mixed precision pass on untouched. Without one, the subclasses run timm's own code.
-Checked against timm 1.0.31. Letters in tensor names as in `tokens/registry.py`.
+a module, with a tensor, and returns a tensor, as in timm. Whatever else a step needs or returns is passed in a `call`,
+an object that hooks, FSDP and mixed precision do not change. Without a call the subclasses run timm's own code.
+Checked against timm 1.0.31. Letters in tensor names as in `tokens/inputs.py`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
 
 MOST_GROUPS = 8
-"""Into which a batch is parted when its images have different counts; measured in benchmarks/adaptive.md."""
+"""Most groups into which a batch is split when its images have different counts; measured in benchmarks/adaptive.md."""
 MOST_GAP = 10.0
-"""Nats by which the logit of an absent key may lie above all present ones and still count in full for gradients to
-predictors. It bounds them: at gaps of 17 and more nats, which occur when few tokens stay, one image would outweigh a
-whole batch."""
+"""Bound in nats on the gap between the logit of an absent key and the largest present one, in gradients to predictors.
+Gaps of 17 nats and more occur when few tokens stay. Without the bound one image would then outweigh a whole batch."""
 SUPPORTS = "timm VisionTransformer and VisionTransformerDistilled with plain blocks"
 
 
@@ -66,10 +65,10 @@ class Run(NamedTuple):
 
 
 class BlocksCall:
-    """What `blocks` is handed in one pass beside the tokens; and the state it leaves.
+    """Passed to `blocks` in one pass, besides the tokens. The blocks set `left`, the state after them.
 
-    most_groups: into which a batch is parted when its images have different counts.
-    No dataclass, as FSDP would copy it and look for tensors; so is `BlockCall`.
+    most_groups: most groups into which a batch is split when its images have different counts.
+    Neither this nor `BlockCall` is a dataclass, because FSDP would copy it and look for tensors in it.
     """
 
     def __init__(self, run: Run, checkpointed: bool, most_groups: int) -> None:
@@ -78,10 +77,11 @@ class BlocksCall:
 
 
 class BlockCall:
-    """What a block with work for the schedule, and its attention, are handed beside the tokens; and what they leave.
+    """Passed to a block that runs steps, and to its attention, besides the tokens.
 
-    listening: the steps that decide by what the attention leaves. most_gap: of `masked_softmax`, where the attention
-    passes gradients to former decisions; else None.
+    listening: the steps that read this attention. most_gap: for `masked_softmax`, when the attention must pass
+    gradients to earlier decisions; else None. The attention sets `attended`, the block sets `left`, its state before
+    the MLP.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class BlockCall:
 
 
 class AttendingAttention(Swapped, Attention):
-    """timm's Attention, which leaves what scorers read when it is handed a call."""
+    """timm's Attention. With a call, it sets `call.attended` for scorers."""
 
     stands_for = Attention
 
@@ -109,7 +109,7 @@ class AttendingAttention(Swapped, Attention):
 
 
 class ReducedBlock(Swapped, Block):
-    """timm's Block, with steps of the schedule between attention and MLP when it is handed a call."""
+    """timm's Block. With a call, it runs the steps of the schedule between attention and MLP."""
 
     stands_for = Block
 
@@ -136,7 +136,7 @@ class ReducedBlock(Swapped, Block):
 
 
 class ReducedBlocks(Swapped, nn.Sequential):
-    """A model's `blocks`, with a schedule when they are handed a call."""
+    """A model's `blocks`. With a call, they run the schedule."""
 
     stands_for = nn.Sequential
 
@@ -159,12 +159,12 @@ class ReducedBlocks(Swapped, nn.Sequential):
 
 
 class _Reduced(Swapped):
-    """The forward pass with a schedule, for any class that is laid out as timm's VisionTransformer."""
+    """The forward pass with a schedule, for VisionTransformer and VisionTransformerDistilled."""
 
     _plan: Plan
 
     def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Image to normalised tokens (B, N at the end, C); refused where images end with different counts."""
+        """Image to normalised tokens (B, N at the end, C). Raises ModelError when images end with different counts."""
         state = self._features(x, attn_mask, is_causal)
         if state.present_Bn is not None:
             raise ModelError(
@@ -189,7 +189,7 @@ class _Reduced(Swapped):
         return logits
 
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits. Tokens alone do not say how many patches each stands for, so this refuses to guess."""
+        """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask."""
         plan = self._plan
         if (plan.merges and _weighs_patches(self)) or (plan.decisions_learn and _pools_over_patches(self)):
             raise ModelError(
@@ -263,11 +263,11 @@ MODULES = (
     "timm.models.vitamin",
     "prunesearch.models.digits_vit",
 )
-"""Where the functions are that build models of these classes, among others."""
+"""Python modules with functions that build models of these classes (among others)."""
 
 
 def is_family(model: nn.Module) -> bool:
-    """Exactly one of the classes here, with or without a schedule."""
+    """True for exactly VisionTransformer and VisionTransformerDistilled, with or without a schedule."""
     return timm_class(model) in REDUCED
 
 
@@ -305,7 +305,7 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
 
 
 def patch_tokens_of(model: Any) -> int:
-    """Patch tokens of an image of the model's own size, as it is now."""
+    """Patch tokens of an image of the model's current size."""
     return model.patch_embed.num_patches
 
 
@@ -340,8 +340,8 @@ def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
 
 
 def patches_of(model: Any, features: Tensor) -> Tensor:
-    """See `prunesearch.models.patches_of`. A model that pools over patches has its last norm behind the pooling; it is
-    applied to each token here."""
+    """See `prunesearch.models.patches_of`. A model that pools over patches applies its last norm after the pooling;
+    here it is applied to each token."""
     return model.fc_norm(features[:, model.num_prefix_tokens :])
 
 
@@ -358,9 +358,11 @@ def attend(
     present_Bn: Tensor | None = None,
     most_gap: float | None = None,
 ) -> tuple[Tensor, Attended]:
-    """timm's Attention.forward, which also returns what scorers read. Attention stays fused, except when the decisions
-    of former stages learn and `present_Bn` must get gradients through it, bounded by `most_gap`; then `bias_B11N` is
-    that of all slots, and absent ones are masked here."""
+    """timm's Attention.forward that also returns what scorers read.
+
+    With `most_gap` and `present_Bn`, attention is not fused: `masked_softmax` masks absent tokens and passes gradients
+    to `present_Bn`. `bias_B11N` must then not mask them. Otherwise attention is computed as in timm.
+    """
     images, tokens, _ = x_BNC.shape
     gate = gate_of(attention)
     opening = None if gate is None else gate(x_BNC).sigmoid()
@@ -392,13 +394,12 @@ def attend(
 
 
 def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor, most_gap: float = MOST_GAP) -> Tensor:
-    """Softmax over the keys that are present and the query's own, with gradients to presence (DynamicViT, eq. 8-10).
+    """Softmax over the present keys and the query's own, with gradients to presence (DynamicViT, eq. 8-10).
 
-    Every token attends to itself, also an absent one, whose row so stays finite and passes on what present keys would
-    have changed. The gradient to the presence of an absent key is what it would get, exp(its logit - those present),
-    up to `most_gap` nats above the largest present one and constant beyond. The released code takes the largest logit
-    over all keys and adds an epsilon; a large logit of an absent key then makes every present one vanish. Other absent
-    keys get exactly 0.
+    Every token attends to itself, even an absent one, so that its row stays finite. Other absent keys get exactly 0.
+    The gradient to the presence of an absent key is proportional to exp(its logit - the largest present logit). The
+    exponent is cut at `most_gap` nats. The released code subtracts the largest logit over all keys and adds an epsilon;
+    a large logit of an absent key then makes all present ones vanish.
     """
     itself_NN = torch.eye(logits_BHNN.shape[-1], dtype=present_B11N.dtype, device=present_B11N.device)
     seen_B1NN = present_B11N + (1 - present_B11N) * itself_NN
@@ -408,7 +409,7 @@ def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor, most_gap: float = 
 
 
 def _refuse_to_be_traced() -> None:
-    """Raise ModelError while PyTorch records a graph: it would hold the groups of the images it was recorded with."""
+    """Raise ModelError while PyTorch records a graph, which would fix the groups of the images it was recorded with."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         raise ModelError(
             "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
@@ -418,15 +419,19 @@ def _refuse_to_be_traced() -> None:
 
 
 def _is_distributed(blocks: nn.Module) -> bool:
-    """Whether a block's parameters are gathered from other processes when it is called (FSDP). Then all processes must
-    call it equally often, whatever their images keep."""
+    """Whether a block's parameters are gathered from other processes when it is called (FSDP).
+
+    All processes must then call it equally often, so the batch is not split into groups.
+    """
     kinds = [kind for module in (blocks, *blocks.children()) for kind in type(module).__mro__]
     return any(kind.__module__.startswith("torch.distributed.") for kind in kinds)
 
 
 def _run_in_groups(blocks: Any, run: Run, state: TokenState, most: int) -> TokenState:
-    """The blocks, with the batch parted wherever its images come to have different counts: images with few tokens do
-    not wait for padding that others need."""
+    """Run the blocks, and split the batch after stages with thresholds into groups of images with similar counts.
+
+    So images with few tokens are not padded to the largest count.
+    """
     prefix = run.plan.shape.prefix_tokens
     groups = [Group(None, state)]
     for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
@@ -438,9 +443,12 @@ def _run_in_groups(blocks: Any, run: Run, state: TokenState, most: int) -> Token
 
 
 def _most_gap(plan: Plan) -> float:
-    """`MOST_GAP` for predictors. Thresholds are single numbers, which the loss on the cost has to lead: with gaps of 10
-    nats the other losses lead them elsewhere, and accuracy falls (AS-ViT at half the cost of the digits ViT: 94.7 %
-    after four epochs, 96.2 % without gaps; benchmarks/masked_gradients.md)."""
+    """`MOST_GAP` when the schedule has a predictor, else 0.
+
+    Thresholds are single numbers, which the loss on the cost should control. With a gap of 10 nats the gradients of the
+    other losses dominate, and accuracy falls (AS-ViT at half the cost of the digits ViT, after four epochs: 94.7 %,
+    without a gap 96.2 %; benchmarks/masked_gradients.md).
+    """
     return MOST_GAP if any(step.stage.learns_to_score for step in plan.steps) else 0.0
 
 
@@ -465,7 +473,10 @@ def _run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenStat
 def _take_steps(
     steps: tuple[PlannedStep, ...], state: TokenState, evidence: tuple[Evidence, ...], run: Run
 ) -> tuple[TokenState, tuple[Evidence, ...]]:
-    """Run steps in order. `evidence` begins with that of the steps that read attention; what is left is returned."""
+    """Run steps in order. Those that read attention take their evidence from the front of `evidence`.
+
+    Returns the new state and the evidence that is left.
+    """
     prefix = run.plan.shape.prefix_tokens
     for planned in steps:
         if reads_attention(planned.stage):
@@ -500,7 +511,7 @@ def _parts_of(planned: PlannedStep, run: Run) -> StageParts | None:
 
 
 def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
-    """What is added to the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots."""
+    """Bias on the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots. None when there is none."""
     bias_B11N = _size_bias(state, plan)
     if state.present_Bn is None:
         return bias_B11N
@@ -511,20 +522,24 @@ def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
 
 
 def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
-    """ToMe's proportional attention, (B, 1, 1, N): a token that stands for s patches is attended to as s tokens would
-    be. 0 for a slot that never held a token. None without sizes."""
+    """Bias of ToMe's proportional attention, (B, 1, 1, N): log(size), so that a token of s patches counts as s tokens.
+
+    0 for slots of size 0. None without sizes.
+    """
     size_Bn = state.size_Bn
     if size_Bn is None or not plan.log_size_bias:
         return None
     if state.present_Bn is not None:
         size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
-    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # prefix tokens stand for themselves: log 1
+    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
     return bias_BN[:, None, None, :].to(state.tokens_BNC.dtype)
 
 
 def _log_size(size_BN: Tensor | None, present_BN: Tensor) -> Tensor:
-    """log size of tokens that are there (0 without sizes), -inf of empty slots, whose size may be 0: taking its
-    logarithm would make every gradient NaN."""
+    """log(size) of present tokens (0 without sizes) and -inf for empty slots.
+
+    The size of an empty slot may be 0. It is replaced first, because log(0) would make every gradient NaN.
+    """
     empty_BN = present_BN == 0
     bias_BN = torch.zeros_like(present_BN) if size_BN is None else size_BN.masked_fill(empty_BN, 1.0).log()
     return bias_BN.masked_fill(empty_BN, -torch.inf)
@@ -539,7 +554,7 @@ def _pools_over_patches(model: Any) -> bool:
 
 
 def _pool_by_size(model: Any, state: TokenState) -> Tensor:
-    """timm's pooling with each token counted as the patches it stands for, empty slots not at all: to (B, C)."""
+    """timm's pooling, to (B, C), with each token weighted by its size and empty slots left out."""
     prefix = model.num_prefix_tokens
     x_BNC, size_BN, present_BN = state.tokens_BNC, state.size_Bn, state.present_Bn
     size_BN = torch.ones_like(present_BN) if size_BN is None else size_BN  # type: ignore[arg-type]

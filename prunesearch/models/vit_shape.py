@@ -1,4 +1,4 @@
-"""What arithmetic needs to know of a timm VisionTransformer, and which ones are understood."""
+"""The `ModelShape` of a timm VisionTransformer, and checks that its layers are known."""
 
 from __future__ import annotations
 
@@ -66,8 +66,10 @@ def _check_blocks(model: Any) -> None:
 
 
 def _block_macs(model: Any) -> tuple[int, int]:
-    """MACs per token of the gate and of the MLP, the same in each block. Raises ModelError where blocks differ, or
-    attention's layers have other sizes than the arithmetic takes them to have."""
+    """MACs per token of the gate and of the MLP, which must be the same in all blocks.
+
+    Raises ModelError when blocks differ, or when attention's layers have other sizes than `cost.py` assumes.
+    """
     first = model.blocks[0].attn
     width = first.num_heads * first.head_dim
     for index, block in enumerate(model.blocks):
@@ -99,7 +101,7 @@ def _stem_macs(model: Any) -> int:
     check_countable(embed, "model.patch_embed")
     if type(embed) is PatchEmbed:
         return embed.proj.weight.numel() * embed.num_patches
-    # a hybrid stem (a small CNN) has no closed form: count one pass without data
+    # a hybrid stem (a small CNN) has no closed form: count one pass on the meta device
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         on_meta(embed)(torch.empty(1, channels_of(embed), *embed.img_size, dtype=next(embed.parameters()).dtype))
     return counter.get_total_flops() // 2
@@ -111,7 +113,7 @@ def channels_of(embed: nn.Module) -> int:
 
 
 def _pool_macs(model: Any) -> tuple[int, int, int]:
-    """MACs of an attention pooling head: constant, per token, per pair of tokens."""
+    """MACs of an attention pooling head: a constant, per token, and per pair of tokens."""
     pool = model.attn_pool
     if pool is None:
         return 0, 0, 0

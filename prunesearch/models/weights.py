@@ -1,4 +1,4 @@
-"""Weights of a pruned model: what it learned together with its schedule's own parts, as one safetensors file."""
+"""Read the weights of a pruned model (its own and the schedule's learned parts) and check that they fit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prunesearch.errors import ModelError
 
 
 def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> None:
-    """Load into a model. Raises ModelError, with what is missing or does not fit, and then loads nothing."""
+    """Load weights into a model. Raises ModelError, which names what does not fit, and then loads nothing."""
     model.load_state_dict(fitting_weights(weights, model.state_dict()))
 
 
 def fitting_weights(weights: str | Path | Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as the tensors of `wanted` are: each name, shape, dtype and device, so that loading them cannot fail.
+    """Convert weights to the names, shapes, dtypes and devices of `wanted`, so that loading them cannot fail.
 
-    Raises ModelError for a file that cannot be read, and with what is missing or does not fit.
+    Raises ModelError for a file that cannot be read, and for weights that are missing or do not fit.
     """
     if isinstance(weights, (str, Path)):
         place, state = f"weights {str(weights)!r}", read_weights(weights)
@@ -36,8 +36,10 @@ def fitting_weights(weights: str | Path | Mapping[str, Tensor], wanted: Mapping[
 
 
 def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """How weights differ from those a model has: names it lacks, names too many, other shapes, no values. Empty when
-    they fit."""
+    """How weights differ from those of a model: missing names, unknown names, other shapes, no values.
+
+    Empty when they fit.
+    """
 
     def listed(text: str, names: list[str]) -> list[str]:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -60,7 +62,7 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ModelError when it cannot be read."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe would block
         raise ModelError(f"weights {str(path)!r}: is no file. Possible: a .safetensors file. Check the path.")
     try:
         return safetensors.torch.load_file(path)

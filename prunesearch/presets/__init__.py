@@ -1,5 +1,4 @@
-"""Published schedules by name. Each is a YAML file in this folder: a rule that fits a
-model's depth and image size, or says why it cannot."""
+"""Published schedules by name. Each is a YAML file in this folder with rules, which `rule.py` fits to a model."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ def presets() -> dict[str, PresetFile]:
 
 
 def load_preset(name: str, shape: ModelShape) -> Schedule:
-    """A published schedule fitted to a model. Raises UnknownNameError; ScheduleError when its rule cannot fit."""
+    """A published schedule fitted to a model. Raises UnknownNameError, or ScheduleError when it cannot fit."""
     if name not in presets():
         known = ", ".join(presets())
         raise UnknownNameError(f"unknown preset {name!r}. Known: {known}.{did_you_mean(name, presets())}")
@@ -31,7 +30,10 @@ def load_preset(name: str, shape: ModelShape) -> Schedule:
 
 
 def find_schedule(name_or_path: str, shape: ModelShape) -> Schedule:
-    """A preset by name, or a schedule from a YAML file. Raises UnknownNameError, FileError or ScheduleError."""
+    """A schedule from a YAML file (a name that ends in .yaml or .yml), else from the preset of that name.
+
+    Raises UnknownNameError, FileError or ScheduleError.
+    """
     if name_or_path.endswith((".yaml", ".yml")):
         return load_schedule(name_or_path)
     return load_preset(name_or_path, shape)

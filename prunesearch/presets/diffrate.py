@@ -1,4 +1,4 @@
-"""DiffRate's own file, compression_rate.json: model, target, and two lists of counts with one entry for each block."""
+"""Read DiffRate's own file, compression_rate.json: for each model and target, two lists with a count per block."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from prunesearch.schedule import Schedule
 
 LISTS = ("prune_kept_num", "merge_kept_num")
 DEPTHS = {"ViT-T-DeiT": 12, "ViT-S-DeiT": 12, "ViT-B-DeiT": 12, "ViT-B-MAE": 12, "ViT-L-MAE": 24, "ViT-H-MAE": 32}
-"""Blocks of the models in the released file; of others the two lists alone must agree."""
+"""Blocks of the models in the released file. For other models the two lists must only have the same length."""
 
 
 def load_diffrate(path: str | Path, model: str, target: str) -> Schedule:
     """The schedule of one model and target. Raises FileError.
 
-    In each block tokens first drop to the one count, then are absorbed to the other, both by class attention. Counts
-    in the file include the class token, and one above what arrives is a no-op there: such a stage is left out. Block
-    0 of a search never loses tokens, so that the first counts are those of the model.
+    In each block tokens are first dropped to the count of the first list, then absorbed to that of the second, both by
+    class attention. Counts in the file include the class token. Where a count is not below the tokens present, there
+    is no stage. DiffRate never removes tokens in block 0, so the first counts give the model's number of tokens.
     """
     place = str(path)
     try:
@@ -66,7 +66,7 @@ def _entry(content: Any, name: str, what: str, place: str) -> dict[str, Any]:
 
 
 def _counts(entry: dict[str, Any], name: str, problems: list[str]) -> list[int]:
-    """One list, which the file holds as text."""
+    """Read one list of counts, which the file holds as text."""
     written = entry.get(name)
     if written in (None, "None"):
         problems.append(

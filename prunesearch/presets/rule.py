@@ -1,4 +1,4 @@
-"""A preset's rule fitted to a model: blocks to its depth, amounts to its number of patch tokens."""
+"""Fit a preset to a model: its blocks to the depth, its amounts to the number of patch tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunesearch.tokens import REDUCERS, SCORERS
 
 
 def fit(name: str, preset: PresetFile, shape: ModelShape) -> Schedule:
-    """The schedule that a preset means for a model. Raises ScheduleError when its rule cannot fit."""
+    """The schedule of a preset for a model. Raises ScheduleError when its rules cannot fit."""
     problems = list(_misfits(preset, shape))
     if problems:
         raise ScheduleError(f"preset {name}", problems)
@@ -42,7 +42,10 @@ def fit(name: str, preset: PresetFile, shape: ModelShape) -> Schedule:
 
 
 def expand(rows: Sequence[PresetStage], depth: int, patch_tokens: int) -> tuple[Stage, ...]:
-    """Stages with their own amounts from rows whose blocks are the model's. Those that remove nothing are left out."""
+    """Turn rows into stages with amounts for this model. Stages that remove nothing are left out.
+
+    The blocks of the rows are already those of the model.
+    """
     stages: list[Stage] = []
     present = patch_tokens
     for block, place, row in product(range(depth), PLACES, rows):
@@ -72,7 +75,7 @@ def _stage(row: PresetStage, block: int, depth: int, present: int, patch_tokens:
 
 
 def _removed(row: PresetStage, block: int, depth: int) -> int:
-    """How many tokens go in a block: ToMe's line from the first block to the last, truncated as there."""
+    """How many tokens go in a block: linear from the first block to the last and truncated, as in ToMe."""
     assert row.remove is not None
     if row.remove_last is None or depth == 1:
         return row.remove
@@ -84,7 +87,7 @@ def _scaled(block: int, preset: PresetFile, shape: ModelShape) -> int:
 
 
 def _unit(row: PresetStage, preset: PresetFile, shape: ModelShape) -> float:
-    """By how much a threshold grows from the model it was written for to this one."""
+    """The factor from a threshold for the preset's model to one for this model."""
     if row.score not in SCORERS:
         return 1.0  # `merge` compares cosines
     scorer = SCORERS[row.score]

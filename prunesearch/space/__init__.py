@@ -1,1 +1,1 @@
-"""A search space: what it can propose, and what is wrong with it."""
+"""Search spaces: `choices.py` has their parameters, `problems.py` finds their mistakes."""

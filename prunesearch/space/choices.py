@@ -1,8 +1,8 @@
-"""The search space: which parameters a study has, and how their values become a candidate schedule and back.
+"""The parameters of a search space, and how their values become a candidate schedule and back.
 
-Every parameter exists in every candidate (the space is fixed, nothing is conditional), because samplers that look at
-all parameters together need it. Parameters that have no effect in a candidate, such as the score of a block without a
-stage, are set to their first choice before a sampler learns from it.
+No parameter is conditional: every candidate has a value for each of them, because multivariate samplers need it.
+Parameters that have no effect in a candidate, such as the score of a block without a stage, are set to their first
+choice before a sampler learns from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prunesearch.tokens import REDUCERS, SCORERS
 Value = float | str
 Values = tuple[Value, ...] | Range | ThresholdRange
 FIELDS = ("amount", "keep", "threshold", "merge_threshold", "tokens", "at", "score", "reduce")
-"""What a stage of a search is made of; each is one parameter per block, or one for all (space.same)."""
+"""The fields of a stage that can be searched. Each is one parameter per block, or one for all blocks (space.same)."""
 T = TypeVar("T")
 
 
@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number from low to high (inclusive); on a grid when it has a step, else continuous. log: of ratios."""
+    """A number from low to high (inclusive): on a grid when it has a step, else continuous. log: on a log scale."""
 
     low: float
     high: float
@@ -52,14 +52,14 @@ Dimension = Choice | Interval
 def dimensions(space: SpaceConfig) -> dict[str, Dimension]:
     """The parameters that have more than one value, by name, in the order of the blocks.
 
-    A list of keep ratios at equal distances is an Interval, so that samplers see its order; an uneven one is a Choice.
+    A list of numbers at equal distances is an Interval, so that samplers see its order. Other lists are a Choice.
     """
     named = ((name, _dimension(values)) for name, values in _fields(space).items())
     return {name: dimension for name, dimension in named if dimension is not None}
 
 
 def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: ModelShape) -> Schedule:
-    """The candidate that these values stand for. Raises ScheduleError when it breaks `max_stages` or the model."""
+    """The candidate of these values. Raises ScheduleError when it exceeds `max_stages` or does not fit the model."""
     schedule = _schedule(parameters, space)
     if space.max_stages is not None and len(schedule.stages) > space.max_stages:
         raise ScheduleError(
@@ -71,7 +71,7 @@ def schedule_from(parameters: Mapping[str, Value], space: SpaceConfig, shape: Mo
 
 
 def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | None:
-    """The values that stand for a schedule, or None when it lies outside the space; the inverse of `schedule_from`.
+    """The inverse of `schedule_from`: the values that stand for a schedule, or None when it lies outside the space.
 
     Parameters without effect get their first choice.
     """
@@ -85,7 +85,8 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
     for block in blocks_of(space):
         stage = by_block.get(block.block)
         if stage is None:
-            # what all stages share is said by those that there are; then only keep can leave one out
+            # parameters that all stages share (space.same) are set by the other stages; if amount is one of them, it
+            # cannot be none here, and keep 1.0 leaves the stage out
             said = space.same if by_block else ()
             leaves_out = "none" in block.amount and "amount" not in said
             parameters[_name("amount", block, space)] = "none" if leaves_out else "keep"
@@ -120,7 +121,7 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
 
 
 def combinations(space: SpaceConfig) -> int | None:
-    """How many sets of values there are, or None when a parameter is continuous."""
+    """How many combinations of values there are; None when a parameter is continuous."""
     total = 1
     for dimension in dimensions(space).values():
         values = _values(dimension)
@@ -131,7 +132,7 @@ def combinations(space: SpaceConfig) -> int | None:
 
 
 def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
-    """The index-th set of values of a space that has finitely many (`combinations`)."""
+    """The index-th combination of values of a space that has finitely many (`combinations`)."""
     parameters = {}
     for name, dimension in dimensions(space).items():
         values = _values(dimension)
@@ -142,7 +143,7 @@ def combination(space: SpaceConfig, index: int) -> dict[str, Value]:
 
 
 def any_value(dimension: Dimension, generator: random.Random) -> Value:
-    """A value at random, each as likely as any other."""
+    """A random value: uniform, for an interval with `log` uniform in the logarithm."""
     if isinstance(dimension, Choice):
         return generator.choice(dimension.values)
     if dimension.log:
@@ -154,7 +155,7 @@ def any_value(dimension: Dimension, generator: random.Random) -> Value:
 
 
 def anything(space: Mapping[str, Dimension], generator: random.Random) -> dict[str, Value]:
-    """A value at random for each parameter."""
+    """A random value for each parameter, drawn by `any_value`."""
     return {name: any_value(dimension, generator) for name, dimension in space.items()}
 
 
@@ -167,7 +168,10 @@ def mutated(
 
 
 def uid_of(schedule: Schedule, shape: ModelShape) -> str:
-    """12 hexadecimal digits that all spellings of the same schedule share. Raises ScheduleError as `resolve`."""
+    """Identity of a schedule on a model: 12 hexadecimal digits, the same for all schedules with one canonical form.
+
+    Raises ScheduleError as `resolve`.
+    """
     written = canonical(schedule, shape)
     stages: list[object] = [
         (stage.block, stage.at, stage.score, stage.tokens, stage.reduce, stage.options)
@@ -180,12 +184,12 @@ def uid_of(schedule: Schedule, shape: ModelShape) -> str:
     return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
 
 
-# --- what a space says about one block ---------------------------------------------------------------------------
+# --- the choices of one block ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BlockChoices:
-    """The choices of one block, with everything it takes over from the space around it."""
+    """The choices of one block. Fields that the block does not give are taken from the whole space."""
 
     block: int
     keep: tuple[float, ...] | Range
@@ -199,6 +203,8 @@ class BlockChoices:
 
 
 def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
+    """The choices of each block, in the order of `space.blocks`."""
+
     def own_or_shared(own: T | None, shared: T) -> T:
         return shared if own is None else own
 
@@ -226,7 +232,10 @@ def _name(field: str, block: BlockChoices, space: SpaceConfig) -> str:
 
 
 def _fields(space: SpaceConfig) -> dict[str, Values]:
-    """All fields of all blocks by parameter name, also those with a single value; without those nothing would read."""
+    """The values of all fields of all blocks, by parameter name. Fields with a single value are included.
+
+    Fields that no choice of the block can use are left out.
+    """
     fields: dict[str, Values] = {}
     for block in blocks_of(space):
         given: dict[str, Values | None] = {"amount": block.amount, "at": block.at, "reduce": block.reduce}
@@ -284,13 +293,13 @@ def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
 
 
 def takes_threshold(score: str, reduce: str) -> bool:
-    """Whether a search gives a stage a threshold: learned scores come with a count, to which they are trained."""
+    """Whether a search can give a stage a threshold. Learned scores get a keep ratio, to which they are trained."""
     learns = score in SCORERS and SCORERS[score].part is not None
     return REDUCERS[reduce].takes_threshold and not learns
 
 
 def is_counted(reduce: str, block: BlockChoices) -> bool:
-    """Whether the search gives this verb a count, and not a ratio: what is pooled has a number of its own."""
+    """Whether the search gives this verb a count instead of a ratio: it pools, and the block has `tokens`."""
     return REDUCERS[reduce].pools and block.tokens is not None
 
 
@@ -302,7 +311,7 @@ def _threshold_field(reduce: str) -> str:
 
 
 def _dimension(values: Values) -> Dimension | None:
-    """None when there is nothing to choose."""
+    """The values as a dimension; None when there is only one."""
     if isinstance(values, ThresholdRange):
         return Interval(values.low, values.high, None, values.log) if values.low < values.high else None
     if isinstance(values, Range):
@@ -323,12 +332,13 @@ def _values(dimension: Dimension) -> tuple[Value, ...] | None:
 
 
 def grid_of(interval: Interval | Range) -> Iterator[float]:
+    """The values of an interval with a step, computed exactly in decimals."""
     low, high, step = (Decimal(repr(number)) for number in (interval.low, interval.high, interval.step))
     return (float(low + index * step) for index in range(int((high - low) / step) + 1))
 
 
 def _exact(values: Values, given: Value) -> Value:
-    """A value as it was written, so that 0.7 is 0.7 and not the sum of a float grid, nor exp(log(low)) below low."""
+    """The nearest value that the study file allows. This undoes rounding: 0.7000000001 becomes 0.7."""
     if isinstance(given, str):
         return given
     if isinstance(values, ThresholdRange):

@@ -1,4 +1,4 @@
-"""Mistakes of a search space against a model, all at once."""
+"""Find all mistakes in a search space for a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AMOUNTS = ("keep", "threshold", "none")
 
 
 def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    """Every mistake of a space for a model, one sentence or two for each, with its field. Empty when all is well."""
+    """All mistakes in a space for a model, one message each, which names the field. Empty when there are none."""
     problems = _block_problems(space, shape)
     problems += _value_problems("space", space, shape)
     for index, own in enumerate(space.blocks):
@@ -58,7 +58,7 @@ def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
 
 
 def _value_problems(place: str, given: SpaceConfig | BlockSpace, shape: ModelShape) -> list[str]:
-    """Mistakes of the lists in themselves, whatever the block. None is not given."""
+    """Mistakes in the values of a space, or of one block (where a field that is None was not given)."""
     keep = given.keep
     problems = _range_problems(place, keep) if isinstance(keep, Range) else []
     problems += _threshold_problems(f"{place}.threshold", given.threshold, 0.0, LARGEST, "scores are shares")
@@ -139,7 +139,7 @@ def _range_problems(place: str, keep: Range) -> list[str]:
 def _threshold_problems(
     place: str, given: tuple[float, ...] | ThresholdRange | None, low: float, high: float, what: str
 ) -> list[str]:
-    """Mistakes of a range that must lie between low and high; the values of a list are bounded where they are read."""
+    """Mistakes in a range that must lie between low and high. The values of lists were checked when they were read."""
     if not isinstance(given, ThresholdRange):
         return []
     problems = [
@@ -155,7 +155,7 @@ def _threshold_problems(
 
 
 def _unread(space: SpaceConfig) -> list[str]:
-    """What is given but would have no effect, or is missing for what was asked."""
+    """Fields that are given but have no effect, and fields that are missing although a choice needs them."""
     problems = []
     blocks = blocks_of(space)
     readable = False
@@ -229,7 +229,7 @@ def _target_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
 
 
 def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    """Combinations of choices that can never become a stage, whatever the keep ratio."""
+    """Combinations of choices that cannot become a stage at any keep ratio."""
     problems: dict[str, None] = {}
     for index, block in enumerate(blocks_of(space)):
         keeps = _easiest(block.keep)
@@ -254,7 +254,7 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
 
 
 def _most_stages_problems(space: SpaceConfig) -> list[str]:
-    """More blocks that always have a stage than a schedule may have stages."""
+    """A message when more blocks always have a stage than `max_stages` allows."""
     always = [block.block for block in blocks_of(space) if not _may_be_without(block)]
     if space.max_stages is None or len(always) <= space.max_stages:
         return []
@@ -265,13 +265,13 @@ def _most_stages_problems(space: SpaceConfig) -> list[str]:
 
 
 def _may_be_without(block: BlockChoices) -> bool:
-    """Whether a choice leaves out the stage of a block."""
+    """Whether one of the choices leaves the block without a stage."""
     high = block.keep.high if isinstance(block.keep, Range) else max(block.keep, default=0.0)
     return "none" in block.amount or ("keep" in block.amount and high == 1.0)
 
 
 def _order_problems(space: SpaceConfig) -> list[str]:
-    """Verbs that no candidate can have, as a block before them always learns its decisions."""
+    """Verbs that no candidate can have, because a block before them always learns its decisions."""
     learning: int | None = None
     problems = []
     for block in sorted(blocks_of(space), key=lambda block: block.block):
@@ -295,13 +295,16 @@ def _always_learns(block: BlockChoices) -> bool:
 
 
 def _verbs_and_scores(block: BlockChoices) -> list[tuple[str, str]]:
-    """Which verb can go with which score; none for those that do not rank."""
+    """All pairs of verb and score; the score is "none" for verbs that do not rank."""
     ranked = [(verb, score) for verb in block.reduce if REDUCERS[verb].ranks for score in block.score]
     return ranked + [(verb, "none") for verb in block.reduce if not REDUCERS[verb].ranks]
 
 
 def _easiest(keep: tuple[float, ...] | Range) -> list[float]:
-    """The largest ratio below 1, which is possible wherever a smaller one is; nothing when there is none."""
+    """The largest ratio below 1, as a list of one; empty when there is none.
+
+    When a smaller ratio is possible, this one is too.
+    """
     if isinstance(keep, tuple):
         values: Sequence[float] = keep
     elif keep.step is not None:

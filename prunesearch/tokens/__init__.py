@@ -1,7 +1,7 @@
-"""What happens to tokens inside one block: pure tensor functions that know no timm.
+"""Scores and reduce verbs: pure tensor functions that work on the tokens of one block and do not use timm.
 
-`scores.py` and `verbs.py` are the tables of what there is; each function has a file here, which is loaded when it runs.
-Everything that a plug-in needs is imported from this package:
+`scores.py` and `verbs.py` are tables of all of them. Each function has a file here, which is loaded when it runs.
+A plug-in can import all that it needs from this package:
 
     from prunesearch.tokens import Grouping, ReduceInput, ScoreInput, reducer, scorer
 """

@@ -9,6 +9,7 @@ from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
 def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
+    """`absorb` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
     total_Bn = torch.ones_like(guest_Bn).scatter_add(1, host_Bn, guest_Bn)
@@ -24,8 +25,9 @@ def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
 def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
     """Average each of the others into its most similar kept token (plain mean), whose size grows by cosine x size.
 
-    Similarity is the cosine of block features. Negative cosines add nothing to a size; in the released code sizes can
-    fall below zero there, and their logarithm with them. With proportional_attention later attention adds log(size).
+    Similarity is the cosine of block features. Negative cosines add nothing to a size. In the released code they make
+    sizes negative, which have no logarithm. proportional_attention: later attention layers add log(size) to the logits
+    (models/vision_transformer.py does this).
     """
     kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
     total_BK = torch.ones_like(kept_BK, dtype=torch.float32).scatter_add(1, host_BG, torch.ones_like(cosine_BG))

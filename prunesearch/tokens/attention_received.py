@@ -1,4 +1,4 @@
-"""Score: mean attention a token receives from all tokens (LTMP). Works without a class token; needs every row."""
+"""Score: mean attention a token receives from all tokens (LTMP). Works without a class token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from prunesearch.tokens.inputs import ScoreInput
 def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     """Attention each patch token receives, averaged over heads and over all queries (prefix tokens included).
 
-    Builds the attention matrix a second time beside the fused one: N^2 A extra MACs and B H N^2 floats.
-    merged: the score of tokens that an earlier stage of the same attention merged: the sum of their scores or the
-    largest of them (LTMP). It has no effect on a stage before which nothing merges.
+    Fused attention does not return its matrix, so it is computed again: N^2 A extra MACs and B H N^2 floats.
+    merged: how tokens combine their scores when an earlier stage that read the same attention merges them: "sum" or
+    "max" (LTMP). It has no effect when no such stage merges.
     """
     attended = scene.attended
     assert attended is not None
@@ -23,6 +23,6 @@ def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     attention_BNN = logits_BHNN.softmax(dim=-1).mean(dim=1)
     if attended.present_Bn is None:
         return attention_BNN.mean(dim=1)[:, attended.prefix_tokens :]
-    asking_BN = F.pad(attended.present_Bn, (attended.prefix_tokens, 0), value=1.0)  # empty slots ask nothing
+    asking_BN = F.pad(attended.present_Bn, (attended.prefix_tokens, 0), value=1.0)  # empty slots have no query
     received_BN = (attention_BNN * (asking_BN / asking_BN.sum(dim=1, keepdim=True))[..., None]).sum(dim=1)
     return received_BN[:, attended.prefix_tokens :]

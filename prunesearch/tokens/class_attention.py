@@ -1,7 +1,7 @@
-"""Scores read from one row of the attention matrix, the class token's: EViT, AS-ViT, PPT / ATS.
+"""Scores from the class token's row of the attention matrix: EViT, AS-ViT, PPT / ATS.
 
-The row is computed on its own from the q and k that fused attention used, so the N x N matrix is never built:
-N * A MACs instead of N^2 * A. A distilled model has two such rows (class and distillation token); they are averaged.
+Only this row is computed, from the q and k of the fused attention: N * A MACs instead of N^2 * A for the whole matrix.
+A distilled model has two such rows (class and distillation token), which are averaged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prunesearch.tokens.inputs import Attended, ScoreInput
 
 
 def class_rows_BHRN(attended: Attended) -> Tensor:
-    """Softmaxed attention of the R class-like tokens over all N tokens, per head, in fp32."""
+    """Attention (after softmax) of the R class-like tokens to all N tokens, per head, in fp32."""
     query_BHRD = attended.query_BHND[:, :, : attended.class_tokens].float()
     logits_BHRN = (query_BHRD * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
     if attended.bias_B11N is not None:

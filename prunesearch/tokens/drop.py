@@ -1,4 +1,4 @@
-"""Reduce: tokens that do not stay are gone (DynamicViT, AS-ViT, Top-K; EViT without fusion)."""
+"""Reduce: tokens that do not stay are removed (DynamicViT, AS-ViT, Top-K; EViT without fusion)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from prunesearch.tokens.select import top_k
 
 
 def masked(scene: MaskedInput) -> Joining:
+    """`drop` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     return Joining(scene.stays_Bn)
 

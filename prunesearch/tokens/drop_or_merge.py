@@ -12,8 +12,8 @@ from prunesearch.tokens.select import top_k
 def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:
     """Merge as `merge` does where the scores are alike (their variance is below `variance`), else drop the lowest.
 
-    Both remove the same number of tokens, so counts are equal for all images. PPT found 7e-5 for 197 tokens and the
-    score value_weighted, off the shelf (6e-5 when fine-tuned). parity: see `merge`.
+    Both remove the same number of tokens, so counts are equal for all images. variance: PPT uses 7e-5 without training
+    and 6e-5 with fine-tuning, for 197 tokens and the score value_weighted. parity: see `merge`.
     """
     assert scene.scores_Bn is not None and scene.size_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
@@ -25,7 +25,7 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     return Grouping(
         torch.where(alike_B1, merged.kept_BK, kept_BK),
         torch.where(alike_B1, merged.guests_BG, guests_BG),
-        merged.host_BG,  # of no effect where nothing is shared
+        merged.host_BG,  # has no effect where guest_share is 0
         guest_share_BG=shares_BG * alike_B1,
         host_share_BK=torch.where(alike_B1, merged.host_share_BK, torch.ones_like(merged.host_share_BK)),
         size_share_BG=alike_B1.to(shares_BG.dtype).expand_as(shares_BG),

@@ -7,6 +7,7 @@ from prunesearch.tokens.select import top_k
 
 
 def masked(scene: MaskedInput) -> Joining:
+    """`fuse` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None and scene.scores_Bn is not None
     return Joining(scene.stays_Bn, guest_share_Bn=scene.scores_Bn * (scene.present_Bn - scene.stays_Bn))
 
@@ -14,8 +15,8 @@ def masked(scene: MaskedInput) -> Joining:
 def fuse(scene: ReduceInput) -> Grouping:
     """Sum the others, each times its score, into one token appended at the end.
 
-    The weights are the scores as they are, not renormalised (they sum to less than 1), as in EViT's code. At a later
-    stage the fused token competes like any other.
+    The scores are used as weights without renormalising (they sum to less than 1), as in EViT's code. Later stages
+    treat the fused token like any other token.
     """
     assert scene.scores_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)

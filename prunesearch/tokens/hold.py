@@ -1,4 +1,4 @@
-"""Reduce: the others keep their place, and a linear path replaces the MLP (dynamic spatial sparsification)."""
+"""Reduce: the others keep their place and take a linear path instead of the MLP (dynamic spatial sparsification)."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInpu
 from prunesearch.tokens.select import top_k
 
 LAYER_SCALE = 1e-6
-"""What a fast path's scale starts at where the model has one: ConvNeXt's own start."""
+"""Initial layer scale of a fast path, in models with layer scales: ConvNeXt's own initial value."""
 
 
 class FastPath(nn.Module):
-    """LayerNorm and one linear layer C -> C; with a layer scale, in models that have it."""
+    """LayerNorm, a linear layer C -> C, and a layer scale in models that have them."""
 
     def __init__(self, dim: int, layer_scale: bool, norm_eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.linear = nn.Linear(dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), LAYER_SCALE)) if layer_scale else None
-        # as both Swin and ConvNeXt start their own
+        # the initialisation of Swin and ConvNeXt
         nn.init.trunc_normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, held_BGC: Tensor) -> Tensor:
-        """What is added to the tokens, (B, G, C)."""
+        """Tokens (B, G, C) to what the block adds to them, (B, G, C)."""
         added_BGC = self.linear(self.norm(held_BGC.to(self.norm.weight.dtype)))
         return added_BGC if self.gamma is None else added_BGC * self.gamma
 
 
 def masked(scene: MaskedInput) -> Joining:
+    """`hold` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     return Joining(scene.stays_Bn)
 
 
 def part(shape: ModelShape, kept: int) -> FastPath:
-    """What each block learns until the next stage."""
+    """The learned module of one block. Every block from this stage to the next one has its own."""
     return FastPath(shape.dim, shape.layer_scale, shape.norm_eps)
 
 

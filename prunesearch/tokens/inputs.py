@@ -1,7 +1,7 @@
-"""What scorers and reducers are given, and what they return: tuples of tensors.
+"""Inputs and outputs of scorers and reducers: tuples of tensors.
 
-Letters in tensor names: B images, N tokens, n patch tokens, K kept, G guests (patch tokens that do not stay),
-H heads, D head dimension, C embedding dimension. Masks are floats, 1 or 0, so that decisions can pass gradients.
+Letters in tensor names: B images, N tokens, n patch tokens, K kept tokens, G guests (patch tokens that do not stay),
+H heads, D head dimension, C embedding dimension. Masks are floats, 1 or 0, so that gradients reach the decisions.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 
 class Attended(NamedTuple):
-    """What one attention layer leaves for scorers: everything after q/k norm, before the output projection.
+    """Tensors of one attention layer, for scorers.
 
-    `bias_B11N` was added to the logits (log sizes of merged tokens; -inf where there is no token), or None. The first
-    `class_tokens` of the `prefix_tokens` are class and distillation token. `present_Bn`: 1 for patch tokens that are
-    there, 0 for gone ones and padding; None when all are there.
+    query, key: after q/k norm. output: before the output projection.
+    bias_B11N: added to the logits (log sizes of merged tokens; -inf for empty slots), or None. class_tokens: how many
+    of the first prefix tokens are class and distillation tokens. present_Bn: 1 for patch tokens that are present, 0
+    for removed ones and padding; None when all are present.
     """
 
     query_BHND: Tensor
@@ -31,8 +32,11 @@ class Attended(NamedTuple):
 
 
 class ScoreInput(NamedTuple):
-    """What a scorer may look at. `attended` is None for scorers that declare needs_attention=False, `part` unless
-    they learn. `present_Bn`: as in `Attended`; with gradients to the decisions of former stages while training."""
+    """Input of a scorer.
+
+    attended: None for scorers with needs_attention=False. part: the learned module of scorers that learn, else None.
+    present_Bn: as in `Attended`. In training it carries gradients to the decisions of earlier stages.
+    """
 
     patches_BnC: Tensor
     attended: Attended | None
@@ -43,9 +47,12 @@ class ScoreInput(NamedTuple):
 
 
 class ReduceInput(NamedTuple):
-    """What a reducer may look at. `scores_Bn` is None for verbs that do not rank, `keys_BnD` (mean over heads)
-    unless the reducer declares needs_keys, `size_Bn` as long as no stage has merged, `part` unless it learns.
-    `prefix_tokens` stand before the patches and take no part."""
+    """Input of a reducer.
+
+    scores_Bn: None for verbs that do not rank. keys_BnD: mean over heads, for reducers with needs_keys, else None.
+    size_Bn: how many patches each token stands for; None while no stage has merged. kept: how many tokens must stay.
+    part: the learned module of reducers that learn, else None. prefix_tokens: number of tokens before the patches.
+    """
 
     patches_BnC: Tensor
     scores_Bn: Tensor | None
@@ -57,10 +64,11 @@ class ReduceInput(NamedTuple):
 
 
 class MaskedInput(NamedTuple):
-    """What the masked form of a reducer looks at: tokens stay in their slots, and some slots are empty.
+    """Input of a reducer's masked form: tokens stay in their slots, and some slots are empty.
 
-    present_Bn: 1 where there is a token. stays_Bn: 1 for those that stay, at most present_Bn; None for `merge`, which
-    decides itself, by `kept_B` (counts) or by `threshold` (then `soft` says how a comparison passes gradients).
+    present_Bn: 1 where there is a token. stays_Bn: 1 for present tokens that stay. It is None for verbs that do not
+    rank: `merge` decides by `kept_B` (how many stay in each image) or by `threshold`. softness: scale of the sigmoid
+    that replaces the comparison with the threshold in the backward pass. Other fields as in `ReduceInput`.
     """
 
     patches_BnC: Tensor
@@ -77,10 +85,10 @@ class MaskedInput(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Who stays and who joins whom, as a sparse linear map from n patch tokens to the next ones.
+    """Output of a reducer: which tokens stay, and which of the others (guests) join which of them (hosts).
 
-    kept_BK: indices of the tokens that stay, ascending (image order). guests_BG: the others, None when they are
-    dropped. Token j of the result is host_share[j] * x[kept[j]] + sum of guest_share[g] * x[guests[g]] over the
+    kept_BK: indices of the tokens that stay, ascending (image order). guests_BG: indices of the others; None when they
+    are dropped. Token j of the result is host_share[j] * x[kept[j]] + sum of guest_share[g] * x[guests[g]] over the
     guests with host[g] == j. With host_BG None, all guests form one token that is appended.
     size_share_BG: how much of a guest's size goes to its host; all of it when None.
     """
@@ -94,11 +102,11 @@ class Grouping(NamedTuple):
 
 
 class Joining(NamedTuple):
-    """A `Grouping` in place: slot j of the result is host_share[j] * x[j] + sum of guest_share[g] * x[g] over the
-    slots with host[g] == j. Slots that do not stay are empty afterwards, whatever they hold.
+    """Output of a reducer's masked form: a `Grouping` for tokens that stay in their slots.
 
-    stays_Bn: 1 or 0, with gradients. Without guest_share the others are dropped; without host_Bn they form one token
-    in a slot that is appended, empty in images without guests.
+    Slot j of the result is host_share[j] * x[j] + sum of guest_share[g] * x[g] over the slots with host[g] == j.
+    stays_Bn: 1 or 0, with gradients. Slots with 0 are empty afterwards. Without guest_share the others are dropped.
+    Without host_Bn they form one token in an appended slot, which is empty in images without guests.
     """
 
     stays_Bn: Tensor
@@ -109,6 +117,6 @@ class Joining(NamedTuple):
 
 
 class Pooled(NamedTuple):
-    """K new tokens in the place of all that were there."""
+    """Output of a reducer that pools: K new tokens, which replace all patch tokens."""
 
     patches_BKC: Tensor

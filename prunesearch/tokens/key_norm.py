@@ -11,7 +11,7 @@ from prunesearch.tokens.inputs import ScoreInput
 def key_norm(scene: ScoreInput) -> Tensor:
     """Norm of the token's key over all heads, as a share of the sum over patch tokens.
 
-    With qk-norm the keys are normalised per head and this score says little; prefer another one there.
+    In models with qk-norm the keys are normalised per head, so this score is a weak signal.
     """
     attended = scene.attended
     assert attended is not None

@@ -1,4 +1,4 @@
-"""Reduce: the most similar pairs become one, whatever their importance (ToMe)."""
+"""Reduce: the most similar pairs of tokens merge into one token each; no score is used (ToMe)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from prunesearch.tokens.select import best, straight_through
 
 
 def _first_guest(parity: str, prefix_tokens: int) -> int:
-    """The place among the patch tokens of the first one that looks for a partner; every second one does."""
+    """Index of the first patch token that looks for a partner. From there on every second one does."""
     return 0 if parity == "all" and prefix_tokens % 2 == 0 else 1
 
 
 def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> Joining:
-    """The same matching among the tokens that are present, by counts or by a threshold on the cosine."""
+    """`merge` for tokens that stay in their slots: among those present, by counts or a threshold on the cosine."""
     keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
     assert keys_BnD is not None and size_Bn is not None
     if present_Bn.shape[1] < 2:
         return Joining(present_Bn)
     first = _first_guest(parity, scene.prefix_tokens)
     guests, hosts = slice(first, None, 2), slice(1 - first, None, 2)
-    # tokens that are there to the front, so that odd and even places are those of the image alone
+    # move the present tokens to the front: odd and even places must not depend on empty slots
     order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
     unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6).gather(
         1, order_Bn[..., None].expand(-1, -1, keys_BnD.shape[-1])
@@ -33,7 +33,7 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> 
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     candidate_BA = there_Bn[:, guests]
     if scene.threshold is not None:
-        # the threshold moves, not the keys: LTMP trains nothing else
+        # detached: gradients go to the threshold and not to the keys (LTMP trains nothing else)
         soft_BA = ((best_BA.detach() - scene.threshold) / scene.softness).sigmoid()
         joins_BA = straight_through(best_BA > scene.threshold, soft_BA) * candidate_BA
     else:
@@ -56,11 +56,11 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> 
 def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> Grouping:
     """Match every second token to its most similar neighbour set and average the closest pairs, weighted by size.
 
-    Bipartite matching on head-mean keys: patch tokens 1, 3, 5, ... look for a partner among 0, 2, 4, ...; the pairs
-    with the highest cosine merge, so at most half of the tokens go in one stage. With proportional_attention later
-    attention adds log(size) to its logits (the models does that; see `models`). Prefix tokens take no part.
-    parity: count places among the patches, or among all tokens, prefix included, as the released code does; with an
-    even number of prefix tokens 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
+    Bipartite matching on head-mean keys: patch tokens 1, 3, 5, ... look for a partner among 0, 2, 4, ... The pairs
+    with the highest cosine merge, so at most half of the tokens go in one stage. Prefix tokens are not merged.
+    proportional_attention: later attention layers add log(size) to the logits (models/vision_transformer.py does this).
+    parity: "patches" counts places among the patch tokens. "all" counts them among all tokens, as the released code
+    does. With an even number of prefix tokens, 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """
     keys_BnD, size_Bn = scene.keys_BnD, scene.size_Bn
     assert keys_BnD is not None and size_Bn is not None

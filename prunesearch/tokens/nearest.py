@@ -1,4 +1,4 @@
-"""The most similar token that stays, for each token that does not; similarity is the cosine of block features."""
+"""For each token that does not stay, the most similar one that stays, by the cosine of block features."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prunesearch.tokens.select import top_k
 
 
 def nearest_kept(scene: ReduceInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices of the tokens that stay (B, K) and of the others (B, G). For each of the others: the cosine (B, G) with
-    its most similar kept token, and the place (B, G) of that one among the kept."""
+    """Indices of the tokens that stay (B, K) and of the others (B, G), and for each of the others the cosine (B, G)
+    with its most similar kept token and the place (B, G) of that token among the kept."""
     assert scene.scores_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
     unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
@@ -25,10 +25,11 @@ def nearest_kept(scene: ReduceInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
-    """For each slot the most similar other token that stays: cosine, slot; and 1 for guests, with gradients.
+    """For each slot: the cosine with the most similar other token that stays, the slot of that token, and 1 for guests
+    (with gradients).
 
-    A token is never its own host: the gradient to its stay says what happens if it joins another. One that has no
-    other to join (it alone stays) is no guest, whose cosine is 0.
+    A token is never its own host, because its gradient must tell what happens if it joins another token. A token that
+    has no other token to join is not a guest, and its cosine is 0.
     """
     assert scene.stays_Bn is not None
     unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)

@@ -10,7 +10,7 @@ from prunesearch.tokens.inputs import MaskedInput, Pooled, ReduceInput
 
 
 class Queries(nn.Module):
-    """LayerNorm of the tokens and K learned queries, drawn from a standard normal distribution."""
+    """LayerNorm and K learned queries, initialised from a standard normal distribution."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Queries(nn.Module):
         self.queries_KC = nn.Parameter(torch.randn(count, dim))
 
     def forward(self, patches_BnC: Tensor, present_Bn: Tensor | None, scaled: bool) -> Tensor:
-        """softmax over tokens of (queries x normalised tokens), times normalised tokens: (B, n, C) to (B, K, C)."""
+        """Tokens (B, n, C) to new ones (B, K, C): softmax over tokens of (queries x normed), times normed."""
         normed_BnC = self.norm(patches_BnC.to(self.queries_KC.dtype))
         scale = patches_BnC.shape[-1] ** -0.5 if scaled else 1.0
         logits_BKn = (self.queries_KC * scale) @ normed_BnC.transpose(1, 2)
@@ -28,20 +28,21 @@ class Queries(nn.Module):
 
 
 def masked(scene: MaskedInput, *, scaled: bool) -> Pooled:
+    """`pool` for tokens that stay in their slots; empty slots are ignored."""
     assert scene.part is not None
     return Pooled(scene.part(scene.patches_BnC, scene.present_Bn, scaled))
 
 
 def part(shape: ModelShape, kept: int) -> Queries:
-    """What one stage learns."""
+    """The learned module of one stage."""
     return Queries(shape.dim, kept)
 
 
 def pool(scene: ReduceInput, *, scaled: bool) -> Pooled:
     """Replace all patch tokens by as many as asked for, each a learned query's mixture of the normalised tokens.
 
-    scaled: divide the logits by sqrt(C), as in vit-pytorch; other code does not, and the paper leaves it open. Prefix
-    tokens stand aside. Nothing of a token's place is left afterwards.
+    scaled: divide the logits by sqrt(C), as in vit-pytorch. Other code does not, and the paper does not say. Prefix
+    tokens are not pooled. The new tokens have no position in the image.
     """
     assert scene.part is not None
     return Pooled(scene.part(scene.patches_BnC, None, scaled))

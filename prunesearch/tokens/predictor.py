@@ -1,4 +1,4 @@
-"""Score: a small network per stage says how likely each token is to stay (DynamicViT; dTPS uses it too)."""
+"""Score: a small network per stage predicts the probability that a token stays (DynamicViT, dTPS)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prunesearch.tokens.inputs import ScoreInput
 
 
 class Predictor(nn.Module):
-    """Two-way classifier of each token from its own features and the mean over the tokens that are present.
+    """Two-way classifier of each token, from its own features and the mean over the tokens that are present.
 
-    LayerNorm, C -> C, GELU; one half is averaged over present tokens and joined to the other half of each token;
-    C -> C/2 -> C/4 -> 2 with GELU between (DynamicViT's PredictorLG; widths rounded down).
+    LayerNorm, C -> C, GELU. The second half of the channels is averaged over the present tokens and joined to the first
+    half of each token. Then C -> C/2 -> C/4 -> 2 with GELU between (DynamicViT's PredictorLG; widths rounded down).
     """
 
     def __init__(self, dim: int, norm_eps: float) -> None:
@@ -39,7 +39,7 @@ class Predictor(nn.Module):
 
 
 def part(shape: ModelShape) -> Predictor:
-    """What one stage learns."""
+    """The learned module of one stage."""
     return Predictor(shape.dim, shape.norm_eps)
 
 

@@ -1,4 +1,4 @@
-"""Score: chance. The baseline that every other score has to beat."""
+"""Score: random numbers. The baseline that every other score has to beat."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from prunesearch.tokens.inputs import ScoreInput
 def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
     """Random: anew for every image while training; in eval mode one fixed order of slots per block and seed.
 
-    The fixed order is what makes an image's result independent of the batch around it. Shares of a sum, as the
-    other scores, so that `fuse` weighs alike.
+    The order is fixed in eval mode so that an image's result does not depend on the rest of the batch. Like the other
+    scores these are shares of a sum, so that `fuse` weights tokens alike.
     """
     patches_BnC = scene.patches_BnC
     images, tokens, _ = patches_BnC.shape
@@ -21,7 +21,7 @@ def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
         score_Bn = torch.rand(images, tokens, device=patches_BnC.device)
     else:
         place_Bn = torch.arange(tokens, device=patches_BnC.device).expand(images, tokens)
-        if present_Bn is not None:  # the place among the tokens that are there
+        if present_Bn is not None:  # the place among the present tokens
             place_Bn = (present_Bn > 0).cumsum(dim=1) - 1
         score_Bn = _hash_n(place_Bn + 1_000_003 * scene.block + 7_919 * seed)
     if present_Bn is not None:
@@ -30,7 +30,10 @@ def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
 
 
 def _hash_n(number_n: Tensor) -> Tensor:
-    """Integers to floats in (0, 1): the 32-bit finaliser of MurmurHash3, in integers so that every device agrees."""
+    """Hash integers to floats in (0, 1) with the 32-bit finaliser of MurmurHash3.
+
+    It computes in integers, so that every device gives the same values.
+    """
     bits = 0xFFFFFFFF
     mixed = number_n.to(torch.int64) & bits
     mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & bits

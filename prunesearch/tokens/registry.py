@@ -1,9 +1,9 @@
-"""What a scorer and a reducer are, and the two registries that hold them.
+"""`Scorer` and `Reducer`, and the two registries that hold them.
 
-A scorer says which patch tokens matter; a reducer says what becomes of those that do not stay. Ours stand in two
-tables, `scores.py` and `verbs.py`, which import nothing heavy: an entry names its functions, each in a file of this
-folder, and they are loaded when they run. A plug-in decorates its functions with `scorer` and `reducer`.
-The cost model, the runtime, the search space, `prunesearch list` and the contract tests all read these entries.
+A scorer ranks the patch tokens. A reducer (verb) decides what happens to those that do not stay. Ours are entries of
+two tables, `scores.py` and `verbs.py`, which import nothing heavy: an entry names its functions, and they are loaded
+when they run. A plug-in decorates its functions with `scorer` and `reducer`.
+The cost model, the models, the search space, `prunesearch list` and the contract tests all read these entries.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ReduceMasked: TypeAlias = "Callable[..., Joining | Pooled]"
 
 @dataclass(frozen=True)
 class Scorer:
-    """A registered scorer and what the other layers must know of it."""
+    """A registered scorer: its function, and the facts that other code needs."""
 
     name: str
     function: Score
@@ -46,8 +46,8 @@ class Scorer:
     needs_attention: bool = True
     needs_class_token: bool = False
     macs: Callable[[ModelShape, int], int] = lambda shape, tokens: 0
-    """(shape, tokens in the attention it reads, prefix included) -> MACs per image. Of a scorer that reads no
-    attention: (shape, patch tokens it scores). Must be a polynomial, as it is also called with tensors of counts."""
+    """(shape, tokens in the attention it reads, prefix included) -> MACs per image. A scorer that reads no attention
+    gets (shape, patch tokens it scores). Must be a polynomial, because it is also called with tensors of counts."""
     part: Callable[[ModelShape], nn.Module] | None = None
     """Makes the learned module of one stage, for scorers that learn."""
     options: Mapping[str, Scalar] = field(default_factory=dict)
@@ -57,22 +57,24 @@ class Scorer:
     """The least and the greatest value of each option that is a number."""
 
     def unit(self, shape: ModelShape) -> float:
-        """The size of a typical score, in which thresholds are moved: scores are shares of a sum over the tokens,
-        learned ones are probabilities."""
+        """A typical score, the unit of changes to thresholds: 1 / patch tokens, because scores are shares of a sum over
+        the tokens; 1 for learned scores, which are probabilities."""
         return 1.0 if self.part is not None else 1.0 / shape.patch_tokens
 
 
 @dataclass(frozen=True)
 class Reducer:
-    """A registered reducer and what the other layers must know of it.
+    """A registered reducer (verb): its function, and the facts that other code needs.
 
-    ranks: needs a score. needs_keys: reads the attention's keys. merges: tokens get a size, which later attention
-    and average pooling may weigh. extra_tokens: tokens it adds to the kept ones. masked: the same on tokens that stay
-    in their slots, for training with learned decisions and for counts that differ between images; None: the verb is
-    refused there. takes_threshold: a stage may give a threshold. holds: tokens that do not stay keep their place and
-    go another way until the next stage, which chooses among all again; for models with a feature map only. pools: all
-    tokens are replaced by new ones, as many as asked for. A search may then give it a count (`space.tokens`), and what
-    an attention layer saw before says nothing about the new tokens.
+    ranks: it needs a score. needs_keys: it reads the keys of the attention.
+    merges: tokens get a size, by which later attention and average pooling may weight them.
+    extra_tokens: how many tokens it adds to the kept ones. fewest_kept: present tokens -> the fewest it can keep.
+    masked: the same for tokens that stay in their slots, used for training with learned decisions and for counts that
+    differ between images. None: the verb cannot be used there. takes_threshold: a stage may have a threshold.
+    holds: tokens that do not stay keep their place and skip the MLP until the next stage, which chooses among all
+    tokens again. Only for models with a feature map.
+    pools: it replaces all tokens by new ones. A search may give it a count (`space.tokens`). Scores and keys that an
+    attention layer gave before are lost.
     """
 
     name: str
@@ -91,15 +93,15 @@ class Reducer:
     holds: bool = False
     pools: bool = False
     part: Callable[[ModelShape, int], nn.Module] | None = None
-    """(shape, tokens kept) -> the learned module of one stage, for reducers that learn; of each block until the next
-    stage, for those that hold."""
+    """(shape, tokens kept) -> the learned module of one stage, for reducers that learn. A reducer that holds has one
+    for each block until the next stage."""
     options: Mapping[str, Scalar] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The possible values of each option that is a string."""
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """The least and the greatest value of each option that is a number."""
     no_effect: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()
-    """(shape) -> options that change nothing on this model; schedules that differ in those only are the same."""
+    """(shape) -> options that have no effect on this model. Schedules that differ only in them count as the same."""
 
 
 SCORERS: Registry[Scorer] = Registry("score")
@@ -127,7 +129,7 @@ def reducer(name: str, *, source: str, **facts: object) -> Callable[[Reduce], Re
 
 
 def load_functions() -> None:
-    """Load the functions of all entries that stand here by name, so that torch.compile meets loaded ones."""
+    """Load the functions of all entries, so that torch.compile does not have to trace an import."""
     entries: list[Scorer | Reducer] = [*SCORERS.values(), *REDUCERS.values()]
     for entry in entries:
         for value in vars(entry).values():

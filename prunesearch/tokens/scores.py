@@ -1,6 +1,7 @@
-"""The scores: facts of each, and the place of its function. Imports nothing heavy; `registry.Scorer` says what is what.
+"""The table of scores: the facts of each, and where its function is. Imports nothing heavy.
 
-To add one, write its file in this folder and an entry here. `summary` is the first line of the function's docstring.
+`registry.Scorer` explains the fields. To add a score, write its file in this folder and an entry here. `summary` is the
+first line of the function's docstring.
 """
 
 from __future__ import annotations

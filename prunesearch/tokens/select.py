@@ -1,4 +1,4 @@
-"""Which tokens stay: the k best of each image, those above a threshold, or drawn by chance while training."""
+"""Select the tokens that stay: the k best of each image, those above a threshold, or a random draw in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
-    """1 for the kept_B best of the tokens that are present, which may differ between images. No gradients."""
+    """1 for the kept_B best of the present tokens of each image. No gradients."""
     ranked_Bn = scores_Bn.detach().masked_fill(present_Bn == 0, -torch.inf)
     order_Bn = ranked_Bn.sort(dim=1, descending=True, stable=True).indices
     place_Bn = torch.arange(order_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
@@ -53,6 +53,6 @@ def straight_through(decision: Tensor, soft: Tensor) -> Tensor:
 
 
 def _at_least_one(stays_Bn: Tensor, scores_Bn: Tensor, present_Bn: Tensor) -> Tensor:
-    """An image without any patch token would leave later stages nothing to compare with."""
+    """Add the best token where none stays, because later stages need at least one."""
     nothing_B = (stays_Bn.detach().sum(dim=1) == 0).to(torch.int64)
     return stays_Bn + best(scores_Bn, present_Bn, nothing_B)

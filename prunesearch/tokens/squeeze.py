@@ -1,4 +1,4 @@
-"""Reduce: every token that does not stay is squeezed into the kept token most similar to it (TPS)."""
+"""Reduce: every token that does not stay is mixed into the kept token most similar to it (TPS)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
 def masked(scene: MaskedInput, *, temperature: float) -> Joining:
+    """`squeeze` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
     guest_weight_Bn = (cosine_Bn / temperature).exp() * guest_Bn
@@ -31,7 +32,7 @@ def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
     """
     kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
     guest_weight_BG = (cosine_BG / temperature).exp()
-    own_weight = math.e  # exp(cos(x, x)); the temperature does not touch it, as in the released code
+    own_weight = math.e  # exp(cos(x, x)), without the temperature, as in the released code
     total_BK = torch.full_like(kept_BK, own_weight, dtype=torch.float32).scatter_add(1, host_BG, guest_weight_BG)
     return Grouping(
         kept_BK,

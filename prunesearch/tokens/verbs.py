@@ -1,7 +1,7 @@
-"""The reduce verbs: facts of each, and the place of its functions. Imports nothing heavy; `registry.Reducer` says what
-is what.
+"""The table of reduce verbs: the facts of each, and where its functions are. Imports nothing heavy.
 
-To add one, write its file in this folder and an entry here. `summary` is the first line of the function's docstring.
+`registry.Reducer` explains the fields. To add a verb, write its file in this folder and an entry here. `summary` is the
+first line of the function's docstring.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import REDUCERS, Reducer
 
 PARITIES = ("patches", "all")
-"""Among which tokens places are counted, of which every second one looks for a partner."""
+"""Values of the option parity: the tokens among which places are counted. Every second token looks for a partner."""
 
 
 def _parity_no_effect(shape: ModelShape) -> tuple[str, ...]:
-    """An odd number of prefix tokens leaves patches 1, 3, 5, ... at even places among all tokens."""
+    """parity has no effect after an odd number of prefix tokens: patches 1, 3, 5, ... look for a partner either way."""
     return ("parity",) if shape.prefix_tokens % 2 else ()
 
 
