@@ -94,7 +94,7 @@ def run_study(
                 workers = make(config, folder, evaluate)
             interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
             try:
-                is_stopped = partial(_has_come, interrupt)
+                is_stopped = partial(_is_interrupted, interrupt)
                 try:
                     if not isinstance(workers, NoWorkers):
                         prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
@@ -143,7 +143,7 @@ def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event],
     return pass_on
 
 
-def _has_come(interrupt: Interrupt) -> bool:
+def _is_interrupted(interrupt: Interrupt) -> bool:
     return interrupt.count > 0
 
 

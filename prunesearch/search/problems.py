@@ -119,7 +119,7 @@ def _rung_problems(config: StudyConfig) -> list[str]:
     for index, rung in enumerate(rungs):
         if rung.images is None or rung.seconds is not None:
             problems.append(
-                f"rungs[{index}]: {_said(rung)}, but seconds buy each candidate another training, so that "
+                f"rungs[{index}]: {_budget_in_words(rung)}, but seconds buy each candidate another training, so that "
                 f"several rungs could not be compared. Possible with several rungs: images alone. Give images."
             )
     images = [rung.images for rung in rungs if rung.images is not None]
@@ -158,7 +158,7 @@ def _supernet_problems(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _said(budget: Budget) -> str:
+def _budget_in_words(budget: Budget) -> str:
     parts = [f"{value:g} {name}" for name, value in vars(budget).items() if value is not None]
     return " and ".join(parts) or "no images"
 

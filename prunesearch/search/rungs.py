@@ -60,17 +60,17 @@ def promotion(results: Sequence[Result], one_in: int, cost: int | None) -> Resul
         if places <= 0:
             break
         if not all(result.is_promoted for result in layer):
-            return _next_of(layer)
-    return None if cost is None else _of_an_empty_band(finished, cost)
+            return _most_distant(layer)
+    return None if cost is None else _from_band_without_promotion(finished, cost)
 
 
-def _of_an_empty_band(finished: list[Result], cost: int) -> Result | None:
+def _from_band_without_promotion(finished: list[Result], cost: int) -> Result | None:
     within = [result for result in finished if result.excess <= 0]
     bands = bands_of([result.losses[cost] for result in within])
     for band in range(BANDS):
         members = [result for result, its in zip(within, bands, strict=True) if its == band]
         if members and not any(result.is_promoted for result in members):
-            return _next_of(next(_layers(members)))
+            return _most_distant(next(_layers(members)))
     return None
 
 
@@ -91,7 +91,7 @@ def _layers(results: list[Result]) -> Iterator[list[Result]]:
             yield [alike[index] for index in np.flatnonzero(ranks == rank)]
 
 
-def _next_of(front: list[Result]) -> Result:
+def _most_distant(front: list[Result]) -> Result:
     losses = np.array([result.losses for result in front], dtype=np.float64)
     return front[next_of_net(losses, np.array([result.is_promoted for result in front]))]
 

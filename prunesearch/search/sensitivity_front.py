@@ -25,7 +25,7 @@ from prunesearch.shape import ModelShape
 from prunesearch.space.choices import BlockChoices, blocks_of, parameters_of
 
 MOST_POINTS = 256
-"""Most points kept of the front of a state. A dropped point has a kept one within 1/256 of the range of costs."""
+"""Most points kept of the front of a state. A dropped point has a kept one within 1/255 of the range of costs."""
 
 
 @dataclass(frozen=True)

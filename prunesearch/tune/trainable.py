@@ -128,7 +128,7 @@ class _Candidate(tune.Trainable):
         sys.path += [path for path in self.import_paths if path not in sys.path]
         _check(self.study)  # imports plugins
         self._shape = model_shape(self.study.model)
-        self._anchors = {uid_of(schedule, self._shape) for _, schedule in start_schedules(self.study, self._shape)}
+        self._start_uids = {uid_of(schedule, self._shape) for _, schedule in start_schedules(self.study, self._shape)}
         self._scratch = Path(tempfile.mkdtemp(prefix="prunesearch-tune-"))
         self.reset_config(config)
 
@@ -206,7 +206,7 @@ class _Candidate(tune.Trainable):
         """Raises ScheduleError for what the engine would never evaluate."""
         study = self.study
         schedule = schedule_from(parameters, study.space, self._shape)
-        if uid_of(schedule, self._shape) in self._anchors:
+        if uid_of(schedule, self._shape) in self._start_uids:
             return schedule
         if study.budget is not None:
             schedule = within_budget(schedule, self._shape, study.budget.gmacs)
