@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""How long the verbs take that only look, beside importing torch and timm, in turns in the same run.
+"""Measure the start-up time of read-only commands, compared with importing torch and timm.
 
     python scripts/benchmark_startup.py                       # about three minutes; writes benchmarks/startup.md
     python scripts/benchmark_startup.py --before FOLDER       # also with the checkout in FOLDER, in the same turns
 
-Each command is a process of its own, from its start to its end. Files are in the page cache, as one round goes before.
+Each command is timed as a whole process. Commands run in turn, after one warm-up round that fills the page cache.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ GOALS = {"status": 1.5, "front": 1.5, "export": 1.5, "list": 1.5, "check": 2.0}
 
 
 def seconds(command: list[str], home: Path, folder: Path) -> float:
-    """From the start of a process to its end."""
+    """Seconds from the start of a process to its end."""
     environment = {**os.environ, "PYTHONPATH": str(home), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
     begin = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
@@ -53,7 +53,7 @@ def seconds(command: list[str], home: Path, folder: Path) -> float:
 
 
 def measure(homes: list[Path], rounds: int) -> dict[str, list[float]]:
-    """Median seconds of each command, for each checkout."""
+    """Median seconds of each command in each checkout."""
     commands = {f"python -c 'import {name}'": ["-c", f"import {name}"] for name in ("torch", "timm")}
     commands |= {f"prunesearch {verb}": ["-m", "prunesearch", *verb.split()] for verb in VERBS}
     taken: dict[str, list[list[float]]] = {name: [[] for _ in homes] for name in commands}

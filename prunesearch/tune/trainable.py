@@ -60,9 +60,9 @@ def trainable(config: StudyConfig, evaluate: str = EVALUATE) -> Any:
         prunesearch          what `import_results` reads
 
     A candidate that fails, does not fit the model or breaks a computable limit is no error for Tune: its trial ends
-    with `feasible` 0 and WORST for every metric. A dead process and a full disk are errors. A checkpoint is written after
-    every rung, so schedulers can pause trials and Tune can restore them. With `reuse_actors=True` model and images stay
-    loaded.
+    with `feasible` 0 and WORST for every metric. A dead process and a full disk are errors. A checkpoint is written
+    after every rung, so schedulers can pause trials and Tune can restore them. With `reuse_actors=True` model and
+    images stay loaded.
 
     evaluate: "module:function" of Task -> Evaluation. Raises UserErrors for a study that could not run.
     """
@@ -234,7 +234,7 @@ class _Candidate(tune.Trainable):
 
 @contextmanager
 def _working_in(directory: str) -> Iterator[None]:
-    """Work in the driver's directory, for relative paths in the study file. Tune runs trials in their own folders."""
+    """Work in the driver's directory, for relative paths in the study file. Tune runs trials in other folders."""
     before = os.getcwd()
     if os.path.isdir(directory):
         os.chdir(directory)
