@@ -1,4 +1,4 @@
-"""Promise: an option of a model that is within its bounds builds, or the model says in a sentence why it does not."""
+"""Promise: a model option within its bounds builds a model, or a sentence says why it cannot."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_an_option_builds_or_is_a_sentence(name: str, value: Scalar) -> None:
 
 
 def takes(model: str, name: str, value: Scalar) -> bool:
-    """Whether a model builds with it; else the error must say what is possible."""
+    """Whether a model builds with an option. If not, the error must say what is possible."""
     config = ModelConfig(model, options=as_options({**MODELS[model], name: value}))
     assert model_problems(config) == []
     try:
