@@ -1,4 +1,4 @@
-"""What differs between scores, verbs and samplers is a fact of their registry entries: no code compares their names."""
+"""No code compares names of scores, verbs or samplers: it must use facts of their registry entries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONSTANTS = {
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Registered names among the literals of an expression, and of the constants of the package that it mentions."""
+    """Registered names among the literals of an expression, including those of constants that it refers to."""
     found = set()
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and part.value in NAMES:

@@ -1,4 +1,4 @@
-"""The sampler over tokens: what it sees of a schedule, what it learns, and that it depends on nothing else."""
+"""Sampler token_gp: its features of a schedule, what it learns, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def told(
 
 
 def search(config: StudyConfig, count: int, seed: int, learns: bool) -> float:
-    """Hypervolume after so many candidates with noise, by what they give without."""
+    """Hypervolume of the noise-free values after a search with noisy evaluations."""
     seen: dict[str, object] = {}
     model, generator = new_model(config, seen), random.Random(seed)
     found: list[tuple[float, float]] = []
