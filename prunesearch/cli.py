@@ -321,7 +321,7 @@ def _export(parsed: argparse.Namespace) -> int:
         record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
     )
     evaluation = record.evaluation
-    assert evaluation is not None  # export refuses those without
+    assert evaluation is not None  # export raises without one
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
     _print(f"Trial {record.number}: {short(record.outcome)}", f"  {values}", f"  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:

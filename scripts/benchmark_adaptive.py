@@ -42,7 +42,7 @@ def token_length(scene: ScoreInput) -> Tensor:
 
 
 def make_images(count: int, spread: float, size: int = 224, patch: int = 16) -> Tensor:
-    """Noise with contrast u * s in each patch: u from 0 to 1, s of the image from 1 - spread to 1 + spread."""
+    """Noise images. The contrast of a patch is u * s: u is random in [0, 1], s of the image in 1 +- spread."""
     torch.manual_seed(0)
     side = size // patch
     contrast = torch.rand(count, 1, side, side) * (1 + spread * torch.linspace(-1, 1, count)).view(-1, 1, 1, 1)

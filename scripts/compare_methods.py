@@ -62,7 +62,7 @@ def three_stages(shape: ModelShape, keep: float, score: str, reduce: str, at: st
 
 
 def tome(shape: ModelShape, keep: float) -> Schedule:
-    """The same number of pairs in every block."""
+    """Merge the same number of pairs in every block."""
     pairs = round((1 - keep) * shape.patch_tokens / 2)
     stages, present = [], shape.patch_tokens
     for block in range(shape.depth):
@@ -89,7 +89,7 @@ def diffrate(shape: ModelShape, keep: float) -> Schedule:
 
 
 def patch_merger(shape: ModelShape, keep: float) -> Schedule:
-    """Eight tokens from a block on."""
+    """Pool to eight tokens at one block."""
     return Schedule((Stage(max(1, round(keep * shape.depth)), at="pre", tokens=8, reduce="pool"),))
 
 
@@ -214,7 +214,7 @@ def line_of(row: Row, mark: str = "") -> Line:
 
 
 def read_line(text: str) -> Line:
-    """The inverse of str(Line)."""
+    """Parse a row of a table: the inverse of str(Line)."""
     found = LINE.fullmatch(text)
     if found is None:
         raise SystemExit(f"not a row of the table: {text!r}; expected one such as | dTPS | 70.0% | - | 97.30 ± 0.10 |")

@@ -26,7 +26,7 @@ from prunesearch.tokens import REDUCERS
 
 @dataclass(frozen=True)
 class Frozen:
-    """A schedule with fixed counts, its cost, the mean cost of the adaptive one, and the files written."""
+    """The schedule with fixed counts and its cost, the mean cost of the adaptive one, and the written files."""
 
     schedule: Schedule
     gmacs: float

@@ -38,7 +38,7 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        """Whether the smaller budget is a poor guide."""
+        """Whether the smaller budget is a poor predictor (tau below LOW, from ENOUGH pairs)."""
         return self.tau is not None and self.pairs >= ENOUGH and self.tau < LOW
 
 

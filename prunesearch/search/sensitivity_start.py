@@ -24,7 +24,7 @@ from prunesearch.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 WORD = "sensitivity"
-"""Its name among the start schedules."""
+"""The word in `start_from` that stands for these schedules."""
 FILE = "sensitivity.json"
 MOST_STARTS = 16
 

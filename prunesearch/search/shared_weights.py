@@ -77,7 +77,7 @@ def prepare_supernet(
 
 
 def supernet_task(config: StudyConfig, folder: Path) -> Task:
-    """The whole training as one task. Raises StudyError when the study has no settings for it."""
+    """The whole training as one task. Raises StudyError when the study has no section supernet."""
     if config.supernet is None:
         raise StudyError(
             f"study {config.name}: it has no section supernet. Possible: supernet: {{images: ...}}. Write it."

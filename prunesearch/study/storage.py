@@ -66,7 +66,7 @@ def check_url(url: str) -> None:
     place = f"storage {shown(url)}"
     try:
         parsed = make_url(url)
-    except ArgumentError:  # neither error is shown: it may hold the password
+    except ArgumentError:  # the error is hidden, because it may contain the password
         raise StudyError(f"{place} cannot be opened: it is not a URL. Possible: {POSSIBLE}. Correct it.") from None
     except ValueError:
         raise StudyError(

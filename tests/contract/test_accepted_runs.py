@@ -37,7 +37,7 @@ from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 
 SPACES_EACH = {name: 2 if SAMPLERS[name].most_trials else 8 for name in SAMPLERS}
-"""Random spaces for each sampler; a slow one takes seconds for each."""
+"""Number of random spaces for each sampler. Slow samplers take seconds per space, so they get fewer."""
 
 
 def some(values: Any, generator: random.Random) -> tuple[Any, ...]:

@@ -116,7 +116,7 @@ def test_ltmp_in_one_block_is_the_papers(layout: str) -> None:
     """Pairs above one threshold merge; then tokens above another one stay. A merged token has the largest score."""
     model, x = small_model(layout), images()
     importance = attended_in(model, x[:1])[2]
-    by_cosine, by_importance = 0.9, importance.sort().values[17:19].mean().item()  # between two tokens'
+    by_cosine, by_importance = 0.9, importance.sort().values[17:19].mean().item()  # between the values of two tokens
     expected, found = [], []
     for image in x:
         merged = matched(model, image[None], lambda best: best > by_cosine)

@@ -30,7 +30,7 @@ THRESHOLDS = {
     "none": 0.99,
 }
 TELLING = THRESHOLDS.keys() - {"random", "predictor"}
-"""Scores that tell images apart as they come: random knows no image, and the predictor is untrained."""
+"""Scores that depend on the image without training. `random` ignores it, and the predictor is untrained."""
 ADAPTIVE = [(score, verb) for score, verb in MASKABLE if REDUCERS[verb].takes_threshold]
 
 

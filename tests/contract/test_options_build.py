@@ -26,7 +26,7 @@ VALUES = [
 ]
 CLASSES = (timm.models.VisionTransformer, timm.models.SwinTransformer, timm.models.ConvNeXt)
 KNOWN = {name for kind in CLASSES for name in inspect.signature(kind.__init__).parameters}
-"""To this version of timm; not all of them are old."""
+"""Options that this version of timm has; old versions lack some of ours."""
 TAKEN: set[str] = set()
 
 
@@ -50,7 +50,7 @@ def takes(model: str, name: str, value: Scalar) -> bool:
 
 
 def test_every_option_is_one_that_some_model_takes() -> None:
-    for name in set(OPTIONS) & KNOWN - TAKEN:  # those that another process has tried
+    for name in set(OPTIONS) & KNOWN - TAKEN:  # when another process has tried them
         values = [value for option, value in VALUES if option == name]
         assert any(takes(model, name, value) for model in MODELS for value in values), name
     assert set(OPTIONS) <= KNOWN or timm.__version__ != "1.0.31"

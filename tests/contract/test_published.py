@@ -195,8 +195,8 @@ def test_macs_by_the_papers_formula(preset: str, letter: str, gmacs: float) -> N
 # our cost, where it does not round to the published figure
 DIFFERENT = {
     ("dynamicvit-0.7", "deit_small_patch16_224"): 2.98,  # published without the predictors
-    ("dynamicvit-0.7", "deit_base_patch16_224"): 11.48,  # cut to 11.4, not rounded
-    ("dynamicvit-0.8", "deit_small_patch16_224"): 3.46,  # cut
+    ("dynamicvit-0.7", "deit_base_patch16_224"): 11.48,  # truncated to 11.4 in the paper, not rounded
+    ("dynamicvit-0.8", "deit_small_patch16_224"): 3.46,  # truncated
     ("evit-0.8", "deit_small_patch16_224"): 3.44,  # the source gives the fused variant's 3.48 for both
     ("ppt-50", "deit_small_patch16_224"): 2.942,  # 2.944: their own count of the matching
     ("diffrate-s-2.9", "deit_small_patch16_224"): 2.910,  # 2.905 without the scores and similarities

@@ -23,7 +23,7 @@ from prunesearch.workers.outbox import delivered
 from prunesearch.workers.protocol import Lost, Outcome
 
 PATIENCE = 280.0
-"""Imports take a minute where others load the machine."""
+"""Seconds. Imports take a minute on a busy machine."""
 SERIAL = WorkersConfig(kind="serial")
 
 

@@ -25,11 +25,11 @@ from prunesearch.study.storage import storage_url
 from prunesearch.study.store import open_store
 
 Damage = Callable[[Path, int], None]
-"""Of a study folder and the number of a trial."""
+"""Damages a trial, given the study folder and the trial's number."""
 TRIALS = 45
 CONFIG = study(TRIALS)
 GOOD = 3
-"""So many trials stay whole; each of the others is damaged in a way of its own."""
+"""This many trials are not damaged. Each of the others is damaged in a different way."""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from prunesearch.strict import to_mapping
 from prunesearch.study.reader import open_study_readonly
 
 BACKED_UP, STRUCK = 2, 4
-"""Evaluations before a copy of the database is made, and before something happens to it."""
+"""The evaluations during which the database is copied, and damaged."""
 
 
 class Mishap:

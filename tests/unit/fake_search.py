@@ -114,7 +114,7 @@ def evaluate_without_memory(task: Task) -> Evaluation:
 
 
 def evaluate_to_infinity(task: Task) -> Evaluation:
-    """Every third result is infinite or NaN."""
+    """Every third result has an infinite top1."""
     evaluation = evaluate(task)
     if len(EVALUATED) % 3:
         return evaluation

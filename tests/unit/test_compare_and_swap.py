@@ -101,7 +101,7 @@ WRITES: dict[str, Callable[[Store, Record], object]] = {
     "begin": lambda store, record: store.begin(replace(record, number=-1), {}) is not None,
 }
 POSSIBLE = {("promote", "taken_over_and_finished")}
-"""Anyone may promote what waits."""
+"""Every driver may promote a paused candidate."""
 
 
 def late_write(record: Record, drivers: list[Store], situation: Callable[..., Record], write: str) -> None:

@@ -343,7 +343,7 @@ def test_what_timms_readers_raise_is_a_sentence(root: Path, monkeypatch: pytest.
 
 
 def test_pictures_of_a_reader_are_named_and_not_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As hfds/... opens them: timm's ImageDataset around a reader, which would give the next picture."""
+    """For hfds/...: timm's ImageDataset around a reader would return the next image in place of a bad one."""
     real = timm.data.create_dataset
     monkeypatch.setattr(
         data, "create_dataset", lambda name, root, split, **more: real("", root=f"{root}/{split}", search_split=False)

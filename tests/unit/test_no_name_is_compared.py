@@ -14,9 +14,9 @@ from prunesearch.tokens import REDUCERS, SCORERS
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 NAMES = {*SCORERS, *REDUCERS, *SAMPLERS}
 OTHER_WORDS = {"evaluate/machine.py": {"auto"}, "workers/ray_pool.py": {"auto"}}
-"""Names that mean something else in a file: the device that there is, the Ray cluster that runs."""
+"""Registered names with another meaning in a file: "auto" is a device, or the running Ray cluster."""
 NOTATION = {"DEFAULT_SCORE"}
-"""Constants that say what is left out in writing, and decide nothing."""
+"""Constants that only shorten printed schedules, and decide nothing."""
 CONSTANTS = {
     target.id: node.value
     for path in PACKAGE.rglob("*.py")

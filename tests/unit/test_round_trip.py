@@ -176,7 +176,7 @@ def tuples_in(kind: Any) -> bool:
 
 
 READ_BACK = {"Evaluation", "Sensitivities", "Effect", "Predicted", "Task", "SupernetWork"}
-"""Not written by people: a machine measured it, and what it found must never be refused."""
+"""Not written by users. They hold measured values, which must never be refused."""
 WRITTEN = [(kind, field) for kind, field in FIELDS if kind.__name__ not in READ_BACK]
 
 

@@ -304,7 +304,7 @@ def test_auto_hands_over_to_nsga2() -> None:
 def test_auto_finds_the_same_candidates_whatever_interrupts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rungs: int
 ) -> None:
-    """Through all three of its samplers."""
+    """Also after kills, with all three samplers that auto uses."""
 
     early = replace(SAMPLERS["auto"], handover=Handover("nsga2", candidates=9, workers=16))
     monkeypatch.setitem(SAMPLERS._things, "auto", early)
@@ -313,7 +313,7 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
     if rungs == 1:
         config = replace(config, rungs=config.rungs[:1])
     run(config, tmp_path / "whole")
-    for time in (2, 3, 4, 5):  # of each run, so that all of the search is covered
+    for time in (2, 3, 4, 5):  # results of each run, so that kills cover the whole search
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             die_at(patch, "before discarding", time + 1)
             run(config, tmp_path / "killed")

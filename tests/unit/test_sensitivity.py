@@ -91,7 +91,7 @@ def test_it_is_what_whole_forward_passes_give() -> None:
             assert effect.agreement == pytest.approx(100 * same, rel=1e-5)
     assert found.confidence == pytest.approx(dense.exp().amax(1).mean().item(), rel=1e-5)
     places = {(effect.stage.block, effect.stage.at) for effect in found.effects if effect.stage.reduce == "merge"}
-    assert places == {(0, "mid"), (7, "mid"), (7, "pre")}  # 0 has no attention before it
+    assert places == {(0, "mid"), (7, "mid"), (7, "pre")}  # block 0 has no attention before it
 
 
 def test_what_removes_nothing_changes_nothing_at_all() -> None:

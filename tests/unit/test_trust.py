@@ -88,7 +88,7 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     ):
         (tmp_path / "a.yaml").write_text(text)
         for load in (load_schedule, load_study):
-            with contextlib.suppress(FileError):  # else its tag is ignored, and the value is a list of texts
+            with contextlib.suppress(FileError):  # or it loads: the tag is ignored
                 load(tmp_path / "a.yaml")
     assert not (tmp_path / "exploded").exists()
 
