@@ -35,9 +35,10 @@ class LookingAtData:
 class Started:
     """The study is open and workers are ready.
 
-    records: all candidates of the study, running ones included. total: `stop.trials`. done: candidates that do not run.
-    rerun: candidates that an earlier run of this driver began and did not finish; they run again. recovered: results
-    that an earlier run left in the outbox. workers: text to show, such as "2 Ray workers, 1 CPU each".
+    records: all candidates of the study, running ones included. total: `stop.trials`. rerun: candidates that an earlier
+    run of this driver began and did not finish; they run again. done: all candidates but these, so those that other
+    drivers run are included. recovered: results that an earlier run left in the outbox or did not close. workers: text
+    to show, such as "2 Ray workers, 1 CPU each".
     """
 
     records: tuple[Record, ...]

@@ -40,7 +40,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
 
     Trials without an evaluation and schedules that the study already has are left out. Of several trials with the same
     schedule the one with the most rungs is taken. Evaluations made with other settings are left out with a warning.
-    Raises StudyError when no trial has results of prunesearch.
+    Raises StudyError when no trial has results of prunesearch, or the study exists with other settings.
 
     results: the return value of `Tuner.fit`, or the folder of the experiment. folder, storage: as in `run_study`; the
     study is created if it does not exist, and can be continued.
