@@ -1,7 +1,8 @@
-"""The `prunesearch` command: a verb parses, calls one function, prints.
+"""The `prunesearch` command line. Each verb is a function that reads its arguments, calls the library and prints.
 
-What is heavy (PyTorch, timm, Ray, Optuna, rich, NumPy) is imported in the verbs, so that each loads only what it needs.
-Exit codes: 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted (everything is saved).
+Heavy modules (PyTorch, timm, Ray, Optuna, rich, NumPy) are imported inside the verbs that need them.
+
+Exit codes: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted (everything is saved).
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, parsed = "--debug" in arguments, None
-    if logging.lastResort is not None:  # warnings of the library go to the terminal by it
+    if logging.lastResort is not None:  # it prints warnings of the library
         logging.lastResort.setFormatter(_PrintableFormatter())
     try:
         parsed = _parser().parse_args(arguments)
         code = int(parsed.verb(parsed) or 0)
-        sys.stdout.flush()  # so that a full disk or a closed pipe is noticed here
+        sys.stdout.flush()  # raises here on a full disk or a closed pipe
         return code
     except PruneSearchError as error:
         if debug:
@@ -159,7 +160,7 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
 
     import_plugins(config.plugins)
-    remote = is_remote(config.model)  # looking it up needs the network, which is left to the run
+    remote = is_remote(config.model)  # check does not use the network; the run looks it up
     problems = model_free_problems(config) if remote else study_problems(config)
     if problems:
         raise FileError(f"study {config.name}", problems)
@@ -320,7 +321,7 @@ def _export(parsed: argparse.Namespace) -> int:
         record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
     )
     evaluation = record.evaluation
-    assert evaluation is not None  # export refuses those without
+    assert evaluation is not None  # export raises without one
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
     _print(f"Trial {record.number}: {short(record.outcome)}", f"  {values}", f"  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:
@@ -344,7 +345,7 @@ def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Recor
 
 
 def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
-    """The study whose model and data are asked for."""
+    """The study given by --study, for its model and data."""
     if parsed.study_folder is None:
         return None
     from prunesearch.study.reader import open_study_readonly
@@ -355,7 +356,7 @@ def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
 
 
 def _load_trusted(parsed: argparse.Namespace, study: StudyConfig | None) -> tuple[ScheduleFile, tuple[str, ...]]:
-    """The schedule file, and the plug-ins that it and the study need, which are imported now."""
+    """Load the schedule file. Imports the plug-ins of the file and the study, and returns their names too."""
     named = all_plugins(plugins_named_in(parsed.file), study.plugins if study else ())
     plugins = _trusted(parsed, named, str(parsed.file))
     return load_schedule_file(parsed.file, plugins), plugins
@@ -364,7 +365,7 @@ def _load_trusted(parsed: argparse.Namespace, study: StudyConfig | None) -> tupl
 def _sources(
     parsed: argparse.Namespace, file: ScheduleFile, study: StudyConfig | None
 ) -> tuple[ModelConfig, DataConfig]:
-    """Model and data of the file or the study, with what the arguments say instead; says what had to be guessed."""
+    """Model and data of the file or the study, overridden by the arguments. Prints a note for guessed values."""
     given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
     model, data = needed(*model_and_data(file, study, given))
     for text in guessed_normalisation(model_and_data(file, study), (model, data)):
@@ -400,7 +401,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     file, plugins = _load_trusted(parsed, study)
     metrics = tuple(parsed.metric) or COMPARED
     for name in metrics:
-        METRICS[name]  # an unknown one is said before anything is loaded
+        METRICS[name]  # raises for an unknown name before anything is loaded
     model, data = _sources(parsed, file, study)
     dense, pruned = measure_again(
         file,
@@ -468,7 +469,7 @@ def _open(parsed: argparse.Namespace) -> StudyReader:
 
 
 def _records(reader: StudyReader) -> list[Record]:
-    """The candidates of a study; how many are left out is said."""
+    """The candidates of a study. Prints a note if some could not be read."""
     records = reader.records()
     if reader.unreadable:
         count = len(reader.unreadable)
@@ -480,7 +481,7 @@ def _records(reader: StudyReader) -> list[Record]:
 
 
 def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
-    """The arguments that name a study, as a shell takes them; a password is left to the user."""
+    """The arguments that name a study, quoted for a shell, with *** for a password."""
     from prunesearch.study.storage import shown
 
     if not parsed.storage:
@@ -491,14 +492,17 @@ def _again(parsed: argparse.Namespace, folder: Path, name: str) -> str:
 
 
 def _short_path(path: Path) -> Path:
-    """Relative to the working directory where that is possible; never what looks like an option."""
+    """The path relative to the working directory if it is inside; absolute if it would look like an option."""
     short = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return Path.cwd() / short if str(short).startswith("-") else short
 
 
 def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tuple[str, ...]:
-    """The plug-ins to import: those named by what came from elsewhere, and those of the command line. Raises StudyError
-    for one that the user did not say to trust."""
+    """The plug-ins to import: those that a file or study names, and those of --plugin.
+
+    Raises StudyError for a named plug-in that the user did not allow with --plugin or --trust-plugins. where: the file
+    or study, for the message.
+    """
     unknown = [name for name in named if name not in parsed.plugin]
     if unknown and not parsed.trust_plugins:
         flags = " ".join(f"--plugin {name}" for name in unknown)
@@ -510,20 +514,23 @@ def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tu
 
 
 def _with_plugins(parsed: argparse.Namespace, stored: StudyConfig, config: StudyConfig) -> StudyConfig:
-    """A study that was read from a storage, with the plug-ins of the command line, if its own may be imported."""
-    own = [name for name in config.plugins if name in stored.plugins]  # others come from --set
+    """Add the plug-ins of the command line to a study that was read from a storage.
+
+    Raises StudyError when the user does not trust the plug-ins of the study.
+    """
+    own = [name for name in config.plugins if name in stored.plugins]  # the rest come from --set and are trusted
     return replace(config, plugins=all_plugins(config.plugins, _trusted(parsed, own, f"study {config.name}")))
 
 
 def _check_output(path: Path | None) -> None:
-    """Raises UserError for a file that cannot be written, before the work that it is for."""
+    """Raise UserError early, before the work, for an output file that cannot be written."""
     if path is not None:
         refuse_no_file(path)
         _check_folder(path.absolute().parent)
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises UserError for a folder that is none and cannot be made."""
+    """Raise UserError for a folder that cannot be created or written to."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is a file. Possible: a folder, which is made if needed. Change the path.")
@@ -538,7 +545,7 @@ def _console() -> Console:
 
 
 def _print(*lines: str, file: TextIO | None = None) -> None:
-    """Print text that holds names or paths, each on one line whatever it contains."""
+    """Print lines that contain names or paths, with line breaks and control characters escaped."""
     for text in lines:
         print(printable(text), file=file)
 
@@ -548,7 +555,7 @@ def _say(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    """Print an error. Further lines are indented, so that none of them looks like one of ours."""
+    """Print an error message. Its further lines are indented, so that they cannot be taken for new messages."""
     indented = re.sub(r"\n(?=\S)", "\n  ", printable(f"prunesearch: {text}", lines=True))
     print(indented, file=sys.stderr)
 
@@ -711,7 +718,7 @@ def _plugin_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _whole(flag: str, low: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `low` on."""
+    """An argparse type for whole numbers of at least `low`."""
 
     def parse(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII) or int(text) < low:
@@ -722,7 +729,7 @@ def _whole(flag: str, low: int) -> Callable[[str], int]:
 
 
 def _bound(flag: str) -> Callable[[str], tuple[str, float]]:
-    """A parser of metric=number."""
+    """An argparse type for metric=number."""
 
     def parse(text: str) -> tuple[str, float]:
         name, _, number = text.partition("=")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What you would write yourself: take an exported schedule into a model of your own, in a process of its own.
+"""Apply an exported schedule to a model with timm and a few lines, and compare it with the dense model.
 
     python scripts/apply_exported.py best.yaml
 
-Prints dense against pruned: top-1 on the digits, GMACs, images per second.
+Prints top-1 on the digits, GMACs and images per second of the dense and the pruned model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def top1(model: torch.nn.Module) -> float:
 
 @torch.inference_mode()
 def images_per_second(models: list[torch.nn.Module], batch: int = 256, seconds: float = 4.0) -> list[float]:
-    """Of each model, measured in turn so that the machine's moods hit all alike; the median."""
+    """Median throughput of each model. The models run in turn, so that drifts of the machine affect all of them."""
     images = torch.randn(batch, 1, 8, 8)
     times: list[list[float]] = [[] for _ in models]
     end = time.perf_counter() + seconds
@@ -49,7 +49,7 @@ def main() -> None:
     dense = timm.create_model("vit_digits_patch1_8", pretrained=True).eval()
     pruned = timm.create_model("vit_digits_patch1_8", pretrained=True).eval()
 
-    apply_schedule(pruned, path)  # with the weights beside it, if the file names any
+    apply_schedule(pruned, path)  # with its weights, if the file names some
     schedule = load_schedule(path)
 
     gmacs = [estimate_cost(shape_of(dense)).gmacs, estimate_cost(shape_of(dense), schedule).gmacs]

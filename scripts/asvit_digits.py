@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""AS-ViT on the digits: thresholds that keep everything learn to spend 0.8, 0.65 and 0.5 of the dense MACs.
+"""AS-ViT on the digits: train thresholds towards 0.8, 0.65 and 0.5 of the dense MACs, starting from keeping all tokens.
 
     python scripts/asvit_digits.py --out benchmarks/asvit_digits.md
 
-Says where training alone lands, where calibration puts it, how many tokens each image keeps (a histogram beside the
-table), and whether the accuracy is the same one by one as in batches of 64.
+Reports the cost after training and after calibration, how many tokens each image keeps (with a histogram next to the
+table), and whether the accuracy is the same for single images as in batches of 64.
 """
 
 from __future__ import annotations

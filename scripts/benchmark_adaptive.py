@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""How to run a batch whose images keep different numbers of tokens: padded to the largest, in groups, or one by one.
+"""Compare ways to run a batch whose images keep different numbers of tokens: padded, in groups, or one by one.
 
     python scripts/benchmark_adaptive.py --out benchmarks/adaptive.md
 
-The images are noise whose contrast differs from patch to patch and from image to image, and a scorer of this script
-takes the length of a token, so that how much counts differ can be set. Thresholds keep 70 % of the tokens on average at
-blocks 3, 6 and 9. All ways run in turn, in one process, on the same images; that they agree is checked first.
+The images are noise with a different contrast in each patch and image. A scorer of this script scores a token by the
+length of its features, so the contrast controls how much the counts differ. Thresholds keep 70 % of the tokens on
+average at blocks 3, 6 and 9. All ways run in turn, in one process, on the same images. The script first checks that
+they give the same logits.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ SEEN: list[Tensor] = []
 
 @scorer("token_length", source="this benchmark", needs_attention=False)
 def token_length(scene: ScoreInput) -> Tensor:
-    """Length of a token's features."""
+    """Score: the length of a token's features."""
     score_Bn = scene.patches_BnC.float().norm(dim=-1)
     SEEN.append(score_Bn)
     return score_Bn
 
 
 def make_images(count: int, spread: float, size: int = 224, patch: int = 16) -> Tensor:
-    """Noise with contrast u * s in each patch: u from 0 to 1, s of the image from 1 - spread to 1 + spread."""
+    """Noise images. The contrast of a patch is u * s: u is random in [0, 1], s of the image in 1 +- spread."""
     torch.manual_seed(0)
     side = size // patch
     contrast = torch.rand(count, 1, side, side) * (1 + spread * torch.linspace(-1, 1, count)).view(-1, 1, 1, 1)
@@ -50,7 +51,7 @@ def make_images(count: int, spread: float, size: int = 224, patch: int = 16) -> 
 
 @torch.inference_mode()
 def thresholds_for(model: nn.Module, images: Tensor) -> Schedule:
-    """Thresholds, one stage after another, that keep 70 % of the tokens that arrive."""
+    """Thresholds that each keep 70 % of the tokens that arrive, found stage by stage."""
     stages: tuple[Stage, ...] = ()
     for block in BLOCKS:
         apply_schedule(model, Schedule((*stages, Stage(block, at="pre", score="token_length", threshold=0.0))))
@@ -108,7 +109,7 @@ def rows_for(name: str, spread: float, batch: int, rounds: int, device: torch.de
                 run()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                if turn:  # the first warms up
+                if turn:  # turn 0 is the warm-up
                     times[way].append(time.perf_counter() - start)
     speed = {
         way: median(a / b for a, b in zip(times["dense model"], taken, strict=True)) for way, taken in times.items()

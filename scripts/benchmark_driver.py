@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""What the driver itself costs: thousands of candidates, many simulated workers, evaluations that take no time.
+"""Measure the cost of the driver itself: thousands of candidates, simulated workers, evaluations that take no time.
 
     python scripts/benchmark_driver.py --out benchmarks/driver.md
 
-Everything but the evaluation is real: sampler, promotion, SQLite. Each row is a process of its own.
+Sampler, promotions and SQLite are real; only evaluations are simulated. Each row runs in its own process.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ PER_BLOCK = 1000
 def study(sampler: str, rungs: str, candidates: int, workers: int) -> StudyConfig:
     changes = ["space.start_from=[]", f"stop.trials={candidates}", RUNGS[rungs], "workers.kind=serial"]
     config = load_study(STUDY, changes)
-    # the count is what sampler auto decides by; the workers themselves are simulated
+    # sampler auto depends on the count; the workers are simulated
     workers_config = replace(config.workers, count=workers)
     return replace(config, sampler=SamplerConfig(sampler, 0), workers=workers_config, metrics=())
 
 
 def made_up(table: Table, schedule: Schedule, rung: int) -> Recorded:
-    """Later stages hurt less and training mends; a dear schedule takes longer."""
+    """A made-up evaluation: later stages hurt less, training reduces the damage, expensive schedules take longer."""
     gmacs = estimate_cost(table.shape, schedule).gmacs
     damage = sum((1.0 - (stage.keep or 1.0)) / (1 + stage.block) for stage in schedule.stages)
     return Recorded({"top1": 97 - 40 * damage / (1 + rung), "gmacs": gmacs}, (1 + 4 * rung) * gmacs)
 
 
 def measure(sampler: str, rungs: str, candidates: int, workers: int) -> dict[str, list[list[float]]]:
-    """By step, milliseconds since the result came; and megabytes after each block of results."""
+    """For each step, the milliseconds since the result arrived; and resident megabytes after each block of results."""
     config = study(sampler, rungs, candidates, workers)
     shape = model_shape(config.model)
     table = Table(shape, BUDGETS, ("top1", "gmacs"), {}, {})
@@ -79,7 +79,7 @@ def measure(sampler: str, rungs: str, candidates: int, workers: int) -> dict[str
 
     def fill(search: loop.Search) -> None:
         submit(search)
-        if start is not None:  # the first candidates are submitted before there is a result
+        if start is not None:  # false while the first candidates are submitted, before any result
             since["submitted"].append(1000 * (time.perf_counter() - start))
 
     whole_cycle, submit = loop.Search._handle, loop.Search._fill
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)  # internal: arguments of the measured processes
     arguments = parser.parse_args()
     if arguments.only:
         sampler, rungs = arguments.only

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""The same search, three ways, one after the other: prunesearch, Optuna used plainly, Ray Tune used plainly.
+"""Run the same search with prunesearch, with plain Optuna and with plain Ray Tune, and compare the time.
 
     python scripts/benchmark_engine.py --trials 60 --out benchmarks/engine.md
 
 All three propose schedules of search_spaces/digits.yaml, call the same `evaluate` with the same fine-tune, and have two
-workers of one thread. "Plainly" is what the libraries' front pages show: `study.optimize(objective, n_jobs=2)` on
-SQLite, and `Tuner(trainable, search_alg=OptunaSearch(...))`, each with its defaults. Each runs in a process of its own;
-its time is that of the whole process, from the start of Python to its end.
+workers with one thread each. "Plain" means as on the libraries' front pages, with default settings:
+`study.optimize(objective, n_jobs=2)` on SQLite, and `Tuner(trainable, search_alg=OptunaSearch(...))`. Each runs in its
+own process. The reported time is that of the whole process, from the start of Python to its end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def study(trials: int) -> StudyConfig:
 
 
 def try_candidate(config: StudyConfig, schedule: Schedule, folder: Path) -> tuple[float, float]:
-    """Evaluate, leave the result in `folder`, return the objectives."""
+    """Evaluate a schedule, write the result to `folder`, and return the objectives."""
     task = Task(
         uid=uid_of(schedule, model_shape(config.model)), model=config.model, data=config.data, schedule=schedule,
         budget=config.rungs[0], metrics=config.metric_names, finetune=config.finetune, threads=1, device="cpu",
@@ -76,9 +76,9 @@ def run_optuna(config: StudyConfig, folder: Path) -> None:
 
 
 def define_space(trial: optuna.Trial) -> None:
-    """For OptunaSearch, which pickles it."""
+    """The search space for OptunaSearch. At module level, because OptunaSearch pickles it."""
     config = study(1)
-    with contextlib.suppress(ScheduleError):  # the trainable will find out
+    with contextlib.suppress(ScheduleError):  # the trainable handles it
         suggest(trial, config.space, model_shape(config.model))
 
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # what the processes that are timed are started with
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # internal: arguments of the timed processes
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config = study(arguments.trials)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Speed and agreement of our EViT and ToMe against the authors' released code, side by side in one process.
+"""Compare our EViT and ToMe with the authors' released code: speed and agreement, in one process.
 
     git clone https://github.com/facebookresearch/ToMe          # wherever you like
     git clone https://github.com/youweiliang/evit
     python scripts/benchmark_official.py --tome ToMe --evit evit --out benchmarks/official.md
 
-Both run the same randomly initialised DeiT-S; the two are timed in turn (A B A B ...), and the ratio is the median of
-the pairs, so that a machine whose speed drifts does not favour either. Neither checkout is changed.
+Both run the same randomly initialised DeiT-S. They are timed in turn (A B A B ...), and the ratio is the median over
+the pairs, so a drift of the machine's speed favours neither. The checkouts are not modified.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prunesearch.presets import load_preset
 
 
 def official_tome(folder: Path, dense: torch.nn.Module, rate: int | list[int]) -> torch.nn.Module:
-    """The authors' patch on a copy of the dense model."""
+    """A copy of the dense model with the authors' patch applied."""
     sys.path.insert(0, str(folder))
     import tome
 
@@ -40,7 +40,10 @@ def official_tome(folder: Path, dense: torch.nn.Module, rate: int | list[int]) -
 
 
 def official_evit(folder: Path, dense: torch.nn.Module, keep: float, fuse: bool) -> torch.nn.Module:
-    """The authors' model with the dense weights. Their code is for timm 0.4; the names it imports are lent to it."""
+    """The authors' model with the dense weights.
+
+    Their code is for timm 0.4, so the names that it imports are added to timm here.
+    """
     import timm.layers
     import timm.models
 
@@ -53,7 +56,7 @@ def official_evit(folder: Path, dense: torch.nn.Module, keep: float, fuse: bool)
     lent = types.ModuleType("timm.models.registry")
     lent.register_model = lambda function: function  # type: ignore[attr-defined]
     sys.modules["timm.models.registry"] = lent
-    lent = types.ModuleType("torchprofile")  # imported there, not needed here
+    lent = types.ModuleType("torchprofile")  # imported by their code, but not used here
     lent.profile_macs = None  # type: ignore[attr-defined]
     sys.modules.setdefault("torchprofile", lent)
     sys.path.insert(0, str(folder))
@@ -72,7 +75,7 @@ def ours(dense: torch.nn.Module, schedule: Schedule) -> torch.nn.Module:
 
 
 def paired_ratio(a: Callable[[], object], b: Callable[[], object], pairs: int) -> tuple[float, float, float, float]:
-    """Median seconds of a and of b, and median and interquartile range of time(b) / time(a), run in turn."""
+    """Run a and b in turn: median seconds of each, median and interquartile range of time(b) / time(a)."""
 
     def seconds(run: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -87,7 +90,7 @@ def paired_ratio(a: Callable[[], object], b: Callable[[], object], pairs: int) -
 
 
 def compare(name: str, mine: torch.nn.Module, theirs: torch.nn.Module, images: torch.Tensor, pairs: int) -> str:
-    """One row of the table."""
+    """Make one row of the table."""
     first, second = mine(images), theirs(images)
     difference = float((first - second).abs().max() / second.abs().max())
     fast, slow, ratio, spread = paired_ratio(partial(mine, images), partial(theirs, images), pairs)
@@ -132,7 +135,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     dense = timm.create_model("deit_small_patch16_224").eval()
-    for parameter in dense.parameters():  # attention of a fresh model is flat and its choices are all ties
+    for parameter in dense.parameters():  # a fresh model has flat attention, so all scores would be ties
         parameter.copy_(parameter + 0.05 * torch.randn_like(parameter))
     shape = shape_of(dense)
     images = torch.randn(arguments.batch, 3, 224, 224)

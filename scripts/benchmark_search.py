@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""How good is the front after so many seconds of evaluation? Ways to search, replayed on a table, over paired seeds.
+"""Compare search methods by the front that they find in the same evaluation time, replayed on a table of evaluations.
 
     python scripts/benchmark_search.py --table benchmarks/tables/digits.csv --seeds 20 --out benchmarks/search.md
 
-What the table lacks, a regression of it fills in (`prunesearch/replay/surrogate.py`). Finished runs are kept in a file
-(`--runs`), so that a second call makes only what is missing; delete it after a change of the engine.
+All methods use the same seeds. A regression on the table predicts schedules that the table lacks
+(`prunesearch/replay/surrogate.py`). Finished runs are kept in a file (`--runs`), and a second call only adds the
+missing ones. Delete the file after a change of the search.
 """
 
 from __future__ import annotations
@@ -63,19 +64,22 @@ SPACE = (
 )
 RANDOM_EVALUATIONS = 300
 SHARES = (1 / 30, 1 / 10, 1 / 3, 1.0)
-"""Of the whole cost, where methods are compared."""
+"""Shares of the total evaluation time at which methods are compared."""
 REFERENCE = np.array([1.1, 1.1])
 MOST_OF_GP = 60
 VIEW_SIZES, VIEW_SEEDS = (25, 50, 100, 200, 400), 10
 SLOW, FEW = ("GP", "prunesearch, iso-budgets", "prunesearch, rungs"), 8
-"""Searches that take minutes each, and how many seeds they get."""
+"""Methods whose runs take minutes, and the number of seeds for these."""
 DEFAULT, RANDOM = "prunesearch", "random"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A candidate evaluated at the full budget: when it was finished, in seconds of evaluation, its error as measured
-    and its GMACs, and the error that a mean of many trainings would show."""
+    """A candidate evaluated at the full budget.
+
+    second: when it was finished, in seconds of evaluation time. error: measured top-1 error in %. gmacs: its cost.
+    expected: the error as a mean of many trainings.
+    """
 
     second: float
     error: float
@@ -85,19 +89,19 @@ class Found:
 
 @dataclass(frozen=True)
 class World:
-    """What there is to search, and what it costs."""
+    """The table and surrogate on which searches are replayed, and the time that a run may spend."""
 
     table: Table
     surrogate: Surrogate
     luck: bool
-    """Whether an evaluation has the luck of its training; without, it gives the mean of many trainings."""
+    """True: evaluations include the random noise of a training. False: they give the mean of many trainings."""
     sensitivities: Path
-    """File of the sensitivities of the space; its seconds are of CPU time, as those of the table."""
+    """File with the sensitivities of the space. Its seconds are CPU time, like those of the table."""
     total: float
-    """Seconds that each run may spend: those of 300 full evaluations of random schedules."""
+    """Seconds that each run may spend: as much as RANDOM_EVALUATIONS full evaluations of random schedules."""
 
     def measured(self, schedule: Schedule, rung: int) -> Recorded:
-        """What a search is told."""
+        """The evaluation that a search receives for a schedule at a rung."""
         look = self.surrogate.measured if self.luck else self.surrogate.expected
         return look(schedule, rung)
 
@@ -106,7 +110,7 @@ class World:
         return len(self.table.images) - 1
 
     def seconds(self, schedule: Schedule) -> float:
-        """What training for the full budget from the start and measuring takes."""
+        """Seconds to train a schedule from the start with the full budget and to measure it."""
         row = partial(self.measured, schedule)
         return seconds_of(row, self.table.images, self.table.images[-1])
 
@@ -159,8 +163,12 @@ Search = Callable[[World, int], list[Found]]
 
 
 def plain_optuna(make: Callable[[int], optuna.samplers.BaseSampler], most: int | None = None) -> Search:
-    """`study.optimize` with a sampler at its own settings; the full budget for every trial. What is impossible fails
-    at once and costs nothing; what was evaluated before is evaluated again."""
+    """`study.optimize` with a sampler, and the full budget for every trial.
+
+    Impossible schedules are pruned at no cost. Repeated schedules are evaluated again.
+
+    most: stop after this many evaluations.
+    """
 
     def search(world: World, seed: int) -> list[Found]:
         config, found, spent = study(), [], 0.0
@@ -187,7 +195,7 @@ def plain_optuna(make: Callable[[int], optuna.samplers.BaseSampler], most: int |
 
 
 def uniform_grid(world: World, seed: int) -> list[Found]:
-    """The same keep at three blocks at equal distances, each verb and score, in random order."""
+    """All combinations of keep, verb and score with stages at blocks 2, 4 and 6, in random order."""
     keeps, verbs = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9), ("drop", "fuse", "squeeze", "merge")
     grid = [
         Schedule(tuple(Stage(block, score=score, keep=keep, reduce=verb) for block in (2, 4, 6)))
@@ -205,7 +213,7 @@ def uniform_grid(world: World, seed: int) -> list[Found]:
 
 
 def ours(*changes: str) -> Search:
-    """`prunesearch run`, with the changes to the study file; one worker."""
+    """`prunesearch run` with one worker. changes: to the study file."""
 
     def search(world: World, seed: int) -> list[Found]:
         return _run_ours(world, study(f"sampler.seed={seed}", *changes), 0.0, world.total)
@@ -214,7 +222,7 @@ def ours(*changes: str) -> Search:
 
 
 def ours_in_turn(budgets: Sequence[float], *changes: str) -> Search:
-    """A study with an iso-budget after another, each with the same share of the time."""
+    """One study for each iso-budget in turn, each with the same share of the time."""
 
     def search(world: World, seed: int) -> list[Found]:
         found, share = [], world.total / len(budgets)
@@ -261,12 +269,12 @@ METHODS: dict[str, Search] = {
 
 
 def sensitivities_in(folder: Path) -> Path:
-    """The file there, measured first if there is none."""
+    """Path of the sensitivities in a folder. They are measured first if the file is missing."""
     path = folder / FILE
     if not path.is_file():
         torch.set_num_threads(1)
         config = study("workers.device=cpu")
-        build_model(config.model)  # imports and weights are no part of a measurement
+        build_model(config.model)  # warm-up: exclude imports and weights from the measurement
         start = time.process_time()
         found = measure_sensitivities(config, IMAGES_FOR_A_START)
         save_sensitivities(replace(found, seconds=time.process_time() - start), path)
@@ -281,7 +289,7 @@ def run_one(job: tuple[Path, bool, Path, str, int]) -> list[Found]:
 def all_runs(
     path: Path, luck: bool, sensitivities: Path, seeds: Mapping[str, int], kept: Path
 ) -> dict[str, list[list[Found]]]:
-    """By method, the runs of so many seeds; those that `kept` has are not made again."""
+    """The runs of each method for its number of seeds. Runs that are in the file `kept` are not repeated."""
     about = blake2b(path.read_bytes() + bytes([luck]), digest_size=8).hexdigest()
     known: dict[tuple[str, int], list[Found]] = {}
     if kept.is_file():
@@ -306,7 +314,7 @@ def all_runs(
 
 
 def front_of(found: Sequence[Found]) -> list[Found]:
-    """Those that no other one dominates as measured, the cheapest first."""
+    """The non-dominated candidates by measured error and GMACs, cheapest first."""
     kept: list[Found] = []
     for one in sorted(found, key=lambda one: (one.gmacs, one.error)):
         if not kept or one.error < kept[-1].error:
@@ -316,11 +324,10 @@ def front_of(found: Sequence[Found]) -> list[Found]:
 
 @dataclass(frozen=True)
 class Judge:
-    """Hypervolume of what a run found, in a box that is the same for all of them.
+    """Computes the hypervolume of a run, in a box that is the same for all runs.
 
-    again: a front is judged by what its schedules give when they are trained again (the mean of many trainings), and
-    not by what was measured when they were picked. low, high: of error and GMACs, ideal and nadir of the front of
-    everything that any run found.
+    again: use the expected error (the mean of many trainings) of the schedules on the front, not the measured one,
+    which is biased by selection. low, high: (error, GMACs), ideal and nadir point of the front over all runs together.
     """
 
     again: bool
@@ -332,12 +339,12 @@ class Judge:
         return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
     def volume(self, found: Sequence[Found]) -> float:
-        """A share of the box up to the reference point."""
+        """Hypervolume as a share of the box up to the reference point."""
         scaled = (self.points(found) - self.low) / (self.high - self.low)
         return hypervolume(scaled, REFERENCE) / float(np.prod(REFERENCE))
 
     def curve(self, found: Sequence[Found], seconds: Sequence[float]) -> np.ndarray:
-        """The volume after so many seconds each; 0 before the first result."""
+        """The volume at each of these times; 0 before the first result."""
         return np.array([self.volume([one for one in found if one.second <= second]) for second in seconds])
 
 
@@ -350,7 +357,7 @@ def judge_of(runs: Mapping[str, list[list[Found]]], again: bool) -> Judge:
 
 
 def checkpoint_table(volumes: Mapping[str, np.ndarray]) -> str:
-    """volumes: (seeds, checkpoints) by method. Median, and quartiles."""
+    """A table of median and quartiles. volumes: method -> (seeds, checkpoints)."""
     lines = [f"| search | {' | '.join(f'{_share(share)} of the cost' for share in SHARES)} |"]
     lines.append("|---|" + "---|" * len(SHARES))
     for name, values in volumes.items():
@@ -361,7 +368,7 @@ def checkpoint_table(volumes: Mapping[str, np.ndarray]) -> str:
 
 
 def pair_table(volumes: Mapping[str, np.ndarray]) -> str:
-    """How often the default has the larger volume with the same seed, and how likely chance alone does that."""
+    """A table: for how many seeds the default has the larger volume, and the p-value of a Wilcoxon test."""
     lines = [f"| prunesearch against | {' | '.join(f'{_share(share)} of the cost' for share in SHARES)} |"]
     lines.append("|---|" + "---|" * len(SHARES))
     for name, values in volumes.items():
@@ -377,7 +384,7 @@ def pair_table(volumes: Mapping[str, np.ndarray]) -> str:
 
 
 def reach_table(curves: Mapping[str, np.ndarray], seconds: np.ndarray) -> str:
-    """When the median over the seeds first is what random search has in the end."""
+    """A table: the share of the time after which the median volume reaches the final one of random search."""
     target = np.median(curves[RANDOM], axis=0)[-1]
     lines = ["| search | share of the cost |", "|---|---|"]
     for name, values in curves.items():
@@ -413,7 +420,7 @@ def _axes(columns: int, rows: int = 1) -> tuple[Any, Any]:
 
 
 def draw_curves(curves: Mapping[str, np.ndarray], seconds: np.ndarray, path: Path) -> None:
-    """Median and quartiles over the seeds."""
+    """Plot median and quartiles over the seeds."""
     figure, axes = _axes(1)
     axis = axes[0, 0]
     shares = seconds / seconds[-1]
@@ -432,7 +439,7 @@ def draw_curves(curves: Mapping[str, np.ndarray], seconds: np.ndarray, path: Pat
 
 
 def draw_attainment(runs: Mapping[str, list[list[Found]]], judge: Judge, second: float, path: Path) -> None:
-    """For each GMACs, the error that a quarter, half and three quarters of the runs reach with at most so many."""
+    """Plot, over GMACs, the error that a quarter, half and three quarters of the runs reach with at most this cost."""
     figure, axes = _axes(2, 2)
     everything = np.concatenate([judge.points(run) for found in runs.values() for run in found])
     best = _steps(everything, grid := np.linspace(judge.low[1], judge.high[1], 300))
@@ -450,7 +457,7 @@ def draw_attainment(runs: Mapping[str, list[list[Found]]], judge: Judge, second:
 
 
 def _steps(points: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """The smallest error with at most so many GMACs; 100 where there is none."""
+    """For each GMACs value of the grid, the smallest error at no higher cost; 100 where there is none."""
     errors = np.full(len(grid), 100.0)
     for error, gmacs in points:
         errors[grid >= gmacs] = np.minimum(errors[grid >= gmacs], error)
@@ -469,7 +476,7 @@ def error_table(surrogate: Surrogate) -> str:
 
 
 def view_table(table: Table, config: StudyConfig) -> str:
-    """How well the model of sampler token_gp predicts measured schedules, by what it sees of them."""
+    """A table: how well the model of sampler token_gp predicts schedules from tokens and from parameters."""
     last = len(table.images) - 1
     views: dict[str, list[dict[str, Any]]] = {"tokens": [], "parameters": []}
     errors = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How long the verbs take that only look, beside importing torch and timm, in turns in the same run.
+"""Measure the start-up time of read-only commands, compared with importing torch and timm.
 
     python scripts/benchmark_startup.py         # five to ten minutes; writes benchmarks/startup.md
 

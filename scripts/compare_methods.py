@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Every method at the same cost: dense, random, and each published method at about 0.5 and 0.7 of the dense MACs.
+"""Compare methods at equal cost: dense, random, and each published method at about 0.5 and 0.7 of the dense MACs.
 
     python scripts/compare_methods.py --out benchmarks/methods_digits.md
     python scripts/compare_methods.py --study search_spaces/cifar10_vit.yaml --set data.root=train.tar ... --out FILE.md
     python scripts/compare_methods.py --only DynamicViT,dTPS --shares 0.5 --seeds 5 --into benchmarks/methods_digits.md
 
-Each is measured as it comes and after the same short fine-tune, with several seeds. Model, data and how to train come
-from a study file (the digits by default). Draws the same as a picture beside the table. With --into, rows of an
-existing page are measured anew and marked, and what follows from the table is written again; without a page, rows are
-printed.
+Each method is measured without training and after the same short fine-tune, with several seeds. Model, data and
+fine-tune come from a study file (the digits by default). The results are written as a table and as a plot. With --into,
+some rows of an existing page are measured again and marked, and the text derived from the table is updated. Without a
+page, rows are printed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Method:
-    """A published method: `schedule(shape, x)` gets cheaper as x, from 0 to 1, falls. trained: its score or queries
-    learn, so that without training there is nothing to measure."""
+    """A published method.
+
+    schedule: `schedule(shape, x)` gets cheaper as x falls from 1 to 0. trained: its score or queries are learned, so it
+    cannot be measured without training.
+    """
 
     name: str
     schedule: Callable[[ModelShape, float], Schedule]
@@ -53,13 +56,13 @@ class Method:
 
 
 def three_stages(shape: ModelShape, keep: float, score: str, reduce: str, at: str = "mid") -> Schedule:
-    """The same keep ratio at a quarter, half and three quarters of the depth, as the papers have it."""
+    """The same keep ratio at 1/4, 1/2 and 3/4 of the depth, as in the papers."""
     blocks = [shape.depth * quarter // 4 for quarter in (1, 2, 3)]
     return Schedule(tuple(Stage(b, at=at, score=score, keep=round(keep, 3), reduce=reduce) for b in blocks))  # type: ignore[arg-type]
 
 
 def tome(shape: ModelShape, keep: float) -> Schedule:
-    """The same number of pairs in every block."""
+    """Merge the same number of pairs in every block."""
     pairs = round((1 - keep) * shape.patch_tokens / 2)
     stages, present = [], shape.patch_tokens
     for block in range(shape.depth):
@@ -75,7 +78,7 @@ def ppt(shape: ModelShape, keep: float) -> Schedule:
 
 
 def diffrate(shape: ModelShape, keep: float) -> Schedule:
-    """In every block but the first a few dropped and twice as many absorbed: the shape of what DiffRate found."""
+    """Like the schedules found by DiffRate: every block but the first drops some tokens and absorbs twice as many."""
     stages, present = [], float(shape.patch_tokens)
     for block in range(1, shape.depth):
         step = (1 - keep) * present * 0.6
@@ -86,19 +89,19 @@ def diffrate(shape: ModelShape, keep: float) -> Schedule:
 
 
 def patch_merger(shape: ModelShape, keep: float) -> Schedule:
-    """Eight tokens from a block on."""
+    """Pool to eight tokens at one block."""
     return Schedule((Stage(max(1, round(keep * shape.depth)), at="pre", tokens=8, reduce="pool"),))
 
 
 def as_vit(shape: ModelShape, share: float) -> Schedule:
-    """From thresholds that keep everything to the share; stages one block later than others, as in the paper."""
+    """Thresholds that start from keeping everything; stages one block later than others, as in the paper."""
     blocks = [shape.depth * quarter // 4 + (shape.depth > 8) for quarter in (1, 2, 3)]
     stages = tuple(Stage(b, at="pre", score="head_weighted_class_attention", threshold=0.0) for b in blocks)
     return Schedule(stages, target_gmacs=share * estimate_cost(shape).gmacs)
 
 
 def ltmp(shape: ModelShape, share: float) -> Schedule:
-    """Merging, then pruning, by thresholds in every block."""
+    """Merging and then pruning by thresholds in every block."""
     stages = []
     for block in range(shape.depth):
         stages.append(Stage(block, threshold=0.9, reduce="merge", options={"parity": "all"}))
@@ -123,7 +126,7 @@ METHODS = (
 
 
 def at_share(method: Method, shape: ModelShape, share: float) -> Schedule | None:
-    """The method's schedule whose MACs are nearest to a share of the dense ones; None when it cannot get within 7 %."""
+    """The method's schedule with MACs nearest to a share of the dense ones; None if it cannot get within 7 %."""
     if method.schedule(shape, share).is_adaptive:
         return method.schedule(shape, share)
     dense = estimate_cost(shape).macs
@@ -139,7 +142,7 @@ def at_share(method: Method, shape: ModelShape, share: float) -> Schedule | None
 
 
 def run(config: StudyConfig, schedule: Schedule, images: int, seed: int) -> Evaluation:
-    """One evaluation, on one thread."""
+    """Run one evaluation on one thread."""
     torch.set_num_threads(1)
     task = Task(
         uid="compare",
@@ -159,7 +162,7 @@ def run(config: StudyConfig, schedule: Schedule, images: int, seed: int) -> Eval
 
 @dataclass
 class Row:
-    """What one method gave at one share: top-1 in %, and the measured shares of the dense MACs."""
+    """Results of a method at one share: top-1 in %, and the measured shares of the dense MACs."""
 
     name: str
     share: float
@@ -169,8 +172,11 @@ class Row:
 
 
 class Line(NamedTuple):
-    """A row of a page's table. Numbers are (mean, standard deviation or None); as_it_comes is None where nothing can be
-    measured without training. mark: stars that say by which later run it was measured."""
+    """A row of the table in a page.
+
+    Numbers are (mean, standard deviation or None). as_it_comes: None if the method needs training. mark: asterisks that
+    tell in which later run the row was measured.
+    """
 
     name: str
     macs: float
@@ -180,7 +186,7 @@ class Line(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The share that the schedule was made for."""
+        """The target share of the schedule."""
         return min((1.0, *SHARES), key=lambda share: abs(share - self.macs))
 
     def __str__(self) -> str:
@@ -198,7 +204,7 @@ LINE = re.compile(r"\| ([^|*]+)(\**) \| ([\d.]+)% \| (-|[\d. ±]+) \| ([\d. ±]+
 
 
 def line_of(row: Row, mark: str = "") -> Line:
-    """What the table says of a row."""
+    """Format results as a row of the table."""
 
     def number(values: Sequence[float]) -> tuple[float, float | None]:
         return mean(values), stdev(values) if len(values) > 1 else None
@@ -208,7 +214,7 @@ def line_of(row: Row, mark: str = "") -> Line:
 
 
 def read_line(text: str) -> Line:
-    """The inverse of str(Line)."""
+    """Parse a row of a table: the inverse of str(Line)."""
     found = LINE.fullmatch(text)
     if found is None:
         raise SystemExit(f"not a row of the table: {text!r}; expected one such as | dTPS | 70.0% | - | 97.30 ± 0.10 |")
@@ -222,8 +228,10 @@ def read_line(text: str) -> Line:
 
 
 def sweep(config: StudyConfig, images: int, seeds: int, wanted: Sequence[tuple[str, float]]) -> list[Row]:
-    """What is wanted (names and shares), in parallel on all cores, in that order; what cannot get to its share is left
-    out."""
+    """Measure the wanted (name, share) pairs in parallel on all cores; returns rows in the same order.
+
+    Methods that cannot reach a share are left out.
+    """
     shape = model_shape(config.model)
     dense = estimate_cost(shape).gmacs
     methods = {method.name: method for method in METHODS}
@@ -239,7 +247,7 @@ def sweep(config: StudyConfig, images: int, seeds: int, wanted: Sequence[tuple[s
             rows.append(row)
             for seed in range(seeds):
                 jobs[pool.submit(run, config, schedule, images, seed)] = (row, row.finetuned)
-                if seed == 0 and not (method and method.trained):  # without training the seed changes nothing
+                if seed == 0 and not (method and method.trained):  # without training one seed is enough
                     jobs[pool.submit(run, config, schedule, 0, seed)] = (row, row.as_it_comes)
         for done, job in enumerate(as_completed(jobs), 1):
             row, values = jobs[job]
@@ -255,7 +263,7 @@ def sweep(config: StudyConfig, images: int, seeds: int, wanted: Sequence[tuple[s
 
 @torch.inference_mode()
 def why(config: StudyConfig) -> list[str]:
-    """Where the dense model's class attention lies, block by block: its entropy, and what the best 30 % cover."""
+    """Class attention of the dense model by block: its entropy, and the cells covered by the best 30 % of tokens."""
     model = build_model(config.model)
     images, _ = next(iter(open_data(config.data, model)[1].batches([torch.arange(200)], torch.device("cpu"))))
     shape, lines = model_shape(config.model), []
@@ -285,7 +293,7 @@ def _cells(score_Bn: torch.Tensor, kept: int) -> float:
 
 
 def report(rows: Sequence[Row], config: StudyConfig, images: int, seeds: int, command: str) -> str:
-    """A new page."""
+    """The text of a new page."""
     head = [
         f"# Methods at the same cost: {config.name}",
         "",
@@ -301,14 +309,16 @@ def report(rows: Sequence[Row], config: StudyConfig, images: int, seeds: int, co
 
 
 def _table(lines: Sequence[Line], notes: Sequence[str]) -> str:
-    """The table, the notes on its marks, and what follows from it."""
+    """The table, the notes on its marks, and the text derived from it."""
     below = [*(f"{note}\n" for note in notes), *expectations(lines)]
     return TABLE + "\n".join([*map(str, lines), "", *below]) + "\n"
 
 
 def put_into(page: str, rows: Sequence[Row], seeds: int, day: date, command: str) -> tuple[str, list[Line]]:
-    """An existing page with these rows in their places, marked, and all that follows from the table written again; and
-    the lines of its table. A row that the page does not have yet goes behind those of its share."""
+    """Put rows into an existing page, marked, and update the text derived from the table.
+
+    New rows are added after those of the same share. Returns the page and the rows of its table.
+    """
     head, found, rest = page.partition(TABLE)
     body, why_found, tail = rest.partition("\nWhy, in the dense model:")
     if not found or not why_found:
@@ -327,7 +337,7 @@ def put_into(page: str, rows: Sequence[Row], seeds: int, day: date, command: str
 
 
 def expectations(lines: Sequence[Line]) -> list[str]:
-    """What the papers lead one to expect, and whether it came out."""
+    """What the papers suggest, and whether the table confirms it."""
     value = {(line.name, line.share): line.finetuned[0] for line in lines}
     texts = ["Expected from the papers, after fine-tuning:", ""]
     low = min(SHARES)
@@ -349,7 +359,7 @@ def expectations(lines: Sequence[Line]) -> list[str]:
 
 
 def draw(lines: Sequence[Line], path: Path, title: str) -> None:
-    """Top-1 against MACs: hollow as it comes, filled after fine-tuning."""
+    """Plot top-1 against MACs: hollow markers without training, filled ones after fine-tuning."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -378,7 +388,7 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
 
 
 def _names(text: str) -> list[str]:
-    """Names of --only, separated by commas. Some have a comma themselves, so the longest name that fits is taken."""
+    """Parse the comma-separated names of --only. Some names contain a comma, so the longest match is taken."""
     known = sorted((DENSE, *(method.name for method in METHODS)), key=len, reverse=True)
     names, left = [], text.strip()
     while left:
@@ -398,7 +408,7 @@ def _shares(text: str) -> list[float]:
 
 
 def _portable(setting: str) -> str:
-    """A setting as a page shows it: of a path, the file's name alone."""
+    """A setting as shown in a page: paths are reduced to the file name."""
     name, _, value = setting.partition("=")
     return f"{name}={Path(value).name if Path(value).exists() else value}"
 

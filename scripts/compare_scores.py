@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What each score and each reduce verb costs and does, on the digits, as it comes and after a short fine-tune.
+"""Compare all scores and all verbs on the digits: cost, and accuracy without training and after a short fine-tune.
 
     python scripts/compare_scores.py --out benchmarks/scores_and_verbs.md
 
@@ -44,7 +44,7 @@ def top1(candidate: Schedule, images: int, seeds: int) -> str:
 
 
 def extra_macs(score: str, reduce: str) -> str:
-    """MACs a scorer or reducer adds to DeiT-S by itself, for one stage that keeps 0.7 of 196 tokens."""
+    """MACs that a scorer or reducer itself adds to DeiT-S, for one stage that keeps 0.7 of 196 tokens."""
     with torch.device("meta"):
         shape = shape_of(timm.create_model("deit_small_patch16_224"))
     candidate = Schedule((Stage(3, score=score, keep=0.7, reduce=reduce),))

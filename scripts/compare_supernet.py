@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Whether shared weights rank schedules as a fine-tune of their own does, and what they cost, on the digits.
+"""Compare how shared weights and separate fine-tunes rank schedules, and what they cost, on the digits.
 
     python scripts/compare_supernet.py --out benchmarks/supernet.md
 
-Random schedules of `search_spaces/digits_supernet.yaml` are measured as they come with the original weights, as they
-come with shared weights, and after a fine-tune of their own. Five minutes on one core.
+Random schedules of `search_spaces/digits_supernet.yaml` are measured without training with the original weights,
+without training with shared weights, and after a fine-tune of each. Takes five minutes on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STUDY = Path(__file__).parents[1] / "search_spaces" / "digits_supernet.yaml"
 
 
 class Run(NamedTuple):
-    """Evaluations of all schedules, and the CPU seconds that they took."""
+    """Evaluations of all schedules, and their CPU seconds."""
 
     results: list[Evaluation]
     seconds: float
@@ -58,7 +58,7 @@ def task_of(config: StudyConfig, schedule: Schedule, images: int, start: str | N
 
 
 def means(runs: Sequence[Run], metric: str) -> list[float]:
-    """Of each schedule, over several runs of all of them."""
+    """Mean of a metric for each schedule, over several runs."""
     together = zip(*(run.results for run in runs), strict=True)
     return [statistics.mean(one.value(metric) for one in same) for same in together]
 
@@ -116,7 +116,7 @@ def main() -> None:
         schedules = [
             draw_schedule(work.space, work.limits, config.model, generator) for _ in range(arguments.schedules)
         ]
-        dense = means([measured(config, [Schedule()])], "gmacs")[0]  # also loads what all need
+        dense = means([measured(config, [Schedule()])], "gmacs")[0]  # also loads model and data, before the timing
         before = time.process_time()
         shared = prepare_supernet(config, folder, folder, SerialWorkers(config.workers, folder), told)
         shared_seconds = time.process_time() - before

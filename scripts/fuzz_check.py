@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Thousands of mistaken studies and schedules through `prunesearch check`, in one process.
+"""Fuzz `prunesearch check` with thousands of broken study and schedule files, in one process.
 
     python scripts/fuzz_check.py --files 3000 --seed 0
 
-Files are made from those that ship: one in three changed as text, the others as values, so that they still are YAML.
-Each must end with exit code 0 or 2, in 5 seconds (of this process) and 1 GB of further memory. What is accepted must
-then propose candidates, told made-up results. Exits with 1 when a file does not, and keeps that file.
+Files are mutations of those that ship: a third are changed as text, the others as values, so they remain valid YAML.
+`check` must end with exit code 0 or 2, within 5 seconds of CPU time and 1 GB of additional memory. An accepted study
+must then propose candidates when it is told made-up results. The script exits with 1 when a file fails, and keeps that
+file.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ MOST_SECONDS = 5.0
 MOST_MEGABYTES = 1000.0
 CANDIDATES = 10
 MOST_PARAMETERS = 60
-"""Of a space whose candidates are proposed here; larger ones take longer and say no more."""
+"""Candidates are only proposed for spaces with at most this many parameters; larger ones take too long."""
 DIGITS = ModelConfig("vit_digits_patch1_8", options=(("depth", 8),))
 HOSTILE = [
     "!!python/object/apply:os.system ['true']", "&a [*a]", "*a", "2024-13-45", "0b", "1:60:60", "=", "<<", ".nan",
@@ -68,7 +69,10 @@ HOSTILE = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file. where: yaml, form (of its fields), meaning, accepted, or what must not be."""
+    """The result for one file.
+
+    where: the step that refused it (yaml, form, meaning), "accepted", or the kind of failure. trouble: its text.
+    """
 
     where: str
     seconds: float
@@ -77,8 +81,10 @@ class Outcome:
 
 
 def corpus() -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-    """Text and content of the shipped studies, with the digits model where they can have it, and of the presets as
-    schedule files for that model."""
+    """(text, content) of the shipped studies and of the presets as schedule files.
+
+    All are for the digits model where that is possible.
+    """
     studies, schedules = [], []
     for path in sorted((ROOT / "search_spaces").glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
@@ -100,7 +106,7 @@ def corpus() -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
 
 
 def mutated_text(text: str, generator: random.Random) -> str:
-    """The text with one to three changes that know nothing of its meaning."""
+    """The text with one to three random edits."""
     for _ in range(generator.randint(1, 3)):
         place = generator.randrange(len(text) + 1)
         end = min(len(text), place + generator.randint(1, 30))
@@ -158,11 +164,11 @@ WORDS: dict[str, Sequence[str]] = {
         "convnext_atto",
     ],
 }
-"""Text that has a meaning, by field."""
+"""Meaningful text values, by field."""
 
 
 def mutated_content(content: Any, generator: random.Random) -> Any:
-    """The values of a file with one to three changed: most of them to what its field takes."""
+    """The content with one to three values changed, mostly to valid values of their fields."""
     content = copied(content)
     kind = ScheduleFile if "stages" in content else StudyConfig
     for _ in range(generator.randint(1, 3)):
@@ -195,7 +201,7 @@ def _mutate(content: Any, kind: type, generator: random.Random) -> None:
 
 
 def value_of(kind: Any, limits: Mapping[str, Any], field: str, generator: random.Random) -> Any:
-    """A value as YAML has it: mostly one that the annotation takes, its bounds among them."""
+    """A random value for an annotation, as in YAML: mostly a valid one, bounds included."""
     origin, parameters = get_origin(kind), get_args(kind)
     if generator.random() < 0.02:
         return generator.choice(
@@ -262,13 +268,13 @@ def _section(kind: type, generator: random.Random) -> dict[str, Any]:
 
 
 def check(path: Path) -> Outcome:
-    """One file through the real command, and, when it is accepted and small, ten candidates of it."""
+    """Run `check` on a file. If it is an accepted study with a small space, also propose CANDIDATES candidates."""
     output, errors = io.StringIO(), io.StringIO()
     begin = time.process_time()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             code = prunesearch(["check", str(path)])
-    except BaseException:  # whatever it is: it must not be
+    except BaseException:  # no exception may leave the command
         return Outcome("traceback", time.process_time() - begin, trouble=traceback.format_exc())
     seconds = time.process_time() - begin
     said = errors.getvalue()
@@ -297,7 +303,7 @@ def _text(path: Path) -> str:
 
 
 def proposals(config: StudyConfig, count: int) -> int:
-    """How many new candidates a study proposes, at most `count`, each told a made-up result."""
+    """Propose at most `count` candidates, each told a made-up result; returns how many there were."""
     shape = model_shape(config.model)
     state, records = SamplerState(config), dict[str, Record]()
     for index in range(count):
@@ -319,7 +325,7 @@ def proposals(config: StudyConfig, count: int) -> int:
 
 
 def run(files: int, seed: int, folder: Path, most_failures: int = 20) -> list[Outcome]:
-    """Check so many files; those that fail stay in the folder."""
+    """Check many files. Files that fail stay in the folder."""
     generator = random.Random(seed)
     known, outcomes = corpus(), list[Outcome]()
     for index in range(files):
@@ -341,7 +347,7 @@ def run(files: int, seed: int, folder: Path, most_failures: int = 20) -> list[Ou
 
 
 def peak_megabytes() -> float:
-    """Of this process since it began."""
+    """Peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -352,7 +358,7 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz_check-"))
     with contextlib.redirect_stdout(io.StringIO()):
-        prunesearch(["check", str(ROOT / "search_spaces" / "digits.yaml")])  # the imports
+        prunesearch(["check", str(ROOT / "search_spaces" / "digits.yaml")])  # excludes the imports
     before = peak_megabytes()
     outcomes = run(arguments.files, arguments.seed, folder)
     grown = peak_megabytes() - before

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Kills drivers that share a study, at random moments, and counts what was lost and what was evaluated twice.
+"""Kill drivers that share a study at random moments, and count lost results and repeated evaluations.
 
     python scripts/kill_matrix.py --runs 3 --databases sqlite,postgres
 
-Four drivers with folders of their own search together; evaluations are made up and take a moment. SIGKILL ends one of
-them now and then, and it is started again a little later. At the end
+Four drivers, each with its own folder, run one study with short made-up evaluations. Now and then one of them gets
+SIGKILL and is started again a little later. The script reports
 
     lost      results that were in an outbox and are not in the study
-    repeated  evaluations that began although a result for the same candidate and rung was in an outbox already; what
-              was cut short may run again
+    repeated  evaluations that began although a result for the same candidate and rung was already in an outbox (an
+              evaluation that was killed may run again)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEASE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run."""
+    """Counts of one run."""
 
     candidates: int
     confirmations: int
@@ -50,13 +50,13 @@ class Outcome:
 
 
 def study(candidates: int) -> StudyConfig:
-    """Three rungs with promotions, and the front measured again at the end."""
+    """A study with three rungs, promotions, and confirmations at the end."""
     config = fake_search.small_study(candidates, "random", space=fake_search.SPACE)
     return replace(config, confirm=ConfirmConfig(seeds=1))
 
 
 def run(place: Path, url: str, seed: int, drivers: int, candidates: int, kills: int, seconds: float) -> Outcome:
-    """One search with so many kills. Raises AssertionError when a driver fails or the study is not whole."""
+    """Run one search with `kills` kills. Raises AssertionError when a driver fails or the study is incomplete."""
     chance, config, begun = random.Random(seed), study(candidates), time.monotonic()
 
     def start_driver(number: int) -> BaseProcess:
@@ -91,15 +91,18 @@ def run(place: Path, url: str, seed: int, drivers: int, candidates: int, kills: 
 
 
 def lost(found: list[Record], lines: list[Line]) -> list[str]:
-    """Results in an outbox for which the study has none."""
+    """Results that were in an outbox and are not in the study."""
     known = {(one.uid, one.rung) for one in _evaluations(found)}
     written = {(line.uid, line.rung) for line in lines if line.what == "written"}
     return [f"{uid} {rung}" for uid, rung in sorted(written - known)]
 
 
 def repeated(found: list[Record], lines: list[Line]) -> list[str]:
-    """Evaluations that began after one for the same candidate and rung was in an outbox. Death may come between that
-    and its line in the ledger; but what the study has was there when it had been returned."""
+    """Evaluations that began after a result of the same candidate and rung was in an outbox.
+
+    A worker may die after writing to the outbox and before writing this to the ledger. So a result that the study has
+    counts as written from the moment when it was returned.
+    """
     stored = {one.host for one in _evaluations(found)}
     done: dict[tuple[str, int], float] = {}
     for line in lines:

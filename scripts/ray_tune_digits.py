@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Search schedules with Ray Tune instead of the engine, then look at the results as a study. Two minutes on two cores.
+"""Search schedules with Ray Tune, and import the results as a study. Takes two minutes on two cores.
 
 python scripts/ray_tune_digits.py --out outputs/tune
 """
@@ -35,7 +35,7 @@ def main() -> None:
             mode="max",
             num_samples=parsed.samples,
             scheduler=ASHAScheduler(grace_period=1, max_t=len(config.rungs), reduction_factor=3),
-            reuse_actors=True,  # model and images stay in the process
+            reuse_actors=True,  # keeps model and images loaded
         ),
         run_config=tune.RunConfig(name="experiment", storage_path=str(parsed.out.absolute()), verbose=1),
     )

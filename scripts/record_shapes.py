@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python scripts/record_shapes.py
 
-Run it after an upgrade of timm, and after a change of what a shape is. It builds each model without weights, also once
-for each tag of pretrained weights, as a tag may bring another image size or number of classes. It takes a few minutes.
+Run it after an upgrade of timm and after a change of the shape classes. It builds each model without weights, and once
+more for each tag of pretrained weights, because a tag may have another image size or number of classes. It takes a few
+minutes.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure many schedules at several budgets and keep every evaluation in a table that searches can be replayed on.
+"""Evaluate many schedules at several budgets, and write a table on which searches can be replayed.
 
     python scripts/record_table.py --schedules 1500 --out benchmarks/tables/digits.csv
 
-The space is that of the study file, with one verb for all stages; half of the schedules are drawn evenly from it, half
-have no stage in half of the blocks, so that gentle ones are there too. Each is evaluated at the first rung, continued
-to the second, and so on. Seconds are of CPU time (one thread each), so that a busy machine does not change them. What
-is in the table already is not measured again: a run that was stopped continues.
+The space is that of the study file, with one verb for all stages. Half of the schedules are drawn uniformly. In the
+other half each block has no stage with probability 1/2, so that the table has gentle schedules too. Each schedule is
+evaluated at the first rung, continued to the second, and so on. Seconds are CPU time (one thread each), because that
+does not depend on other load. Schedules that are already in the table are skipped, so a stopped run can be continued.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def main() -> None:
         if file.tell() == 0:
             writer.writerow(COLUMNS)
         for index, rows in enumerate(pool.map(measure, [config] * len(left), left), 1):
-            writer.writerows(rows)  # all rungs of a schedule at once: what is in the table is whole
+            writer.writerows(rows)  # all rungs at once, so that the table has no partial schedules
             file.flush()
             if index % 50 == 0:
                 print(f"{index}/{len(left)}, {time.monotonic() - start:.0f} s", flush=True)
 
 
 def schedules(config: StudyConfig, count: int, seed: int) -> list[Schedule]:
-    """The starts, then different schedules of the space: the first ones are the same whatever the count."""
+    """The start schedules, then random distinct ones. A larger count only appends schedules."""
     shape = model_shape(config.model)
     found = {uid_of(schedule, shape): schedule for _, schedule in start_schedules(config, shape)}
     draws = _draws(config, random.Random(seed))
@@ -96,7 +96,7 @@ def _draws(config: StudyConfig, generator: random.Random) -> Iterator[dict[str, 
 
 
 def measure(config: StudyConfig, schedule: Schedule) -> list[tuple[object, ...]]:
-    """One row for each rung."""
+    """Evaluate a schedule at all rungs; returns one row for each rung."""
     torch.set_num_threads(1)
     uid = uid_of(schedule, model_shape(config.model))
     written = json.dumps(to_mapping(schedule)["stages"] if schedule.stages else [])
@@ -125,7 +125,7 @@ _is_warm = False
 
 
 def _warm(task: Task) -> None:
-    """What only the first task of a process pays for belongs to no schedule."""
+    """Run a first task in each process, to exclude its one-time costs from the measurement."""
     global _is_warm
     if not _is_warm:
         evaluate(replace(task, schedule=Schedule(), budget=Budget(images=64), resume_from=None, save_to=None))
@@ -133,7 +133,7 @@ def _warm(task: Task) -> None:
 
 
 def _known(path: Path, rungs: int) -> set[str]:
-    """The schedules that the table has at every rung."""
+    """Uids of the schedules that are complete in the table."""
     if not path.is_file():
         return set()
     with path.open(encoding="utf-8", newline="") as file:

@@ -1,12 +1,12 @@
-# Sourced by the scripts beside it: makes environments with pinned versions, once, and again when the pins change.
-# Needs only Python 3.10 or newer. uv is used when it is there or pip can bring it, because it is much faster.
+# Sourced by the other scripts. Creates virtual environments with pinned versions, and updates them when the pins change.
+# Needs Python 3.10 or newer. Uses uv if it is installed or pip can install it, because it is much faster.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '\033[1m▸ %s\033[0m\n' "$*"; }
 
-find_python() {  # find_python [CONDITION]: the first Python whose version meets it, 3.10 or newer by default
+find_python() {  # find_python [CONDITION]: print the first Python that meets CONDITION (default: 3.10 or newer)
     local condition=${1:-"(3, 10) <= sys.version_info[:2]"} candidate
     for candidate in python3 python python3.13 python3.12 python3.11 python3.10; do
         if "$candidate" -c "import sys; sys.exit(not ($condition))" 2>/dev/null; then
@@ -18,11 +18,11 @@ find_python() {  # find_python [CONDITION]: the first Python whose version meets
     exit 2
 }
 
-set_up() {  # set_up EXTRA: .venv with prunesearch[EXTRA], editable, in the tested versions of constraints.txt
+set_up() {  # set_up EXTRA: create .venv with an editable prunesearch[EXTRA] and the versions of constraints.txt
     set_up_environment .venv "$(find_python)" "$1" --constraint constraints.txt --editable ".[$1]"
 }
 
-set_up_environment() {  # set_up_environment FOLDER PYTHON NAME ARGUMENT...: ARGUMENTs are those of pip install
+set_up_environment() {  # set_up_environment FOLDER PYTHON NAME ARGUMENT...: ARGUMENTs go to pip install
     local folder=$1 python=$2 stamp wanted
     stamp=$folder/.set-up-for-$(basename "$3")
     wanted=$(cat pyproject.toml constraints*.txt scripts/setup.sh | cksum)

@@ -1,4 +1,4 @@
-"""Asks a trial of plain Optuna for a candidate of a search space, for the benchmarks that compare with it."""
+"""Ask a plain Optuna trial for a schedule of a search space. Used by the benchmarks that compare with Optuna."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunesearch.space.choices import Choice, Value, dimensions, schedule_from
 
 
 def suggest(trial: optuna.trial.BaseTrial, space: SpaceConfig, shape: ModelShape) -> Schedule:
-    """Ask a trial for every parameter. Raises ScheduleError for a combination that cannot be a candidate."""
+    """Suggest every parameter of the space with a trial. Raises ScheduleError for an impossible combination."""
     parameters: dict[str, Value] = {}
     for name, dimension in dimensions(space).items():
         if isinstance(dimension, Choice):

@@ -32,7 +32,7 @@ def normalise(images_BHW: torch.Tensor, model: nn.Module) -> torch.Tensor:
 
 
 def shifted(images_BHW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image moved by up to one pixel in each direction, on a black ground."""
+    """Shift each image by up to one pixel in each direction. New pixels are black."""
     count, height, width = images_BHW.shape
     padded = F.pad(images_BHW, (1, 1, 1, 1))
     down, right = torch.randint(0, 3, (2, count, 1), generator=generator)
@@ -41,8 +41,11 @@ def shifted(images_BHW: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def initialise(model: nn.Module) -> None:
-    """timm's standard deviation of 0.02 suits wide models with rich patches. Here a patch is one number and the width
-    is 48: positions must be as loud as pixels, and weights larger, or training idles for tens of epochs."""
+    """Initialise with larger weights than timm.
+
+    timm's standard deviation of 0.02 suits wide models with large patches. Here a patch is one pixel and the width is
+    48. With small weights and position embeddings the loss would not fall for tens of epochs.
+    """
     nn.init.normal_(model.pos_embed, std=1.0)
     for layer in model.blocks.modules():
         if isinstance(layer, nn.Linear):
@@ -133,7 +136,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="the .safetensors file; the card goes beside it")
     settings = parser.parse_args()
-    torch.set_num_threads(1)  # the matrices are tiny, and one thread always adds in the same order
+    torch.set_num_threads(1)  # tiny matrices; one thread also makes sums reproducible
     model = train(settings.epochs, settings.batch_size, settings.learning_rate, settings.seed)
     defaults = parser.parse_args([])
     given = [

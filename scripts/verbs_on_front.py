@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Which verbs and scores made it to the front of a study, and by how much the others are behind.
+"""Report which verbs and scores are on the front of a study, and how far the others are behind.
 
     prunesearch run search_spaces/digits_everything.yaml
     python scripts/verbs_on_front.py outputs/digits_everything --out benchmarks/everything_digits.md
 
-Behind: by how much the normalised hypervolume is lower when only candidates that use a verb (or a score) count.
+"Behind" is the loss of normalised hypervolume when only candidates with this verb (or score) are counted.
 """
 
 from __future__ import annotations

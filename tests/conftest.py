@@ -1,4 +1,4 @@
-"""One thread per test process: the machine has few cores, and several test processes run at once."""
+"""Pytest settings for all tests: one PyTorch thread per process, because several test processes run at once."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What leaves the tool: schedule files with their weights, and schedules with fixed counts instead of thresholds."""
+"""Export: schedule files with their weights, and schedules with fixed counts in place of thresholds."""
 
 from typing import TYPE_CHECKING
 

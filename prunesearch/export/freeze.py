@@ -1,4 +1,4 @@
-"""Thresholds into fixed counts: the same schedule for those who need every image alike (torch.compile, ONNX)."""
+"""Replace thresholds by fixed token counts, for tools that need static shapes (torch.compile, ONNX)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunesearch.tokens import REDUCERS
 
 @dataclass(frozen=True)
 class Frozen:
-    """A schedule with fixed counts, its cost, the mean cost of the adaptive one, and the files written."""
+    """The schedule with fixed counts and its cost, the mean cost of the adaptive one, and the written files."""
 
     schedule: Schedule
     gmacs: float
@@ -47,9 +47,11 @@ def freeze(
 ) -> Frozen:
     """Write a schedule file in which each threshold is the mean count that it gives on training images.
 
-    Weights beside the file (relative to `folder`) are written beside the target, without the thresholds. Costs of the
-    two differ a little: attention is quadratic, so images with unlike counts cost more than the mean count does.
-    Raises ScheduleError for a schedule without thresholds.
+    Weights of the file (their path is relative to `folder`) are copied next to the target without the thresholds. The
+    mean cost changes a little: attention is quadratic, so varying counts cost more than their mean. Raises
+    ScheduleError for a schedule without thresholds.
+
+    images: number of training images on which the counts are measured.
     """
     if not file.schedule.is_adaptive:
         raise ScheduleError("schedule", ["it has no threshold, so its counts are fixed. Use it as it is."])
@@ -81,7 +83,7 @@ def freeze(
 
 
 def _fixed_stages(model: nn.Module, counts: Sequence[Tensor]) -> tuple[Stage, ...]:
-    """The stages that still remove something when every image has the mean count."""
+    """The stages with the mean counts, without those that then remove nothing."""
     steps, stages = steps_of(model), []
     means = [round(count.double().mean().item()) for count in counts]
     first = len(steps) - len(means)

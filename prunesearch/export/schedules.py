@@ -1,4 +1,4 @@
-"""From a finished candidate to what the user takes home: schedule.yaml, and weights.safetensors if asked for."""
+"""Export a candidate to a schedule file, with its weights if asked for, and evaluate an exported schedule again."""
 
 from __future__ import annotations
 
@@ -36,16 +36,15 @@ def export(
     vocabulary: Vocabulary = NO_VOCABULARY,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Path]:
-    """Write a candidate's schedule to `path`, with what was measured and how it was made; returns the files written.
+    """Write a candidate's schedule to `path`, with its metrics and origin; returns the files written.
 
-    weights: also copy its fine-tuned weights to the same name with .safetensors; always done for a schedule that
-    learned a score or queries, which is of no use without them. When the study's copy is gone, the task is run again to
-    make them anew, which `say` announces. Raises StudyError for a candidate without a result, or without weights of its
-    own; RunError when the weights cannot be made again.
+    Plug-ins are never imported here. Raises StudyError for a candidate without a result, without weights of its own, or
+    whose missing weights can only be trained again with plug-ins. Raises RunError when training them again fails.
 
-    vocabulary: of the study, which says what the options of its scores and verbs are and which of them learn, also
-    where the plug-ins are not imported. They are never imported here: weights that only they could make again are
-    refused (StudyError).
+    weights: also copy its fine-tuned weights to `path` with the suffix .safetensors. Always done for a schedule with
+    learned parts, which is useless without them. If the study's copy is gone, the weights are trained again.
+    vocabulary: of the study. It has the options of scores and verbs, and which of them learn, without the plug-ins.
+    say: called with notes for the user.
     """
     evaluation = record.evaluation
     if evaluation is None or evaluation.status != "complete":
@@ -129,7 +128,7 @@ def _export_weights(
     again, stem = evaluation, str(target.with_suffix(""))
     trained = [one.images for one in record.evaluations if one.images > 0]
     with _start_of(evaluation, config, target.parent, say) as start:
-        for index, images in enumerate(trained):  # rung by rung, as each has a learning rate schedule of its own
+        for index, images in enumerate(trained):  # each rung has its own learning rate schedule
             task = replace(candidate_task(record, config, budget=Budget(images=images)), start=start, save_to=stem)
             again = evaluate(replace(task, resume_from=stem if index else None))
             if again.status != "complete":
@@ -148,8 +147,10 @@ def _export_weights(
 def _start_of(
     evaluation: Evaluation, config: StudyConfig, near: Path, say: Callable[[str], None]
 ) -> Iterator[str | None]:
-    """The file of shared weights that an evaluation began with, None when there were none; when it is gone, they are
-    trained again."""
+    """Path of the shared weights from which an evaluation started; None if there were none.
+
+    If the file is gone, the shared weights are trained again into a temporary folder near `near`.
+    """
     if evaluation.start is None or Path(evaluation.start).is_file():
         yield evaluation.start
         return
@@ -166,7 +167,7 @@ def _start_of(
 
 
 def _refuse_to_import(config: StudyConfig, what: str) -> None:
-    """Raises StudyError when making weights again would import plug-ins that the caller has not imported."""
+    """Raise StudyError when training weights again would import plug-ins that are not imported yet."""
     missing = missing_plugins(config.plugins)
     if missing:
         raise StudyError(
@@ -189,11 +190,11 @@ def measure_again(
     device: str = "auto",
     plugins: Sequence[str] = (),
 ) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the dense model and an exported schedule, as they come: (dense, pruned).
+    """Evaluate the dense model and an exported schedule without training; returns (dense, pruned).
 
-    Model and data are those given, else the study's, else those the file names. Weights beside the file (relative to
-    `folder`) are used for the pruned model. plugins: modules to import, beside those of the study. Raises UserErrors
-    when model or data are known from nowhere or do not fit, RunError when an evaluation fails.
+    Model and data are those given, else the study's, else the file's. The pruned model uses the weights of the file,
+    whose path is relative to `folder`. plugins: modules to import besides those of the study. Raises UserErrors when
+    model or data are given nowhere or do not fit, RunError when an evaluation fails.
     """
     from prunesearch.evaluate.inputs import check_inputs
     from prunesearch.evaluate.run import evaluate

@@ -1,4 +1,4 @@
-"""Which model and images a verb uses: those of a schedule file or a study, with single values from the command line."""
+"""Find the model and data for a command: from a schedule file or study, with values of the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prunesearch.files import ScheduleFile, from_mapping, override, to_mapping
 from prunesearch.yaml_text import Text
 
 NORMALISATION = ("mean", "std", "interpolation", "crop_pct")
-"""Fields of a data section that change every pixel; where they are absent, the model's own are taken."""
+"""Fields of a data section that change every pixel. Absent ones are taken from the model's configuration."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the command line says; None and () are not said.
+    """Values of the command line; None and () mean not given.
 
-    model, data: names. overrides: such as "data.mean=[0.5]", with a value as in YAML.
+    model, data: names. overrides: such as "data.mean=[0.5]", with the value as in YAML.
     """
 
     model: str | None = None
@@ -31,12 +31,11 @@ class Given:
 def model_and_data(
     file: ScheduleFile, study: StudyConfig | None = None, given: Given | None = None
 ) -> tuple[ModelConfig | None, DataConfig | None]:
-    """Sections of the study, else of the file, with what is given in the place of single values; None for one that is
-    known from nowhere.
+    """The model and data sections of the study, else of the file, with the given values replaced; None if unknown.
 
-    A name other than the section's starts a new section, of a pretrained model or of the data's defaults, as what
-    belongs to one model or data set says nothing about another. Raises UserError for values without a section,
-    FileError for fields that are not there.
+    A given name that differs from the section's starts a new section (a pretrained model, or default data settings),
+    because settings of one model or data set do not apply to another. Raises UserError for values without a name,
+    FileError for unknown fields.
     """
     given = given or Given()
     sections = _sections(file, study)
@@ -68,7 +67,7 @@ def model_and_data(
 
 
 def needed(model: ModelConfig | None, data: DataConfig | None) -> tuple[ModelConfig, DataConfig]:
-    """Both. Raises UserError when one is known from nowhere."""
+    """Return both. Raises UserError when one is None."""
     if model is None or data is None:
         missing = "model" if model is None else "data"
         raise UserError(
@@ -80,8 +79,10 @@ def needed(model: ModelConfig | None, data: DataConfig | None) -> tuple[ModelCon
 def guessed_normalisation(
     before: tuple[ModelConfig | None, DataConfig | None], now: tuple[ModelConfig, DataConfig]
 ) -> list[str]:
-    """What to say when images are normalised, by the model's own values, in another way than when the schedule was
-    measured; nothing when all values are the same, or given. Raises DataError and ModelError."""
+    """Notes for normalisation values that come from the model and differ from those the schedule was measured with.
+
+    before: model and data of the study or file. now: those that are used. Raises DataError and ModelError.
+    """
     if before == now or before[0] is None or before[1] is None:
         return []
     from prunesearch.evaluate.inputs import image_input_of

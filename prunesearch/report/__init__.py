@@ -1,4 +1,4 @@
-"""What the terminal shows: tables of a study, and the live view of a search. Pictures are in `plot.py`."""
+"""Reports of a study: tables and the live view in the terminal, and plots."""
 
 from typing import TYPE_CHECKING
 

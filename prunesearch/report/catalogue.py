@@ -1,4 +1,4 @@
-"""What `prunesearch list` shows: everything there is to choose from, read from the registries."""
+"""Tables of `prunesearch list`: scores, verbs, presets, recipes, models, metrics, samplers and spaces."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Row = tuple[str, ...]
 
 
 def table(what: str, pattern: str = "*") -> Table:
-    """A table of one kind of thing, narrowed to names that match a shell pattern."""
+    """The table of one catalogue. pattern: shell pattern for the names to show."""
     columns, rows = CATALOGUES[what]
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(columns):
-        shown.add_column(column, overflow="fold", no_wrap=index == 0)  # a name that one has to type stays whole
+        shown.add_column(column, overflow="fold", no_wrap=index == 0)  # never wrap names, which users type
     for row in rows(pattern):
         if fnmatch(row[0], pattern):
             shown.add_row(printable(row[0]), *row[1:])
@@ -47,7 +47,7 @@ def _reduces(pattern: str) -> Iterator[Row]:
 
 
 def _options(entry: Scorer | Reducer) -> str:
-    """Each option with its default, and with what else it can be, such as "parity=patches (or all)"."""
+    """Each option with its default and its other values, such as "parity=patches (or all)"."""
     texts = []
     for name, default in entry.options.items():
         others = ", ".join(value for value in entry.choices.get(name, ()) if value != default)
@@ -63,7 +63,7 @@ def _presets(pattern: str) -> Iterator[Row]:
 
 
 def _reported(row: Mapping[str, Any]) -> str:
-    """One number of a paper, such as "deit_small 79.4 @ 3.0 G"."""
+    """A published result, such as "deit_small 79.4 @ 3.0 G"."""
     model = str(row["model"]).removesuffix("_patch16_224")
     cost = f" @ {row['gmacs']} G" if "gmacs" in row else ""
     return f"{model} {row['top1']}{cost}"

@@ -1,6 +1,6 @@
-"""A search as it runs: a live view on a terminal, one line for each result elsewhere.
+"""Show a running search: a live view on a terminal, or one line per result elsewhere.
 
-`Progress` is what the events add up to, `view` and `line` show it, `LiveReport` connects them to a console.
+`Progress` collects the events, `view` and `line` render it, and `LiveReport` connects them to a console.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from prunesearch.search.events import (
 from prunesearch.search.shared_weights import SupernetTrained
 
 ROWS = 8
-"""Records of the front in the live view."""
+"""Most rows of the front in the live view."""
 WINDOW = 20
-"""Results over which the change of the hypervolume is shown."""
+"""Number of latest results over which the change of the hypervolume is shown."""
 
 _WHY: dict[Reason, str] = {
     "trials": "all candidates of stop.trials are done",
@@ -56,7 +56,12 @@ _WHY: dict[Reason, str] = {
 
 @dataclass
 class Progress:
-    """What is known of a running search. `records` are those with a result, in the order of their latest ones."""
+    """State of a running search, collected from events.
+
+    records: candidates with a result, by number, ordered by their latest result. running: number -> (record, attempt,
+    start time). seconds: evaluation time of this run, of all workers together. gain: change of the hypervolume `volume`
+    over the last WINDOW results.
+    """
 
     config: StudyConfig
     where: str
@@ -74,7 +79,7 @@ class Progress:
     gain: float | None = None
 
     def add(self, event: Event, now: float) -> None:
-        """Take in one event; `now` and `begun` are seconds of the same clock."""
+        """Process an event. now: seconds of the same clock as `begun`."""
         if isinstance(event, Started):
             self.begun, self.workers, self.total, self.note = now, event.workers, event.total, ""
             known = sorted((record for record in event.records if record.evaluations), key=_when)
@@ -86,7 +91,7 @@ class Progress:
                 self.note = f"trial {event.record.number} again: {event.why}"
         elif isinstance(event, Finished):
             self.running.pop(event.record.number, None)
-            self.records.pop(event.record.number, None)  # the order of a dict is that of insertion
+            self.records.pop(event.record.number, None)  # reinserted at the end
             self.records[event.record.number] = event.record
             self.seconds += seconds_of(event.evaluation)
             self.rejected = event.rejected
@@ -128,7 +133,7 @@ class Progress:
 class LiveReport:
     """Shows a search while it runs: `with LiveReport(...) as report: run_study(..., on_event=report)`.
 
-    where: the study's folder or storage, for the header. plain: lines even on a terminal.
+    where: the study's folder or storage, for the header. plain: print lines even on a terminal.
     """
 
     def __init__(self, config: StudyConfig, where: str, *, console: Console, plain: bool = False) -> None:
@@ -181,7 +186,7 @@ def view(progress: Progress, now: float) -> RenderableType:
 
 
 def line(progress: Progress, event: Event) -> str:
-    """What an event adds to a log, after `progress` has taken it in; "" for nothing."""
+    """The log line of an event that `progress` has already processed; "" for none."""
     if isinstance(event, Started):
         return _started(progress, event)
     if isinstance(event, Finished):
@@ -192,7 +197,7 @@ def line(progress: Progress, event: Event) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: "42 s", "3 min 05 s", "2 h 07 min"."""
+    """A duration as text: "42 s", "3 min 05 s", "2 h 07 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -202,7 +207,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_left(progress: Progress, now: float) -> float | None:
-    """Until `stop` ends the search, from the pace of this run; None when that cannot be said yet."""
+    """Estimated seconds until `stop` ends the search, from the pace of this run; None while unknown."""
     bounds = []
     records, total = list(progress.records.values()), progress.total
     work = None if total is None else work_left(records, progress.config, total)
@@ -277,7 +282,7 @@ def _several(progress: Progress) -> bool:
 
 
 def _all(progress: Progress) -> list[Record]:
-    """Records with a result, and those that run: as they run."""
+    """Records with a result, and running ones in state "running"."""
     running = {number: replace(record, state="running") for number, (record, _, _) in progress.running.items()}
     return list({**progress.records, **running}.values())
 

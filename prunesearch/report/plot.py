@@ -1,6 +1,6 @@
-"""A study as a picture: quality against each cost, and where the front's schedules lose their tokens.
+"""Plot a study: quality against each cost, and the tokens after each block of schedules on the front.
 
-Colours are those of Okabe and Ito, which colour-blind people tell apart, with a marker shape for each meaning.
+Uses the Okabe-Ito palette, which is safe for colour-blind readers, and a different marker for each meaning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INK, GREY, FAINT = "#222222", "#8a8a8a", "#dddddd"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 CURVES = 5
-"""Schedules of the front whose tokens are drawn."""
+"""Most schedules of the front whose tokens are drawn."""
 _NAMES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
@@ -46,12 +46,12 @@ _OFFSETS: list[tuple[int, int, Literal["left", "center", "right"], Literal["bott
     (0, -9, "center", "top"),
     (-7, -7, "right", "top"),
 ]
-"""Where a label may stand beside its marker, in points, the most wanted first: above the front there is room."""
+"""Possible positions of a label relative to its marker, in points, preferred ones first. Above the front is room."""
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """What there is to draw. `colours` has a colour for each schedule of the front whose tokens are drawn."""
+    """The data of a figure. colours: trial number -> colour, for schedules of the front whose tokens are drawn."""
 
     records: list[Record]
     front: list[Record]
@@ -65,7 +65,7 @@ class _Picture:
 
     @property
     def named(self) -> list[tuple[Record, str, Any]]:
-        """Records that have a label in the scatter, with it and its colour."""
+        """Records with a label in the scatter plot: (record, label, colour)."""
         shown = [record for record in self.records if record.origin != "sampler" or record.number in self.colours]
         return [(record, _name(record), self.colour(record)) for record in shown]
 
@@ -74,13 +74,15 @@ class _Picture:
         return special or self.colours.get(record.number, BLUE)
 
     def places(self, records: Sequence[Record], cost: Objective | None) -> np.ndarray:
-        """Where records are in a panel: (records, 2)."""
+        """Coordinates of records in a panel: (records, 2). cost None: the x axis is the trial number."""
         x = [record.number if cost is None else values_of(record)[cost.metric] for record in records]
         return np.array([x, [values_of(record)[self.quality.metric] for record in records]], dtype=np.float64).T
 
     def staircase(self, cost: Objective) -> np.ndarray:
-        """The front in this panel alone as a line (corners, 2): the quality of one schedule holds until the next
-        can be afforded. With more than two objectives some of the front lies behind it."""
+        """The front in quality and this cost alone, as a step line: (corners, 2).
+
+        With more than two objectives some points of the full front are not on it.
+        """
         corners = self.places(front(self.front, [self.quality, cost]), cost)  # from the cheapest on
         bends = np.stack([corners[1:, 0], corners[:-1, 1]], axis=1)
         line = np.empty((2 * len(corners) - 1, 2))
@@ -96,12 +98,13 @@ def plot_front(
     limits: Limits = (),
     title: str = "",
 ) -> None:
-    """Draw all complete candidates, the front, the dense model and start schedules: a PNG of 1600 x 1000 pixels, or a
-    PDF or SVG, by suffix.
+    """Plot the complete candidates, the front, the dense model and the start schedules.
 
-    The first maximized objective is upwards (the first one when none is), each other objective has a panel of its
-    own; a single objective is drawn over the trial numbers. Raises StudyError when nothing is complete, UserError for
-    another suffix.
+    The y axis is the first objective to maximize (else the first objective). Each other objective has its own panel. A
+    single objective is plotted over the trial numbers. Raises StudyError when no candidate is complete, UserError for
+    an unknown suffix.
+
+    path: .png (1600 x 1000 pixels), .pdf or .svg.
     """
     from matplotlib import rc_context
 
@@ -114,14 +117,14 @@ def plot_front(
         raise StudyError("plot: no candidate is complete. Possible: a study with one. Run the search longer.")
     found = front(shown, objectives, limits)
     picture = _Picture(shown, found, quality, limits, _colours(found))
-    with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
+    with rc_context({"text.parse_math": False}):  # a $ in a name does not start a formula
         figure = _figure(picture, costs, title)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
 
 def check_format(path: str | Path) -> None:
-    """Raises UserError for a suffix that says no format."""
+    """Raise UserError when the suffix is not .png, .pdf or .svg."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
 
@@ -149,7 +152,7 @@ def _figure(picture: _Picture, costs: Sequence[Objective | None], title: str) ->
     figure.suptitle(f"{title}: {counts}" if title else counts, x=0.014, ha="left", fontsize=13, color=INK)
     lines, names = axes[0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower left", ncols=len(names), frameon=False, fontsize=9, labelcolor=INK)
-    figure.draw_without_rendering()  # the layout is final only now, and the labels depend on it
+    figure.draw_without_rendering()  # makes the layout final, on which the labels depend
     figure.set_layout_engine("none")
     for axis, cost in zip(axes, costs, strict=False):
         _label(axis, picture, cost)
@@ -191,7 +194,7 @@ def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
 
 
 def _again(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
-    """What fresh seeds said, tied to the search's own number by a line."""
+    """Draw confirmations (mean and spread over fresh seeds), each connected to the search's own value by a line."""
     label: str | None = "measured again, with fresh seeds"
     for record in picture.records:
         again, quality = confirmation_of(record), picture.quality.metric
@@ -226,7 +229,7 @@ def _tokens(axis: Axes, picture: _Picture) -> None:
 
 
 def _label(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
-    """Name what has a name, each label where it hides the least."""
+    """Place the labels. Each one takes the position where it hides the fewest points."""
     in_the_way = [axis.transData.transform(picture.places(picture.records, cost))]
     if cost is not None and picture.front:
         corners = axis.transData.transform(picture.staircase(cost))
@@ -254,7 +257,7 @@ def _label(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
 
 
 def quiet(axis: Axes) -> None:
-    """Axes that do not compete with what is drawn."""
+    """Style axes unobtrusively: no top and right spines, light grid, small ticks."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.spines[["left", "bottom"]].set_color(GREY)
     axis.grid(color=FAINT, linewidth=0.6)
@@ -268,11 +271,11 @@ def quiet(axis: Axes) -> None:
 
 
 def _colours(found: Sequence[Record]) -> dict[int, Any]:
-    """A colour for at most `CURVES` records of a front, spread over it, that differ in their tokens."""
+    """Colours for at most CURVES records, spread over the front, with different tokens: trial number -> colour."""
     import matplotlib
 
     different: list[Record] = []
-    for record in reversed(found):  # from the dear end, which with the cheap one is always among the chosen
+    for record in reversed(found):  # from the most expensive one, so that of equal ones the most expensive is kept
         if _tokens_of(record) and all(_tokens_of(record) != _tokens_of(other) for other in different):
             different.insert(0, record)
     chosen = evenly(different, CURVES)
@@ -281,7 +284,7 @@ def _colours(found: Sequence[Record]) -> dict[int, Any]:
 
 
 def _apart(values: Sequence[float], distance: float) -> list[float]:
-    """Positions at or above the values, in the same order, at least `distance` apart."""
+    """Move values upwards until they are at least `distance` apart. Keeps their order."""
     placed = [0.0] * len(values)
     last = -math.inf
     for index in sorted(range(len(values)), key=lambda index: values[index]):

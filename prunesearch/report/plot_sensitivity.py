@@ -1,4 +1,4 @@
-"""Sensitivities as a picture: what each verb does at each block, for each keep ratio, on a logarithmic scale."""
+"""Plot sensitivities: the KL divergence of each verb by block and keep ratio, on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ COLUMNS = 3
 
 
 def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
-    """One panel for each verb, one line for each keep ratio over the blocks: PNG, PDF or SVG, by suffix.
+    """Plot one panel per verb, with one line per keep ratio over the blocks.
 
-    Where a space has several scores or places, those that do the least at a block are drawn. Raises UserError for
-    another suffix.
+    If the space has several scores or places, the least harmful ones at each block are plotted. Raises UserError for an
+    unknown suffix.
+
+    path: .png, .pdf or .svg.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,7 +72,7 @@ def _panel(axis: Axes, lines: list[Line], colours: dict[float, Any]) -> None:
 
 
 def _legend(axes: Any) -> tuple[list[Any], list[str]]:
-    """Every keep ratio once, the one that removes the most first, as it lies on top."""
+    """Legend entries: each keep ratio once, the smallest first, in the order of the curves from top to bottom."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):

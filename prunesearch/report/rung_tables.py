@@ -1,4 +1,4 @@
-"""Several rungs at a glance: how many candidates are at which, and whether small budgets tell what large ones will."""
+"""Tables and warnings of a study with several rungs: candidates per rung, rank correlation between rungs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from prunesearch.search.agreement import Agreement, agreements
 
 
 def rungs_table(records: Sequence[Record], config: StudyConfig) -> Table:
-    """A row for each rung. Records include running ones. Correlations: overall, and within each third of the range of
-    costs, cheapest first."""
+    """A table with a row for each rung.
+
+    Correlations are shown over all costs and, in parentheses, within each third of the range of costs, cheapest first.
+
+    records: running ones included.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("rung", "images", "done", "went on", "waiting", "running", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -37,7 +41,7 @@ def rungs_table(records: Sequence[Record], config: StudyConfig) -> Table:
 
 
 def warnings(records: Sequence[Record], config: StudyConfig) -> list[str]:
-    """What the user should do about rungs that do not agree."""
+    """A warning, with advice, for each pair of rungs whose rank correlation is low."""
     return [
         f"rung {one.rung} says little about rung {one.rung + 1}: Kendall's tau of {one.metric} is {one.tau:.2f} over "
         f"{one.pairs} candidates, under 0.5. Raise rungs[{one.rung}].images in the next study."
@@ -47,7 +51,7 @@ def warnings(records: Sequence[Record], config: StudyConfig) -> list[str]:
 
 
 def compared(records: Sequence[Record], config: StudyConfig) -> str:
-    """Among whom the front was found, such as "of 5 at rung 2"; "" for a study with one rung."""
+    """Text for the candidates that the front was taken from, such as "of 5 at rung 2"; "" for one rung."""
     last, rung = len(config.rungs) - 1, highest_rung(records)
     if last == 0:
         return ""
@@ -56,8 +60,10 @@ def compared(records: Sequence[Record], config: StudyConfig) -> str:
 
 
 def work_left(records: Sequence[Record], config: StudyConfig, total: int) -> float | None:
-    """Seconds of evaluation, of all workers together, until a study has so many candidates and nobody goes on any
-    more; None as long as a rung that will be needed has no result."""
+    """Estimated seconds of evaluation left, of all workers together, for a study with `total` candidates.
+
+    None while a rung that is needed has no result yet.
+    """
     spent: dict[int, list[float]] = {}
     for record in records:
         for evaluation in record.evaluations:
@@ -74,7 +80,7 @@ def work_left(records: Sequence[Record], config: StudyConfig, total: int) -> flo
 
 
 def seconds_of(evaluation: Evaluation) -> float:
-    """How long an evaluation took."""
+    """Total seconds of an evaluation."""
     return sum(seconds for _, seconds in evaluation.seconds)
 
 

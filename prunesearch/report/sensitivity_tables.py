@@ -1,4 +1,4 @@
-"""Tables of sensitivities: what each stage does alone, and the schedules that this predicts to be good."""
+"""Tables of sensitivities, and of the front that they predict."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prunesearch.report.tables import decimals, short
 from prunesearch.search.sensitivity_front import Predicted
 
 MILD, HARSH = 0.001, 0.1
-"""Nats: green below the one, red above the other."""
+"""In nats. Values below MILD are green, values above HARSH are red."""
 LEAST = 1e-9
-"""Nats; what does nothing at all has no logarithm."""
+"""In nats. Smaller values count as this much, because 0 has no logarithm."""
 
 
 class Line(NamedTuple):
-    """What a verb does at a block, by keep ratio, with the place and score that do the least."""
+    """The effects of a verb at a block by keep ratio, with its least harmful place and score."""
 
     block: int
     reduce: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 def best_lines(found: Sensitivities) -> list[Line]:
-    """One for each block and verb, in their order."""
+    """A line for each block and verb, with the place and score of the smallest mean log divergence."""
     lines: defaultdict[tuple[int, str], dict[tuple[str, str], dict[float, Effect]]] = defaultdict(dict)
     for effect in found.effects:
         stage = effect.stage
@@ -46,7 +46,7 @@ def best_lines(found: Sensitivities) -> list[Line]:
 
 
 def keeps_of(found: Sensitivities) -> list[float]:
-    """Every keep ratio that was measured somewhere, the largest first."""
+    """All measured keep ratios, largest first."""
     return sorted({effect.stage.keep or 0.0 for effect in found.effects}, reverse=True)
 
 
@@ -72,7 +72,7 @@ def sensitivity_table(found: Sensitivities) -> Table:
 
 
 def predicted_table(starts: Sequence[Predicted], dense_gmacs: float) -> Table:
-    """What the additive model predicts to be on the front."""
+    """A table of the predicted front."""
     table = _titled("Predicted front, which start_from: [sensitivity] evaluates first")
     places = decimals("gmacs", [dense_gmacs])
     for name in ("GMACs", "of dense", "sum of KL"):
@@ -104,7 +104,7 @@ def _notes(found: Sensitivities) -> list[str]:
 
 
 def left_out(found: Sensitivities) -> str:
-    """The sentence about what was not measured."""
+    """A sentence that lists what was not measured."""
     return f"left out, as they say nothing without training: {', '.join(found.left_out)}"
 
 

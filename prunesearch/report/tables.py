@@ -1,4 +1,4 @@
-"""Tables and texts of a study; functions from records to what rich prints."""
+"""Tables and texts about candidates: front, status, comparison, CSV. Functions from records to rich renderables."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from prunesearch.schedule import Schedule, Stage
 
 
 def short(schedule: Schedule) -> str:
-    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold. A score other than
-    the default is named: once at the end when the stages share it, else with its stage."""
+    """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold.
+
+    A score other than the default is shown once at the end if all stages share it, else with its stage.
+    """
     if not schedule.stages:
         return "dense"
     scores = {stage.score for stage in schedule.stages} - {"none"}
@@ -40,12 +42,12 @@ def short(schedule: Schedule) -> str:
 
 
 def unit_of(metric: str) -> str:
-    """The unit of a metric; "" for one whose plugin is not imported here."""
+    """The unit of a metric; "" for a metric of a plug-in that is not imported."""
     return METRICS[metric].unit if metric in METRICS else ""
 
 
 def decimals(metric: str, values: Iterable[float]) -> int:
-    """How many decimals show these values: two of a percentage, else four significant digits of the largest."""
+    """Number of decimals to show: 2 for percentages, else 4 significant digits of the largest value."""
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     if unit_of(metric) == "%" or largest == 0:
         return 2
@@ -53,14 +55,14 @@ def decimals(metric: str, values: Iterable[float]) -> int:
 
 
 def said(metric: str, value: float, places: int | None = None) -> str:
-    """Such as "top1 97.50 %" or, where the unit says what it is, "0.01270 GMACs"."""
+    """A value as text, such as "top1 97.50 %", or "0.01270 GMACs" when the unit equals the metric's name."""
     places, unit = decimals(metric, [value]) if places is None else places, unit_of(metric)
     name = "" if unit.lower() == metric else f"{printable(metric)} "
     return f"{name}{value:.{places}f} {unit}".rstrip()
 
 
 def change(metric: str, value: float, before: float) -> str:
-    """Against the dense model: points for a percentage, else the ratio; "" where there is none."""
+    """Change from `before`: a difference in points for percentages, else a ratio; "" if `before` is 0."""
     if unit_of(metric) == "%":
         return f"{value - before:+.2f}"
     if before == 0:
@@ -70,7 +72,7 @@ def change(metric: str, value: float, before: float) -> str:
 
 
 def evenly(found: Sequence[Record], most: int) -> list[Record]:
-    """At most so many records of a front (two or more), evenly along it, both ends included."""
+    """At most `most` (2 or more) records, evenly spaced along a front, both ends included."""
     if len(found) <= most:
         return list(found)
     return [found[round(index * (len(found) - 1) / (most - 1))] for index in range(most)]
@@ -84,7 +86,11 @@ def front_table(
     title: str | None = None,
     most: int | None = None,
 ) -> Table:
-    """A front, one record a row (at most `most`), beside the dense model of `records`; the knee has an asterisk."""
+    """A table of a front, one record per row, compared with the dense model. The knee has an asterisk.
+
+    records: all candidates, for the dense model and the notes. title: without one, notes are added. most: show at most
+    this many rows, one line each.
+    """
     dense, names = dense_of(records), [objective.metric for objective in objectives]
     confirmed = any(record.confirmations for record in found)
     again = {one.metric for one in measured_objectives(objectives)} if confirmed else set()
@@ -98,7 +104,7 @@ def front_table(
         if name in again:
             table.add_column("again", justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
-    one_line = most is not None  # where rows are counted, their height is too
+    one_line = most is not None  # with a limit on rows each row has one line
     table.add_column("schedule", overflow="fold")
     compared = [values_of(record) for record in [*found, *([dense] if dense else [])]]
     places = {name: decimals(name, [values[name] for values in compared]) for name in names}
@@ -113,7 +119,7 @@ def front_table(
                 row.append(change(name, value, values_of(dense)[name]))
             if name in again:
                 row.append(_again(record, name, places[name]))
-        # the cell and not its column: rich takes the room from other columns before it shortens one that never wraps
+        # no_wrap on the cell, not the column: rich would shrink all other columns before a no_wrap one
         schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
         table.add_row(*row, Text(printable(record.origin.removeprefix("start: "))), schedule)
     if dense is not None and dense not in shown:
@@ -143,7 +149,7 @@ def _again(record: Record, metric: str, places: int) -> str:
 
 
 def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense: Record | None) -> list[str]:
-    """What "again" is, and by how much the search's own numbers flatter."""
+    """A note that explains the "again" columns, and the mean difference to the search's own values."""
     summaries = [again for record in found if (again := confirmation_of(record)) is not None]
     measured = measured_objectives(objectives)
     if not summaries or not measured:
@@ -167,7 +173,7 @@ def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense
 
 
 def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableType:
-    """How far a study is: counts, causes of failures, the best candidates, the front, the rungs."""
+    """Status of a study: counts, causes of failures, best candidates, front and rungs."""
     states = Counter(record.state for record in records)
     done, total = sum(bool(record.evaluations) for record in records), config.stop.trials
     several = len(config.rungs) > 1
@@ -204,8 +210,10 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
 
 
 def data_lines(records: Iterable[Record]) -> list[str]:
-    """What was left out of the images, such as "data: 3 of 300 training pictures could not be read"; the most common
-    three, where evaluations differ."""
+    """Notes on images that were left out, such as "data: 3 of 300 training pictures could not be read".
+
+    At most three, the most common ones, if evaluations differ.
+    """
     evaluations = [one for record in records for one in (*record.evaluations, *record.confirmations)]
     found = Counter(note for evaluation in evaluations for note in evaluation.data_notes)
     lines = []
@@ -223,7 +231,7 @@ def causes(records: Iterable[Record]) -> str:
 
 
 def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
-    """Two complete evaluations of the same metrics side by side."""
+    """A table that compares two complete evaluations with the same metrics."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("metric", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if name == "metric" else "right")
@@ -241,7 +249,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
 
 
 def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
-    """Records as CSV: trial, uid, origin, every metric, tokens after each block, the schedule in words."""
+    """Records as CSV: trial, uid, origin, metrics, confirmations, training images, tokens per block, schedule."""
     rows = front_rows(found, objectives)
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     fresh = list(dict.fromkeys(name for row in rows for name in row.get("again", {}).get("metrics", ())))

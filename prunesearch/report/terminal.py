@@ -1,4 +1,4 @@
-"""The console that tables and the live view are printed on: names and texts of others cannot control it."""
+"""The rich console of prunesearch. It prints names and texts from files without markup or control characters."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class PlainConsole(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text, lines=True))
 
     def on_broken_pipe(self) -> None:
-        """Leave it to the command line; rich would end the process."""
+        """Raise BrokenPipeError, which the command line handles; rich would end the process."""
         raise BrokenPipeError

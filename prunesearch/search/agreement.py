@@ -1,6 +1,6 @@
-"""Does a small budget tell what a large one will say? Rank correlation between neighbouring rungs, as far as known.
+"""Rank correlation between the results of neighbouring rungs: how well a small budget predicts a larger one.
 
-Only candidates that went on have both results, and they are the better part, so these numbers err on the low side.
+Only promoted candidates have both results. They are the better ones, so the correlation is underestimated.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from prunesearch.record import Record, cost_of
 from prunesearch.search.rungs import BANDS, bands_of
 
 FEWEST = 3
-"""Pairs of results below which there is no correlation to speak of."""
+"""With fewer pairs of results no correlation is computed."""
 ENOUGH = 8
-"""Pairs of results from which a low correlation is worth a warning."""
+"""From this many pairs of results on, a low correlation is reported as such."""
 LOW = 0.5
 
 
@@ -26,8 +26,8 @@ LOW = 0.5
 class Agreement:
     """Kendall's tau-b of one objective between `rung` and the next one, over `pairs` candidates that have both.
 
-    bands: the same within each third of the range of costs, cheapest first; None where too few have both. The overall
-    tau flatters, because who prunes harder is worse at every budget.
+    bands: tau within each third of the range of costs, cheapest first; None where there are too few pairs. The overall
+    tau is biased upwards, because candidates that prune harder are worse at every budget.
     """
 
     metric: str
@@ -38,12 +38,12 @@ class Agreement:
 
     @property
     def is_low(self) -> bool:
-        """Whether the smaller budget is a poor guide."""
+        """Whether the smaller budget is a poor predictor (tau below LOW, from ENOUGH pairs)."""
         return self.tau is not None and self.pairs >= ENOUGH and self.tau < LOW
 
 
 def agreements(records: Sequence[Record], objectives: Sequence[Objective], rungs: int) -> list[Agreement]:
-    """For each pair of neighbouring rungs and each objective that training can change, lowest rung first."""
+    """The agreement of each pair of neighbouring rungs (lowest first) in each objective that training can change."""
     cost = cost_of(objectives)
     found = []
     for rung in range(rungs - 1):
@@ -60,7 +60,8 @@ def agreements(records: Sequence[Record], objectives: Sequence[Objective], rungs
 
 
 def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Tau-b: 1 same order, 0 unrelated, -1 reversed; None for fewer than three pairs, or when all of one are equal."""
+    """Kendall's tau-b: 1 is the same order, 0 unrelated, -1 reversed. None for fewer than FEWEST pairs, or when all
+    values on one side are equal."""
     if len(pairs) < FEWEST:
         return None
     low, high = (np.sign(np.subtract.outer(values, values)) for values in np.array(pairs, dtype=np.float64).T)

@@ -1,6 +1,6 @@
-"""The final front measured again: from scratch, with fresh seeds, on the test images when there are any.
+"""Confirmation: train and evaluate the final front again from scratch, with fresh seeds, on the test images if any.
 
-Each evaluation is stored as it comes, so that a kill repeats nothing that is finished, and the next call goes on.
+Each evaluation is stored as soon as it is finished. After a kill the next call continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TICK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A candidate was evaluated with a fresh seed; so many of all such evaluations are over, failed ones included."""
+    """Event: a candidate was evaluated with a fresh seed. done, total: such evaluations, failed ones included."""
 
     record: Record
     evaluation: Evaluation
@@ -44,7 +44,7 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One evaluation with a fresh seed that is wanted."""
+    """An evaluation with a fresh seed that the study should have: the index-th one of a candidate."""
 
     record: Record
     index: int
@@ -61,11 +61,13 @@ def confirm(
     is_stopped: Callable[[], bool] = lambda: False,
     team: Team | None = None,
 ) -> None:
-    """Evaluate the front and the dense model again, `config.confirm.seeds` times each, as far as that is not done.
+    """Evaluate the front and the dense model `config.confirm.seeds` times each; skip what is already stored.
 
-    folder: of the study. outbox: of the workers. is_stopped: asked before each evaluation; those under way are waited
-    for. What fails is logged and not stored, so that the next call tries it again. team: other drivers, each of which
-    claims what it evaluates. What they evaluate is waited for, and taken over when they die.
+    Failed evaluations are logged and not stored; the next call tries them again.
+
+    folder: of the study. outbox: of the workers. is_stopped: when it returns True, no further evaluation starts, and
+    the running ones are waited for. team: other drivers of the study. Each driver claims an evaluation before it starts
+    it. This one waits for the evaluations of the others, and takes over those of dead drivers.
     """
     _adopt(config, folder, outbox, store)
     failed_before = {name for name, claim in store.claims().items() if claim.failed}
@@ -92,7 +94,7 @@ def confirm(
         if not under_way:
             if not left or is_stopped():
                 return
-            time.sleep(TICK_SECONDS)  # the others are at it
+            time.sleep(TICK_SECONDS)  # other drivers run what is left
             continue
         done = len(every) - len(left)
         for task, outcome in workers.wait(TICK_SECONDS):
@@ -100,7 +102,7 @@ def confirm(
             if isinstance(outcome, Lost):
                 deaths[task.uid] += 1
                 if outcome.cause == "crash" and deaths[task.uid] <= config.workers.retries:
-                    continue  # it is still missing, and claimed
+                    continue  # still missing and still claimed, so the next iteration submits it again
                 outcome = failed(task, outcome.cause, outcome.error)
             evaluation = check_evaluation(outcome, config.deciding_metrics)
             if evaluation.status == "complete":
@@ -115,7 +117,7 @@ def confirm(
 
 
 def take_up_confirmations(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
-    """What an earlier process with this driver's name finished is stored, and what it only claimed is free again."""
+    """After a restart: store what an earlier process with this driver's name finished, and release its other claims."""
     _adopt(config, folder, outbox, store)
     for name, claim in store.claims().items():
         if claim == Claim(store.owner):
@@ -123,13 +125,16 @@ def take_up_confirmations(config: StudyConfig, folder: Path, outbox: Path, store
 
 
 def missing(config: StudyConfig, folder: Path, records: Iterable[Record]) -> list[Wanted]:
-    """Evaluations with fresh seeds that are wanted and not there."""
+    """The `wanted` evaluations that the study does not have yet."""
     every = wanted(config, folder, list(records))
     return [one for one in every if all(known.uid != one.task.uid for known in one.record.confirmations)]
 
 
 def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Wanted]:
-    """One of each candidate before the second of any; the dense model first, then along the front."""
+    """All evaluations with fresh seeds, in the order to run them: the first of every candidate, then the second, ...
+
+    The dense model comes first, then the front. Empty when the front has no other candidate than the dense model.
+    """
     chosen = front(records, config.objectives, config.limits)
     dense = dense_of(records)
     if all(record is dense for record in chosen):
@@ -159,7 +164,7 @@ def _task(record: Record, index: int, config: StudyConfig, folder: Path) -> Task
 def _adopt_from_dead(
     claims: Mapping[str, Claim], team: Team, config: StudyConfig, folder: Path, store: Store
 ) -> set[str]:
-    """Store what dead drivers finished of what they claimed; returns who they are."""
+    """Store the confirmations that dead drivers finished; returns the names of these drivers."""
     others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}
     dead = team.dead(others) if others else set()
     for owner in sorted(dead):
@@ -169,14 +174,14 @@ def _adopt_from_dead(
 
 
 def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store) -> bool:
-    """Whether this driver may evaluate it: not while another one does."""
+    """Claim an evaluation for this driver. False when another living driver has claimed it."""
     if before is not None and not before.failed and before.owner != store.owner and before.owner not in dead:
         return False
     return store.claim(one.record.uid, one.index, one.task.uid, before)
 
 
 def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
-    """Store what workers of an earlier process, or of a dead driver, finished and nobody took."""
+    """Store the confirmations left in an outbox by an earlier process or a dead driver."""
     found = [entry for entry in delivered(outbox, deep=store.alone) if entry[1].confirms is not None]
     records = {record.uid: record for record in store.records()} if found else {}
     for path, task, evaluation in found:

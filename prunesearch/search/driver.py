@@ -1,7 +1,7 @@
-"""`run_study`: a study from its configuration to its end. Running an existing study continues it.
+"""`run_study`: run a study from its configuration to its end, or continue it.
 
-What happens between the first candidate and the last one is in `loop.py`; here are locks, storage and workers, the
-shared weights before the search and the front measured again after it.
+This file checks the study, opens the storage and starts the workers. It trains the shared weights before the search
+(`shared_weights.py`), runs the search (`loop.py`) and confirms the front after it (`confirm.py`).
 """
 
 from __future__ import annotations
@@ -51,14 +51,16 @@ def run_study(
     lease: float | None = None,
     search: bool = True,
 ) -> Done:
-    """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) comes, or no candidate is left.
+    """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) is received, or no candidate is left.
 
-    folder: of the study, made when it is not there; the database goes there unless `storage` (any Optuna URL, or
-    journal:FILE, memory:) says otherwise. Several drivers may join a study in the same database, each with a folder of
-    its own or all with one on a shared disk. evaluate: "module:function" of Task -> Evaluation. make_workers: of
-    (config, folder, evaluate), instead of those that `config.workers` describes. lease: seconds of silence after which
-    another driver counts as dead. search: False only measures the front again (`confirm`).
-    Raises UserErrors before anything runs, RunError when every candidate fails or the storage is lost.
+    folder: the study folder; it is created if missing. storage: an Optuna URL, journal:FILE or memory:; default: a
+    SQLite file in the folder. Several drivers may run a study in the same database, each with its own folder, or all
+    with one folder on a shared disk. evaluate: "module:function" of Task -> Evaluation. make_workers: called with
+    (config, folder, evaluate) in place of what `config.workers` describes. lease: seconds without a sign of life after
+    which another driver counts as dead. search: False only confirms the front.
+
+    Raises UserErrors before anything runs, RunError when every candidate fails, the storage is lost or the disk is
+    full.
     """
     folder = folder.absolute()  # workers may have another working directory
     url, alone = url_and_drivers(folder, storage)
@@ -72,10 +74,10 @@ def run_study(
         early: RayWorkers | None = None
         if make_workers is None:
             if is_new and search and config.workers.kind == "ray":
-                # its processes take seconds to start, in which this one opens data and weights
+                # Ray and its workers start while this process opens data and weights
                 early = stack.enter_context(closing(_start_ray(folder / "outbox", config, folder, evaluate)))
             on_event = _suspicious(config, _look(config, folder, on_event), on_event)
-        elif config.workers.address is None:  # else they are on other machines
+        elif config.workers.address is None:  # otherwise the workers are on other machines
             from prunesearch.evaluate.inputs import check_files
 
             check_files(config.model, config.data)
@@ -107,8 +109,8 @@ def run_study(
                 workers = stack.enter_context(closing(make_workers(config, folder, evaluate)))
             else:
                 workers = stack.enter_context(closing(_start_workers(outbox, config, folder, evaluate)))
-        interrupt.listen()  # after Ray, which sets a handler of its own
-        is_stopped = partial(_has_come, interrupt)
+        interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
+        is_stopped = partial(_is_interrupted, interrupt)
         try:
             if not isinstance(workers, NoWorkers):
                 prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
@@ -124,7 +126,7 @@ def run_study(
 
 
 def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) -> Inputs:
-    """Open what the workers will read. Raises the UserErrors of `check_inputs`."""
+    """Check the files and data that the workers will read. Raises the UserErrors of `check_inputs`."""
     from prunesearch.evaluate.inputs import check_inputs
 
     inputs = check_inputs(
@@ -142,7 +144,7 @@ def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) 
 
 
 def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Hand on events, and warn when the dense model comes out as if its classes were in another order."""
+    """Wrap `on_event`: warn when the dense model scores as if its classes were in another order than the data's."""
 
     def pass_on(event: Event) -> None:
         on_event(event)
@@ -156,13 +158,13 @@ def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event],
     return pass_on
 
 
-def _has_come(interrupt: Interrupt) -> bool:
+def _is_interrupted(interrupt: Interrupt) -> bool:
     return interrupt.count > 0
 
 
 def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> Workers:
     if config.workers.kind == "serial":
-        if config.plugins or config.workers.timeout is not None:  # other people's code, or what must be stopped
+        if config.plugins or config.workers.timeout is not None:  # needs a process that can be killed
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
     return _start_ray(outbox, config, folder, evaluate)

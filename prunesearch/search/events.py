@@ -1,4 +1,4 @@
-"""What a running search tells whoever shows it; `run_study(on_event=...)` gets these in order, from one thread."""
+"""Events of a running search. `run_study(on_event=...)` calls back with these in order, from one thread."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from prunesearch.search.confirm import Confirmed
 from prunesearch.search.shared_weights import SupernetTrained
 
 Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupted", "cancelled"]
-"""trials, hours: the bound of `stop` was reached. exhausted: there is no further candidate within the limits.
-hopeless: the first ones all failed; `run_study` raises RunError once the running ones are back. disk: a worker could
-not write its weights; what it evaluated runs again next time.
-interrupted: asked to stop, running candidates were waited for. cancelled: asked twice, they were not."""
+"""Why a search ended.
+
+trials, hours: `stop.trials` or `stop.hours` was reached. exhausted: there is no further candidate within the limits.
+hopeless: all evaluations at a rung failed; `run_study` raises RunError after the running ones have returned. disk: a
+worker could not write its weights; its candidate runs again next time. interrupted: asked to stop once; running
+candidates were waited for. cancelled: asked to stop twice; they were not waited for."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class LookingAtData:
-    """Before workers start, pictures are opened: so many of a split so far. Comes every few seconds; total: None for a
-    stream."""
+    """The images are being checked before the workers start. Sent every few seconds.
+
+    done, total: images of the split; total is None for a stream.
+    """
 
     split: Split
     done: int
@@ -36,9 +40,10 @@ class LookingAtData:
 class Started:
     """The study is open and workers are ready.
 
-    records: what the study holds, running ones included. total: of `stop.trials`. done: finished candidates.
-    recovered: finished before, but only now put into the study. rerun: begun before and not finished.
-    workers: for people, such as "2 Ray workers, 1 CPU each".
+    records: all candidates of the study, running ones included. total: `stop.trials`. rerun: candidates that an earlier
+    run of this driver began and did not finish; they run again. done: all candidates but these, so those that other
+    drivers run are included. recovered: results that an earlier run left in the outbox or did not close. workers: text
+    to show, such as "2 Ray workers, 1 CPU each".
     """
 
     records: tuple[Record, ...]
@@ -51,7 +56,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A candidate went to a worker, for the budget of `record.rung`; attempt 0 is the first time at that rung."""
+    """A candidate was submitted to the workers at rung `record.rung`. attempt: 0 for the first try at that rung."""
 
     record: Record
     attempt: int
@@ -59,8 +64,11 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Finished:
-    """An evaluation is in the storage; its candidate is complete, failed, or paused at a lower rung. rejected:
-    proposals of this run that arithmetic or identity turned down so far."""
+    """An evaluation was stored; its candidate is complete, failed, or paused at a lower rung.
+
+    rejected: proposals of this run so far that were not evaluated, because they break a limit by arithmetic or are
+    already in the study.
+    """
 
     record: Record
     evaluation: Evaluation
@@ -69,7 +77,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Retrying:
-    """A worker died; its candidate will be tried again."""
+    """A worker died; its candidate is evaluated again."""
 
     record: Record
     attempt: int
@@ -78,7 +86,7 @@ class Retrying:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The storage is away or full; the search waits for it, for `waited` seconds so far. Workers go on."""
+    """The storage cannot be reached or is full. The search has waited for `waited` seconds; workers continue."""
 
     why: str
     waited: float
@@ -86,7 +94,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Stopping:
-    """No further candidates are submitted; `running` are waited for. `why` is for people."""
+    """No further candidates are submitted. running: how many are waited for. why: text to show."""
 
     reason: Reason
     running: int
@@ -95,7 +103,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Done:
-    """The run is over and everything is saved. Counts are of the whole study, `rejected` and `seconds` of this run."""
+    """The run is over and everything is saved. `rejected` and `seconds` are of this run, other counts of the study."""
 
     reason: Reason
     complete: int

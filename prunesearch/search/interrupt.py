@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks to stop, the second raises KeyboardInterrupt."""
+"""Ctrl-C and SIGTERM: the first signal asks the search to stop, the second raises KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Counts signals between `listen` and the end of the `with` block, which gives the old handlers back.
+    """Count signals from `listen` to the end of the `with` block, which restores the previous handlers.
 
-    Only the main thread gets signals; elsewhere this does nothing.
+    Python delivers signals to the main thread only; in other threads this does nothing.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Interrupt:
         return self
 
     def listen(self) -> None:
-        """Begin to count. Not before everything that sets handlers of its own was started."""
+        """Begin to count. Call it after libraries that install signal handlers (Ray) have started."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._receive)

@@ -1,16 +1,16 @@
-"""The loop between sampler, workers and storage: what `driver.run_study` runs.
+"""The search loop between sampler, workers and storage. `driver.run_study` runs it.
 
-The order of the steps is what makes a kill at any moment harmless:
+A kill at any moment loses no result, because of the order of these steps:
 
-    1 claim a candidate: it is in the storage, and runs here     2 submit it
-      a worker evaluates it, writes the result to the outbox, and returns it
-    3 write the result to the storage     4 claim and submit what is next     5 delete the result from the outbox
+    1. Claim a candidate: the storage says that it runs here.
+    2. Submit it. A worker evaluates it, writes the result to the outbox and returns it.
+    3. Write the result to the storage.
+    4. Claim and submit the next candidate: a promoted one if there is one (`rungs.py`), else a new one.
+    5. Delete the result from the outbox.
 
-What is next is a candidate that goes on to a larger budget, if one deserves it (`rungs.py`), else a new one.
-
-After a kill, the next start adopts what is in the outbox and not in the storage (`recovery.py`), and evaluates what
-runs in the storage and has no result, from its last checkpoint. With a database that was named, other drivers may do so
-at once (`others.py`).
+After a kill, the next start stores the results that are only in the outbox (`recovery.py`). Candidates that run
+according to the storage and have no result are evaluated again from their last checkpoint. When several drivers share
+a database, another driver may do both at once (`others.py`).
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from prunesearch.workers.outbox import discard
 from prunesearch.workers.protocol import Lost, NoWorkers, Workers
 
 HOPELESS = 5
-"""So many failures at a rung without a single success there end the run."""
+"""The run ends after this many failures at a rung at which nothing has succeeded."""
 STOPPED_BY_HAND = ("interrupted", "cancelled")
 GOES_ON = (None, "trials", "exhausted")
-"""As long as nothing else ended the search, what is begun is brought to an end, promotions included."""
+"""With these reasons (None: no reason yet) candidates of the study are still completed, promotions included."""
 TICK_SECONDS = 0.5
 
 
 class Search:
-    """One run of a study. outbox: of this driver's workers."""
+    """One run of a study. outbox: folder to which this driver's workers write results."""
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class Search:
         return Promotions(self.config, self.state.records.values()).next() is not None
 
     def run(self, workers: Workers) -> Done:
-        """Search until there is a reason to stop. Raises RunError when nothing works, or no disk space is left."""
+        """Search until there is a reason to stop. Raises RunError when everything fails or the disk is full."""
         self.workers = workers
         self.state.sampler.workers = workers.count
-        self.recovered += len(self.recovery.adopt(self.outbox))  # workers of a killed driver live on for a moment
+        self.recovered += len(self.recovery.adopt(self.outbox))  # a killed driver's workers may have finished meanwhile
         self._take_up()
         try:
             self._fill()
@@ -93,7 +93,7 @@ class Search:
                 self._look_for_a_reason_to_stop()
                 self.others.look(self.workers.count)
                 self._fill()
-        except KeyboardInterrupt:  # the second one; what is running stays so in the storage, and runs again next time
+        except KeyboardInterrupt:  # second signal; candidates running in the storage run again next time
             self.reason = "cancelled"
         done = self._done()
         nothing_works = not any(map(self.state.has_succeeded, range(len(self.config.rungs))))
@@ -104,13 +104,13 @@ class Search:
         return done
 
     def look(self) -> Done:
-        """Where the study stands; nothing is submitted."""
+        """Summarize the study without submitting anything."""
         self._take_up()
         self.reason = "trials"
         return self._done()
 
     def _take_up(self) -> None:
-        """Learn what earlier runs found, queue what they left running here, and say where the search stands."""
+        """Teach the sampler earlier results, queue the candidates that this driver left running, and send `Started`."""
         self.state.learn_all()
         records = list(self.state.records.values())
         running = [record for record in records if record.state == "running" and self.store.owns(record)]
@@ -135,7 +135,7 @@ class Search:
             if outcome.cause == "crash" and self._retry(record, outcome):
                 return
             outcome = failed(task, outcome.cause, outcome.error)
-        if outcome.cause == "disk":  # no fault of the candidate
+        if outcome.cause == "disk":  # not the candidate's fault, so it stays running and is evaluated again
             discard(self.outbox, task.uid, task.rung)
             self.why = (
                 f"{self.recovery.folder}: a worker could not write ({outcome.error}). What is finished is saved. Free "
@@ -147,7 +147,7 @@ class Search:
         if evaluation.status == "failed":
             self.failures.append(evaluation)
         after = self.store.finish(record, evaluation)
-        if after is None:  # another driver took it over; the result stays in the outbox until that one has its own
+        if after is None:  # another driver took it over; keep this result until that driver has its own
             self.recovery.kept.add((task.uid, task.rung))
             self.others.leave(task.uid)
             self._fill()
@@ -159,7 +159,7 @@ class Search:
         self.recovery.discard(self.outbox, after, task.rung)
 
     def _retry(self, record: Record, lost: Lost) -> bool:
-        """Whether the candidate of a dead worker is left to be evaluated again, now or in the next run."""
+        """Queue the candidate of a dead worker again. False when its retries are used up."""
         which = (record.uid, record.rung)
         self.deaths[which] += 1
         if self.deaths[which] > self.config.workers.retries:
@@ -172,11 +172,11 @@ class Search:
     # --- starting candidates ---
 
     def _fill(self) -> None:
-        """Give every free worker something to do, as long as there is something."""
+        """Submit candidates until every worker is busy or there is nothing to do."""
         self._tell(self._submit_all())
 
     def _submit_all(self) -> list[Submitted]:
-        """What was submitted; telling of it can wait until the workers are busy."""
+        """Fill the free workers. Returns events for the caller to send, so that callbacks do not delay the workers."""
         found: list[Submitted] = []
         while len(self.state.under_way) < self.workers.count:
             self._look_for_a_reason_to_stop()
@@ -210,7 +210,7 @@ class Search:
 
     def _submit_claimed(self, record: Record) -> Submitted | None:
         claimed = begin(self.store, record)
-        if claimed is None:  # another driver was faster; with what it did in mind, the next choice is another one
+        if claimed is None:  # another driver was faster: read its changes, then choose again
             self.others.look(self.workers.count, at_once=True)
             return None
         self.state.begin(claimed)
@@ -241,8 +241,11 @@ class Search:
             self._stop("hopeless", f"nothing but failures so far ({len(failures)})")
 
     def _hopeless_failures(self) -> list[Evaluation]:
-        """The failures of a rung at which nothing succeeded, if there are many of them, or the dense model is among
-        them with an error that no candidate will escape. Else none."""
+        """The failures of the first rung that looks hopeless, or none.
+
+        A rung is hopeless when nothing succeeded there and either HOPELESS evaluations failed or the dense model failed
+        with an error, which every candidate would share.
+        """
         dense = uid_of(Schedule(), self.state.shape)
         for rung in sorted({evaluation.rung for evaluation in self.failures}):
             failures = [evaluation for evaluation in self.failures if evaluation.rung == rung]

@@ -1,4 +1,4 @@
-"""Other drivers of the same study: what they found is learned, and what dead ones ran is taken over."""
+"""Other drivers of the same study: learn their results, and take over the candidates of dead drivers."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from prunesearch.study.team import Team
 from prunesearch.workers.outbox import discard
 
 LOOK_SECONDS = 1.0
-"""How often the storage is asked what other drivers did."""
+"""Interval at which the storage is polled for changes of other drivers."""
 
 
 class Others(Protocol):
     """The other drivers, if there are any."""
 
     def run_something(self) -> bool:
-        """Whether any of them runs a candidate. Its result can trigger a promotion here, and the candidate must be
-        taken over if its driver dies."""
+        """True while other drivers run candidates. Their results can trigger promotions here, and their candidates must
+        be taken over if they die."""
 
     def look(self, slots: int, at_once: bool = False) -> None:
-        """Learn what they found. Take over what dead ones ran, as far as `slots` workers of this driver are free."""
+        """Learn their results, and take over candidates of dead drivers for free workers.
+
+        slots: workers of this driver, busy ones included. at_once: even if LOOK_SECONDS have not passed.
+        """
 
     def leave(self, uid: str) -> None:
-        """This candidate is another driver's by now: learn how it stands."""
+        """Read the present state of a candidate that another driver has taken over."""
 
 
 class NoOthers:
-    """This driver has the study to itself."""
+    """For a study with one driver."""
 
     def run_something(self) -> bool:
         return False
@@ -50,7 +53,7 @@ class NoOthers:
 
 
 class OtherDrivers:
-    """Several drivers search in one database. outbox: of this driver."""
+    """For a study that several drivers run in one database. outbox: of this driver."""
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class OtherDrivers:
         for evaluation in record.evaluations[0 if known is None else len(known.evaluations) :]:
             self.state.finish(record, evaluation)
             self._say_finished(record, evaluation)
-            if (record.uid, evaluation.rung) in self.recovery.kept:  # another driver has evaluated it as well
+            if (record.uid, evaluation.rung) in self.recovery.kept:  # the other driver has a result now
                 self.recovery.kept.remove((record.uid, evaluation.rung))
                 discard(self.outbox, record.uid, evaluation.rung)
         self.state.promotions.add(record)
@@ -99,7 +102,7 @@ class OtherDrivers:
         elsewhere = [record for record in self.store.running() if not self.state.is_here(record.uid)]
         dead = self.team.dead({record.owner for record in elsewhere if not self.store.owns(record)})
         places = [place for owner in sorted(dead) for place in self.team.outboxes(owner, self.recovery.folder)]
-        if dead and self.recovery.kept:  # what this driver finished after others had taken it over
+        if dead and self.recovery.kept:  # may hold results of candidates that a dead driver took over
             places.append(self.outbox)
         for record in (record for place in places for record in self.recovery.adopt(place, dead)):
             assert record.evaluation is not None
@@ -107,14 +110,14 @@ class OtherDrivers:
             self._say_finished(record, record.evaluation)
         for record in elsewhere:
             if len(self.state.under_way) + len(self.state.waiting) >= slots:
-                break  # the rest is for other drivers, which may have free workers
+                break  # leave the rest to drivers with free workers
             is_left = record.owner in dead and self.state.records[record.uid].state == "running"
             if is_left and self.store.take_over(record):
                 self._run_again(replace(record, owner=self.store.owner))
 
     def _run_again(self, record: Record) -> None:
         self.state.records[record.uid] = record
-        if record.rung_done == record.rung:  # only its closing is missing
+        if record.rung_done == record.rung:  # the result is stored, but the candidate was not closed
             self.recovery.close(record)
         else:
             self.state.waiting.append(record)

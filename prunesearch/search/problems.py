@@ -1,4 +1,4 @@
-"""What is wrong with a study file and what it evaluates first: known before any worker starts."""
+"""Checks of a study before any worker starts, and the schedules that it evaluates first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 
 MOST_STAGES = 20_000
-"""Stages that a sensitivity start measures; each is a forward pass over the images."""
+"""Most stages that a sensitivity start may measure. Each one costs a forward pass over the images."""
 _NOTHING_OF_ITS_OWN = (
     "in a study whose candidates share all weights; what a schedule learns for itself would never be trained. "
     "Possible: scores and verbs that do not learn, without thresholds. Choose those, or evaluation: finetune."
@@ -35,8 +35,10 @@ _NOTHING_OF_ITS_OWN = (
 
 
 def check_study(config: StudyConfig, starts: bool = True, problems: Sequence[str] = ()) -> None:
-    """Import the plug-ins of a study and raise FileError for all its mistakes. problems: known before. See
-    `study_problems`."""
+    """Import the plug-ins of a study and raise FileError with everything that `study_problems` finds.
+
+    problems: further problems that the caller found.
+    """
     import_plugins(config.plugins)
     found = [*study_problems(config, starts), *problems]
     if found:
@@ -44,10 +46,11 @@ def check_study(config: StudyConfig, starts: bool = True, problems: Sequence[str
 
 
 def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
-    """Everything in a study file that can be known to be wrong without weights or data; `run_study` starts with it.
+    """All problems of a study that can be found without weights and data. `run_study` calls this first.
 
-    starts: look at the start schedules too; a study that was begun has them in its storage. Plugins must have been
-    imported. What timm looks up elsewhere, in the hub or a folder, is looked up.
+    Plug-ins must be imported. Models in the hub or in a local folder are looked up there.
+
+    starts: also check the start schedules. Not needed for a study that was begun: its storage has them.
     """
     problems = model_free_problems(config)
     if model_problems(config.model):
@@ -68,10 +71,10 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
 
 
 def model_free_problems(config: StudyConfig) -> list[str]:
-    """Those mistakes of a study file that can be known without its model, which may have to be downloaded."""
+    """The problems that can be found without the model, which may have to be downloaded."""
     try:
         from_mapping(StudyConfig, to_mapping(config), "study")
-    except FileError as error:  # made in Python: a file with such values is not read at all
+    except FileError as error:  # only for a config made in Python; reading a file raises this earlier
         return list(error.problems)
     problems = model_problems(config.model)
     fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
@@ -116,7 +119,7 @@ def _rung_problems(config: StudyConfig) -> list[str]:
     for index, rung in enumerate(rungs):
         if rung.images is None or rung.seconds is not None:
             problems.append(
-                f"rungs[{index}]: {_said(rung)}, but seconds buy each candidate another training, so that "
+                f"rungs[{index}]: {_budget_in_words(rung)}, but seconds buy each candidate another training, so that "
                 f"several rungs could not be compared. Possible with several rungs: images alone. Give images."
             )
     images = [rung.images for rung in rungs if rung.images is not None]
@@ -155,13 +158,13 @@ def _supernet_problems(config: StudyConfig) -> list[str]:
     return problems
 
 
-def _said(budget: Budget) -> str:
+def _budget_in_words(budget: Budget) -> str:
     parts = [f"{value:g} {name}" for name, value in vars(budget).items() if value is not None]
     return " and ".join(parts) or "no images"
 
 
 def _learned_choices(space: SpaceConfig) -> list[str]:
-    """What learns among the scores and verbs of a space."""
+    """Names of the scores and verbs of a space that have learned parts."""
     parts: list[SpaceConfig | BlockSpace] = [space]
     parts += [block for block in space.blocks if isinstance(block, BlockSpace)]
     scores = {name for part in parts for name in part.score or () if name in SCORERS and SCORERS[name].part}
@@ -212,10 +215,10 @@ def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
 
 
 def start_schedules(config: StudyConfig, shape: ModelShape, folder: Path | None = None) -> list[tuple[str, Schedule]]:
-    """What is evaluated first, whatever the limits: the dense model and the start schedules, by origin.
+    """(origin, schedule) of what is evaluated first, regardless of limits: the dense model and the start schedules.
 
-    folder: of the study, where its sensitivities are kept, and measured first if they are not there. Without one
-    nothing is measured, and what sensitivities would predict is left out.
+    folder: of the study. Its sensitivities are read from there, or measured and saved there. Without a folder the
+    schedules predicted from sensitivities are left out.
     """
     starts: list[tuple[str, Schedule]] = []
     for name in config.space.start_from:

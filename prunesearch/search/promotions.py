@@ -1,4 +1,4 @@
-"""Who goes on in a study: its records as the rows that `rungs.py` decides over."""
+"""Promotions of a study: keeps the results by rung and asks `rungs.py` which candidate is promoted."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from prunesearch.search.rungs import Result, promotion
 
 
 class Promotions:
-    """The results of a study at all rungs, kept up to date record by record."""
+    """The results of a study by rung. Call `add` for each new or changed record."""
 
     def __init__(self, config: StudyConfig, records: Iterable[Record] = ()) -> None:
         self._config = config
         names, cost = [objective.metric for objective in config.objectives], cost_of(config.objectives)
         self._cost = None if cost is None else names.index(cost)
         self._results: list[dict[str, Result]] = [{} for _ in config.rungs]
-        self._settled: set[int] = set()  # rungs where nobody deserves it, as long as nothing changes there
+        self._settled: set[int] = set()  # rungs without a promotion until a result changes
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        """Take in a new or a changed record."""
+        """Add a new or changed record."""
         for evaluation in record.evaluations:
             if evaluation.status != "complete":
                 continue
@@ -41,7 +41,7 @@ class Promotions:
                 self._settled.discard(evaluation.rung)
 
     def next(self) -> Result | None:
-        """Who goes on now, and from which rung."""
+        """The result whose candidate is promoted now, highest rung first; None if there is none."""
         for rung in reversed(range(len(self._results) - 1)):
             if rung not in self._settled:
                 found = promotion(list(self._results[rung].values()), self._config.promote, self._cost)

@@ -1,4 +1,4 @@
-"""What a process that ended left behind: finished results in its outbox, and candidates that were never closed."""
+"""Recovery after a kill: store the results left in an outbox, and close candidates that have all their results."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prunesearch.workers.outbox import delete, delivered, discard, set_aside
 
 
 class Recovery:
-    """Brings what is in outboxes into the storage.
+    """Moves results from outboxes to the storage.
 
-    folder: of the study. kept: uid and rung of results that stay in an outbox, because another driver evaluates the
-    same by now; they are adopted if that driver dies.
+    folder: of the study. kept: (uid, rung) of results that stay in an outbox, because another driver has taken the
+    candidate over. They are adopted if that driver dies.
     """
 
     def __init__(self, state: SearchState, store: Store, folder: Path) -> None:
@@ -30,18 +30,19 @@ class Recovery:
         self.kept: set[tuple[str, int]] = set()
 
     def adopt(self, outbox: Path, dead: Container[str] = ()) -> list[Record]:
-        """Finish what is in an outbox and not in the storage; returns what was finished.
+        """Store the results of an outbox that the storage lacks; returns the records that were changed.
 
-        The only driver also looks into the folders of an outbox, which belong to drivers that once were several. dead:
-        drivers that have ended, and whose candidates may be taken over.
+        A driver that is alone also reads the subfolders of the outbox, which are left from a run with several drivers.
+
+        dead: names of drivers that have ended. Their candidates may be taken over.
         """
         found = []
         for path, task, evaluation in delivered(outbox, deep=self.store.alone):
-            if task.confirms is not None or task.supernet is not None:  # not of the search: others adopt them
+            if task.confirms is not None or task.supernet is not None:  # they have their own recovery
                 continue
             try:
                 record = self._record_of(task, evaluation)
-            except Exception as error:  # whatever the file says, it must not stop the search
+            except Exception as error:  # a bad file must not stop the search
                 set_aside(path, f"it does not belong to this study: {error}")
                 continue
             finished = self._adopt(path, record, task, evaluation, dead)
@@ -50,7 +51,10 @@ class Recovery:
         return found
 
     def close_half_closed(self) -> int:
-        """Close candidates whose result is there, after a kill between two writes to a journal; returns how many."""
+        """Close running candidates that have their result; returns how many.
+
+        A kill between two writes to a journal leaves such candidates.
+        """
         running = [one for one in self.state.records.values() if one.state == "running" and self.store.owns(one)]
         half = [record for record in running if record.rung_done == record.rung]
         for record in half:
@@ -58,12 +62,12 @@ class Recovery:
         return len(half)
 
     def close(self, record: Record) -> None:
-        """Close a candidate with the result that it has."""
+        """Close a candidate with the result that is already stored."""
         assert record.evaluation is not None
         self.state.records[record.uid] = self.store.finish(record, record.evaluation) or record
 
     def discard(self, outbox: Path, record: Record, rung: int) -> None:
-        """Delete a result from an outbox, now that the storage has it. Raises RunError when it has not."""
+        """Delete a result from an outbox. Raises RunError when the storage does not have it."""
         if not self.store.holds(record.number, rung):
             raise contradiction(f"candidate {record.number}", f"the database lacks its result at rung {rung}")
         discard(outbox, record.uid, rung)
@@ -72,10 +76,10 @@ class Recovery:
         self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str]
     ) -> Record | None:
         is_next = task.rung == record.rung + 1 and record.state == "paused"
-        if (record.number < 0 and task.rung == 0) or is_next:  # the storage is an older copy that does not know of it
+        if (record.number < 0 and task.rung == 0) or is_next:  # the storage is an older copy without it
             begun = begin(self.store, replace(record, state="running", rung=task.rung))
             if begun is None:
-                return None  # another driver is at it
+                return None  # another driver has claimed it
             record = self.state.records[task.uid] = begun
         if record.number < 0:
             set_aside(path, "its smaller budgets are not in the storage")
@@ -99,8 +103,10 @@ class Recovery:
         return finished
 
     def _record_of(self, task: Task, evaluation: Evaluation) -> Record:
-        """The candidate that an outbox entry is about, with number -1 when the study lacks it. Raises ValueError when
-        it is of another study, and anything for values that make no sense."""
+        """The candidate of an outbox entry; its number is -1 when the study lacks it.
+
+        Raises ValueError when the entry is of another study. Damaged values may raise any exception.
+        """
         is_rung = 0 <= task.rung < len(self.config.rungs)
         if not is_rung or (task.uid, task.rung) != (evaluation.uid, evaluation.rung):
             raise ValueError(f"rung {task.rung} of {task.uid} does not fit rung {evaluation.rung} of {evaluation.uid}")
@@ -115,7 +121,7 @@ class Recovery:
 
 
 def begin(store: Store, record: Record) -> Record | None:
-    """Claim a new candidate, or one that goes on: write to the storage that it runs here. None: another driver was
+    """Claim a new or promoted candidate: write to the storage that this driver runs it. None when another driver was
     faster."""
     if record.rung > 0:
         return replace(record, owner=store.owner) if store.promote(record) else None

@@ -1,10 +1,10 @@
-"""Which candidate goes on to a larger budget: successive halving by Pareto rank, as a pure function over results.
+"""Successive halving by Pareto rank: which candidate is promoted to the next budget. Pure functions over results.
 
-Promotion-type and asynchronous (ASHA, Li et al. 2020): whenever a worker is free, the best candidate that deserves it
-goes on, and when there is none, a new one starts at the first rung. Candidates are ordered by how much they break the
+Asynchronous, promotion-type (ASHA, Li et al. 2020): when a worker is free, the best candidate that qualifies is
+promoted; when there is none, a new one starts at the first rung. Candidates are ordered by how much they break the
 limits, then by non-dominated rank, then by spread along their front (epsilon-net, as in MO-ASHA, Schmucker et al.
-2021). The net grows from those of a front that went on already: built anew after each result, it would pick others
-each time, and in the end everybody. The same results give the same decision; ties go by uid.
+2021). The net extends the points that were already promoted: a net built anew after each result would pick different
+points each time and in the end promote all of them. The same results give the same decision; ties are broken by uid.
 
 Objectives are losses here: all of them are minimized.
 """
@@ -20,15 +20,15 @@ import numpy as np
 from prunesearch.front import nondominated_ranks
 
 BANDS = 3
-"""Parts of the range of costs, each of which sends on at least one candidate."""
+"""The range of costs is split into this many parts. At least one candidate of each part is promoted."""
 
 
 @dataclass(frozen=True)
 class Result:
     """A complete evaluation of a candidate at a rung.
 
-    losses: objectives, minimized. excess: by how much all limits together are broken, 0 is within them. is_start:
-    goes on in any case. is_promoted: it has gone on already, whatever became of it there.
+    losses: objectives, minimized. excess: by how much all limits together are broken; 0 is within them. is_start: a
+    start schedule, which is always promoted. is_promoted: it was already promoted, even if it failed there.
     """
 
     uid: str
@@ -40,11 +40,13 @@ class Result:
 
 
 def promotion(results: Sequence[Result], one_in: int, cost: int | None) -> Result | None:
-    """Who of one rung goes on now; None is nobody.
+    """The result of one rung that is promoted now, or None.
 
-    Start schedules go on at once. Others wait until a rung has 2 * one_in results; from then on those among its best
-    1/one_in, and the best one within the limits of each third of the range of costs (the column `cost` of the losses)
-    from which nobody went on yet, not even an anchor. Results with a loss that is not finite do not take part.
+    Start schedules are promoted at once. Others are promoted when the rung has 2 * one_in results: first the best
+    1/one_in of them, then the best one within the limits from each third of the range of costs that has no promoted
+    result yet (start schedules count). Results with a loss that is not finite are ignored.
+
+    cost: column of the losses that holds the cost; None: no promotion by cost.
     """
     finished = sorted((one for one in results if all(map(math.isfinite, one.losses))), key=lambda one: one.uid)
     for result in finished:
@@ -58,22 +60,22 @@ def promotion(results: Sequence[Result], one_in: int, cost: int | None) -> Resul
         if places <= 0:
             break
         if not all(result.is_promoted for result in layer):
-            return _next_of(layer)
-    return None if cost is None else _of_an_empty_band(finished, cost)
+            return _most_distant(layer)
+    return None if cost is None else _from_band_without_promotion(finished, cost)
 
 
-def _of_an_empty_band(finished: list[Result], cost: int) -> Result | None:
+def _from_band_without_promotion(finished: list[Result], cost: int) -> Result | None:
     within = [result for result in finished if result.excess <= 0]
     bands = bands_of([result.losses[cost] for result in within])
     for band in range(BANDS):
         members = [result for result, its in zip(within, bands, strict=True) if its == band]
         if members and not any(result.is_promoted for result in members):
-            return _next_of(next(_layers(members)))
+            return _most_distant(next(_layers(members)))
     return None
 
 
 def bands_of(costs: Sequence[float]) -> list[int]:
-    """For each cost, in which third of their range it lies: 0 is the cheapest."""
+    """For each cost, the third of the range of costs in which it lies; 0 is the cheapest."""
     if not costs:
         return []
     low, extent = min(costs), max(costs) - min(costs)
@@ -81,7 +83,7 @@ def bands_of(costs: Sequence[float]) -> list[int]:
 
 
 def _layers(results: list[Result]) -> Iterator[list[Result]]:
-    """Best first: those that break the limits by the same amount (0 for most), front by front."""
+    """The results in groups, best first: ordered by excess, and for equal excess by non-dominated rank."""
     for excess in sorted({max(result.excess, 0.0) for result in results}):
         alike = [result for result in results if max(result.excess, 0.0) == excess]
         ranks = nondominated_ranks(np.array([result.losses for result in alike], dtype=np.float64))
@@ -89,16 +91,17 @@ def _layers(results: list[Result]) -> Iterator[list[Result]]:
             yield [alike[index] for index in np.flatnonzero(ranks == rank)]
 
 
-def _next_of(front: list[Result]) -> Result:
+def _most_distant(front: list[Result]) -> Result:
     losses = np.array([result.losses for result in front], dtype=np.float64)
     return front[next_of_net(losses, np.array([result.is_promoted for result in front]))]
 
 
 def next_of_net(losses: np.ndarray, taken: np.ndarray) -> int:
-    """(n, objectives) of one front, (n,) bool -> the point that spreads those taken so far best along the front.
+    """Index of the point of a front that is farthest from all taken points, with each loss scaled to [0, 1].
 
-    That is the one farthest from all of them, each loss scaled to [0, 1] over the front; when none is taken, the best
-    compromise (the smallest sum of scaled losses). Ties go to the lower index.
+    When none is taken: the best compromise (the smallest sum of scaled losses). Ties go to the lower index.
+
+    losses: (n, objectives), of one front. taken: (n,) bool.
     """
     extent = np.ptp(losses, axis=0)
     scaled = (losses - losses.min(axis=0)) / np.where(extent > 0, extent, 1.0)

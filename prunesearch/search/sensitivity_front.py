@@ -1,9 +1,8 @@
-"""Schedules on the predicted front of damage and cost, by dynamic programming over the blocks.
+"""Predict the front of damage and cost from sensitivities, by dynamic programming over the blocks.
 
-The damage of a schedule is taken to be the sum of what its stages do alone (KL divergences, measured with all tokens
-present). Its cost is exact: it depends on the tokens present at each block, which are the state that goes from block
-to block, beside the tokens that the last attention saw (a score at `pre` reads it) and, where the space limits them,
-the number of stages. For each state only what no other schedule beats in both damage and cost is kept.
+The predicted damage of a schedule is the sum of the damage of each of its stages alone (KL divergence, measured with
+all tokens present). Its cost in MACs is exact. The state of the dynamic program is what later costs depend on
+(`State`). For each state only schedules are kept that no other one beats in both damage and cost.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from prunesearch.shape import ModelShape
 from prunesearch.space.choices import BlockChoices, blocks_of, parameters_of
 
 MOST_POINTS = 256
-"""Of each state's front; what is between them is no more than a 256th of its range of costs away."""
+"""Most points kept of the front of a state. A dropped point has a kept one within 1/255 of the range of costs."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """A schedule and what the additive model says of it. divergence: nats."""
+    """A schedule with its predicted divergence (nats) and its cost (GMACs per image)."""
 
     schedule: Schedule
     divergence: float
@@ -39,8 +38,11 @@ class Predicted:
 
 
 class State(NamedTuple):
-    """What the cost of later blocks depends on: patch tokens present, tokens that the last attention saw (prefix
-    included; 0 where the next block does not ask), stages so far (0 where their number does not matter)."""
+    """What the cost of later blocks depends on.
+
+    present: patch tokens. attended: tokens in the attention of the last block, prefix tokens included; a score at `pre`
+    of the next block reads that attention; 0 where none does. stages: so far; 0 if the space does not limit them.
+    """
 
     present: int
     attended: int
@@ -48,7 +50,7 @@ class State(NamedTuple):
 
 
 class Move(NamedTuple):
-    """What a block with or without a stage leads to, and what it adds."""
+    """One block with or without a stage: the state after it, and the MACs and damage that it adds."""
 
     state: State
     macs: int
@@ -57,8 +59,11 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class _Paths:
-    """The front of one state: cost and damage so far, ascending in cost, and where each came from: the state before,
-    the place in its front, and the effect chosen (None: no stage)."""
+    """The front of one state, one entry per path, ascending in cost.
+
+    macs, damage: so far. before, place: index of the previous state, and index into the front of that state. choice:
+    index of the chosen effect; -1 is no stage.
+    """
 
     macs: np.ndarray
     damage: np.ndarray
@@ -68,10 +73,9 @@ class _Paths:
 
 
 def predicted_front(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) -> list[Predicted]:
-    """The schedules of a space that no other beats in predicted damage and MACs, the cheapest first; the dense model is
-    among them where the space has it.
+    """The schedules of a space on the predicted front of divergence and MACs, cheapest first.
 
-    Exact as long as no state has more than MOST_POINTS on its front.
+    Includes the dense model if the space does. Exact as long as no state has more than MOST_POINTS points.
     """
     found = [point for group in _groups(effects, space) for point in _front_of(group, space, shape)]
     found.sort(key=lambda point: (point.gmacs, point.divergence))
@@ -83,7 +87,8 @@ def predicted_front(effects: Sequence[Effect], space: SpaceConfig, shape: ModelS
 
 
 def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effect]]:
-    """The effects that may stand together, for each set of values that all stages of a schedule share."""
+    """Split the effects by the fields that all stages of a schedule must share (`space.same`): one group per set of
+    values."""
     values: dict[str, list[Any]] = {}
     for field in ("at", "score", "reduce", "keep"):
         if field in space.same:
@@ -91,7 +96,7 @@ def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effe
             values[field] = [value for value in given if value != "none"] or ["none"]
     for shared in itertools.product(*values.values()):
         wanted = dict(zip(values, shared, strict=True))
-        # what does not rank has no score of its own, and goes with any
+        # verbs that do not rank tokens have score "none", which fits any shared score
         yield [
             effect
             for effect in effects
@@ -148,7 +153,7 @@ def _next_layer(
 
 
 def _undominated(moves: Sequence[tuple[Move, int]]) -> list[tuple[Move, int]]:
-    """Without those that another one beats, which leads to the same state."""
+    """Drop moves for which a cheaper or equal one does no more damage and leads to the same state."""
     best: list[tuple[Move, int]] = []
     for move, choice in sorted(moves):
         last = best[-1][0] if best else None
@@ -160,7 +165,7 @@ def _undominated(moves: Sequence[tuple[Move, int]]) -> list[tuple[Move, int]]:
 def _move(
     state: State, effect: Effect | None, can_skip: bool, is_read: bool, max_stages: int | None, shape: ModelShape
 ) -> Move | None:
-    """What one block with this stage (None: without one) does; None when the stage cannot be there."""
+    """The move of one block with a stage (effect None: without one). None when the stage is not possible here."""
     prefix = shape.prefix_tokens
     if effect is None:
         tokens = state.present + prefix
@@ -190,7 +195,7 @@ def _step(stage: Stage, present: int, shape: ModelShape) -> Step | None:
 
 
 def _joined(parts: Sequence[_Paths]) -> _Paths:
-    """The front of several, the first of equals."""
+    """The front of several sets of paths. Of equal paths the first is kept."""
     columns = [np.concatenate(column) for column in zip(*(vars(part).values() for part in parts), strict=True)]
     order = np.lexsort((columns[1], columns[0]))
     damage = columns[1][order]
@@ -200,7 +205,7 @@ def _joined(parts: Sequence[_Paths]) -> _Paths:
 
 
 def _thinned(paths: _Paths) -> _Paths:
-    """At most MOST_POINTS of a front, evenly along its costs: of each bin the least damage, and the cheapest of all."""
+    """At most MOST_POINTS of a front: the path with the least damage of each cost bin, and the cheapest one."""
     size = len(paths.macs)
     if size <= MOST_POINTS:
         return paths
@@ -221,7 +226,7 @@ def _stages(layers: Sequence[dict[State, _Paths]], state: State, place: int, eff
 
 
 def _can_skip(block: BlockChoices, space: SpaceConfig) -> bool:
-    """Whether a schedule may have other stages, but none at this block."""
+    """Whether a schedule of the space may have stages at other blocks and none at this one."""
     has_full = block.keep.high == 1.0 if isinstance(block.keep, Range) else 1.0 in block.keep
     by_keep = "keep" in block.amount and has_full and "keep" not in space.same
     return by_keep or ("none" in block.amount and "amount" not in space.same)

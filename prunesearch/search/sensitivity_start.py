@@ -1,4 +1,4 @@
-"""`start_from: [sensitivity]`: what the sensitivities of a study predict to be good, to be evaluated first."""
+"""`start_from: [sensitivity]`: start schedules on the front that the sensitivities of the study predict."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from prunesearch.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 WORD = "sensitivity"
-"""Its name among the start schedules."""
+"""The word in `start_from` that stands for these schedules."""
 FILE = "sensitivity.json"
 MOST_STARTS = 16
 
 
 def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivities) -> list[Predicted]:
-    """At most MOST_STARTS schedules of the predicted front that keep the limits arithmetic knows.
+    """At most MOST_STARTS schedules of the predicted front, within the limits that can be computed without running.
 
-    Evenly along the cost, those first that matter most, so that a search that is stopped soon has a front. Where the
-    study has a budget, those next below it.
+    They are spread evenly over the cost and ordered by how much hypervolume they add, so that a search that is stopped
+    early has a front. If the study has a budget: the most expensive ones within it.
     """
     possible = [
         point
@@ -47,8 +47,10 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
 
 
 def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
-    """The sensitivities in a file, or, where there are none or those of another model, data or space, measured and
-    written there. Raises as `measure_sensitivities`."""
+    """Read the sensitivities from a file. If it is missing or does not fit the study, measure and save them.
+
+    Raises what `measure_sensitivities` raises.
+    """
     if path.is_file():
         try:
             found = load_sensitivities(path)
@@ -66,7 +68,7 @@ def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:
 
 
 def _evenly(front: Sequence[Predicted], most: int) -> list[Predicted]:
-    """Those nearest to equally spaced costs, both ends included."""
+    """The points nearest to `most` equally spaced costs, both ends included."""
     if len(front) <= most:
         return list(front)
     low, high = front[0].gmacs, front[-1].gmacs
@@ -76,7 +78,7 @@ def _evenly(front: Sequence[Predicted], most: int) -> list[Predicted]:
 
 
 def _best_first(front: Sequence[Predicted]) -> list[Predicted]:
-    """Each one adds the most to what those before it dominate, of divergence and MACs as shares of their range."""
+    """Greedy order: each next point adds the most hypervolume (divergence and MACs scaled to [0, 1])."""
     if not front:
         return []
     losses = np.array([(point.divergence, point.gmacs) for point in front])

@@ -1,6 +1,6 @@
-"""The shared weights of `evaluation: supernet`, trained by a worker before the search, part by part.
+"""Train the shared weights of `evaluation: supernet` on a worker before the search, in PARTS parts.
 
-Each part is a task, whose end is saved: a worker's death, a kill or Ctrl-C costs at most one part.
+Each part is a task that saves its result. A dead worker, a kill or Ctrl-C loses at most one part.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TICK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class SupernetTrained:
-    """A part of the shared weights' training is over: `images` of `total` so far, `seconds` spent on this part."""
+    """Event: a part of the training is finished. images: so far, of `total`. seconds: of this part."""
 
     images: int
     total: int
@@ -33,7 +33,7 @@ class SupernetTrained:
 
 
 def shared_weights(config: StudyConfig, folder: Path) -> str | None:
-    """The safetensors file from which the candidates of a study start; None when they start from the model's own."""
+    """Path of the shared weights (safetensors). None when candidates start from the weights of the model."""
     return f"{folder / 'weights' / UID}.safetensors" if config.evaluation == "supernet" else None
 
 
@@ -45,11 +45,11 @@ def prepare_supernet(
     on_event: Callable[[SupernetTrained], None] = lambda event: None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> str | None:
-    """Have the shared weights trained, unless they are there or the study has none; returns `shared_weights`.
+    """Train the shared weights if the study has some and they are not trained yet; returns `shared_weights`.
 
-    folder: of the study, absolute. outbox: of the workers. is_stopped: asked while a worker trains; when it says so,
-    KeyboardInterrupt is raised, and the next call goes on from the last part that was saved. Raises RunError when the
-    training fails.
+    folder: of the study, absolute. outbox: of the workers. is_stopped: polled while a worker trains; when it returns
+    True, KeyboardInterrupt is raised. The next call continues after the last part that was saved. Raises RunError when
+    the training fails.
     """
     if config.evaluation != "supernet":
         return None
@@ -58,7 +58,7 @@ def prepare_supernet(
     whole = supernet_task(config, folder)
     work, path = whole.supernet, shared_weights(config, folder)
     assert work is not None and path is not None
-    discard(outbox, UID, rung=0)  # of a driver that was killed; what counts is the file
+    discard(outbox, UID, rung=0)  # left by a killed driver; the weights file decides what is done
     if is_trained(whole):
         return path
     done = 0
@@ -77,7 +77,7 @@ def prepare_supernet(
 
 
 def supernet_task(config: StudyConfig, folder: Path) -> Task:
-    """The whole training as one task. Raises StudyError when the study has no settings for it."""
+    """The whole training as one task. Raises StudyError when the study has no section supernet."""
     if config.supernet is None:
         raise StudyError(
             f"study {config.name}: it has no section supernet. Possible: supernet: {{images: ...}}. Write it."
@@ -100,7 +100,7 @@ def supernet_task(config: StudyConfig, folder: Path) -> Task:
 
 
 def _next_end(done: int, images: int, batch_size: int) -> int:
-    """Where the part that begins after `done` images ends: about a tenth of all further, after a whole batch."""
+    """The number of images at which the next part ends: about a PARTS-th of all, in whole batches."""
     part = math.ceil(images / PARTS / batch_size) * batch_size
     return min(done // part * part + part, images)
 

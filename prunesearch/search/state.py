@@ -1,4 +1,4 @@
-"""What a driver knows: the candidates of the study, what the sampler learned from them, and what runs here."""
+"""The state of a driver in memory: candidates, sampler, promotions and running tasks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from prunesearch.space.choices import Value, uid_of
 
 
 class SearchState:
-    """The candidates by uid, and who may be next.
+    """The candidates of a study by uid, and the choice of the next one.
 
-    starts: the schedules that are evaluated first, by origin. under_way: tasks that workers of this driver run, by uid.
-    waiting: candidates of this driver that have to be evaluated again, in this order. rejected: proposals that
-    arithmetic or identity turned down.
+    starts: (origin, schedule) of what is evaluated first. under_way: tasks that workers of this driver run, by uid.
+    waiting: queue of candidates that this driver must evaluate again. rejected: number of proposals that were dropped,
+    because they break a limit by arithmetic or are already in the study.
     """
 
     def __init__(
@@ -39,29 +39,29 @@ class SearchState:
         self._origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
 
     def learn_all(self) -> None:
-        """Teach the sampler and the promotions all results so far."""
+        """Feed all results so far to the sampler and to the promotions."""
         self.sampler.take_up(self.records.values())
         self.promotions = Promotions(self.config, self.records.values())
 
     def begin(self, record: Record) -> None:
-        """A candidate runs now, here or elsewhere."""
+        """Note that a candidate runs now, here or in another driver."""
         self.records[record.uid] = record
         self.sampler.begin(record)
         self.promotions.add(record)
 
     def finish(self, record: Record, evaluation: Evaluation) -> None:
-        """A result is in the storage; `record` has it."""
+        """Note a result that was stored. record: the candidate with this result."""
         self.records[record.uid] = record
         self.sampler.finish(record, evaluation, self.records)
         self.promotions.add(record)
 
     def promoted(self) -> Record | None:
-        """The candidate that goes on to a larger budget now, as it would run; None is nobody."""
+        """The candidate to promote now, as a running record at its next rung; None if there is none."""
         best = self.promotions.next()
         return None if best is None else replace(self.records[best.uid], state="running", rung=best.rung + 1)
 
     def proposed(self) -> Record | None:
-        """The next new candidate, as it would run: a start schedule, else a proposal; None when there is none left."""
+        """The next new candidate: a start schedule, else a proposal of the sampler; None when there is none left."""
         while self._starts:
             schedule = self._starts.popleft()
             if uid_of(schedule, self.shape) not in self.records:
@@ -72,17 +72,17 @@ class SearchState:
         return None if proposal.schedule is None else self.candidate(proposal.schedule, proposal.parameters)
 
     def candidate(self, schedule: Schedule, parameters: Mapping[str, Value] | None = None) -> Record:
-        """A schedule as a candidate that the study does not have yet: its number is -1."""
+        """A record for a schedule that the study does not have yet; its number is -1."""
         uid = uid_of(schedule, self.shape)
         seed = seed_of(self.config.sampler.seed, uid)
         return Record(-1, uid, schedule, "running", self._origins.get(uid, "sampler"), seed, parameters=parameters)
 
     def is_here(self, uid: str) -> bool:
-        """Whether this driver is at work on a candidate."""
+        """Whether this driver runs a candidate or has it in its queue."""
         return uid in self.under_way or any(record.uid == uid for record in self.waiting)
 
     def count(self, state: State) -> int:
-        """How many candidates are in a state."""
+        """Number of candidates in a state."""
         return sum(record.state == state for record in self.records.values())
 
     def has_succeeded(self, rung: int) -> bool:

@@ -1,4 +1,4 @@
-"""From a candidate of a study to the task that a worker gets."""
+"""Make the task for a worker from a candidate of a study."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> Task:
-    """The evaluation of a record at its rung, continued from the checkpoint of the rung below."""
+    """The task that evaluates a record at its rung, continuing from the checkpoint of the rung below."""
     budget = config.rungs[record.rung]
     return replace(
         candidate_task(record, config, budget),
@@ -29,7 +29,7 @@ def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> 
 
 
 def candidate_task(record: Record, config: StudyConfig, budget: Budget) -> Task:
-    """The evaluation of a record with any budget, from the model's own weights, outside the search."""
+    """A task for a record with any budget, starting from the weights of the model, without a checkpoint."""
     return Task(
         uid=record.uid,
         model=config.model,

@@ -1,1 +1,1 @@
-"""Where a study is kept, and who may write to it."""
+"""Storage of a study: Optuna's database or journal, locks, and which driver may write."""

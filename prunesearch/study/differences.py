@@ -1,4 +1,4 @@
-"""Whether a study may be continued with these settings, and if not, what is different."""
+"""Compare the settings of a study file with those of the stored study, and refuse differences that matter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from prunesearch.strict import from_mapping, to_mapping
 
 _DATA = ("data.root", "data.val_root", "data.test_root", "data.test_split", "data.loaders", "data.in_memory")
 MAY_CHANGE = ("workers", "stop", "confirm", "metrics", "plugins", *_DATA)
-"""Settings that a continued study may have different; all others decide what its numbers mean. The same images may lie
-elsewhere on another machine, and those for the test have no part in the search."""
+"""Settings that may differ when a study is continued. All others affect its results. The data settings may differ
+because the same images may have another path on another machine, and because test images do not affect the search."""
 MAY_MEND = (
     "model.checkpoint",
     "model.pretrained",
@@ -22,24 +22,24 @@ MAY_MEND = (
     "data.train_split",
     "data.val_split",
 )
-"""Settings that may also differ as long as nothing was evaluated: where weights and images are, which people get wrong
-at first. What is searched, and how candidates are judged, is no such setting."""
+"""Settings that may also differ as long as no evaluation is complete: names and places of weights and images, which are
+often wrong at first. The space and the objectives may never differ."""
 
 
 def differences(old: StudyConfig, new: StudyConfig) -> dict[str, str]:
-    """Settings that decide what the numbers of a study mean and are not the same: field -> "field: old -> new"."""
+    """The differing settings that are not in MAY_CHANGE: field -> "field: old -> new"."""
     before, after = _flat(to_mapping(old, defaults=True)), _flat(to_mapping(new, defaults=True))
     return {
-        name: f"{name}: {_said(before, name)} -> {_said(after, name)}"
+        name: f"{name}: {_as_json(before, name)} -> {_as_json(after, name)}"
         for name in sorted(before.keys() | after.keys())
-        if _said(before, name) != _said(after, name) and not _is_among(name, MAY_CHANGE)
+        if _as_json(before, name) != _as_json(after, name) and not _is_among(name, MAY_CHANGE)
     }
 
 
 def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any], may_mend: bool) -> bool:
-    """Raises StudyError with all differences that matter between a study file and what the study was made with.
+    """Raise StudyError with all differences between `config` and the `saved` one that are not allowed.
 
-    may_mend: nothing was evaluated, so that settings of `MAY_MEND` may differ. Returns whether one does.
+    may_mend: no evaluation is complete, so settings in MAY_MEND may differ. Returns whether one of them does.
     """
     place = f"study {config.name!r}"
     changed = differences(from_mapping(StudyConfig, saved, place), config)
@@ -61,7 +61,7 @@ def _is_among(name: str, settings: Sequence[str]) -> bool:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted names; lists stay whole."""
+    """Flatten nested mappings to dotted names. Lists are kept whole."""
     if not isinstance(value, dict):
         return {name: value}
     flat: dict[str, Any] = {}
@@ -70,5 +70,5 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _said(flat: Mapping[str, Any], name: str) -> str:
+def _as_json(flat: Mapping[str, Any], name: str) -> str:
     return json.dumps(flat[name]) if name in flat else "absent"

@@ -1,4 +1,4 @@
-"""What Optuna records of a candidate: parameters of a space with their distributions."""
+"""Parameters of a space as Optuna parameters and distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunesearch.space.choices import Choice, Dimension, Value, dimensions
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Without Optuna's notes on new studies and experimental parts; its settings are as before afterwards."""
+    """Silence Optuna's log messages and ExperimentalWarning within the block."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -30,7 +30,7 @@ def quiet_optuna() -> Iterator[None]:
 def parameters_and_distributions(
     space: SpaceConfig, parameters: Mapping[str, Value] | None
 ) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    """What an Optuna trial records of a candidate; nothing when it lies outside the space."""
+    """Parameters and distributions for an Optuna trial; both empty when `parameters` is None (outside the space)."""
     if parameters is None:
         return {}, {}
     return dict(parameters), {name: distribution_of(dimension) for name, dimension in dimensions(space).items()}

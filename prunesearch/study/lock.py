@@ -1,6 +1,6 @@
-"""Who may write to a study, and under which name: one driver alone, or several that share a database.
+"""File locks of a study: they allow one driver, or several that share a database, and give each driver a name.
 
-The kernel releases locks when a process ends, however it ends.
+The kernel releases the locks when a process ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunesearch.errors import StudyError
 
 @dataclass(frozen=True)
 class Place:
-    """The name of a driver, and the file that it holds locked as long as it lives; None for the only driver."""
+    """The name of a driver, and the file that it keeps locked while it lives (None if it is the only driver)."""
 
     name: str
     file: Path | None = None
@@ -29,14 +29,16 @@ class Place:
 
 @contextmanager
 def only_driver(folder: Path, journal: Path | None = None) -> Iterator[Place]:
-    """Be the only driver of a study in its folder, and of its journal, which drivers of other folders may name too.
-    Raises StudyError when there is another one."""
+    """Lock a study folder, and the journal if any, for this driver alone. Raises StudyError when another driver has it.
+
+    The journal has a lock of its own, because drivers with other folders may use the same journal.
+    """
     name = f"{socket.gethostname()}:{os.getpid()}"
     places = {folder: folder / "lock"}
     if journal is not None:
-        journal = journal.resolve()  # by whatever name it was given, its lock is one file
+        journal = journal.resolve()  # all paths to one journal must give one lock file
         journal.parent.mkdir(parents=True, exist_ok=True)
-        places[journal] = journal.with_name(f"{journal.name}.driver")  # NAME.lock is Optuna's
+        places[journal] = journal.with_name(f"{journal.name}.driver")  # Optuna uses NAME.lock
     with ExitStack() as stack:
         for place, path in places.items():
             file = stack.enter_context(path.open("a+"))
@@ -48,10 +50,13 @@ def only_driver(folder: Path, journal: Path | None = None) -> Iterator[Place]:
 
 @contextmanager
 def one_of_several(folder: Path, database: Path | None) -> Iterator[Place]:
-    """Be one of several drivers. The name is that of the first free place of the folder: whoever is started again
-    after a crash has the name of before, and takes up what ran under it.
+    """Lock a place as one of several drivers, and take the name of that place.
 
-    database: SQLite file, whose folder must not have a driver that takes itself for the only one; None for servers.
+    The first free place of the folder is taken. A driver that is started again after a crash therefore gets its former
+    name, and continues the candidates that ran under it.
+
+    database: the SQLite file; None for servers. Raises StudyError when a driver that must be alone (`only_driver`) runs
+    in the folder of that file.
     """
     with ExitStack() as stack:
         if database is not None:
@@ -62,9 +67,10 @@ def one_of_several(folder: Path, database: Path | None) -> Iterator[Place]:
 
 
 def is_held(path: Path, name: str) -> bool | None:
-    """Whether the driver with this name lives, by the lock of its file; None where there is no such file.
+    """Whether the driver with this name is alive, judged by the lock on its file.
 
-    Not for one's own file: closing it would give up the lock.
+    None when the file is missing or is another driver's. Do not call it for your own file: closing the file releases
+    the lock.
     """
     try:
         with path.open("r+") as file:

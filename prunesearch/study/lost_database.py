@@ -1,4 +1,4 @@
-"""A study whose database is gone, or is not the one it was: this is noticed, and nothing starts over in silence."""
+"""Detect a database that was removed or replaced, so that a study never starts over silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunesearch.files import load_study
 
 
 def contradiction(where: str, found: str) -> RunError:
-    """The database does not hold what this search wrote to it."""
+    """The error for a database that lacks what this search wrote to it."""
     return RunError(
         f"{where}: {found}. Possible: the database that the search began with, as the search left it. What finished "
         f"since stays in the outbox. Put that database back, or its newest copy, and run the study again to continue; "
@@ -20,20 +20,20 @@ def contradiction(where: str, found: str) -> RunError:
 
 
 class DatabaseFile:
-    """The file of a storage as it is now. `check` tells later whether the path still leads to the same file.
+    """Remembers the identity of a storage file; `check` verifies later that the path still leads to it.
 
-    only_grows: true for a journal. SQLite may give pages back, but never all of them.
+    only_grows: True for a journal. An SQLite file may shrink, but never to 0 bytes.
     """
 
     def __init__(self, path: Path, only_grows: bool) -> None:
         self.path = path.absolute()
         self._only_grows = only_grows
-        self._watched = [self.path, self.path.with_name(f"{self.path.name}-wal")]  # SQLite's newest changes are there
+        self._watched = [self.path, self.path.with_name(f"{self.path.name}-wal")]  # holds SQLite's newest changes
         self._identities = {path: identity for path in self._watched if (identity := _identity(path)) is not None}
         self._size = self.path.stat().st_size
 
     def check(self) -> None:
-        """Raise RunError when the file was removed, replaced or cut off."""
+        """Raise RunError when the file was removed, replaced or truncated."""
         for path, before in self._identities.items():
             now = _identity(path)
             if now is None:
@@ -47,7 +47,10 @@ class DatabaseFile:
 
 
 def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, knows_study: Callable[[], bool]) -> None:
-    """Raise StudyError when a folder has weights of this study, and its storage, called so, does not know it."""
+    """Raise StudyError when a folder has weights of this study but its storage does not have the study.
+
+    storage: name of the storage for the message. knows_study: asks the storage.
+    """
     weights = [path for path in (folder / "weights").glob("*") if not path.name.startswith(".")]
     if not weights or _name_in(folder / "study.yaml") != config.name or knows_study():
         return
@@ -59,7 +62,7 @@ def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, knows_
 
 
 def _name_in(path: Path) -> str | None:
-    """The name of the study that was run in a folder; None when there is none, or nobody can tell."""
+    """The name in a study file; None when the file is missing or cannot be read."""
     try:
         return load_study(path).name
     except FileError:

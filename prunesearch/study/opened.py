@@ -1,4 +1,4 @@
-"""Open a study to write to it: its locks, its storage, and the copy of its settings in its folder."""
+"""Open a study for writing: lock it, open its storage and write study.yaml to its folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from prunesearch.study.store import Store, open_store
 
 
 def url_and_drivers(folder: Path, storage: str | None) -> tuple[str, bool]:
-    """The storage URL of a study, and whether it has one driver only. Raises StudyError for a URL that cannot be.
+    """The storage URL of a study, and whether only one driver may use it. Raises StudyError for an invalid URL.
 
-    A database that was named may have several drivers. The database of a folder, a journal and memory have one.
+    A database given by `storage` may have several drivers. The database in the folder, a journal and memory have one.
     """
     url = storage_url(folder) if storage is None else storage
     check_url(url)
@@ -33,9 +33,9 @@ def opened_study(
     storage: str | None = None,
     on_wait: Callable[[str, float], bool] = lambda why, waited: True,
 ) -> Iterator[tuple[Store, Place]]:
-    """Make a study or continue it, until the block ends. folder: absolute. on_wait: see `Patience`.
+    """Create or continue a study, and close it at the end of the block. folder: absolute. on_wait: see `Patience`.
 
-    Raises StudyError when another driver has it, its database is lost, or it has other settings.
+    Raises StudyError when another driver has locked it, its database is lost, or its stored settings differ.
     """
     url, alone = url_and_drivers(folder, storage)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A study that is only looked at: trials of Optuna's storage, read as records."""
+"""Read a study without writing to it: the trials of Optuna's storage as records."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ _STATES: dict[TrialState, State] = {
 
 
 _DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What reading stored data raises that is not as it was written."""
+"""Exceptions that reading damaged data may raise."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life of a driver: a number that it never said before, None when it ended by itself; the machine it is
-    on, and the file that it holds locked."""
+    """A sign of life of a driver.
+
+    count: a new number with each beat; None: the driver has ended normally. machine: id of its machine. place: the file
+    that it keeps locked.
+    """
 
     count: int | None
     machine: str
@@ -58,28 +61,28 @@ class Beat:
 
 @dataclass(frozen=True)
 class Claim:
-    """A driver evaluates a candidate of the front again; failed: it did, in vain."""
+    """A claim to confirm a candidate. owner: the driver. failed: it tried, and the evaluation failed."""
 
     owner: str
     failed: bool = False
 
 
 class StudyReader:
-    """A study that is only looked at; works while a search writes to it."""
+    """Read-only view of a study. It may be used while a search writes to the study."""
 
     def __init__(self, storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
         self._storage, self._study_id, self.config = storage, study_id, config
         self.file: Path | None = None
-        """Where it is stored, when that is a file."""
+        """The file of the storage; None for a server or memory."""
         self.has_begun = False
-        """Whether its start schedules are known."""
+        """Whether its start schedules are stored."""
         self.vocabulary = Vocabulary()
-        """What its scores and verbs mean; empty for a study that an earlier version began."""
+        """Facts of its scores and verbs; empty for a study begun by an earlier version."""
         self.unreadable: dict[int, str] = {}
-        """Trials that are left out because they cannot be read, and why, as of the last reading."""
+        """Trials that could not be read by the last `records`: number -> reason."""
 
     def records(self) -> list[Record]:
-        """Every candidate so far that can be read, in the order of their numbers; see `unreadable`."""
+        """All candidates so far that can be read, by number. The others are in `unreadable`."""
         with storage_errors(self.file):
             trials, unreadable = read_trials(self._storage, self._study_id)
             attributes = self._storage.get_study_user_attrs(self._study_id)
@@ -94,19 +97,19 @@ class StudyReader:
         return list(records.values())
 
     def _leave_out(self, unreadable: dict[int, str]) -> None:
-        """Say once which trials cannot be read."""
+        """Log once for each trial that it cannot be read."""
         for number, why in sorted(unreadable.items()):
             if number not in self.unreadable:
                 logger.warning("trial %d: %s; it is left out", number, why)
         self.unreadable = unreadable
 
     def close(self) -> None:
-        """Give back connections."""
+        """Close the connections."""
         close_storage(self._storage)
 
 
 def has_study(url: str, name: str) -> bool:
-    """Whether a study was begun there, so that its storage knows its start schedules."""
+    """Whether a storage has a study whose start schedules are stored."""
     try:
         reader = open_study_readonly(storage=url, name=name)
     except (StudyError, RunError):
@@ -116,8 +119,10 @@ def has_study(url: str, name: str) -> bool:
 
 
 def knows_study(url: str, name: str) -> bool:
-    """Whether a storage holds a study. Raises StudyError or RunError when it cannot be read, but not when there is no
-    such database, study or table."""
+    """Whether a storage holds a study; False also when there is no such database or table.
+
+    Raises StudyError or RunError when the storage cannot be read.
+    """
     try:
         open_study_readonly(storage=url, name=name).close()
     except (StudyError, RunError) as error:
@@ -135,9 +140,9 @@ def knows_study(url: str, name: str) -> bool:
 def open_study_readonly(
     folder: Path | None = None, *, storage: str | None = None, name: str | None = None
 ) -> StudyReader:
-    """Open a study to look at it: by its folder, or by storage URL and study name (the only one there when absent).
+    """Open a study for reading, by its folder or by storage URL and name.
 
-    Raises StudyError when there is none.
+    name may be left out when the storage has one study. Raises StudyError when there is no such study.
     """
     if storage is None:
         if folder is None:
@@ -163,7 +168,7 @@ def open_study_readonly(
 
 @dataclass(frozen=True)
 class _About:
-    """What a trial says of its candidate in its attributes, besides the evaluations."""
+    """The user attributes of a trial that describe its candidate, without the evaluations."""
 
     uid: str
     schedule: Schedule
@@ -174,7 +179,7 @@ class _About:
 
 
 def read_trials(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial], dict[int, str]]:
-    """All trials of a study that Optuna can read, and for the others, by number, why it cannot."""
+    """The trials of a study that Optuna can read, and number -> reason for those that it cannot."""
     try:
         return storage.get_all_trials(study_id, deepcopy=False), {}
     except _DAMAGED:
@@ -183,7 +188,7 @@ def read_trials(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial],
             raise
         with database.engine.begin() as connection:
             found = rows.trial_numbers(connection, study_id)
-        if not found:  # it is not the trials that are damaged
+        if not found:  # something other than a trial is damaged
             raise
     trials, unreadable = [], {}
     for trial_id, number in found:
@@ -195,7 +200,7 @@ def read_trials(storage: BaseStorage, study_id: int) -> tuple[list[FrozenTrial],
 
 
 def read_record(trial: FrozenTrial, config: StudyConfig) -> Record | str:
-    """The candidate of a trial, or why it cannot be read."""
+    """The candidate of a trial, or the reason why it cannot be read."""
     try:
         return _record(trial, config)
     except FileError as error:
@@ -242,7 +247,7 @@ def _record(trial: FrozenTrial, config: StudyConfig) -> Record:
 
 
 def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
-    """How many evaluations came before it, and what it says."""
+    """(order, evaluation) of a stored result. order: how many evaluations the study had before it."""
     said = dict(value) if isinstance(value, Mapping) else {}
     order = said.pop("order", None)
     if type(order) is not int:
@@ -251,7 +256,7 @@ def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
 
 
 def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: StudyConfig) -> str | None:
-    """What an evaluation cannot say if it is one of this study."""
+    """Why an evaluation cannot belong to this study; None if it can."""
     verdict = check_evaluation(evaluation, config.deciding_metrics)
     if verdict.status != evaluation.status:
         return verdict.error
@@ -264,7 +269,7 @@ def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: Stud
 
 
 def as_said(kind: type[T], value: Any, place: str) -> T | None:
-    """What a driver wrote of itself; None when it cannot be read, as if it had said nothing."""
+    """Read what a driver stored as an attribute of the study; None (with a warning) when it cannot be read."""
     try:
         return from_mapping(kind, value, place)
     except FileError as error:
@@ -273,19 +278,19 @@ def as_said(kind: type[T], value: Any, place: str) -> T | None:
 
 
 def candidates_of(trials: list[FrozenTrial], first: int) -> list[FrozenTrial]:
-    """By number, from the first that counts, without those that are void."""
+    """The trials that are candidates, by number: from number `first` on, without void ones."""
     found = [trial for trial in trials if trial.number >= first and "void" not in trial.user_attrs]
     return sorted(found, key=lambda trial: trial.number)
 
 
 def first_number(attributes: Mapping[str, Any]) -> int:
-    """The number of the first trial that counts: see `open_store`."""
+    """The number of the first trial that counts as a candidate; see `open_store`."""
     first = attributes.get("first", 0)
     return first if type(first) is int else 0
 
 
 def confirmations_of(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluation, ...]:
-    """The evaluations after the search that can be read, in their order."""
+    """The confirmations of a candidate that can be read, by index."""
     prefix, found = f"confirm:{uid}:", {}
     for name, value in attributes.items():
         index = name.removeprefix(prefix)
@@ -298,6 +303,6 @@ def confirmations_of(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluatio
 
 
 def rung_keys(trial: FrozenTrial) -> list[str]:
-    """Names of the attributes that hold its evaluations, lowest rung first."""
+    """Names of the attributes that hold the evaluations of a trial, lowest rung first."""
     rungs = [name.removeprefix("rung:") for name in trial.user_attrs if name.startswith("rung:")]
     return [f"rung:{rung}" for rung in sorted((rung for rung in rungs if rung.isdecimal()), key=int)]

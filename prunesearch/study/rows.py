@@ -1,8 +1,8 @@
-"""Changes of a study in a database that look before they write: the SQL of claims and results, on Optuna's tables.
+"""SQL on Optuna's tables, for changes that must check and write in one transaction: claims and results.
 
-Every function here gets a connection within a transaction. One that changes a trial locks its row first, so that of
-several drivers only one at a time decides what becomes of it. The tables are those of Optuna's RDBStorage, which itself
-compares and swaps nothing but the state.
+Every function gets a connection inside a transaction. Lock the row of a trial (`lock_trial`) before you change it, so
+that only one of several drivers changes it at a time. The tables are those of Optuna's RDBStorage, whose own
+compare-and-swap covers the state of a trial only.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ _USER, _SYSTEM = _trial_attributes("user"), _trial_attributes("system")
 
 
 class Missing(Exception):
-    """A row that this driver wrote or read before is not there any more."""
+    """A row that this driver wrote or read before is gone."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial whose row is locked until the transaction ends. texts: its user attributes as JSON, by name."""
+    """A trial whose row is locked until the end of the transaction. texts: its user attributes, name -> JSON."""
 
     trial_id: int
     state: str
@@ -85,7 +85,7 @@ class Trial:
 
     @cached_property
     def attempts(self) -> list[int]:
-        """For each rung that was begun, how often."""
+        """How often each rung was begun, lowest rung first."""
         return list(json.loads(self.texts["attempts"]))
 
     @cached_property
@@ -94,16 +94,16 @@ class Trial:
 
     @property
     def rung(self) -> int:
-        """The rung that runs, else the one that was begun last."""
+        """The rung that was begun last."""
         return len(self.attempts) - 1
 
     def has(self, rung: int) -> bool:
-        """Whether the evaluation of a rung is there."""
+        """Whether the evaluation of a rung is stored."""
         return f"rung:{rung}" in self.texts
 
 
 def lock_trial(connection: sql.Connection, trial_id: int) -> Trial:
-    """Read a trial and keep others from changing it. Raises Missing."""
+    """Read a trial and lock its row. Raises Missing."""
     query = sql.select(_TRIALS.c.state).where(_TRIALS.c.trial_id == trial_id).with_for_update()
     row = connection.execute(query).first()
     texts = sql.select(_USER.c.key, _USER.c.value_json).where(_USER.c.trial_id == trial_id)
@@ -122,7 +122,7 @@ def change_trial(
     constraints: Mapping[str, float] | None = None,
     values: Iterable[float] = (),
 ) -> None:
-    """Write to a trial that was locked. constraints: those that are there already stay."""
+    """Write to a locked trial. constraints: existing ones are not overwritten."""
     for key, value in (attributes or {}).items():
         _set(connection, _USER, {"trial_id": trial.trial_id}, key, json.dumps(value), key in trial.texts)
     if constraints:
@@ -150,8 +150,10 @@ def create_trial(
     attributes: Mapping[str, Any],
     constraints: Mapping[str, float],
 ) -> tuple[int, int]:
-    """A new trial that runs, of a study that was locked: its id and number. parameters: for each name Optuna's internal
-    value and its distribution as JSON."""
+    """Insert a running trial into a locked study; returns its id and number.
+
+    parameters: name -> (Optuna's internal value, distribution as JSON).
+    """
     of_study = sql.select(sql.func.count()).select_from(_TRIALS).where(_TRIALS.c.study_id == study_id)
     number = int(connection.execute(of_study).scalar_one())
     trial = {"study_id": study_id, "number": number, "state": "RUNNING", "datetime_start": _now()}
@@ -185,7 +187,7 @@ def create_trial(
 
 
 def lock_study(connection: sql.Connection, study_id: int) -> None:
-    """Keep others from creating trials and from claiming confirmations. Raises Missing."""
+    """Lock the row of a study: no other driver can create trials or claim confirmations. Raises Missing."""
     query = sql.select(_STUDIES.c.study_id).where(_STUDIES.c.study_id == study_id).with_for_update()
     if connection.execute(query).first() is None:
         raise Missing("the study is not there any more")
@@ -194,11 +196,13 @@ def lock_study(connection: sql.Connection, study_id: int) -> None:
 def candidates_with(
     connection: sql.Connection, study_id: int, uid: str, first: int, without: Collection[int]
 ) -> tuple[list[tuple[int, int]], int]:
-    """Id and number of the candidates with a uid, and how many candidates the study has in all. Trials count from the
-    number `first` on, but for the numbers `without`."""
+    """(id, number) of the candidates with a uid, and the number of all candidates of the study.
+
+    Trials below the number `first` and those with a number in `without` are no candidates.
+    """
     counts = (_TRIALS.c.study_id == study_id) & (_TRIALS.c.number >= first) & _TRIALS.c.number.not_in(without)
     joined = sql.join(_TRIALS, _USER, _TRIALS.c.trial_id == _USER.c.trial_id)
-    is_void = _USER.c.key == "void"  # so earlier versions marked what came second
+    is_void = _USER.c.key == "void"  # earlier versions marked duplicates like this
     is_same = (_USER.c.key == "uid") & (_USER.c.value_json == json.dumps(uid))
     query = (
         sql.select(_TRIALS.c.trial_id, _TRIALS.c.number, _USER.c.key)
@@ -213,13 +217,13 @@ def candidates_with(
 
 
 def trial_numbers(connection: sql.Connection, study_id: int) -> list[tuple[int, int]]:
-    """Id and number of all trials of a study, in the order of their numbers."""
+    """(id, number) of all trials of a study, by number."""
     query = sql.select(_TRIALS.c.trial_id, _TRIALS.c.number).where(_TRIALS.c.study_id == study_id)
     return [(row.trial_id, row.number) for row in connection.execute(query.order_by(_TRIALS.c.number))]
 
 
 def holds(connection: sql.Connection, trial_id: int, rung: int) -> bool:
-    """Whether the evaluation of a rung is in the database."""
+    """Whether the database has the evaluation of a rung."""
     query = sql.select(_USER.c.key).where((_USER.c.trial_id == trial_id) & (_USER.c.key == f"rung:{rung}"))
     return connection.execute(query).first() is not None
 
@@ -228,26 +232,26 @@ def holds(connection: sql.Connection, trial_id: int, rung: int) -> bool:
 
 
 def study_attribute(connection: sql.Connection, study_id: int, key: str) -> Any:
-    """None when it is not there."""
+    """The value of an attribute of a study; None when it is not there."""
     text = connection.execute(sql.select(_STUDY_ATTRIBUTES.c.value_json).where(_of_study(study_id, key))).scalar()
     return None if text is None else json.loads(text)
 
 
 def set_study_attribute(connection: sql.Connection, study_id: int, key: str, value: Any) -> None:
-    """Of a study that was locked."""
+    """Write an attribute of a locked study."""
     is_there = study_attribute(connection, study_id, key) is not None
     _set(connection, _STUDY_ATTRIBUTES, {"study_id": study_id}, key, json.dumps(value), is_there)
 
 
 def delete_study_attribute(connection: sql.Connection, study_id: int, key: str) -> None:
-    """Nothing happens when it is not there."""
+    """Delete an attribute of a study, if it is there."""
     connection.execute(sql.delete(_STUDY_ATTRIBUTES).where(_of_study(study_id, key)))
 
 
 def swap_study_attribute(
     connection: sql.Connection, study_id: int, key: str, before: Iterable[Any], after: Any
 ) -> bool:
-    """Replace a value if it is one of those; whether it was."""
+    """Replace an attribute by `after` if its value is one of `before`; returns whether it was."""
     is_before = _STUDY_ATTRIBUTES.c.value_json.in_([json.dumps(value) for value in before])
     change = sql.update(_STUDY_ATTRIBUTES).where(_of_study(study_id, key) & is_before)
     return connection.execute(change.values(value_json=json.dumps(after))).rowcount == 1
@@ -269,5 +273,5 @@ def _set(
 
 
 def _now() -> datetime:
-    """As Optuna's databases store it: UTC without saying so."""
+    """UTC without a time zone, as Optuna stores times."""
     return datetime.now(timezone.utc).replace(tzinfo=None)

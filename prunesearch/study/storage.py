@@ -1,4 +1,4 @@
-"""Optuna storages: opened so that several processes can write, and asked again while they are away."""
+"""Open Optuna storages by URL, safely for several writing processes, and retry while a storage is unavailable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUSY_SECONDS = 60
 CONNECT_SECONDS = 10
 """How long a database server may take to answer when a connection is made."""
 PATIENCE_SECONDS = 600.0
-"""How long a search waits for a storage that is away or full."""
+"""How long a search waits for a storage that is unavailable or full."""
 PAUSE_SECONDS = 2.0
 POSSIBLE = "sqlite:///FILE, postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, mysql://..., journal:FILE"
 _CONNECT_TIMEOUT = {
@@ -42,21 +42,21 @@ _CONNECT_TIMEOUT = {
     "mysqlconnector": "connection_timeout",
     "pg8000": "timeout",
 }
-"""What each database driver calls the seconds that connecting may take."""
+"""Name of the connection timeout (seconds) in each database driver."""
 T = TypeVar("T")
 _PASSWORD = re.compile(r"(://[^/:@?]*:).*@|^([^/:@?]*:)(?!//).*@", re.DOTALL)
 _NO_PORT = re.compile(r"(://[^/:@?]*:)(?!\d*(?:[/?]|$))[^@]*$", re.DOTALL)
-"""What stands where a port should, when the host was forgotten: the password."""
+"""A password in the place of the port, as in a URL whose host was forgotten."""
 _SECRET = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
 def storage_url(folder: Path) -> str:
-    """The URL of the SQLite file in a study folder. What a URL gives a meaning (%, ?, #, spaces) is escaped."""
+    """The URL of the SQLite file in a study folder. Special characters of URLs (%, ?, #, spaces) are escaped."""
     return f"sqlite:///{quote(os.fsencode(folder.absolute() / 'study.db'))}"
 
 
 def check_url(url: str) -> None:
-    """Raises StudyError when no storage can be opened by this URL, whatever is there. Nothing is opened or made."""
+    """Raise StudyError for a URL that is invalid or whose database driver is missing. Opens and creates nothing."""
     if url.startswith("journal:"):
         if url == "journal:" or "\0" in url:
             raise StudyError(f"storage {url}: it names no file. Possible: journal:FILE. Name the file.")
@@ -66,7 +66,7 @@ def check_url(url: str) -> None:
     place = f"storage {shown(url)}"
     try:
         parsed = make_url(url)
-    except ArgumentError:  # neither error is shown: it may hold the password
+    except ArgumentError:  # the error is hidden, because it may contain the password
         raise StudyError(f"{place} cannot be opened: it is not a URL. Possible: {POSSIBLE}. Correct it.") from None
     except ValueError:
         raise StudyError(
@@ -95,12 +95,12 @@ def check_url(url: str) -> None:
 
 
 def open_storage(url: str, *, writing: bool) -> BaseStorage:
-    """An Optuna storage by URL: a database, journal:FILE, or memory:. Raises StudyError when it cannot be opened.
+    """Open an Optuna storage: a database, journal:FILE or memory:. Raises StudyError when it cannot be opened.
 
-    Without `writing` no file is made or changed.
+    writing: False creates and changes no file.
     """
     check_url(url)
-    if url == "memory:":  # for searches that are replayed: nothing stays
+    if url == "memory:":  # for replayed searches; nothing is kept
         return optuna.storages.InMemoryStorage()
     file = file_of(url)
     try:
@@ -114,13 +114,12 @@ def open_storage(url: str, *, writing: bool) -> BaseStorage:
                 file.parent.mkdir(parents=True, exist_ok=True)
         if url.startswith("journal:"):
             return JournalStorage(JournalFileBackend(str(file)))
-        # pool_pre_ping: a connection that broke while the database was away is noticed and made anew
         rdb = _connect(url, _server_options(url) if file is None else _sqlite_options(file, writing), writing)
         if file is not None:
             _careful_sqlite(rdb.engine, writing=writing)
     except PruneSearchError:
         raise
-    except Exception as error:  # what a damaged file makes SQLite, JSON and Optuna raise is not to be foreseen
+    except Exception as error:  # damaged files make SQLite, JSON and Optuna raise anything
         where = shown(url) if file is None else file
         raise StudyError(f"storage {where} cannot be opened: {_reason(error)}. {_advice(error, file)}") from error
     return optuna.storages.get_storage(rdb)
@@ -128,15 +127,15 @@ def open_storage(url: str, *, writing: bool) -> BaseStorage:
 
 def database_of(storage: BaseStorage) -> RDBStorage | None:
     """The database behind a storage, or None for a journal and for memory."""
-    backend = getattr(storage, "_backend", None)  # of Optuna's cache around it
+    backend = getattr(storage, "_backend", None)  # Optuna wraps databases in a cache
     return backend if isinstance(backend, RDBStorage) else None
 
 
 def sqlite_file(url: str) -> Path | None:
-    """The file of an SQLite URL, relative as it is written; None for every other storage.
+    """The file of an SQLite URL, as written (it may be relative); None for every other storage.
 
-    Raises StudyError when an SQLite URL names no file. SQLAlchemy is not asked: its versions differ in what they make
-    of a % in a path.
+    Raises StudyError when an SQLite URL names no file. This does not use SQLAlchemy, whose versions treat a % in a path
+    differently.
     """
     scheme, _, rest = url.partition(":")
     if scheme.partition("+")[0] != "sqlite":
@@ -167,7 +166,7 @@ def journal_file(url: str) -> Path | None:
 
 
 def close_storage(storage: BaseStorage) -> None:
-    """Give back its connections."""
+    """Close the connections of a storage."""
     storage.remove_session()
     database = database_of(storage)
     if database is not None:
@@ -175,11 +174,13 @@ def close_storage(storage: BaseStorage) -> None:
 
 
 class Patience:
-    """Calls an operation on a storage again and again while the storage is away, locked or full.
+    """Repeat an operation on a storage while the storage is unavailable, locked or full.
 
-    on_wait: told why and for how many seconds so far; False gives up. Raises RunError when it gives up, when
-    `seconds` are over, and at once for errors that do not pass. Operations must be harmless when done twice.
-    file: of the storage, where it is one.
+    Operations must be safe to repeat. Raises RunError after `seconds`, when `on_wait` returns False, and at once for
+    errors that waiting cannot solve.
+
+    seconds: default PATIENCE_SECONDS. on_wait: called with the reason and the seconds waited so far. file: of the
+    storage, if it is a file.
     """
 
     def __init__(
@@ -205,20 +206,23 @@ class Patience:
 
 @contextmanager
 def storage_errors(file: Path | None = None) -> Iterator[None]:
-    """A storage that went away or is damaged is a failed run, not a traceback of its library. file: of the storage,
-    where it is one. Only for calls of the storage: whatever they raise counts as its error."""
+    """Turn any exception of a storage into a RunError.
+
+    Wrap calls of the storage only: whatever the block raises counts as an error of the storage. file: of the storage,
+    if it is a file.
+    """
     try:
         yield
     except (PruneSearchError, optuna.exceptions.DuplicatedStudyError):
         raise
-    except Exception as error:  # what damaged rows make Optuna raise is not to be foreseen
+    except Exception as error:  # damaged rows make Optuna raise anything
         raise _lost(error, file) from error
 
 
 def shown(url: str) -> str:
-    """The URL with *** in the place of passwords. Whatever prints a URL prints this.
+    """The URL with passwords replaced by ***. Use it wherever a URL is printed.
 
-    By patterns and not by parsing: a password may hold any character, and the URL may be wrong.
+    It uses patterns and not a parser, because passwords may contain any character and the URL may be invalid.
     """
     if url.startswith(("journal:", "memory:")):
         return url
@@ -226,7 +230,7 @@ def shown(url: str) -> str:
 
 
 def _connect(url: str, options: dict[str, Any], writing: bool) -> RDBStorage:
-    """Optuna's database; when another driver makes its tables at the same moment, those."""
+    """Open Optuna's database. Retries when another driver creates the tables at the same moment."""
     for attempt in range(10):
         try:
             return RDBStorage(url, engine_kwargs=options, skip_table_creation=not writing)
@@ -239,7 +243,10 @@ def _connect(url: str, options: dict[str, Any], writing: bool) -> RDBStorage:
 
 
 def _server_options(url: str) -> dict[str, Any]:
-    """Keywords of the engine for a database server."""
+    """Keyword arguments of SQLAlchemy's engine for a database server.
+
+    pool_pre_ping replaces connections that broke while the server was away.
+    """
     parsed = make_url(url)
     name = _CONNECT_TIMEOUT.get(parsed.get_dialect().driver)
     timeout = {} if name is None or name in parsed.query else {name: CONNECT_SECONDS}
@@ -247,31 +254,32 @@ def _server_options(url: str) -> dict[str, Any]:
 
 
 def _sqlite_options(file: Path, writing: bool) -> dict[str, Any]:
-    """Keywords of the engine for an SQLite file: connections to exactly this path, however a URL would read it."""
+    """Keyword arguments of SQLAlchemy's engine for an SQLite file: connect to this exact path, without a URL."""
     if not writing:
-        # a new connection for each transaction, as the way to look depends on who writes at the moment
+        # a new connection per transaction: how to open the file depends on whether someone writes now
         return {"creator": partial(_look_at, file), "poolclass": NullPool}
     creator = partial(sqlite3.connect, file, timeout=BUSY_SECONDS, check_same_thread=False)
     return {"creator": creator, "poolclass": QueuePool}
 
 
 def _look_at(file: Path) -> sqlite3.Connection:
-    """A connection that changes nothing and makes no file, so that it also works where nothing can be written.
+    """A read-only connection that creates no file, so it works in a read-only folder.
 
-    In WAL mode what was committed last is in FILE-wal, and SQLite wants FILE-shm beside it, which it would make.
+    In WAL mode the newest commits are in FILE-wal. To read it SQLite needs FILE-shm and would create it; when it is
+    missing, a copy is read instead.
     """
     wal = file.with_name(f"{file.name}-wal")
     has_wal = _is_wal(file) and wal.exists() and wal.stat().st_size > 0
     if has_wal and not file.with_name(f"{file.name}-shm").exists():
         return _look_at_copy(file, wal)
-    # without a log the file is whole, and a writer that begins now writes to a log of its own first
+    # without a WAL the file is complete, and a new writer would write to a new WAL first
     way = "mode=ro&immutable=1" if _is_wal(file) and not has_wal else "mode=ro"
     where = f"file:{quote(os.fsencode(file.absolute()))}?{way}"
     return sqlite3.connect(where, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
 
 
 def _look_at_copy(file: Path, wal: Path) -> sqlite3.Connection:
-    """A database and its log, read in another folder and kept in memory."""
+    """Copy a database and its WAL to a temporary folder and load them into memory."""
     memory = sqlite3.connect(":memory:", check_same_thread=False)
     with tempfile.TemporaryDirectory() as folder:
         for source, name in ((file, "copy"), (wal, "copy-wal")):
@@ -288,10 +296,10 @@ def _is_wal(file: Path) -> bool:
 
 
 def _careful_sqlite(engine: Engine, *, writing: bool) -> None:
-    """Every connection: survive power loss, let others read, wait for others who write.
+    """Set up every connection: durable commits, WAL mode (readers are not blocked), and waiting for the write lock.
 
-    A transaction of a writer takes the write lock before it reads. With SQLite's own way, two processes that read
-    and then write both fail, or both take the same trial.
+    Transactions of a writer take the write lock at the start. With SQLite's default, two processes that read and then
+    write would both fail, or would both take the same trial.
     """
     engine.dispose()
 
@@ -311,13 +319,13 @@ def _careful_sqlite(engine: Engine, *, writing: bool) -> None:
 # --- what an error says ------------------------------------------------------------------------------------------
 
 _STAYS = ("no such table", "no such column", "does not exist", "readonly", "malformed", "not a database")
-"""What errors say that do not pass by themselves."""
+"""Texts of errors that waiting cannot solve."""
 _NO_DAMAGE = ("readonly", "locked", "unable to open", "full", "disk I/O", "Permission", "directory", "denied")
-"""What errors of SQLite files say whose content is not to blame."""
+"""Texts of errors that do not mean a damaged SQLite file."""
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether waiting may help: a server that is away, a full disk, a lock; not a table that is not there."""
+    """Whether waiting may help: for an unavailable server, a full disk or a lock, but not for a missing table."""
     cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
     if isinstance(cause, DBAPIError) and cause.connection_invalidated:
         return True
@@ -334,7 +342,7 @@ def _lost(error: BaseException, file: Path | None = None) -> RunError:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without the words of the libraries around it: the first line of the innermost error."""
+    """The first line of the innermost error, without the messages that Optuna and SQLAlchemy wrap around it."""
     while isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, DBAPIError) and error.orig is not None:
@@ -344,7 +352,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _advice(error: BaseException, file: Path | None) -> str:
-    """What is possible and what to do after an error of a storage."""
+    """The second part of an error message: what is possible, and what to do."""
     if file is None:
         return f"Possible: {POSSIBLE}. Check the URL, and whether its server runs."
     reason = str(error.__cause__ or error)

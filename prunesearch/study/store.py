@@ -1,22 +1,27 @@
-"""The record: a study in Optuna's storage, one trial for each candidate. The only file that writes there.
+"""Write a study to Optuna's storage, one trial per candidate. Only this file (and `rows.py` for it) writes there.
 
-A trial of prunesearch carries, besides what Optuna knows (parameters, values, state, constraints, times):
+Optuna stores parameters, values, state, constraints and times of a trial. Its user attributes are:
 
-    uid        identity of the canonical schedule     origin    dense, "start: NAME" or sampler
-    schedule   as in a schedule file                  seed      of its task
-    owner      the driver that runs it, or did last   attempts  for each rung, how often it was begun
-    rung:0     the Evaluation of rung 0, ..., and in  error     why it failed: oom, crash, timeout, nan, ...
-               `order` how many came before it        void      why it is no candidate
+    uid        identity of the canonical schedule
+    schedule   as in a schedule file
+    origin     dense, "start: NAME" or sampler
+    seed       of its task
+    owner      the driver that runs it or ran it last
+    attempts   how often each rung was begun
+    rung:0 ... the Evaluation of each rung; its `order` is how many evaluations the study had before
+    error      why it failed: oom, crash, timeout, nan, ...
+    void       why it is no candidate (written by earlier versions)
 
-RUNNING becomes COMPLETE with the evaluation of the last rung, whose values Optuna shows, and FAIL when one fails. With
-an evaluation of a lower rung it becomes WAITING, that is for a promotion, and RUNNING again when that comes: as long as
-a study can be continued with more candidates, it is open who goes on. So COMPLETE ones all had the same budget.
-`create_new_trial` and `set_trial_state_values` are storage methods that Optuna does not promise to keep, hence the pin
+States of a trial: RUNNING becomes WAITING (for a promotion) with the evaluation of a lower rung, COMPLETE with that of
+the last rung, and FAIL when an evaluation fails. A promotion makes WAITING RUNNING again. A trial may wait forever,
+because a study can always be continued with more candidates. All COMPLETE trials had the same budget.
+
+Optuna does not document the storage methods `create_new_trial` and `set_trial_state_values` as stable, hence the pin
 `optuna < 6`.
 
 Several drivers may write to one database. Creating a trial, promoting it, taking it over, beginning it again and
-writing its result are each one transaction (`rows.py`), which changes nothing unless the trial is as the driver
-believes: so each of these happens for one driver only. A result is written by the owner only, and once for each rung.
+writing its result are one transaction each (`rows.py`). A transaction changes nothing when the trial is not in the
+state that the driver expects, so only one driver succeeds. Only the owner writes a result, once for each rung.
 """
 
 from __future__ import annotations
@@ -77,12 +82,12 @@ T = TypeVar("T")
 class Store(StudyReader):
     """A study that a driver writes to.
 
-    owner: the name of the driver. alone: no other driver writes, so that nothing need be claimed. patience: calls the
-    storage, and waits when it is away. url: of the storage.
+    owner: name of the driver. alone: no other driver writes. patience: calls the storage and retries while it is
+    unavailable. url: of the storage.
 
-    In a database each method that writes is one transaction, which first looks whether everything is still as this
-    driver believes; when it is not, nothing is changed, and the caller is told. Raises RunError when the database is
-    not the one that was opened, or lacks what this driver wrote to it.
+    In a database each method that changes a trial or a confirmation is one transaction. It checks first that the stored
+    state is as this driver expects. If not, it changes nothing and returns None or False. Methods raise RunError when
+    the database was replaced or lacks what this driver wrote to it.
     """
 
     def __init__(
@@ -104,49 +109,50 @@ class Store(StudyReader):
         self._seen: dict[str, tuple[object, Record]] = {}
         self._unreported: dict[str, None] = {}
         self.results = 0
-        """Evaluations in the study so far."""
+        """Number of evaluations in the study so far."""
         self.file = path = file_of(url)
         self._where = str(path or f"study {config.name}")
         self._file: DatabaseFile | None = None
         self._mark_key, self._mark = "written" if alone else f"written:{owner}", uuid.uuid4().hex
-        """What this driver wrote last there. Whatever else is found, the database was changed behind its back."""
+        """A study attribute and its random value, new with each change. Another value there means another database."""
         if self._database is not None:
             self._write_mark()
-        if path is not None:  # after the first write, when all its files are there
+        if path is not None:  # after the first write, so that all files of the storage exist
             self._file = DatabaseFile(path, only_grows=self._database is None)
         self._first = first_number(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
         self._refresh()
         self._unreported.clear()
 
     def records(self) -> list[Record]:
-        """As of a reader; only what changed is read again. Does not change what `poll` reports."""
+        """All candidates that can be read, by number; parses changed trials only. Does not affect `poll`."""
         self._refresh()
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         known = sorted((record for _, record in self._seen.values()), key=lambda record: record.number)
         return [replace(record, confirmations=confirmations_of(attributes, record.uid)) for record in known]
 
     def poll(self) -> list[Record]:
-        """Candidates that are new or changed since the last `poll` (at first: since the study was opened), in the order
-        of their numbers."""
+        """Candidates that are new or changed since the last `poll` (or since the study was opened), by number."""
         self._refresh()
         found = [self._seen[uid][1] for uid in self._unreported]
         self._unreported.clear()
         return sorted(found, key=lambda record: record.number)
 
     def running(self) -> list[Record]:
-        """What runs, anywhere, as of the last look at the storage."""
+        """Running candidates of all drivers, as of the last read of the storage."""
         return [record for _, record in self._seen.values() if record.state == "running"]
 
     def find(self, uid: str) -> Record | None:
-        """A candidate as it is now."""
+        """The present state of a candidate; None if the study lacks it."""
         self._refresh()
         return self._seen[uid][1] if uid in self._seen else None
 
     def begin(self, record: Record, excess: Mapping[str, float], total: int | None = None) -> Record | None:
-        """Record a new running candidate; the result has its number. `excess` is what arithmetic knows of the limits.
+        """Store a new running candidate; returns it with its number.
 
-        With other drivers, None: somebody has the same candidate, or there are `total` already. Raises ValueError when
-        the record's parameters are not those of the space.
+        Returns None when another driver has stored the same candidate, or `total` candidates already exist. Raises
+        ValueError when the parameters do not fit the space.
+
+        excess: by how much it breaks each limit that can be computed without running.
         """
         trial = self._template(record, excess)
         if self._database is None:
@@ -162,12 +168,14 @@ class Store(StudyReader):
         return replace(record, number=number, parameters=dict(trial.params) or None, owner=self.owner)
 
     def check(self, record: Record, excess: Mapping[str, float]) -> None:
-        """Raise ValueError when `begin` would, without writing anything."""
+        """Raise the ValueError that `begin` would raise, without writing."""
         self._template(record, excess)
 
     def begin_again(self, number: int) -> int | None:
-        """Count another attempt at its rung, by this driver. Returns how many there were before; None: it is not this
-        driver's any more, or has its result."""
+        """Count another attempt of a running candidate at its rung; returns how many there were before.
+
+        None: another driver has taken it over, or its result is stored.
+        """
         trial_id = self._trial_ids[number]
         if self._database is None:
             *earlier, before = self._attempts[number]
@@ -189,9 +197,9 @@ class Store(StudyReader):
         return attempts[-1] - 1
 
     def promote(self, record: Record) -> bool:
-        """Record that a paused candidate runs again, at `record.rung`. False: another driver was faster."""
+        """Set a paused candidate running at `record.rung`. False: another driver was faster."""
         trial_id = self._trial_ids[record.number]
-        if self._database is None:  # the state comes last, as in `finish`
+        if self._database is None:  # the state comes last, as in `_write_result`
             self._begin_at(record.number, [*self._attempts[record.number][: record.rung], 1])
             return self._ask(lambda: self._storage.set_trial_state_values(trial_id, TrialState.RUNNING))
 
@@ -199,7 +207,7 @@ class Store(StudyReader):
             trial = rows.lock_trial(connection, trial_id)
             attempts = [*trial.attempts[: record.rung], 1]
             if trial.state == "RUNNING" and (trial.attempts, trial.owner) == (attempts, self.owner):
-                return attempts  # done before, and only the database's answer was lost
+                return attempts  # an earlier try succeeded, but its answer was lost
             is_next = trial.has(record.rung - 1) and not trial.has(record.rung)
             if trial.state != "WAITING" or not is_next:
                 return None
@@ -214,8 +222,7 @@ class Store(StudyReader):
         return True
 
     def take_over(self, record: Record) -> bool:
-        """Make a running candidate of another driver this one's, unless anything happened to it since it was read.
-        False: something did."""
+        """Make this driver the owner of a running candidate. False when the candidate has changed since it was read."""
         if self._database is None or record.owner == self.owner:
             return True
         trial_id, attempts = self._trial_ids[record.number], self._attempts[record.number]
@@ -231,10 +238,10 @@ class Store(StudyReader):
         return self._change(swap)
 
     def finish(self, record: Record, evaluation: Evaluation) -> Record | None:
-        """Record what came back, and pause or close the candidate. None: the candidate is another driver's by now, or
-        has another result at this rung; nothing is changed. To the only driver that cannot happen, and is a RunError.
+        """Store an evaluation and pause or close its candidate; returns the changed record.
 
-        Doing it twice with the same evaluation is harmless.
+        None: another driver has taken the candidate over, or it has another result at this rung; nothing is changed.
+        For a driver that is alone this raises RunError. Safe to repeat with the same evaluation.
         """
         after = with_evaluation(record, evaluation, self.results, self._last_rung)
         if self._database is None:
@@ -247,7 +254,7 @@ class Store(StudyReader):
         return after
 
     def holds(self, number: int, rung: int) -> bool:
-        """Whether the storage has the result of a candidate at a rung, asked anew."""
+        """Whether the storage has the result of a candidate at a rung. Always reads the storage."""
         trial_id, database = self._trial_ids[number], self._database
         if database is None:
             return f"rung:{rung}" in self._ask(lambda: self._storage.get_trial(trial_id)).user_attrs
@@ -259,8 +266,10 @@ class Store(StudyReader):
         return self._ask(look)
 
     def starts(self, find: Callable[[], list[tuple[str, Schedule]]]) -> list[tuple[str, Schedule]]:
-        """What is evaluated first, by origin, as `find` said when the study began: it needs files and measurements
-        that a machine where the study is continued may not have."""
+        """The stored (origin, schedule) of what is evaluated first; when none are stored, store what `find` returns.
+
+        They are stored because `find` needs files and measurements that may be missing where the study is continued.
+        """
         saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("starts")
         if saved is None:
             saved = [[origin, to_mapping(schedule)] for origin, schedule in find()]
@@ -274,8 +283,8 @@ class Store(StudyReader):
             ) from error
 
     def define(self, find: Callable[[], Vocabulary]) -> None:
-        """Keep what the study's scores and verbs mean, as `find` said when the study began. Raises StudyError when it
-        says something else now."""
+        """Store the vocabulary that `find` returns when the study begins. Later, raise StudyError when a default in it
+        has changed."""
         saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("vocabulary")
         now = find()
         if saved is not None:
@@ -288,8 +297,10 @@ class Store(StudyReader):
     # --- confirmations ---
 
     def confirm(self, uid: str, index: int, evaluation: Evaluation) -> bool:
-        """Record the index-th evaluation of a candidate after the search. False: it is there already. Optuna closes
-        finished trials to changes, so it belongs to the study."""
+        """Store the index-th confirmation of a candidate. False: a different result of the same task is stored already.
+
+        It is an attribute of the study, because Optuna does not allow changes of finished trials.
+        """
         name, value = f"confirm:{uid}:{index}", to_mapping(evaluation)
         if self._database is None:
             self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, value))
@@ -307,7 +318,7 @@ class Store(StudyReader):
         return self._change(swap)
 
     def claims(self) -> dict[str, Claim]:
-        """Who evaluates a candidate again, or did in vain, by the uid of the task."""
+        """The claims of confirmations that run or have failed: uid of the task -> claim."""
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         prefix = "confirming:"
         said = {name.removeprefix(prefix): value for name, value in attributes.items() if name.startswith(prefix)}
@@ -316,8 +327,10 @@ class Store(StudyReader):
         }
 
     def claim(self, uid: str, index: int, name: str, before: Claim | None) -> bool:
-        """Claim the index-th evaluation of a candidate again, whose task has the uid `name`. before: the claim that is
-        replaced, None where there was none. False: somebody else was faster."""
+        """Claim the index-th confirmation of a candidate. False: another driver was faster, or the result is there.
+
+        name: uid of its task. before: the claim to replace; None if there is none.
+        """
         if self._database is None:
             return True
         key, mine = f"confirming:{name}", Claim(self.owner)
@@ -334,7 +347,7 @@ class Store(StudyReader):
         return self._change(swap)
 
     def give_up(self, name: str, failed: bool) -> None:
-        """End this driver's claim of a confirmation, if it still has it. failed: nobody else need try at once."""
+        """Release this driver's claim of a confirmation. failed: mark it as failed, so that others do not try now."""
 
         def swap(connection: sql.Connection) -> None:
             rows.lock_study(connection, self._study_id)
@@ -352,7 +365,7 @@ class Store(StudyReader):
     # --- drivers ---
 
     def beat(self, beat: Beat, *, patiently: bool = False) -> None:
-        """Say that this driver lives. Raises what the storage raises when it is away, unless patiently."""
+        """Store a sign of life of this driver. patiently: retry; otherwise errors of the storage are raised at once."""
 
         def say() -> None:
             self._storage.set_study_user_attr(self._study_id, f"driver:{self.owner}", asdict(beat))
@@ -375,7 +388,7 @@ class Store(StudyReader):
     # --- within ---
 
     def _ask(self, operation: Callable[[], T]) -> T:
-        """Call the storage, patiently, and make sure that it is the one that was opened, before and after."""
+        """Call the storage with retries. Checks before and after that its file was not replaced."""
 
         def ask() -> T:
             if self._file is not None:
@@ -391,13 +404,13 @@ class Store(StudyReader):
         return self._patience(ask)
 
     def _change(self, operation: Callable[[sql.Connection], T]) -> T:
-        """Call an operation in a transaction of a database that still holds what this driver wrote last."""
+        """Run an operation in a transaction. Raises RunError when the mark that this driver wrote last is gone."""
         database, mark = self._database, uuid.uuid4().hex
         assert database is not None
 
         def change() -> T:
             with database.engine.begin() as connection:
-                # the new mark is there when an earlier try came through and only its answer was lost
+                # the new mark is there if an earlier try succeeded but its answer was lost
                 known = (self._mark, mark)
                 if not rows.swap_study_attribute(connection, self._study_id, self._mark_key, known, mark):
                     raise rows.Missing("the database lacks what this search wrote to it last")
@@ -419,7 +432,7 @@ class Store(StudyReader):
         self._ask(write)
 
     def _refresh(self) -> None:
-        """Read what changed in the storage."""
+        """Read the trials, and parse those that changed."""
         trials, unreadable = self._ask(lambda: read_trials(self._storage, self._study_id))
         if self._database is not None:
             self._check_mark()
@@ -441,7 +454,7 @@ class Store(StudyReader):
         self._leave_out(unreadable)
 
     def _with_fitting_parameters(self, record: Record) -> Record:
-        """Without parameters that are not of the space: the schedule says them too."""
+        """Drop parameters that do not fit the space. The schedule holds the same information."""
         _, distributions = parameters_and_distributions(self.config.space, record.parameters)
         try:
             optuna.trial.create_trial(
@@ -464,7 +477,7 @@ class Store(StudyReader):
         self._ask(look)
 
     def owns(self, record: Record) -> bool:
-        """Whether a candidate that runs is this driver's."""
+        """Whether this driver is the owner of a running candidate."""
         return self.alone or record.owner == self.owner
 
     def _is_mine(self, trial: rows.Trial) -> bool:
@@ -489,7 +502,7 @@ class Store(StudyReader):
         )
 
     def _create(self, trial: FrozenTrial, excess: Mapping[str, float], total: int | None) -> tuple[int, int] | None:
-        """Id and number of a new trial; None when it would be no candidate."""
+        """Insert a trial; returns (id, number). None when its candidate exists or there are `total` candidates."""
         about, tries = trial.user_attrs, 0
         parameters = {
             name: (
@@ -503,7 +516,7 @@ class Store(StudyReader):
             nonlocal tries
             tries += 1
             rows.lock_study(connection, self._study_id)
-            if not self.alone or tries > 1:  # alone, it cannot be there but from an earlier try
+            if not self.alone or tries > 1:  # a driver that is alone can only meet its own earlier try
                 same, known = rows.candidates_with(
                     connection, self._study_id, about["uid"], self._first, self.unreadable
                 )
@@ -517,7 +530,7 @@ class Store(StudyReader):
         return self._change(swap)
 
     def _swap_result(self, connection: sql.Connection, record: Record, evaluation: Evaluation) -> bool:
-        """Write a result if it is this driver's to write; whether it is there."""
+        """Store a result if this driver owns the running trial; returns whether the result is stored."""
         trial = rows.lock_trial(connection, self._trial_ids[record.number])
         runs = trial.state == "RUNNING" and trial.rung == evaluation.rung
         key, about = f"rung:{evaluation.rung}", {"order": record.orders[-1], **to_mapping(evaluation)}
@@ -546,7 +559,7 @@ class Store(StudyReader):
         )
         return True
 
-    # --- journals and memory have one driver; each step is harmless when it is done twice ---
+    # --- journals and memory: one driver, single writes that are safe to repeat ---
 
     def _begin_at(self, number: int, attempts: list[int]) -> None:
         self._attempts[number] = attempts
@@ -555,7 +568,7 @@ class Store(StudyReader):
         self._ask(lambda: self._storage.set_trial_user_attr(trial_id, "owner", self.owner))
 
     def _write_result(self, record: Record, evaluation: Evaluation) -> None:
-        """The state comes last: whoever sees it closed sees it whole."""
+        """Write the state last, so that a reader never sees a closed trial without its result."""
         trial_id, values = self._trial_ids[record.number], dict(evaluation.metrics)
         about = {"order": record.orders[-1], **to_mapping(evaluation)}
         self._storage.set_trial_user_attr(trial_id, f"rung:{evaluation.rung}", about)
@@ -565,7 +578,7 @@ class Store(StudyReader):
         known = self._storage.get_trial_system_attrs(trial_id)
         for name, amount in excess(self.config.limits, values).items():
             key = f"constraints:{name}"
-            if key not in known:  # those that arithmetic knows are there from the start
+            if key not in known:  # computed ones were written by `begin`
                 self._storage.set_trial_system_attr(trial_id, key, amount)
         if record.state == "complete":
             objectives = [values[objective.metric] for objective in self.config.objectives]
@@ -583,11 +596,12 @@ def open_store(
     alone: bool = True,
     on_wait: Callable[[str, float], bool] = lambda why, waited: True,
 ) -> Store:
-    """Create the study, or continue it. Raises StudyError when it exists with other settings, with the differences.
+    """Create a study or continue it. Raises StudyError, listing the differences, when it exists with other settings.
 
-    As long as no evaluation is complete, settings of `MAY_MEND` may differ too. Then the search starts over: the trials
-    so far, which all failed or were cut short with the wrong settings, count no more (the study attribute "first" says
-    from which number on they do). on_wait: see `Patience`.
+    As long as no evaluation is complete, settings in MAY_MEND may differ too. Then the search starts over: the trials
+    so far are ignored, and the study attribute "first" holds the number of the first trial that counts.
+
+    on_wait: see `Patience`.
     """
     storage, file = open_storage(url, writing=True), file_of(url)
     directions = [optuna.study.StudyDirection[f"{objective.goal}".upper()] for objective in config.objectives]
@@ -611,12 +625,12 @@ def open_store(
         else:
             _describe(storage, study_id, config)
         if attributes.get("config") != to_mapping(config):
-            storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it says that all is there
+            storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it marks the study as complete
     return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
 
 
 def _is_under_way(trials: list[FrozenTrial], alone: bool) -> bool:
-    """Whether anything was evaluated, or may be at this moment by another driver."""
+    """Whether any evaluation is complete, or another driver may be running one now."""
     results = (trial.user_attrs[key] for trial in trials for key in rung_keys(trial))
     is_evaluated = any(isinstance(result, Mapping) and result.get("status") == "complete" for result in results)
     return is_evaluated or (not alone and any(trial.state == TrialState.RUNNING for trial in trials))
@@ -636,6 +650,6 @@ def _describe(storage: BaseStorage, study_id: int, config: StudyConfig) -> None:
 
 
 def _marks(trial: FrozenTrial) -> object:
-    """What tells whether a trial is as it was."""
+    """A value that changes when a trial changes."""
     about = trial.user_attrs
     return trial.state, about.get("attempts"), about.get("owner"), rung_keys(trial)

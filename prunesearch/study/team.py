@@ -1,7 +1,7 @@
-"""The drivers that share a study: each says now and then that it lives, and what the dead ones ran is taken over.
+"""Liveness of the drivers that share a study: each one beats regularly; one that stops counts as dead.
 
-On the same machine the lock that a driver holds tells at once and for certain. From elsewhere a driver counts as dead
-when its beat did not change for a lease, by the clock of whoever looks: clocks of different hosts are never compared.
+On the same machine the file lock of a driver shows whether it is alive. On other machines a driver counts as dead when
+its beat has not changed for one lease, measured by the observer's clock. Clocks of different hosts are never compared.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ BEATS_PER_LEASE = 4
 
 
 class Team:
-    """This driver among the others. A thread of its own beats, also while an evaluation keeps the driver busy."""
+    """This driver among the others. A background thread beats, even while an evaluation blocks the driver."""
 
     def __init__(self, store: Store, place: Place, lease: float | None = None) -> None:
         self.store, self.lease = store, LEASE_SECONDS if lease is None else lease
         self._place, self._machine = place, _machine()
         self._seen: dict[str, tuple[int | None, float]] = {}
-        self._count = time.time_ns()  # other than any of an earlier process with this name
-        self.store.beat(self._said(self._count), patiently=True)  # before the first claim, so that none is without it
+        self._count = time.time_ns()  # differs from every beat of an earlier process with this name
+        self.store.beat(self._beat_with(self._count), patiently=True)  # before the first claim
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="beat", daemon=True)
         self._thread.start()
 
     def dead(self, names: Iterable[str]) -> set[str]:
-        """Which of these other drivers ended, or were silent for a lease since they were looked at first."""
+        """Those of these drivers that have ended, or whose beat has not changed for a lease of observation."""
         beats = self.store.beats()
         return {name for name in names if self._is_dead(name, beats.get(name))}
 
     def outboxes(self, name: str, folder: Path) -> list[Path]:
-        """Where results of a driver may lie that the storage lacks: in its own folder, as its beat says, and in
-        `folder`, this driver's, which is the same one where its path is another on this machine. Without a beat it was
-        alone when it ran."""
+        """Folders that may hold results of a driver which the storage lacks.
+
+        These are the outbox in the folder named by its beat, and the one in `folder`, the folder of this driver: a
+        shared disk may have another path on this machine. A driver without a beat was the only one when it ran.
+        """
         beat = self.store.beats().get(name)
         if beat is None:
             return [folder / "outbox"]
@@ -52,7 +54,7 @@ class Team:
         return [place / "outbox" / name for place in dict.fromkeys((its, folder))]
 
     def close(self) -> None:
-        """Leave: what this driver still runs can be taken over at once."""
+        """Stop beating and mark this driver as ended, so that its candidates can be taken over at once."""
         self._over.set()
         self._thread.join()
         self._say(None)
@@ -75,16 +77,16 @@ class Team:
 
     def _say(self, count: int | None) -> None:
         try:
-            self.store.beat(self._said(count))
-        except Exception as error:  # the storage is away: the next one may come through
+            self.store.beat(self._beat_with(count))
+        except Exception as error:  # the storage is unavailable; the next beat may succeed
             logger.info("no beat: %s", error)
 
-    def _said(self, count: int | None) -> Beat:
+    def _beat_with(self, count: int | None) -> Beat:
         return Beat(count, self._machine, str(self._place.file))
 
 
 def _machine() -> str:
-    """What only processes of this machine, since it was started, have in common."""
+    """An id of this machine, new with each boot; the host name where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

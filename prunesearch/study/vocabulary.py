@@ -1,6 +1,6 @@
-"""What a study keeps of its scores and verbs, so that its schedules can be exported where no plug-in is imported.
+"""Facts of scores and verbs that a study stores, so that schedules can be exported without importing plug-ins.
 
-It is written once, when the study begins: what was measured keeps its meaning even if a default changes later.
+They are stored once, when the study begins. A default that changes later does not change what was measured.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Vocabulary:
 
 
 def vocabulary_of(space: SpaceConfig, starts: Iterable[Schedule]) -> Vocabulary:
-    """What a space and its start schedules can use. Their plug-ins must have been imported."""
+    """The scores and verbs of a space and its start schedules. Their plug-ins must be imported."""
     blocks, stages = blocks_of(space), [stage for schedule in starts for stage in schedule.stages]
     scores = {score for block in blocks for score in block.score} | {stage.score for stage in stages}
     reduces = {verb for block in blocks for verb in block.reduce} | {stage.reduce for stage in stages}
@@ -40,7 +40,7 @@ def vocabulary_of(space: SpaceConfig, starts: Iterable[Schedule]) -> Vocabulary:
 
 
 def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
-    """The schedule with every option of its scores and verbs, also those at their default."""
+    """The schedule with all options of its scores and verbs written out, defaults included."""
     return replace(
         schedule,
         stages=tuple(
@@ -51,13 +51,13 @@ def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
 
 
 def learns(schedule: Schedule, vocabulary: Vocabulary) -> bool:
-    """Whether the schedule is of no use without weights of its own; also where its plug-ins are not imported."""
+    """Whether the schedule needs trained weights of its own. Works without its plug-ins."""
     known = any(word.learns for stage in schedule.stages for word in _of_stage(stage, vocabulary))
     return known or schedule.needs_weights
 
 
 def refuse_other_defaults(before: Vocabulary, now: Vocabulary, study: str) -> None:
-    """Raises StudyError when an option of a score or verb has another default than when the study began."""
+    """Raise StudyError when an option of a score or verb has another default than when the study began."""
     changed = []
     for kind, old, new in (("score", before.scores, now.scores), ("verb", before.reduces, now.reduces)):
         for name, word in old:

@@ -1,1 +1,1 @@
-"""The doorway to Ray Tune."""
+"""Use of a study in Ray Tune: a trainable, and the import of Tune's results."""

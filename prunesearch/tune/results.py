@@ -1,4 +1,4 @@
-"""Results of Ray Tune become candidates of a study. Reads the files that Tune writes, and needs no Ray."""
+"""Import results of Ray Tune into a study. Reads the files that Tune wrote; Ray is not needed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ from prunesearch.study.vocabulary import vocabulary_of
 logger = logging.getLogger(__name__)
 
 ENTRY = "prunesearch"
-"""Name under which a trial reports task, evaluation and parameters, as JSON."""
+"""Name of the metric in which a trial reports task, evaluation and parameters as JSON."""
 CHECKPOINT = "candidate"
 """Name of the files in a checkpoint, without suffix."""
 
 
 def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: str | None = None) -> int:
-    """Put the trials of Tune into a study, each with its evaluations and weights; returns how many.
+    """Store trials of Tune as candidates of a study, with their evaluations and weights; returns how many.
 
-    results: what `Tuner.fit` returned, or its folder. folder, storage: as in `run_study`; the study is made when it is
-    not there, and can be continued. Left out are trials without an evaluation, and those of schedules that the study
-    has; of trials with the same schedule the one that came furthest is taken. Raises StudyError when there are no such
-    results, or they come from other settings.
+    Trials without an evaluation and schedules that the study already has are left out. Of several trials with the same
+    schedule the one with the most rungs is taken. Evaluations made with other settings are left out with a warning.
+    Raises StudyError when no trial has results of prunesearch, or the study exists with other settings.
+
+    results: the return value of `Tuner.fit`, or the folder of the experiment. folder, storage: as in `run_study`; the
+    study is created if it does not exist, and can be continued.
     """
     import_plugins(config.plugins)
     source = results if isinstance(results, Path) else Path(results.experiment_path)
@@ -73,14 +75,14 @@ Entry = tuple[Task, Evaluation, dict[str, Value], Path]
 
 
 def _trials(source: Path) -> Iterator[list[Entry]]:
-    """For each trial its evaluations, lowest rung first, and the folder of the trial."""
+    """For each trial its entries, lowest rung first: task, evaluation, parameters and folder of the trial."""
     for path in sorted(source.glob("*/result.json")):
         by_rung: dict[int, Entry] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(json.loads(line)[ENTRY])
             except (ValueError, KeyError):
-                continue  # cut off by a kill, or turned down by arithmetic
+                continue  # truncated by a kill, or a trial that was never evaluated
             task = from_mapping(Task, entry["task"], str(path))
             evaluation = from_mapping(Evaluation, entry["evaluation"], str(path))
             by_rung[task.rung] = task, evaluation, entry["parameters"], path.parent
@@ -89,7 +91,7 @@ def _trials(source: Path) -> Iterator[list[Entry]]:
 
 
 def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, store: Store) -> bool:
-    """Whether the trial is a candidate of the study now."""
+    """Store a trial as a candidate, rung by rung. False when none of its rungs could be stored."""
     task, _, parameters, _ = trial[0]
     record = Record(-1, task.uid, task.schedule, "running", origin, task.seed, parameters=parameters)
     for rung, (task, evaluation, _, place) in enumerate(trial):
@@ -102,7 +104,7 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
             logger.warning("%s: Tune kept no checkpoint of rung %d, so its weights are gone", place, rung)
         claimed = begin(store, begun)
         if claimed is None:
-            return rung > 0  # another driver has it, or goes on with it
+            return rung > 0  # another driver has or continues the same candidate
         checked = check_evaluation(replace(evaluation, checkpoint=weights), config.deciding_metrics)
         finished = store.finish(claimed, checked)
         if finished is None:
@@ -112,7 +114,10 @@ def _import(trial: list[Entry], origin: str, config: StudyConfig, folder: Path, 
 
 
 def _take_weights(evaluation: Evaluation, place: Path, folder: Path) -> str | None:
-    """Copy the weights of an evaluation into the study; None when it has none, or Tune kept no checkpoint of it."""
+    """Copy the weights of an evaluation to the study; returns their path without suffix.
+
+    None when it has no weights or Tune kept no checkpoint of it.
+    """
     if evaluation.checkpoint is None:
         return None
     for path in place.glob(f"checkpoint_*/{CHECKPOINT}.json"):

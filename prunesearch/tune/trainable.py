@@ -1,11 +1,11 @@
-"""The doorway to Ray Tune, for those whose jobs live there. The engine itself does not use it.
+"""Run the candidates of a study in Ray Tune. prunesearch's own search does not use this.
 
     config = load_study("study.yaml")
     tuner = tune.Tuner(trainable(config), param_space=param_space(config), tune_config=..., run_config=...)
     import_results(tuner.fit(), config, Path("outputs/digits"))
 
-Schedulers, searchers and loggers are Tune's; a trial runs the evaluations that the engine would run for the same
-schedule: one rung in each iteration, continued from the checkpoint of the rung below.
+Schedulers, searchers and loggers are Tune's. A trial runs the same evaluations as `run_study` for the same schedule:
+one rung per iteration, continued from the checkpoint of the rung below.
 """
 
 from __future__ import annotations
@@ -44,24 +44,25 @@ from prunesearch.workers.protocol import EVALUATE, find_evaluate
 __all__ = ["import_results", "param_space", "points_to_evaluate", "trainable"]
 
 WORST = 1e9
-"""What a trial that cannot be measured reports for an objective to minimize, and with a minus for one to maximize:
-schedulers and searchers compare it, which they could not do with infinity."""
+"""Value that a failed trial reports for a metric to minimize; -WORST for one to maximize. It is finite, because
+schedulers and searchers cannot handle infinity."""
 
 
 def trainable(config: StudyConfig, evaluate: str = EVALUATE) -> Any:
-    """What `tune.Tuner` takes: a trainable class for the candidates of a study, with the resources of a worker.
+    """A trainable class for `tune.Tuner` that evaluates candidates of a study, with the resources of one worker.
 
-    Each iteration is a rung; it reports every metric of the study, and
+    Each iteration is a rung. It reports every metric of the study, and
 
         training_iteration   rung + 1            images   training images seen so far
         feasible             1 within all limits, else 0
-        cause                of a failure ("" for none), as in the study; "invalid" for what arithmetic turned down
+        cause                of a failure ("" for none), as in the study; "invalid" for one that was not evaluated
         uid                  of the schedule, as in the study
         prunesearch          what `import_results` reads
 
-    A candidate that breaks a limit by arithmetic, does not fit the model, or fails, is no error for Tune: it ends with
-    `feasible` 0 and WORST for every metric. Only a dead process and a full disk are. A checkpoint is written after
-    every rung, so that a scheduler may pause, and Tune restore. With `reuse_actors=True` model and images stay loaded.
+    A candidate that fails, does not fit the model or breaks a computable limit is no error for Tune: its trial ends
+    with `feasible` 0 and WORST for every metric. A dead process and a full disk are errors. A checkpoint is written
+    after every rung, so schedulers can pause trials and Tune can restore them. With `reuse_actors=True` model and
+    images stay loaded.
 
     evaluate: "module:function" of Task -> Evaluation. Raises UserErrors for a study that could not run.
     """
@@ -73,9 +74,9 @@ def trainable(config: StudyConfig, evaluate: str = EVALUATE) -> Any:
 
 
 def param_space(config: StudyConfig) -> dict[str, Any]:
-    """The parameters of the study's space as Tune's domains, flat, under the names that they have in the study.
+    """The parameters of the study's space as Tune domains, flat, with their names in the study.
 
-    What has an order is a number, on its grid, so that searchers see the order; the rest is a choice.
+    Ordered parameters become numbers on their grid, so that searchers see the order. Others become choices.
     """
     _check(config)
     return {name: _domain(dimension) for name, dimension in dimensions(config.space).items()}
@@ -84,7 +85,7 @@ def param_space(config: StudyConfig) -> dict[str, Any]:
 def points_to_evaluate(config: StudyConfig) -> list[dict[str, Any]]:
     """The dense model and the start schedules as parameters, for searchers that take `points_to_evaluate`.
 
-    Those that lie outside the space, which the engine evaluates all the same, have none and are left out.
+    Schedules outside the space have no parameters and are left out (`run_study` evaluates them too).
     """
     _check(config)
     points = [
@@ -109,13 +110,13 @@ def _domain(dimension: Dimension) -> Any:
     low, high, step = dimension.low, dimension.high, dimension.step
     if step is None:
         return tune.loguniform(low, high) if dimension.log else tune.uniform(low, high)
-    if math.isclose(low / step, round(low / step)):  # Tune's grids go through 0
+    if math.isclose(low / step, round(low / step)):  # Tune's grids contain 0
         return tune.quniform(low, high, step)
     return tune.choice(list(grid_of(dimension)))
 
 
 class _Candidate(tune.Trainable):
-    """A trial. Its class, made by `trainable`, knows the study; the process may serve one trial after the other."""
+    """A trial. `trainable` makes a subclass with the study. One process may run several trials in turn."""
 
     study: StudyConfig
     evaluate: str
@@ -123,12 +124,12 @@ class _Candidate(tune.Trainable):
     import_paths: list[str]
 
     def setup(self, config: dict[str, Any]) -> None:
-        if not self.study.workers.gpus_each:  # Ray leaves them visible to actors that asked for none
+        if not self.study.workers.gpus_each:  # Ray does not hide GPUs from actors without GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         sys.path += [path for path in self.import_paths if path not in sys.path]
-        _check(self.study)  # imports plugins
+        _check(self.study)  # also imports the plug-ins
         self._shape = model_shape(self.study.model)
-        self._anchors = {uid_of(schedule, self._shape) for _, schedule in start_schedules(self.study, self._shape)}
+        self._start_uids = {uid_of(schedule, self._shape) for _, schedule in start_schedules(self.study, self._shape)}
         self._scratch = Path(tempfile.mkdtemp(prefix="prunesearch-tune-"))
         self.reset_config(config)
 
@@ -154,7 +155,7 @@ class _Candidate(tune.Trainable):
         task = task_of(record, 0, self.study, self._scratch)
         with _working_in(self.directory):
             evaluation = check_evaluation(find_evaluate(self.evaluate)(task), self.study.deciding_metrics)
-        if evaluation.cause == "disk":  # no fault of the candidate
+        if evaluation.cause == "disk":  # not the candidate's fault
             raise RunError(
                 f"{self._scratch}: no space is left for weights ({evaluation.error}). Free some space there."
             )
@@ -189,7 +190,7 @@ class _Candidate(tune.Trainable):
         entries = json.loads((source / f"{CHECKPOINT}.json").read_text())
         for entry in entries:
             evaluation = from_mapping(Evaluation, entry, str(source))
-            if evaluation.checkpoint is not None:  # it was made in another process, maybe on another machine
+            if evaluation.checkpoint is not None:  # the path is of another process, maybe on another machine
                 path = self._scratch / "weights" / Path(evaluation.checkpoint).name
                 evaluation = replace(evaluation, checkpoint=str(path))
             self._keep(evaluation)
@@ -203,10 +204,10 @@ class _Candidate(tune.Trainable):
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _schedule(self, parameters: dict[str, Any]) -> Schedule:
-        """Raises ScheduleError for what the engine would never evaluate."""
+        """The schedule of these parameters. Raises ScheduleError for one that `run_study` would not evaluate."""
         study = self.study
         schedule = schedule_from(parameters, study.space, self._shape)
-        if uid_of(schedule, self._shape) in self._anchors:
+        if uid_of(schedule, self._shape) in self._start_uids:
             return schedule
         if study.budget is not None:
             schedule = within_budget(schedule, self._shape, study.budget.gmacs)
@@ -233,7 +234,7 @@ class _Candidate(tune.Trainable):
 
 @contextmanager
 def _working_in(directory: str) -> Iterator[None]:
-    """Relative paths in the study file mean the same as for the driver; Tune works in the trial's folder."""
+    """Work in the driver's directory, for relative paths in the study file. Tune runs trials in other folders."""
     before = os.getcwd()
     if os.path.isdir(directory):
         os.chdir(directory)
@@ -244,5 +245,5 @@ def _working_in(directory: str) -> Iterator[None]:
 
 
 def _copy(source: str | Path, target: Path) -> None:
-    if Path(source).is_file():  # weights are only there after training
+    if Path(source).is_file():  # without training there are no weights
         shutil.copyfile(source, target)

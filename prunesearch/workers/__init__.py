@@ -1,1 +1,1 @@
-"""Where evaluations run: in this process, in a child process, or on Ray."""
+"""Workers that run evaluations: in this process, in a child process, or on Ray."""

@@ -1,8 +1,8 @@
-"""The worker in a child process: one task at a time. What ends or hangs there costs a candidate and not the driver.
+"""A worker in a child process: one task at a time. A crash or a hang there fails the candidate, not the driver.
 
-The child is kept between tasks, with its model and data, and started anew after it died. It has a session of its own,
-so that Ctrl-C in a terminal reaches the driver alone, and it ends with everything that it started when the driver
-ends, however that happens.
+The child stays alive between tasks and keeps model and data loaded. It is restarted after it died. It has its own
+session, so Ctrl-C in a terminal reaches only the driver. When the driver ends, even by a kill, the child and all
+processes that it started end too.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from prunesearch.workers.protocol import (
 )
 
 START_SECONDS = 600.0
-"""How long a child may take until it can evaluate: imports are slow on a cold disk."""
-_context = multiprocessing.get_context("spawn")  # a forked child could not use CUDA
+"""How long a child may take to start. Imports are slow on a cold disk."""
+_context = multiprocessing.get_context("spawn")  # CUDA does not work in forked children
 
 
 class ChildWorker:
-    """One slot in a child process. Raises ResourceError for more than one.
+    """One worker in a child process. Raises ResourceError when the config asks for several.
 
-    folder: of the study, where what the child prints goes to logs/worker-0.log.
+    folder: of the study. The child's output is written to logs/worker-0.log there.
     """
 
     count = 1
@@ -83,7 +83,7 @@ class ChildWorker:
 
 
 class _Child:
-    """The process, and what it does since when. Reading from it raises EOFError when it has ended."""
+    """The child process and its current task. Methods that read from it raise EOFError when it has ended."""
 
     def __init__(self, outbox: Path, evaluate: str, log: Path) -> None:
         self._pipe, theirs = _context.Pipe()
@@ -94,7 +94,7 @@ class _Child:
         self._is_ready = self._is_busy = False
 
     def outcome(self, task: Task, seconds: float, timeout: float | None) -> Evaluation | Lost | None:
-        """What became of the task, which is begun when it is not yet; None while it is under way."""
+        """Send the task if that was not done yet, and wait for its outcome; None while it runs."""
         if not self._is_ready:
             if self._receive(seconds) is None:
                 over = time.monotonic() - self._since > START_SECONDS
@@ -120,17 +120,17 @@ class _Child:
         return how if self._is_ready else f"{how}, before it could evaluate ({main})"
 
     def end(self) -> None:
-        """Kill it, with its children."""
+        """Kill the process and its children."""
         if self._process.pid is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()  # when it has no session yet
+        self._process.kill()  # in case it has no process group of its own yet
         self._process.join()
         self._process.close()
         self._pipe.close()
 
     def _receive(self, seconds: float) -> Evaluation | Lost | None:
-        """None when nothing comes in this time."""
+        """The next message of the child; None when there is none within `seconds`."""
         try:
             said: Evaluation | Lost | None = self._pipe.recv() if self._pipe.poll(seconds) else None
         except OSError:
@@ -139,9 +139,9 @@ class _Child:
 
 
 def _work(driver: Connection, outbox: Path, evaluate: str, log: Path) -> None:
-    """The child: evaluate what comes, until nothing comes any more."""
+    """Main function of the child: evaluate tasks until the driver closes the pipe."""
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the driver decides when a task is cut short
+    for number in (signal.SIGINT, signal.SIGTERM):  # only the driver may interrupt a task
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_driver, name="end with the driver", daemon=True).start()
     log_to(log)
@@ -161,7 +161,7 @@ def _work(driver: Connection, outbox: Path, evaluate: str, log: Path) -> None:
 
 
 def _end_with_driver() -> None:
-    """Wait until the driver has ended, then end this process and all that it started."""
+    """Wait until the driver has ended, then kill this process and all processes that it started."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in a child"
     wait([parent.sentinel])

@@ -1,8 +1,8 @@
-"""The outbox: a finished evaluation is a file before it is a row, so that a kill in between loses nothing.
+"""The outbox: a folder of result files, which protects finished evaluations until the storage has them.
 
-A worker writes `UID.RUNG.ATTEMPT.json` with task and evaluation before it returns; the driver deletes it after the
-storage has the result. What is left over is adopted when the search continues, or by another driver when this one died.
-So several processes may read an outbox at once, and any file may vanish at any moment.
+A worker writes `UID.RUNG.ATTEMPT.json` with task and evaluation before it returns. The driver deletes the file when the
+storage has the result. Files that are left are adopted when the search continues, or by another driver if this one has
+died. Several processes may read an outbox at once, so any file may vanish at any moment.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from prunesearch.strict import from_mapping, to_mapping
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 16 * 2**20
-"""A real entry has some tens of kilobytes, a few hundred with a long traceback."""
+"""Larger files are not read. A real entry has tens of kilobytes, a few hundred with a long traceback."""
 
 
 def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Task) -> Evaluation:
-    """Evaluate, and write the result to the outbox before returning it. On a full disk it is returned all the same."""
+    """Evaluate a task and write the result to the outbox. If writing fails, log a warning and return it anyway."""
     evaluation = evaluate(task)
     entry = {"task": to_mapping(task), "evaluation": to_mapping(evaluation)}
     try:
@@ -37,8 +37,10 @@ def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Ta
 
 
 def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evaluation]]:
-    """Everything in the outbox, oldest first; deep: with its folders. What cannot be read is set aside; its candidate
-    will run again."""
+    """The results in an outbox as (file, task, evaluation), oldest first. deep: also those in its subfolders.
+
+    Files that cannot be read are set aside; their candidates run again.
+    """
     found = []
     for path in (path for _, path in sorted(_entries(outbox, deep), key=lambda entry: (entry[0], entry[1].name))):
         try:
@@ -50,14 +52,16 @@ def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evalua
             entry = json.loads(path.read_text(encoding="utf-8"))
             task = from_mapping(Task, entry["task"], str(path))
             found.append((path, task, from_mapping(Evaluation, entry["evaluation"], str(path))))
-        except Exception as error:  # a foreign file may fail in any way, and none may stop a search
+        except Exception as error:  # a bad file must not stop a search
             set_aside(path, f"it is damaged ({type(error).__name__}: {error})")
     return found
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Take a file out of the outbox without deleting it. Nothing happens when somebody else was faster; where it cannot
-    be moved, it stays."""
+    """Rename a file so that it is no result any more, without deleting it.
+
+    Does nothing when the file is gone. Logs a warning when it cannot be renamed.
+    """
     names = (path.with_suffix(f".aside{number or ''}") for number in itertools.count())
     aside = next(name for name in names if not os.path.lexists(name))
     try:
@@ -71,13 +75,13 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def discard(outbox: Path, uid: str, rung: int) -> None:
-    """Delete the files of a result that the storage has, whichever attempt it was."""
+    """Delete the files of a result, of all attempts. Call it when the storage has the result."""
     for path in outbox.glob(f"{uid}.{rung}.*.json"):
         delete(path)
 
 
 def delete(path: Path) -> None:
-    """Delete one file, unless somebody did. Where it cannot be deleted it stays, and is looked at again next time."""
+    """Delete a file if it still exists. Logs a warning when it cannot be deleted; it is then read again next time."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -85,8 +89,10 @@ def delete(path: Path) -> None:
 
 
 def _entries(outbox: Path, deep: bool) -> Iterator[tuple[int, Path]]:
-    """Everything that looks like a result, with the time it was written. Unlike `Path.rglob`, this stands folders that
-    cannot be listed and files that vanish."""
+    """(modification time in ns, path) of everything named like a result.
+
+    Unlike `Path.rglob`, this tolerates folders that cannot be listed and files that vanish.
+    """
     try:
         names = sorted(os.listdir(outbox))
     except FileNotFoundError:
@@ -99,7 +105,7 @@ def _entries(outbox: Path, deep: bool) -> Iterator[tuple[int, Path]]:
         if name.endswith(".json") and not name.startswith("."):
             try:
                 yield path.lstat().st_mtime_ns, path
-            except FileNotFoundError:  # it was adopted meanwhile
+            except FileNotFoundError:  # another process has adopted it
                 continue
         elif deep and path.is_dir() and not path.is_symlink():
             yield from _entries(path, deep)

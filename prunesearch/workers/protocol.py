@@ -1,4 +1,4 @@
-"""What the driver needs of workers, whether they live in this process or on a cluster."""
+"""The `Workers` protocol between driver and workers, and what all kinds of workers share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ EVALUATE = "prunesearch.evaluate:evaluate"
 
 @dataclass(frozen=True)
 class Lost:
-    """A task that brings no evaluation: its worker died (crash) or took too long (timeout). `error` is for people."""
+    """The outcome of a task without an evaluation: its worker died (crash), took too long (timeout) or raised (error).
+
+    error: text to show.
+    """
 
     cause: Cause
     error: str
@@ -32,23 +35,26 @@ Outcome = tuple[Task, "Evaluation | Lost"]
 
 
 class Workers(Protocol):
-    """Slots that evaluate tasks. The result is in the outbox before `wait` gives it."""
+    """Workers that evaluate tasks. A result is in the outbox before `wait` returns it.
+
+    count: tasks that run at once. description: text to show.
+    """
 
     count: int
     description: str
 
     def submit(self, task: Task) -> None:
-        """Start a task on a free slot; at most `count` are under way at once."""
+        """Start a task on a free worker. The caller submits at most `count` tasks at once."""
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """What finished; waits up to so long for the first one, and may give nothing."""
+        """The tasks that finished, with their outcomes. Waits up to `seconds` for the first one; may be empty."""
 
     def close(self) -> None:
-        """Stop everything, also what is under way."""
+        """Stop all workers, running tasks included."""
 
 
 class NoWorkers:
-    """For a study in which nothing is left to do: Ray takes seconds to start."""
+    """Workers for a study without work left. They avoid starting Ray, which takes seconds."""
 
     count = 1
     description = "no workers needed"
@@ -64,7 +70,7 @@ class NoWorkers:
 
 
 def refuse_many(config: WorkersConfig) -> None:
-    """Raises ResourceError when kind serial is asked for several workers."""
+    """Raise ResourceError when several workers of kind serial are asked for."""
     if config.count not in (None, 1):
         raise ResourceError(
             f"workers.count: {config.count}, but kind serial evaluates one by one. Possible with kind: ray. Use that, "
@@ -73,20 +79,22 @@ def refuse_many(config: WorkersConfig) -> None:
 
 
 def took_too_long(task: Task, since: float, timeout: float | None) -> Lost | None:
-    """Whether a task that began at `since` (of `time.monotonic`) counts as hung; shared weights take as long as they
-    take."""
+    """`Lost` when a task has run for more than `timeout` seconds, else None. Training shared weights has no timeout.
+
+    since: when it began, as `time.monotonic()`.
+    """
     if timeout is None or task.supernet is not None or time.monotonic() - since <= timeout:
         return None
     return Lost("timeout", f"no result after {timeout:g} s")
 
 
 def spoils_its_process(evaluation: Evaluation) -> bool:
-    """Whether the process that brought this evaluation has its memory or its CUDA context in disorder."""
+    """Whether the worker process must be replaced after this evaluation: out of memory, or a broken CUDA context."""
     return evaluation.cause == "oom" or "CUDA error" in evaluation.error
 
 
 def log_to(path: Path) -> None:
-    """Everything this process says, also in its last moment, goes to a file of the study."""
+    """Append all output of this process to a file: stdout, stderr, log messages and tracebacks of fatal signals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for descriptor in (1, 2):
@@ -96,7 +104,7 @@ def log_to(path: Path) -> None:
 
 
 def find_evaluate(path: str) -> Callable[[Task], Evaluation]:
-    """The function that "module:name" names."""
+    """Import the function named by "module:name"."""
     module, _, name = path.partition(":")
     function: Callable[[Task], Evaluation] = getattr(importlib.import_module(module), name)
     return function

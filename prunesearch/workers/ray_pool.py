@@ -1,8 +1,8 @@
-"""Workers on Ray: one actor for each slot, which keeps model and data between candidates. The only file that knows Ray.
+"""Workers on Ray: one actor per slot, which keeps model and data loaded between candidates.
 
-Ray retries nothing here: the driver counts attempts, so that every one of them is in the record. An actor whose process
-dies, hangs or runs out of memory is replaced by a new one; the others do not notice. Tasks go to actors that have
-started: when a node is gone, its actors wait for another one while the rest do the work.
+Ray's own retries are off: the driver counts attempts, so that the storage has all of them. An actor whose process dies,
+hangs or runs out of memory is replaced; the others are not affected. Tasks are only given to actors that have started.
+When a node is lost, the replaced actors wait for room while the others continue.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-# Ray reads these when it is imported or started. The driver tells of dead workers in its own words; an out-of-memory
-# kill counts as a crash, which the driver knows how to handle.
+# Ray reads these when it is imported or started. The driver itself reports dead workers and retries after an
+# out-of-memory kill, which it treats as a crash.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
 os.environ.setdefault("RAY_task_oom_retries", "0")
-os.environ.setdefault("RAY_worker_niceness", "0")  # evaluations are the work, and their speed is measured
+os.environ.setdefault("RAY_worker_niceness", "0")  # normal priority, because the speed of evaluations is measured
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
@@ -45,12 +45,12 @@ from prunesearch.workers.protocol import (
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 15.0
-"""How long the head of a cluster may take to take up a connection."""
+"""How long the head node of a cluster may take to accept a connection."""
 
 
 @dataclass
 class _Slot:
-    """An actor and what it does, since when. `ready` is there as soon as it has started."""
+    """An actor and its current task, which began at `since` (`time.monotonic`). ready: resolves when it has started."""
 
     number: int
     actor: Any
@@ -62,9 +62,9 @@ class _Slot:
 
 
 class RayWorkers:
-    """A pool of actors, on this machine or on a cluster. Raises ResourceError when it has no room for them.
+    """A pool of actors on this machine or on a cluster. Raises ResourceError when they do not fit there.
 
-    folder: of the study, with the workers' logs. On a cluster it should be on a shared disk, and so the outbox.
+    folder: of the study; the workers' logs go there. On a cluster, folder and outbox should be on a shared disk.
     The attribute `outbox` may be changed until the first task.
     """
 
@@ -119,7 +119,7 @@ class RayWorkers:
                 slot.result = slot.actor.evaluate.remote(slot.task, self.outbox)
 
     def _take_started(self, slot: _Slot) -> list[Outcome]:
-        """When it died on the way, that is held against the task that it would have got."""
+        """Mark an actor as started. If it died while starting, replace it and count a crash for the next task."""
         try:
             ray.get(slot.ready)
             slot.has_started = True
@@ -133,7 +133,7 @@ class RayWorkers:
         assert task is not None
         try:
             evaluation: Evaluation = ray.get(slot.result)
-        except ray.exceptions.RayTaskError as error:  # the evaluation raised, its worker lives
+        except ray.exceptions.RayTaskError as error:  # the evaluation raised; its worker is alive
             return task, Lost("error", f"{type(error.cause).__name__}: {error.cause}")
         except ray.exceptions.RayError as error:
             self._replace(slot)
@@ -171,23 +171,23 @@ class _Actor:
     """The process of one slot."""
 
     def __init__(self, evaluate: str, log: Path, directory: str, import_paths: list[str], hide_gpus: bool) -> None:
-        if hide_gpus:  # Ray leaves them visible to actors that asked for none
+        if hide_gpus:  # Ray does not hide GPUs from actors without GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        if os.path.isdir(directory):  # relative paths in the study file mean the same as for the driver
+        if os.path.isdir(directory):  # as for the driver, for relative paths in the study file
             os.chdir(directory)
         sys.path += [path for path in import_paths if path not in sys.path]
         log_to(log)
         self._evaluate = find_evaluate(evaluate)
 
     def ready(self) -> None:
-        """Returns when the constructor has."""
+        """Do nothing. Ray runs this after the constructor, so its result shows that the actor has started."""
 
     def evaluate(self, task: Task, outbox: Path) -> Evaluation:
         return evaluate_into(outbox, self._evaluate, task)
 
 
 def _start_ray(address: str | None) -> None:
-    """Start Ray on this machine, or join the cluster of an address. Raises ResourceError when that cannot be done."""
+    """Start Ray on this machine, or join the cluster at `address`. Raises ResourceError when that fails."""
     if address is None and "RAY_ADDRESS" in os.environ:
         logger.warning(
             "RAY_ADDRESS is set, but workers.address is absent, so that Ray is started on this machine. To join that "
@@ -202,7 +202,7 @@ def _start_ray(address: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (OSError, RuntimeError, ValueError, SystemExit) as error:  # SystemExit: Ray's way to give up on a cluster
+    except (OSError, RuntimeError, ValueError, SystemExit) as error:  # SystemExit: a cluster does not answer
         ray.shutdown()
         if address is not None:
             raise _no_cluster(address, f"{error}" or type(error).__name__) from error
@@ -218,9 +218,9 @@ def _start_ray(address: str | None) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raises ResourceError when nobody listens there: Ray itself takes two minutes to notice, and then exits."""
+    """Raise ResourceError when nothing listens at an address. Ray itself would take two minutes and then exit."""
     try:
-        # auto is what RAY_ADDRESS says, or the last cluster that was started on this machine, which may be gone
+        # auto: RAY_ADDRESS, or the last cluster started on this machine, which may be gone
         is_auto = address == "auto"
         where = str(ray._private.services.canonicalize_bootstrap_address(address)) if is_auto else address
         parts = urlsplit(where if "://" in where else f"//{where}")
@@ -245,7 +245,7 @@ def _ray_folder() -> str:
 
 
 def _slots(config: WorkersConfig, nodes: list[dict[str, float]]) -> int:
-    """How many workers there will be: as many as asked for, or as fit. Raises ResourceError."""
+    """The number of workers: as many as asked for, else as many as fit. Raises ResourceError."""
     has = f"{_total(nodes, 'CPU'):g} CPUs and {_total(nodes, 'GPU'):g} GPUs on {len(nodes)} node(s)"
     if config.gpus_each > 1 and config.gpus_each % 1:
         raise ResourceError(
@@ -268,7 +268,7 @@ def _slots(config: WorkersConfig, nodes: list[dict[str, float]]) -> int:
 
 
 def _room(config: WorkersConfig, node: dict[str, float]) -> int:
-    """Workers that fit on one node. A GPU holds a whole number of workers with a fraction each."""
+    """How many workers fit on one node. With gpus_each below 1, no worker is split between two GPUs."""
     fit = int(node.get("CPU", 0) / config.cpus_each)
     gpus = node.get("GPU", 0)
     if config.gpus_each >= 1:

@@ -1,6 +1,7 @@
-"""The worker in this process: one task at a time, evaluated inside `wait`. For small studies and for debugging.
+"""The worker in the driver's own process: one task at a time, evaluated inside `wait`. For small studies and debugging.
 
-What ends or hangs a process would end or hang the driver; studies that can do so have `child_worker.py`.
+An evaluation that kills or hangs its process kills or hangs the driver. Studies with plug-ins or a timeout use the
+worker in `child.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prunesearch.workers.protocol import EVALUATE, Lost, Outcome, find_evaluate,
 
 
 class SerialWorkers:
-    """One slot in this process. Raises ResourceError for what only other processes can do."""
+    """One worker in this process. Raises ResourceError when the config asks for several workers or a timeout."""
 
     count = 1
 
@@ -42,7 +43,7 @@ class SerialWorkers:
             return [(task, evaluate_into(self._outbox, self._evaluate, task))]
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # SystemExit and the like: a worker elsewhere would not end the search either
+        except BaseException as error:  # e.g. SystemExit, which must not end the search
             return [(task, Lost("error", f"{type(error).__name__}: {error}"))]
 
     def close(self) -> None:

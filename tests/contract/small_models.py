@@ -1,4 +1,4 @@
-"""Small models of every layout that a schedule has to survive, and schedules to try on them."""
+"""Small models of every supported layout, and schedules for them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def small_model(layout: str = "class", **options: object) -> VisionTransformer:
     kind = VisionTransformerDistilled if layout == "distilled" else VisionTransformer
     sizes = dict(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=10, mlp_ratio=2.0)
     model = kind(**{**sizes, **LAYOUTS[layout], **options})
-    if layout == "gate":  # an option of timm's Attention that no VisionTransformer argument reaches
+    if layout == "gate":  # an option of timm's Attention that VisionTransformer does not expose
         for block in model.blocks:
             block.attn.gate = torch.nn.Linear(32, block.attn.attn_dim)
     return randomise(model).eval()
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Every parameter and buffer random, so that no LayerScale, norm or bias hides behind its neutral start."""
+    """Randomise every parameter and buffer, because LayerScale, norms and biases start neutral."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -56,7 +56,7 @@ def images(count: int = 3, size: int = 24, channels: int = 3) -> torch.Tensor:
 
 
 def pairs(has_class_token: bool = True) -> list[tuple[str, str]]:
-    """Every (score, reduce) that makes sense for a ViT, optionally without the scores that need a class token."""
+    """Every possible (score, reduce) for a ViT, optionally without scores that need a class token."""
     scores = [name for name, entry in SCORERS.items() if has_class_token or not entry.needs_class_token]
     return [
         (score, verb)
@@ -67,7 +67,7 @@ def pairs(has_class_token: bool = True) -> list[tuple[str, str]]:
 
 
 def some_pairs() -> list[tuple[str, str]]:
-    """Every score and every verb at least once, where all combinations would take minutes."""
+    """Some (score, reduce) pairs that cover every score and every verb; all pairs would take minutes."""
     return [pair for pair in pairs() if pair[1] == "drop" or pair[0] in ("class_attention", "none")]
 
 

@@ -1,4 +1,4 @@
-"""Promise: what `check` accepts proposes candidates, with every sampler; whatever the file is, `check` ends soon."""
+"""Promise: a study that `check` accepts proposes candidates with every sampler, and `check` always ends soon."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
 
 SPACES_EACH = {name: 2 if SAMPLERS[name].most_trials else 8 for name in SAMPLERS}
-"""Random spaces for each sampler; a slow one takes seconds for each."""
+"""Number of random spaces for each sampler. Slow samplers take seconds per space, so they get fewer."""
 
 
 def some(values: Any, generator: random.Random) -> tuple[Any, ...]:
@@ -46,7 +46,7 @@ def some(values: Any, generator: random.Random) -> tuple[Any, ...]:
 
 
 def random_space(generator: random.Random) -> SpaceConfig:
-    """Anything that a study file can say of a space, within the bounds of each field; many are refused as a whole."""
+    """A random space with each field within its bounds. Many of these spaces are refused as a whole."""
     keep: Any = generator.choice(
         [
             some((0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0), generator),
@@ -124,12 +124,12 @@ def test_a_space_without_mistakes_proposes_candidates(sampler: str) -> None:
         accepted += 1
         if accepted == SPACES_EACH[sampler]:
             break
-    assert accepted == SPACES_EACH[sampler] and proposed >= accepted / 2  # limits may leave nothing of a small space
+    assert accepted == SPACES_EACH[sampler] and proposed >= accepted / 2  # limits may exclude everything
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.0, 5e-324, 1e-12, 0.5, 1.0, 1e6, -1e-9, -0.5, -1.0, -1e6])
 def test_every_schedule_that_fits_has_features(threshold: float) -> None:
-    """Thresholds that were learned may have any sign."""
+    """Learned thresholds may be negative."""
     shape, fitting = model_shape(DIGITS), 0
     for score, reduce in itertools.product([*SCORERS, "none"], REDUCERS):
         schedule = Schedule((Stage(3, score=score, reduce=reduce, threshold=threshold),))

@@ -1,4 +1,4 @@
-"""ToMe and LTMP in one block are the papers' formulas, computed anew in plain loops over images."""
+"""ToMe and LTMP in one block agree with the papers' formulas, reimplemented with plain loops over images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = 1
 
 
 class Merged(NamedTuple):
-    """Tokens (1, N, C) of one image, prefix first, with sizes and, per token, the attention received."""
+    """Tokens (1, N, C) of one image, prefix first, with the size of and the attention received by each token."""
 
     tokens: Tensor
     size: Tensor
@@ -32,7 +32,7 @@ class Merged(NamedTuple):
 
 
 def attended_in(model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one image at BLOCK: tokens after attention, head-mean keys, and attention received (mean over queries)."""
+    """For one image at BLOCK: tokens after attention, keys (head mean), attention received (mean over queries)."""
     x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     for block in model.blocks[:BLOCK]:
         x = block(x)
@@ -46,9 +46,9 @@ def attended_in(model, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def matched(model, x: Tensor, joins) -> Merged:
-    """ToMe: even places of all tokens look for a partner at odd ones; prefix tokens neither give nor take.
+    """ToMe: each token at an even place finds the most similar one at an odd place. Prefix tokens take no part.
 
-    joins(best cosine of each even place) -> who of them merge. Order of the result: [unmerged even, odd].
+    joins: best cosine of each even place -> which of them merge. Order of the result: [unmerged even, odd].
     """
     tokens, keys, importance = attended_in(model, x)
     keys, prefix = keys / keys.norm(dim=-1, keepdim=True), model.num_prefix_tokens
@@ -68,7 +68,7 @@ def matched(model, x: Tensor, joins) -> Merged:
     stays = ~goes
     result = torch.cat([even[stays], odd / size[:, None]])
     places = torch.cat([torch.arange(len(keys))[0::2][stays], torch.arange(len(keys))[1::2]])
-    # prefix tokens to the front again, where the model's head looks for them; the others' order is free
+    # prefix tokens must come first for the head; the order of the others does not matter
     order = torch.cat([places.argsort()[:prefix], (places >= prefix).nonzero()[:, 0]])
     sizes = torch.cat([torch.ones(int(stays.sum())), size])
     importances = torch.cat([importance[0::2][stays], largest])
@@ -76,7 +76,7 @@ def matched(model, x: Tensor, joins) -> Merged:
 
 
 def logits_of(model, merged: Merged) -> Tensor:
-    """The rest of the model, every key with the log of its size."""
+    """Run the rest of the model, with proportional attention (log size added to the logits of each key)."""
     block, bias = model.blocks[BLOCK], merged.size.log()[None, None, None]
     x = merged.tokens + block.ls2(block.mlp(block.norm2(merged.tokens)))
     for block in model.blocks[BLOCK + 1 :]:
@@ -113,10 +113,10 @@ def test_tome_in_one_block_is_the_papers(layout: str) -> None:
 @pytest.mark.parametrize("layout", PREFIXES)
 @torch.no_grad()
 def test_ltmp_in_one_block_is_the_papers(layout: str) -> None:
-    """Pairs above one threshold merge; then tokens above another stay, a merged one by the largest of its parts."""
+    """Pairs above one threshold merge; then tokens above another one stay. A merged token has the largest score."""
     model, x = small_model(layout), images()
     importance = attended_in(model, x[:1])[2]
-    by_cosine, by_importance = 0.9, importance.sort().values[17:19].mean().item()  # between two tokens'
+    by_cosine, by_importance = 0.9, importance.sort().values[17:19].mean().item()  # between the values of two tokens
     expected, found = [], []
     for image in x:
         merged = matched(model, image[None], lambda best: best > by_cosine)
@@ -142,7 +142,7 @@ def test_ltmp_in_one_block_is_the_papers(layout: str) -> None:
 @pytest.mark.parametrize("layout", PREFIXES)
 @torch.no_grad()
 def test_parity_counts_the_tokens_of_each_image_alone(layout: str) -> None:
-    """Masked and gathered pair alike, down to images with a single token."""
+    """Masked and gathered passes pair the same tokens, even in images with a single token."""
     model, x = small_model(layout), images(4)
     for threshold in (0.028, 0.03, 2.0):
         for amount in (dict(threshold=0.5), dict(keep=0.7)):
@@ -168,7 +168,7 @@ JOINS = [verb for verb, entry in REDUCERS.items() if not entry.holds and verb !=
 @pytest.mark.parametrize("verb", JOINS)
 @pytest.mark.parametrize("rule", ["sum", "max"])
 def test_the_score_of_a_token_is_the_sum_or_the_largest_of_its_parts(verb: str, rule: str) -> None:
-    """Against the grouping itself, part by part, with scores that all differ."""
+    """Compares with a computation from the groups of merged tokens. All scores differ."""
     model, x = small_model(), torch.randn(2, 1 + 36, 32)
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2, 4, 37, 8, generator=generator)
@@ -233,7 +233,7 @@ def test_the_largest_part_is_the_same_masked_and_gathered(verb: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in presets() if not name.startswith(("diffrate", "dyn"))])
 def test_presets_name_what_their_paper_does(name: str) -> None:
-    """Verbs that alternate count all tokens; a score that merged tokens have is the largest where it is an option."""
+    """Alternating verbs have parity "all". Where merged tokens have a score, it is the largest of the parts."""
     shape = replace(shape_of(small_model()), depth=12, patch_tokens=196, prefix_tokens=2, class_tokens=2)
     stages = load_preset(name, shape).stages
     merges_before = False
@@ -246,7 +246,7 @@ def test_presets_name_what_their_paper_does(name: str) -> None:
 
 
 def test_an_option_without_effect_does_not_make_another_schedule() -> None:
-    """With one prefix token both parities pair alike, so a study that began with the one continues with the other."""
+    """With one prefix token both parities give the same pairs, so a study can continue with the other parity."""
     shape = shape_of(small_model())
     for verb in ("merge", "drop_or_merge"):
         score = "value_weighted" if REDUCERS[verb].ranks else "none"
@@ -260,6 +260,6 @@ def test_an_option_without_effect_does_not_make_another_schedule() -> None:
 
 
 def test_every_entry_has_the_default_of_its_first_release() -> None:
-    """A released default never changes: what is new is another value."""
+    """A released default never changes. New behaviour gets a new option value."""
     assert {entry.options.get("merged", "sum") for entry in SCORERS.values()} == {"sum"}
     assert {entry.options.get("parity", "patches") for entry in REDUCERS.values()} == {"patches"}

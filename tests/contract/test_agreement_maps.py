@@ -1,4 +1,4 @@
-"""Dynamic spatial sparsification is the papers' formula, computed anew in float64; tokens are compared normalised."""
+"""Dynamic spatial sparsification agrees with the papers' formula (float64); distilled tokens are normalised."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def keep_probability(predictor: torch.nn.Module, x: Tensor, eps: float) -> Tenso
 
 
 def recomputed(model: torch.nn.Module, x: Tensor, eps: float) -> Tensor:
-    """The final map: mixing sees all positions, kept ones go through the MLP, the others through the fast path."""
+    """The final map: all positions are mixed; kept ones go through the MLP, the others through the fast path."""
     is_swin = isinstance(model, SwinTransformer)
     x = model.patch_embed(x) if is_swin else model.stem(x)
     stages, parts, paths = stages_of(model), model.token_stages, {}
@@ -90,7 +90,7 @@ def test_learned_parts_have_the_epsilon_of_the_models_own_norms(layout: str) -> 
 
 def test_predictors_of_vits_keep_the_released_epsilon() -> None:
     model = apply_schedule(small_model(), Schedule((Stage(1, score="predictor", keep=0.5),)))
-    assert model.blocks[0].norm1.eps == 1e-6  # DeiT's own; the released predictor has PyTorch's default
+    assert model.blocks[0].norm1.eps == 1e-6  # the eps of DeiT; the released predictor has PyTorch's default
     assert {m.eps for m in model.token_stages.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
 
 
@@ -98,7 +98,7 @@ def test_predictors_of_vits_keep_the_released_epsilon() -> None:
 
 
 def is_normalised(tokens: Tensor, norm: torch.nn.Module) -> bool:
-    """Whether tokens have mean 0 and variance 1 but for the norm's own scale and shift."""
+    """Whether tokens have mean 0 and variance 1 before the scale and shift of the norm."""
     plain = (tokens - norm.bias) / norm.weight if getattr(norm, "bias", None) is not None else tokens / norm.weight
     square = plain.square().mean(dim=-1)
     return torch.allclose(square, torch.ones_like(square), atol=1e-2)

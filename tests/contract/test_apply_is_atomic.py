@@ -1,4 +1,4 @@
-"""`apply_schedule` gives a model the whole of a schedule, or leaves it as it was, with the schedule that it had."""
+"""`apply_schedule` either applies a whole schedule or leaves the model unchanged, with its former schedule."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _no_part(shape: object, kept: int) -> nn.Module:
 
 @pytest.fixture
 def broken_verb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A registered verb whose part cannot be made."""
+    """A registered verb whose learned part raises when it is built."""
     entry = replace(REDUCERS["pool"], name="broken", part=_no_part)
     monkeypatch.setitem(REDUCERS._things, "broken", entry)
 
@@ -157,7 +157,7 @@ def test_maps_too(layout: str) -> None:
 
 
 def test_thresholds_of_earlier_versions_load() -> None:
-    """They had no dimension, which fully_shard refuses."""
+    """They were 0-dimensional, which fully_shard refuses."""
     schedule = Schedule((Stage(1, threshold=0.02),))
     name = "token_stages.block1_mid.threshold"
     weights = {**apply_schedule(small_model(), schedule).state_dict(), name: torch.tensor(0.25)}

@@ -1,4 +1,4 @@
-"""What others attach to a model works with a schedule as without: hooks, replaced forwards and layers, compiled blocks.
+"""Hooks, replaced forwards, replaced layers and compiled blocks work on a model with a schedule as on one without.
 
 The rule is in the docstring of `prunesearch.models`.
 """
@@ -122,7 +122,7 @@ def test_hooks_fire_with_every_score_and_verb(case: str) -> None:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """By another amount in each channel and place, which no normalisation takes away."""
+    """Add a different amount in each channel and place, so that normalisation does not remove it."""
     return x + torch.linspace(-1, 1, x.numel()).view_as(x)
 
 
@@ -166,7 +166,7 @@ def test_what_hooks_and_replaced_forwards_change_is_used(family: str, path: str)
 
 @pytest.mark.parametrize(("family", "path"), MODULES)
 def test_a_forward_replaced_before_is_used_or_named(family: str, path: str) -> None:
-    """It wraps timm's own forward. In a module where a step works that cannot be used."""
+    """The replacement wraps timm's forward. A module in which a step works cannot use it, so it is refused by name."""
     model, x, schedule = made(family)
     replace_forward(model.get_submodule(path))
     if not works_inside(family, path):
@@ -180,7 +180,7 @@ def test_a_forward_replaced_before_is_used_or_named(family: str, path: str) -> N
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_method_replaced_on_the_model_is_named(family: str) -> None:
-    """The pass with a schedule does not go through it, so that what it changes would be lost in silence."""
+    """A pass with a schedule does not call it, so its changes would be lost silently."""
     names = with_schedule(family)[0].methods
     assert "forward_features" in names and ("forward_head" in names) == (family == "vit")
     for name in names:
@@ -242,7 +242,7 @@ class WithLora(nn.Module):
         self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
+        """The same as the layer."""
         return self.base(x) + x @ self.down.T @ self.up.T
 
 

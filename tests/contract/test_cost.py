@@ -1,4 +1,4 @@
-"""The closed form against PyTorch's own count of a real forward pass; published figures are in test_published.py."""
+"""Estimated MACs agree with PyTorch's flop counter. Published figures are in test_published.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWar
 
 
 def counted(model: torch.nn.Module, x: torch.Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:  # not under no_grad: its module tracker wants gradients
+    with FlopCounterMode(display=False) as counter:  # its module tracker needs gradients, so no no_grad
         model(x)
     return counter.get_total_flops() // 2
 

@@ -1,4 +1,4 @@
-"""Training in two processes under DDP and FSDP2, block by block, gives what one process gives."""
+"""Training in two processes with DDP and FSDP2 (each block wrapped) gives the same results as one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, float]]]:
-    """What each process found; all cases in one start of the processes, whose imports take most of the time."""
+    """The differences found by each process. All cases run in one start, because imports take most of the time."""
     folder = tmp_path_factory.mktemp("two")
     torch.multiprocessing.spawn(work, (str(folder), CASES), nprocs=PROCESSES)
     return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]

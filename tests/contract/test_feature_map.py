@@ -1,4 +1,4 @@
-"""What `apply_schedule` promises for models with a feature map (Swin, ConvNeXt), where `hold` is the only verb."""
+"""`apply_schedule` on models with a feature map (Swin, ConvNeXt), where `hold` is the only verb."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWar
 SWIN = dict(patch_size=4, embed_dim=16, depths=(1, 1, 4, 1), num_heads=(1, 2, 4, 4), num_classes=10)
 CONVNEXT = dict(depths=(1, 1, 4, 1), dims=(8, 16, 32, 64), num_classes=10)
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "swin": dict(SWIN, img_size=64, window_size=2),  # a map of 4 x 4: windows shift, and are masked
-    "swin_padded": dict(SWIN, img_size=48, window_size=2),  # 3 x 3: windows do not tile it
-    "swin_whole": dict(SWIN, img_size=64, window_size=7),  # 4 x 4: one window, smaller than asked for
+    "swin": dict(SWIN, img_size=64, window_size=2),  # 4 x 4 map: shifted, masked windows
+    "swin_padded": dict(SWIN, img_size=48, window_size=2),  # 3 x 3 map: windows need padding
+    "swin_whole": dict(SWIN, img_size=64, window_size=7),  # 4 x 4 map: one window, smaller than configured
     "swin_any_size": dict(SWIN, img_size=64, window_size=2, strict_img_size=False),
     "swin_drop_path": dict(SWIN, img_size=64, window_size=2, drop_path_rate=0.3, proj_drop_rate=0.1),
     "convnext": CONVNEXT,
@@ -72,7 +72,7 @@ def map_model(layout: str) -> torch.nn.Module:
 
 
 def held_model(layout: str, schedule: Schedule = HOLDS) -> torch.nn.Module:
-    """With fast paths that matter as much as the MLPs."""
+    """A model with a schedule whose fast paths have as much weight as the MLPs."""
     model = apply_schedule(map_model(layout), schedule)
     randomise(model.token_stages)
     return model
@@ -148,7 +148,7 @@ def _before_last_stage(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", FEW)
 def test_positions_that_stay_get_the_mlp_and_the_others_the_fast_path(layout: str) -> None:
-    """One stage at the last block: what it adds is the dense block's at kept positions, and the path's elsewhere."""
+    """One stage at the last block: kept positions get the dense block's output, the others the fast path's."""
     model = map_model(layout)
     x, last = inputs(model, 2), Stage(3, at="pre", score="random", keep=0.4, reduce="hold")
     maps = [_before_last_stage(model, x)]
@@ -191,7 +191,7 @@ def test_macs_agree_with_the_flop_counter(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["swin", "convnext"])
 def test_the_third_stage_is_counted_by_its_own_formula(layout: str) -> None:
-    """The dense cost agrees by construction; here the blocks alone do."""
+    """The dense cost agrees by construction, so this compares the blocks alone."""
     model = map_model(layout)
     shape, stage = shape_of(model), (model.layers if layout == "swin" else model.stages)[2]
     maps: list[torch.Tensor] = []
@@ -258,7 +258,7 @@ def test_pickle_deepcopy_checkpointing_and_weights(layout: str) -> None:
 
 
 def test_compile_fullgraph_and_export() -> None:
-    """Each for one of the two, as they take seconds."""
+    """Compile one of the two models and export the other, because both take seconds."""
     with torch.no_grad():
         model = held_model("swin")
         x, expected = inputs(model, 2), model(inputs(model, 2))

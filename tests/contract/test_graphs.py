@@ -1,4 +1,4 @@
-"""Graphs that PyTorch records: with fixed counts they compute what the model does, and thresholds are refused."""
+"""Recorded graphs (compile, export, trace) equal the model for fixed counts; thresholds are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_thresholds_are_refused_and_freeze_named(way: str, verb: str) -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(x)
-        # dynamo has an error of its own around ours
+        # dynamo wraps our error
         with pytest.raises(Exception, match=r"prunesearch freeze") as caught:
             recorded(x)[way](model)
         assert isinstance(caught.value, ModelError) or "ModelError" in str(caught.value)

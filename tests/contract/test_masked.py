@@ -1,4 +1,4 @@
-"""Learned decisions and adaptive counts: masked and gathered passes agree, and an image never depends on its batch."""
+"""Learned decisions and adaptive counts: masked and gathered passes agree; images do not affect each other."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ THRESHOLDS = {
     "none": 0.99,
 }
 TELLING = THRESHOLDS.keys() - {"random", "predictor"}
-"""Scores that tell images apart as they come: random knows no image, and the predictor is untrained."""
+"""Scores that depend on the image without training. `random` ignores it, and the predictor is untrained."""
 ADAPTIVE = [(score, verb) for score, verb in MASKABLE if REDUCERS[verb].takes_threshold]
 
 
 def learned_first(score: str, verb: str, at: str) -> Schedule:
-    """A learned drop of nothing much at block 0, after which every later stage runs masked in training."""
+    """A learned drop at block 0 that removes little. Every later stage then runs masked in training."""
     first = Stage(0, at="mid", score="predictor", tokens=33)
     return Schedule((first, *two_stages(score, verb, at).stages))
 
@@ -136,7 +136,7 @@ def test_gradients_reach_thresholds_predictors_queries_and_the_model() -> None:
 @pytest.mark.parametrize("second", [verb for verb, entry in REDUCERS.items() if entry.takes_threshold])
 @pytest.mark.parametrize("first", [verb for verb, entry in REDUCERS.items() if entry.takes_threshold])
 def test_gradients_are_finite_whoever_goes(first: str, second: str) -> None:
-    """Also where nobody goes, where nearly all do, and where tokens have sizes."""
+    """Also when no token or nearly all tokens are removed, and when tokens have sizes."""
     for threshold in (-1.0, 0.99, 2.0):
         model, x = small_model("avg"), images(4)
         stages = tuple(
@@ -163,7 +163,7 @@ def test_counts_carry_gradients_to_the_thresholds() -> None:
 
 def test_masked_softmax_is_the_softmax_over_what_is_present_and_the_query_itself() -> None:
     logits = torch.randn(2, 3, 6, 6)
-    logits[..., 5] += 80  # an absent key far above the others, under which the released softmax turns uniform
+    logits[..., 5] += 80  # an absent key far above the others makes the released softmax uniform
     present = torch.tensor([1.0, 1, 0, 1, 1, 0]).expand(2, 6)[:, None, None].clone().requires_grad_()
     expected = logits.masked_fill((present == 0) & ~torch.eye(6, dtype=torch.bool), -torch.inf).softmax(dim=-1)
     attention = masked_softmax(logits, present)

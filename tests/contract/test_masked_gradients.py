@@ -1,4 +1,4 @@
-"""Gradients of masked attention and masked squeezing are those of the published formulas, computed anew in float64."""
+"""Gradients of masked attention and masked squeezing agree with the published formulas, reimplemented in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def softmax_with_policy(logits: Tensor, present: Tensor) -> Tensor:
 
 
 def gradients(softmax: Callable[[Tensor, Tensor], Tensor], logits: Tensor, present: Tensor) -> tuple[Tensor, ...]:
-    """The attention, and the gradients of a fixed random function of what it reads."""
+    """The attention, and the gradients of a fixed random function of its output."""
     logits, present = logits.clone().requires_grad_(), present.clone().requires_grad_()
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(logits.shape[-1], 4, generator=generator)
@@ -43,7 +43,7 @@ def gradients(softmax: Callable[[Tensor, Tensor], Tensor], logits: Tensor, prese
 
 
 def absent_above_present(gap: float) -> tuple[Tensor, Tensor]:
-    """Logits (2, 3, 8, 8) in which two absent keys lie `gap` nats above the others, and who is present."""
+    """Logits (2, 3, 8, 8) whose two absent keys lie `gap` nats above the others, and the mask of present keys."""
     logits = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-0.4, 0.4)
     present = torch.tensor([[1.0, 1, 0, 1, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1, 0, 0]])
     logits[..., 2] = logits[..., 2] + gap
@@ -66,7 +66,7 @@ def test_whatever_an_absent_key_would_get_gradients_stay_finite_and_bounded(gap:
     attention, of_logits, of_presence = gradients(masked_softmax, logits, present)
     assert torch.isfinite(attention).all() and torch.isfinite(of_logits).all() and torch.isfinite(of_presence).all()
     torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 3, 8))
-    # each of the 24 rows passes on at most exp(MOST_GAP) times the distance of two values, times an outer gradient
+    # bound per row: exp(MOST_GAP) x distance of two values x outer gradient; there are 24 rows
     assert of_presence.abs().max() < 24 * math.exp(MOST_GAP) * 4 * 5 * 5
     assert of_presence[0, 2] != 0, "a token that matters most must not be muted"
 
@@ -80,14 +80,16 @@ def test_present_tokens_get_the_softmax_over_present_keys(gap: float) -> None:
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
-    """Held-out digits as the shipped ViT takes them, and labels."""
+    """Held-out digits, normalised for the shipped ViT, and labels."""
     pixels, labels = load_digits("validation")
     return (pixels[:count, None].float() / 255 - 0.305) / 0.376, labels[:count]
 
 
 def digits_vit(reduce: str) -> torch.nn.Module:
-    """The shipped ViT with its weights, three stages that learn (DynamicViT's or dTPS's places and ratios), and
-    predictors that keep about 80 % of what arrives."""
+    """The shipped ViT with its weights and three learned stages (places and ratios of DynamicViT or dTPS).
+
+    Its predictors keep about 80 % of the tokens that arrive.
+    """
     model = timm.create_model("vit_digits_patch1_8", pretrained=True)
     counts = zip((2, 4, 6), (0.8, 0.64, 0.512), strict=True)
     stages = tuple(Stage(b, at="pre", score="predictor", tokens=int(r * 64), reduce=reduce) for b, r in counts)
@@ -100,7 +102,7 @@ def digits_vit(reduce: str) -> torch.nn.Module:
 
 
 def predictor_gradients(model: torch.nn.Module, amp: torch.dtype | None = None) -> list[Tensor]:
-    """Of the loss of one training step on each of four batches, for each stage's predictor, flat."""
+    """Gradients of each stage's predictor, flattened, for one training step on each of four batches."""
     found = []
     for pictures, labels in zip(*(x.split(16) for x in digits(64)), strict=True):
         model.train().zero_grad()
@@ -130,7 +132,7 @@ def test_predictors_of_a_trained_model_get_the_gradient_of_the_paper(
     )
     agreements = [cosine_and_norm(*pair) for pair in zip(ours, predictor_gradients(model), strict=True)]
     agree = [cosine > 0.9999 and abs(norm - 1) < 0.01 for cosine, norm in agreements]
-    # in a batch with a gap beyond MOST_GAP ours is bounded and the paper's formula is not
+    # with a gap above MOST_GAP ours is bounded and the paper's formula is not
     assert sum(agree) >= 10 and len(agree) == 12, agreements
 
 
@@ -144,7 +146,7 @@ def test_mixed_precision_gives_the_same_gradient(precision: torch.dtype) -> None
 
 
 def test_an_absent_token_counts_as_the_patches_it_stands_for() -> None:
-    """The gradient to the presence of a merged token is that of its size, whether it is present or not."""
+    """The gradient of the presence of a merged token is scaled by its size, whether it is present or not."""
     of_presence = []
     for size in (1.0, 4.0):
         logits, present = absent_above_present(0.0)
@@ -166,7 +168,7 @@ def test_an_absent_token_counts_as_the_patches_it_stands_for() -> None:
 def test_predictors_get_gradients_over_gaps_and_thresholds_do_not(
     stages: tuple[Stage, ...], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Thresholds follow the loss on the cost; benchmarks/masked_gradients.md has what gaps do to them."""
+    """Thresholds are trained by the loss on the cost; see benchmarks/masked_gradients.md for the effect of gaps."""
     seen = []
 
     def spy(logits: Tensor, present: Tensor, most_gap: float) -> Tensor:
@@ -182,7 +184,7 @@ def test_predictors_get_gradients_over_gaps_and_thresholds_do_not(
 
 
 def test_sizes_of_absent_tokens_reach_the_masked_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a model that merges and then drops, the logits of dropped tokens have their log size too."""
+    """In a model that merges and then drops, the log size is added to the logits of dropped tokens too."""
     seen = []
 
     def spy(logits: Tensor, present: Tensor, most_gap: float) -> Tensor:
@@ -217,13 +219,13 @@ def squeezed(x: Tensor, present: Tensor, stays: Tensor) -> Tensor:
 
 
 def absorbed(x: Tensor, present: Tensor, stays: Tensor) -> Tensor:
-    """DiffRate's merging: the plain mean of a token and those that join it."""
+    """DiffRate's merging: the unweighted mean of a token and the tokens that join it."""
     share = _to_hosts(x, present, stays)
     return (x + share.transpose(1, 2) @ x) / (1 + share.sum(dim=1))[..., None]
 
 
 def _to_hosts(x: Tensor, present: Tensor, stays: Tensor) -> Tensor:
-    """1 at (guest, host), with gradients to who is present and who stays; no token is its own host."""
+    """Matrix with 1 at (guest, host), differentiable in the masks. No token is its own host."""
     unit = x / x.norm(dim=-1, keepdim=True)
     cosine = (unit @ unit.transpose(1, 2)).masked_fill(torch.eye(x.shape[1], dtype=torch.bool), -100)
     nearest = cosine.masked_fill(stays[:, None] == 0, -100).argmax(dim=-1)
@@ -274,7 +276,7 @@ def test_the_gradient_of_masked_joining_is_that_of_the_paper(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", FORMULAS)
 def test_a_token_that_alone_stays_is_left_as_it_is(verb: str) -> None:
-    """It has nobody to join: its own features are unchanged but for its guests, and all gradients are finite."""
+    """It has no host. Only its guests change its features, and all gradients are finite."""
     x, present, _ = tokens()
     stays = torch.zeros_like(present)
     stays[:, 4] = 1

@@ -1,4 +1,4 @@
-"""What `apply_schedule` promises for every layout, score and reduce verb."""
+"""`apply_schedule` with every layout, score and verb."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWar
 
 
 def verbs(layout: str) -> list[tuple[str, str]]:
-    """The pairs a layout supports: prr pooling has no room for sizes; it and none at all not for masked tokens."""
+    """The pairs that a layout supports. prr pooling supports no token sizes; prr and no pooling support no masking."""
     possible = pairs(LAYOUTS[layout].get("class_token") is not False)
     if layout in ("prr", "no_pool"):
         possible = [(score, verb) for score, verb in possible if score != "predictor"]
@@ -147,11 +147,11 @@ def test_proportional_attention_counts_a_merged_token_as_its_parts() -> None:
 
 @pytest.mark.parametrize("layout", ["avg", "avg_no_class", "avg_with_prefix", "avgmax", "map"])
 def test_pooling_counts_merged_tokens_by_their_size(layout: str) -> None:
-    """Merging tokens that are equal changes nothing, so every pooling must give what it gave before."""
+    """Merging equal tokens must not change the result of any pooling."""
     model = small_model(layout)
     with torch.no_grad():
         if model.pos_embed is not None:
-            model.pos_embed[:, model.pos_embed.shape[1] - 36 :] = 0.3  # equal patches stay equal tokens
+            model.pos_embed[:, model.pos_embed.shape[1] - 36 :] = 0.3  # equal patches give equal tokens
     x = images(2)[..., :1, :1].expand(-1, -1, 24, 24)
     before = model(x)
     torch.testing.assert_close(apply_schedule(model, MERGE)(x), before, atol=1e-4, rtol=1e-4)

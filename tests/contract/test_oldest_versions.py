@@ -1,5 +1,7 @@
-"""What must work with the oldest supported versions and without Ray: import, apply and check. `scripts/test_oldest`
-runs this file and test_variants.py with them; the ordinary test run does so with the newest."""
+"""Import, apply and check work with the oldest supported versions and without Ray.
+
+`scripts/test_oldest` runs this file and test_variants.py with the oldest versions, the ordinary run with the newest.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def test_the_package_and_its_command_line_need_no_ray() -> None:
 
 @pytest.mark.parametrize(("score", "verb"), some_pairs())
 def test_schedules_are_applied(score: str, verb: str, tmp_path: Path) -> None:
-    """From a file, with the counts that arithmetic gives."""
+    """A schedule from a file gives the predicted token counts."""
     model, schedule = small_model(), two_stages(score, verb)
     save_schedule(schedule, tmp_path / "best.yaml")
     apply_schedule(model, load_schedule(tmp_path / "best.yaml"), untrained=True)
@@ -77,7 +79,7 @@ class Payload:
 
 
 def test_a_study_file_cannot_make_timm_load_a_pickle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """timm 1.0.22 unpickles what `checkpoint_path` names."""
+    """timm 1.0.22 unpickles the file that `checkpoint_path` names."""
     (tmp_path / "weights.pth").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
     given = f"model.options={{checkpoint_path: {tmp_path / 'weights.pth'}}}"
     assert main(["check", str(SPACES / "digits.yaml"), "--set", given]) == 2

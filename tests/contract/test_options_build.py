@@ -1,4 +1,4 @@
-"""Promise: an option of a model that is within its bounds builds, or the model says in a sentence why it does not."""
+"""Promise: a model option within its bounds builds a model, or a sentence says why it cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALUES = [
 ]
 CLASSES = (timm.models.VisionTransformer, timm.models.SwinTransformer, timm.models.ConvNeXt)
 KNOWN = {name for kind in CLASSES for name in inspect.signature(kind.__init__).parameters}
-"""To this version of timm; not all of them are old."""
+"""Options that this version of timm has; old versions lack some of ours."""
 TAKEN: set[str] = set()
 
 
@@ -39,7 +39,7 @@ def test_an_option_builds_or_is_a_sentence(name: str, value: Scalar) -> None:
 
 
 def takes(model: str, name: str, value: Scalar) -> bool:
-    """Whether a model builds with it; else the error must say what is possible."""
+    """Whether a model builds with an option. If not, the error must say what is possible."""
     config = ModelConfig(model, options=as_options({**MODELS[model], name: value}))
     assert model_problems(config) == []
     try:
@@ -50,7 +50,7 @@ def takes(model: str, name: str, value: Scalar) -> bool:
 
 
 def test_every_option_is_one_that_some_model_takes() -> None:
-    for name in set(OPTIONS) & KNOWN - TAKEN:  # those that another process has tried
+    for name in set(OPTIONS) & KNOWN - TAKEN:  # when another process has tried them
         values = [value for option, value in VALUES if option == name]
         assert any(takes(model, name, value) for model in MODELS for value in values), name
     assert set(OPTIONS) <= KNOWN or timm.__version__ != "1.0.31"

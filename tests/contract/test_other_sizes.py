@@ -1,7 +1,7 @@
-"""A schedule on images of another size, and on unusual inputs: what a model built for them does, or a sentence.
+"""Models with a schedule on images of another size, and on unusual inputs.
 
-For each stage there are two right answers. Either the logits are those of a model that was built at the other size with
-the same weights, and on which the schedule was resolved there; or a ScheduleError says why that cannot be.
+Two results are right. Either the logits equal those of a model that was built for the other size, with the same weights
+and the schedule applied there; or a ScheduleError says why the size is impossible.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def built(size: tuple[int, int]) -> nn.Module:
 
 
 def with_parts_of(model: nn.Module, schedule: Schedule, other: nn.Module) -> nn.Module:
-    """The model with a schedule, and with what another one learned for it."""
+    """Apply a schedule to a model and load the learned parts of another model."""
     apply_schedule(model, schedule)
     if hasattr(model, PARTS):
         getattr(model, PARTS).load_state_dict(
@@ -56,7 +56,7 @@ def rectangles(size: tuple[int, int]) -> Tensor:
 
 
 def agree(schedule: Schedule) -> set[str]:
-    """Compare on every size; which of the two right answers were given."""
+    """Compare on every size; returns which of the two right results occurred."""
     model, answers = copy.deepcopy(built((24, 24))), set()
     try:
         apply_schedule(model, schedule)
@@ -171,7 +171,7 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings(r"ignore:var\(\)")  # of the scores of no image, in drop_or_merge
+@pytest.mark.filterwarnings(r"ignore:var\(\)")  # drop_or_merge takes a variance over the scores of no image
 @pytest.mark.parametrize("layout", ["class", "avg", "map", "max"])
 def test_no_images_give_no_logits(layout: str) -> None:
     model = small_model(layout)
@@ -187,7 +187,7 @@ def test_no_images_give_no_logits(layout: str) -> None:
 
 
 def test_no_images_give_no_logits_with_a_map() -> None:
-    """Of ConvNeXt only: timm's own Swin cannot reshape the attention of no window."""
+    """For ConvNeXt only. timm's Swin fails on an empty batch even without a schedule."""
     model = apply_schedule(map_model("convnext"), HOLDS)
     for training in (False, True):
         assert model.train(training)(inputs(model, 0)).shape == (0, LAYOUTS["convnext"]["num_classes"])

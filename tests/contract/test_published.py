@@ -1,7 +1,7 @@
-"""Presets against what papers and released code report: token counts and MACs, on timm's own shapes (no weights).
+"""Token counts and MACs of presets agree with papers and released code, on timm's shapes (no weights).
 
-Papers count blocks, patch embedding and classifier; our cost also has what scores and verbs cost themselves. `bare`
-leaves the latter out where the published figure does.
+Papers count blocks, patch embedding and classifier. Our cost also includes scores and verbs; `bare` leaves these out
+where the published figure does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES["h"] = "vit_huge_patch14_224"
 
 
 def shape(letter: str) -> ModelShape:
-    return model_shape(ModelConfig(NAMES[letter], num_classes=1000))  # timm's own ViT-H has no classifier
+    return model_shape(ModelConfig(NAMES[letter], num_classes=1000))  # timm's ViT-H has no classifier
 
 
 def bare(model: ModelShape, schedule: Schedule) -> int:
@@ -53,7 +53,7 @@ def bare(model: ModelShape, schedule: Schedule) -> int:
         ("etps-0.7", (139, 98, 69)),
         ("evit-fuse-0.7", (140, 100, 72)),
         ("evit-fuse-0.5", (100, 52, 28)),
-        # the third 50 of 96 patch tokens would be more than half: the released code clips it to 48, so 49 stay, not 47
+        # the third 50 is more than half of 96 patch tokens: the released code clips it to 48, so 49 stay
         ("ppt-50", (147, 97, 49)),
     ],
 )
@@ -113,7 +113,7 @@ DIFFRATE = [
     ("h-mae-83.7", 83.647, "257,252,240,212,186,172,160,159,148,142,138,132,118,114,111,108,103,100,100,100,100,100,"
      "100,97,96,96,95,86,79,77,56,56"),
     ("h-mae-93.2", 92.107, "257,257,257,249,242,241,239,229,209,203,159,150,124,107,107,101,100,100,100,89,85,85,85,85,"
-     "85,85,85,83,78,78,75,75"),  # its label is 93.2
+     "85,85,85,83,78,78,75,75"),  # labelled 93.2 in the file
     ("h-mae-103.4", 103.337, "257,256,253,247,238,211,201,195,193,185,179,171,162,154,150,144,141,138,137,135,134,133,"
      "130,127,125,125,122,114,101,90,53,53"),
     ("h-mae-124.5", 124.388, "257,254,251,244,238,223,220,203,194,186,186,186,186,184,184,184,184,183,183,182,182,182,"
@@ -153,7 +153,7 @@ def test_dense(letter: str, gmacs: float) -> None:
     ("letter", "without", "with_predictors"), [("s", 2.88, 2.98), ("b", 11.06, 11.48), ("256", 1.33, 1.37)]
 )
 def test_dynamicvit(letter: str, without: float, with_predictors: float) -> None:
-    """DynamicViT's own width 256: 1.3289 + 0.0457 = 1.3746; its parts rounded first (1.33 + 0.05) would add to 1.38."""
+    """DynamicViT with width 256: 1.3289 + 0.0457 = 1.3746. Adding the rounded parts (1.33 + 0.05) would give 1.38."""
     small = shape("s")
     model = shape(letter) if letter in NAMES else replace(
         small, dim=256, heads=4, attention_dim=256, mlp_macs=8 * 256 * 256,
@@ -192,11 +192,11 @@ def test_macs_by_the_papers_formula(preset: str, letter: str, gmacs: float) -> N
     assert round(counted, 1 if gmacs > 30 else 2) == gmacs
 
 
-# what these schedules cost here, where that does not round to the published figure
+# our cost, where it does not round to the published figure
 DIFFERENT = {
     ("dynamicvit-0.7", "deit_small_patch16_224"): 2.98,  # published without the predictors
-    ("dynamicvit-0.7", "deit_base_patch16_224"): 11.48,  # cut to 11.4, not rounded
-    ("dynamicvit-0.8", "deit_small_patch16_224"): 3.46,  # cut
+    ("dynamicvit-0.7", "deit_base_patch16_224"): 11.48,  # truncated to 11.4 in the paper, not rounded
+    ("dynamicvit-0.8", "deit_small_patch16_224"): 3.46,  # truncated
     ("evit-0.8", "deit_small_patch16_224"): 3.44,  # the source gives the fused variant's 3.48 for both
     ("ppt-50", "deit_small_patch16_224"): 2.942,  # 2.944: their own count of the matching
     ("diffrate-s-2.9", "deit_small_patch16_224"): 2.910,  # 2.905 without the scores and similarities
@@ -236,7 +236,7 @@ def test_adaptive_presets_aim_at_a_share_of_the_dense_cost(preset: str, letter: 
 
 
 def test_asvit_target_is_close_to_its_own() -> None:
-    """0.65 of 4.574 G, which leaves out the class token and the head."""
+    """0.65 of 4.574 G, a count without the class token and the head."""
     assert load_preset("asvit-0.65", shape("s")).target_gmacs == pytest.approx(0.65 * 4.574, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""What every scorer and reducer promises, on tensors alone."""
+"""Contract of every scorer and reducer, tested on tensors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_merge_conserves_size_and_averages_by_it() -> None:
     merged = add_up(size, grouping)
     torch.testing.assert_close(merged.sum(dim=1), size.sum(dim=1))
     result = regroup(patches(), grouping)
-    # the size-weighted sum of everything is conserved by size-weighted means
+    # size-weighted means conserve the size-weighted sum
     torch.testing.assert_close(
         (result * merged[..., None]).sum(1), (patches() * size[..., None]).sum(1), atol=1e-4, rtol=1e-4
     )
@@ -168,7 +168,7 @@ def test_prefix_tokens_are_untouched_and_counts_as_resolved(score: str, verb: st
 
 
 def test_evidence_of_a_later_stage_follows_the_tokens() -> None:
-    """Two stages of one block: the second ranks the survivors of the first by the scores of the same attention."""
+    """Two stages in one block: the second ranks the tokens kept by the first, with scores of the same attention."""
     tokens = torch.randn(2, PREFIX + PATCHES, 16)
     first, second = resolve(Schedule((Stage(1, tokens=20), Stage(1, tokens=10))), SHAPE)
     evidence = gather_evidence(first.stage, tokens[:, PREFIX:], attended(), False)

@@ -1,4 +1,4 @@
-"""A layer whose cost the arithmetic does not know is named and refused, wherever it is; none is left out."""
+"""A layer with unknown cost is refused by name, wherever it is in the model."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PLACES = {
 
 
 class Wrapped(nn.Module):
-    """A layer that somebody wrapped, with parameters beside it."""
+    """A wrapper around a layer, with parameters of its own."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base, self.scale = base, nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the layer."""
+        """The same as the layer."""
         return self.base(x) * self.scale
 
 
@@ -54,7 +54,7 @@ class Adapted(nn.Linear):
 
 
 class Silent(nn.Module):
-    """A layer without parameters whose arithmetic nobody knows."""
+    """A layer without parameters and with unknown cost."""
 
     def __init__(self, _: nn.Module) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_a_quantised_model_is_refused_and_one_that_has_its_schedule_runs(family:
 
 
 class Plain(nn.Linear):
-    """A subclass of the linear layer that is the same matrix."""
+    """A subclass of the linear layer with the same cost."""
 
 
 def test_linear_layers_in_other_clothes_are_counted() -> None:

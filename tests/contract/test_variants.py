@@ -1,4 +1,4 @@
-"""Every timm name with a plain block: an empty schedule is bit-equal, and a real one gives the resolved counts."""
+"""Every timm model with a plain block: an empty schedule changes no bit, a real one gives the resolved counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 
 @functools.cache
 def refused(name: str) -> bool:
-    """Whether prunesearch refuses this model; built without memory, two blocks deep."""
+    """Whether prunesearch refuses this model. It is built on the meta device with two blocks."""
     with torch.device("meta"):
         model = timm.create_model(name, depth=2)
     try:
@@ -30,10 +30,10 @@ def refused(name: str) -> bool:
 
 
 def small(name: str) -> torch.nn.Module:
-    """The variant at two blocks, four heads of 24, and as small an image as its stem takes; all else as it is."""
+    """The variant with two blocks, four heads of 24, and the smallest image that its stem accepts."""
     with torch.device("meta"):
         patch = timm.create_model(name, depth=2).patch_embed
-    if hasattr(patch, "backbone"):  # a small CNN, whose own weights stay: random ones overflow in its deep ReLU stack
+    if hasattr(patch, "backbone"):  # keep its weights: random ones overflow in the deep ReLU stack of this small CNN
         model = timm.create_model(name, depth=2, num_classes=5, img_size=64)
         randomise(model.blocks)
     else:

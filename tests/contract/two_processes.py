@@ -1,6 +1,6 @@
-"""What each of two processes does in test_distributed.py: it trains small models with schedules, under DDP or FSDP2.
+"""The program of each process in test_distributed.py: train small models with schedules under DDP or FSDP2.
 
-It is compared with one process that takes the mean over both halves of the batch, each with its own random numbers.
+The result is compared with one process that averages over both halves of the batch, each with its own random numbers.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ SCHEDULES = {
 
 
 def fresh(case: str) -> nn.Module:
-    """The model of a case, in training mode."""
+    """A new model for a case, in training mode."""
     model = apply_schedule(small_model(), SCHEDULES[case], untrained=True).train()
     model.set_grad_checkpointing(case.endswith("checkpointed"))
     return model
 
 
 def loss_of(model: nn.Module, x: Tensor, seed: int) -> Tensor:
-    """A loss of logits and of the counts that decisions lead to, with random numbers from a seed."""
+    """A loss of the logits and of the token counts, with random numbers from a seed."""
     torch.manual_seed(seed)
     outcome = trace(model, x)
     return outcome.logits.square().mean() + sum(0.01 * count.mean() for count in outcome.counts)
 
 
 def train(model: nn.Module, shards: list[tuple[Tensor, int]]) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of each shard in each step, and parameters at the end, after steps on the mean over the shards."""
+    """Train on the mean over shards; returns the loss of each shard in each step, and the final parameters."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -63,7 +63,7 @@ def evaluated(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def compare(wrapper: str, case: str) -> dict[str, float]:
-    """Largest difference between this process and the single one: losses, parameters after training, logits."""
+    """Largest difference to the single process: losses, parameters after training, logits."""
     rank, halves = dist.get_rank(), images(4 * PROCESSES).chunk(PROCESSES)
     single = fresh(case)
     losses, wanted = train(single, [(half, seed) for seed, half in enumerate(halves)])
@@ -94,7 +94,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 def work(rank: int, folder: str, cases: list[tuple[str, str]]) -> None:
-    """One process: compare each (wrapper, schedule), and write what was found to FOLDER/RANK.json."""
+    """Main function of a process: compare each (wrapper, schedule), and write the results to FOLDER/RANK.json."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)

@@ -1,6 +1,6 @@
-"""What only a GPU can show: the same decisions as on the CPU, no hidden transfers, compiled graphs, and its memory.
+"""Tests on a GPU: the same decisions as on the CPU, no hidden transfers, compiled graphs, and GPU memory.
 
-Skipped without a CUDA device. Nothing here needs Ray or Optuna: PyTorch and timm are enough.
+Skipped without a CUDA device. These tests need PyTorch and timm, but neither Ray nor Optuna.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""Ray reads some settings when it is imported: ours come first, whichever test module is collected first."""
+"""Import our Ray module first: it sets environment variables that Ray reads when it is imported."""
 
 import prunesearch.workers.ray_pool  # noqa: F401

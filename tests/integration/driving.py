@@ -1,10 +1,10 @@
-"""One of several drivers, as a process: a fake study whose evaluations are written to a ledger.
+"""A driver as a process, for tests with several: a fake study whose evaluations are logged in a ledger file.
 
-A line of the ledger is what happened, uid, rung, process, a token that no other evaluation has, and the time:
+Each line of the ledger has an event, uid, rung, process, a token unique to the evaluation, and the time. Events:
 
-    begun     its evaluation began; "known" instead when its result lay in an outbox at that moment
-    returned  the numbers are there
-    written   they are in the outbox
+    begun     the evaluation began ("known" instead if its result was already in an outbox)
+    returned  the evaluation returned
+    written   its result is in the outbox
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ledger = Path()
 
 @dataclass(frozen=True)
 class Line:
-    """Of the ledger."""
+    """A line of the ledger."""
 
     what: str
     uid: str
@@ -51,7 +51,7 @@ class Line:
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Note who does what, take a while."""
+    """Log the evaluation in the ledger, and wait a moment."""
     token = uuid.uuid4().hex
     is_known = any(_ledger.parent.rglob(f"outbox/**/{task.uid}.{task.rung}.*.json"))
     _note("known" if is_known else "begun", task, token)
@@ -62,7 +62,7 @@ def evaluate(task: Task) -> Evaluation:
 
 
 def evaluate_and_note(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Task) -> Evaluation:
-    """In place of `evaluate_into`."""
+    """Replacement for `evaluate_into` that also logs "written"."""
     found = evaluate_into(outbox, evaluate, task)
     _note("written", task, found.host)
     return found
@@ -74,7 +74,7 @@ def _note(what: str, task: Task, token: str) -> None:
 
 
 def drive(folder: Path, url: str, config: StudyConfig, seconds: float, lease: float) -> None:
-    """The process of a driver."""
+    """Main function of a driver process."""
     global _seconds, _ledger
     _seconds, _ledger = seconds, folder.parent / "ledger"
     serial_workers.evaluate_into = evaluate_and_note  # type: ignore[assignment]
@@ -88,7 +88,7 @@ def start(folder: Path, url: str, config: StudyConfig, seconds: float = 0.0, lea
 
 
 def end(*processes: BaseProcess) -> None:
-    """Wait until all are done, well."""
+    """Wait for all processes, and assert that each ended with exit code 0."""
     for process in processes:
         process.join(timeout=600)
     try:
@@ -99,7 +99,7 @@ def end(*processes: BaseProcess) -> None:
 
 
 def ledger(place: Path) -> list[Line]:
-    """Everything that happened, in order."""
+    """All lines of the ledger, in order."""
     if not (place / "ledger").exists():
         return []
     found = []
@@ -110,17 +110,17 @@ def ledger(place: Path) -> list[Line]:
 
 
 def evaluated(place: Path) -> Counter[tuple[str, str]]:
-    """How often each candidate was begun at each rung."""
+    """How often each candidate was begun at each rung: (uid, rung) -> count."""
     return Counter((line.uid, str(line.rung)) for line in ledger(place) if line.what in BEGUN)
 
 
 def drivers(place: Path) -> int:
-    """How many processes took part."""
+    """Number of processes in the ledger."""
     return len({line.process for line in ledger(place)})
 
 
 def wait_for(place: Path, count: int) -> None:
-    """Until so many evaluations were begun. Raises AssertionError when none begins for two minutes."""
+    """Wait until `count` evaluations were begun. Raises AssertionError when none begins for two minutes."""
     before, deadline = -1, 0.0
     while (now := evaluated(place).total()) < count:
         if now > before:

@@ -1,4 +1,4 @@
-"""Evaluations that go wrong in a way that depends on nothing but the candidate."""
+"""Evaluations that fail in different ways. The way depends on the candidate's uid only."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ KINDS = {
 
 
 def mishap(uid: str) -> str:
-    """What happens to a candidate."""
+    """The kind of failure of a candidate."""
     return KINDS.get(int(uid, 16) % 19, "fine")
 
 
 class Unpicklable(Exception):
-    """Holds what cannot leave its process."""
+    """An object that cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__("holds a lock")
@@ -36,7 +36,7 @@ class Unpicklable(Exception):
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Made-up numbers, or none."""
+    """Return made-up numbers, or fail."""
     kind = mishap(task.uid)
     if kind == "dies always" or (kind == "dies once" and task.attempt == 0):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the test's own, from the binaries that are installed."""
+"""Start a temporary PostgreSQL server from the installed binaries, for tests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 
 class Unavailable(Exception):
-    """No server can be started here; says why."""
+    """No server can be started here. The message says why."""
 
 
 class Server:
-    """A server that can go away and come back."""
+    """A server that can be stopped and started again."""
 
     def __init__(self, binaries: Path, place: Path, port: int, user: str | None) -> None:
         self.binaries, self.data, self.port, self.user = binaries, place / "data", port, user
@@ -35,7 +35,7 @@ class Server:
 
     def _call(self, program: str, *arguments: str) -> None:
         command = [str(self.binaries / program), *arguments]
-        # its files are not for root, and a server keeps the pipe of whoever started it open
+        # not as root; no pipes, because the server would keep them open
         subprocess.run(
             command, check=True, user=self.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/"
         )
@@ -43,14 +43,14 @@ class Server:
 
 @contextmanager
 def postgres() -> Iterator[Server]:
-    """A new server that ends with the block. Raises Unavailable."""
+    """A new server, stopped at the end of the block. Raises Unavailable."""
     binaries = _binaries()
     if binaries is None:
         raise Unavailable("no PostgreSQL server is installed (no initdb on the PATH or in /usr/lib/postgresql)")
     if importlib.util.find_spec("psycopg") is None:
         raise Unavailable("no driver for PostgreSQL is installed (pip install 'psycopg[binary]')")
     user = None
-    if os.getuid() == 0:  # which PostgreSQL refuses
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
         user = next((name for name in ("postgres", "nobody") if _exists(name)), None)
         if user is None:
             raise Unavailable("PostgreSQL does not run as root, and there is no user postgres or nobody")

@@ -1,4 +1,4 @@
-"""An evaluation for a cluster that loses one node and gets another; files in the study folder say when."""
+"""An evaluation for a cluster that loses a node and gets a new one. Files in the study folder synchronise the steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from prunesearch.evaluate.task import Evaluation, Task
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Made-up numbers; every beginning is a line of `ledger`. `nodes` names the head and a node on which rung 1 never
-    ends (`hit`); elsewhere it waits for that. Then nothing ends until the node's death was `noticed`, and, after the
-    second try, until a third node has `arrived`."""
+    """Return made-up numbers, and log each start in `ledger`.
+
+    The file `nodes` names the head and a doomed node. Rung 1 never ends on the doomed node, which creates `hit`. Rung 1
+    on other nodes waits for `hit`. Then no evaluation ends until the test has created `noticed`, and after a second
+    attempt none ends until a third node has created `arrived`.
+    """
     assert task.save_to is not None
     folder = Path(task.save_to).parent.parent
     head, doomed = (folder / "nodes").read_text().split()
@@ -47,6 +50,6 @@ def evaluate(task: Task) -> Evaluation:
 
 
 def wait_after(begin: Path, end: Path) -> None:
-    """Wait, once there is a file `begin`, until there is a file `end`."""
+    """If the file `begin` exists, wait for the file `end`."""
     while begin.exists() and not end.exists():
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""One candidate at a time, in a child process where that is needed: what ends or hangs costs a candidate."""
+"""The worker in a child process: an evaluation that exits, crashes or hangs fails its candidate only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunesearch.workers.outbox import delivered
 from prunesearch.workers.protocol import Lost, Outcome
 
 PATIENCE = 280.0
-"""Imports take a minute where others load the machine."""
+"""Seconds. Imports take a minute on a busy machine."""
 SERIAL = WorkersConfig(kind="serial")
 
 
@@ -50,7 +50,7 @@ def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
         assert isinstance(good, Evaluation) and good == replace(fake_search.evaluate(task("a0")), host=good.host)
         assert good.host != str(os.getpid())
         [(_, _, written)] = delivered(tmp_path / "outbox")
-        assert written == good  # before it was told
+        assert written == good  # the outbox is written before the result is returned
         assert outcome(worker, task("a1", stages=3)) == Lost("error", "SystemExit: leaving")
         again = outcome(worker, task("a2"))
         assert isinstance(again, Evaluation) and again.host == good.host  # the same process
@@ -84,7 +84,7 @@ def test_plugins_and_timeouts_evaluate_in_a_child_with_the_same_numbers(
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
 def test_no_child_is_left_behind(tmp_path: Path, ends: list[signal.Signals]) -> None:
-    """By SIGKILL the driver ends at once; SIGTERM and Ctrl-C ask first, and the second one cancels what runs."""
+    """SIGKILL ends the driver at once. SIGTERM or Ctrl-C once asks it to stop, twice cancels running candidates."""
     code = (
         "from pathlib import Path; import sys; from dataclasses import replace; from fake_search import study\n"
         "from prunesearch.search.driver import run_study\n"
@@ -104,7 +104,7 @@ def test_no_child_is_left_behind(tmp_path: Path, ends: list[signal.Signals]) -> 
         driver.send_signal(ends[0])
         for end in ends[1:]:
             time.sleep(2)
-            assert driver.poll() is None and all(map(lives, children))  # it waits for what runs
+            assert driver.poll() is None and all(map(lives, children))  # it waits for the running candidate
             driver.send_signal(end)
         driver.wait(timeout=60)
         wait_until(lambda: not any(map(lives, children)), "a child lives on")
@@ -120,7 +120,7 @@ def wait_until(holds: object, else_say: str) -> None:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for has ended all the same."""
+    """Whether a process runs. Zombies count as ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Stored data that is damaged: one bad trial costs that trial, what belongs to the whole study is refused by name."""
+"""Damaged stored data: a bad trial is left out, bad data of the whole study is refused by name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from prunesearch.study.storage import storage_url
 from prunesearch.study.store import open_store
 
 Damage = Callable[[Path, int], None]
-"""Of a study folder and the number of a trial."""
+"""Damages a trial, given the study folder and the trial's number."""
 TRIALS = 45
 CONFIG = study(TRIALS)
 GOOD = 3
-"""So many trials stay whole; each of the others is damaged in a way of its own."""
+"""This many trials are not damaged. Each of the others is damaged in a different way."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def change(folder: Path, statement: str, *values: object) -> None:
 
 
 def set_attribute(folder: Path, number: int, key: str, text: str | None) -> None:
-    """Put a text in the place of an attribute's JSON, or take the attribute away."""
+    """Replace the JSON of an attribute by a text, or delete the attribute."""
     of_trial = "trial_id = (SELECT trial_id FROM trials WHERE number = ?) AND key = ?"
     if text is None:
         change(folder, f"DELETE FROM trial_user_attributes WHERE {of_trial}", number, key)
@@ -90,7 +90,7 @@ UNREADABLE = {"no JSON": "{oops", "deep": "[" * 100_000 + "]" * 100_000}
 BLOCK = {"stages": [{"block": 99, "keep": 0.5}]}
 OURS: dict[str, Damage] = {
     **{f"{key}: {name}": attribute(key, text) for key in ATTRIBUTES for name, text in TEXTS.items()},
-    # studies of before several drivers have no owner
+    # studies of versions before several drivers have no owner
     **{f"{key}: missing": attribute(key, None) for key in ATTRIBUTES if key != "owner"},
     "nothing of ours": of_trial("DELETE FROM trial_user_attributes WHERE"),
     "a rung of no number": of_trial("UPDATE trial_user_attributes SET key = 'rung:x' WHERE key = 'rung:0' AND"),
@@ -131,7 +131,7 @@ def test_damaged_trials_are_left_out_and_counted(
     assert reader.unreadable.keys() == set(bad.values())
     caplog.clear()
     assert reader.records() == expected
-    assert not caplog.records  # it was said once
+    assert not caplog.records  # logged once only
     reader.close()
     assert main(["status", str(folder), "--json"]) == 0
     said = capsys.readouterr()
@@ -155,7 +155,7 @@ def test_ninety_nine_good_trials_and_one_bad_one(folder: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("damage", [attribute("uid", "{oops"), attribute("rung:0", "{}"), OURS["nothing of ours"]])
 def test_several_drivers_go_on_beside_a_damaged_trial(folder: Path, damage: Damage) -> None:
-    """They count candidates, and look for equal ones, in the database itself."""
+    """They count candidates and search for equal ones in the database."""
     damage(folder, 1)
     config = replace(CONFIG, stop=StopConfig(trials=TRIALS + 1))
     done = run_study(config, folder, storage=storage_url(folder), evaluate="fake_search:evaluate")
@@ -184,7 +184,7 @@ def test_foreign_parameters_are_read_from_the_schedule(folder: Path, caplog: pyt
 def test_damaged_data_of_a_study_is_refused_by_name_or_left_out(
     tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without `config` nothing can be read; without `starts` nothing can go on. The others are left out."""
+    """Without `config` nothing can be read, and without `starts` nothing can run. Other attributes are ignored."""
     config, url = study(2), storage_url(tmp_path / "fake")
     run_study(config, tmp_path / "fake", evaluate="fake_search:evaluate")
     store = open_store(config, url)
@@ -196,7 +196,7 @@ def test_damaged_data_of_a_study_is_refused_by_name_or_left_out(
         folder = Path(shutil.copytree(tmp_path / "fake", tmp_path / key.partition(":")[0], dirs_exist_ok=True))
         change(folder, "UPDATE study_user_attributes SET value_json = ? WHERE key = ?", text, key)
         can_look = text in TEXTS.values() and key != "config"
-        can_run = can_look and (key != "starts" or text == "null")  # null: as in a study that was mended
+        can_run = can_look and (key != "starts" or text == "null")  # null: stored when the settings were corrected
         for verb in ("status", "front"):
             assert main([verb, str(folder)]) in ((0,) if can_look else (1, 2))
             said = capsys.readouterr().err

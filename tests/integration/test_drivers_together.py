@@ -1,4 +1,4 @@
-"""Several drivers with folders of their own: what one finished is not evaluated again, whoever dies or comes late."""
+"""Drivers with separate folders: no finished evaluation is repeated, even if drivers die or start late."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import fake_search  # first: it leads to the modules of the unit tests
+from driving import fake_search  # first, because it adds the unit tests to the path
 from dying import STEPS, Killed, die_at
 
 from prunesearch.config import ConfirmConfig, StudyConfig
@@ -30,7 +30,7 @@ from prunesearch.workers.serial import SerialWorkers
 
 
 def during(task: Task) -> None:
-    """What happens while a task is evaluated; tests replace it."""
+    """Called during each evaluation. Tests replace it."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_a_survivor_adopts_from_the_folder_of_the_dead(
         f"{one.uid} {one.rung}" for record in found for one in record.evaluations
     )
     left = undelivered(tmp_path)
-    for time_ in (2, 3):  # whoever comes back finds that all of it is known
+    for time_ in (2, 3):  # a driver that restarts finds all its results in the study
         search(config, tmp_path / f"dead{time_}", url)
     assert not undelivered(tmp_path), left
 
@@ -131,7 +131,7 @@ def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, m
         return begin(store, *arguments)
 
     monkeypatch.setattr(Store, "begin", look_and_begin)
-    monkeypatch.setattr("prunesearch.study.team.Team._beat", lambda team: None)  # the thread has not come to it yet
+    monkeypatch.setattr("prunesearch.study.team.Team._beat", lambda team: None)  # as if the thread had not run yet
     search(fake_search.study(2), tmp_path / "one", url)
     assert len(beats) == 2
     assert all(beat.count is not None and Path(beat.place).parents[1] == tmp_path / "one" for beat in beats)
@@ -168,7 +168,7 @@ def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
 
 
 class Driver:
-    """One that only measures the front again."""
+    """A driver that only confirms the front."""
 
     def __init__(self, name: str, place: Path, config: StudyConfig, url: str) -> None:
         self.config, self.folder = config, place / name
@@ -187,7 +187,7 @@ class Driver:
 
 @pytest.fixture
 def searched(tmp_path: Path, url: str) -> Iterator[Callable[[str], Driver]]:
-    """A study whose front is to be measured again, by drivers that are made as they are named."""
+    """A finished search whose front is to be confirmed. Returns a function that makes a driver by name."""
     search(fake_search.study(12), tmp_path / "searcher", url)
     fake_search.EVALUATED.clear()
     made: list[Driver] = []
@@ -245,7 +245,7 @@ def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Drive
     assert not other.store.claim(one.record.uid, one.index, one.task.uid, None)
     thread = threading.Thread(target=other.confirm)
     thread.start()
-    time.sleep(0.8)  # more than a lease
+    time.sleep(0.8)  # longer than a lease
     assert thread.is_alive() and f"{one.task.uid} 0" not in fake_search.EVALUATED
     assert slow.store.confirm(one.record.uid, one.index, evaluate(one.task))
     thread.join()
@@ -269,7 +269,7 @@ all_at_work = threading.Barrier(2)
 
 
 def fail(task: Task) -> Evaluation:
-    """In vain, and not before both drivers are at it."""
+    """Fail, but only after both drivers have begun to evaluate."""
     fake_search.EVALUATED.append(task.uid)
     if threading.get_ident() not in at_work:
         at_work.add(threading.get_ident())

@@ -1,4 +1,4 @@
-"""The whole road as a stranger walks it: an image folder, a timm ViT, a study file, Ray, a schedule, a new process."""
+"""End to end as a new user: image folder, timm ViT, study file, Ray, export, and a new process that applies it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(model(torch.zeros(2, 3, 32, 32)).shape)
 
 
 def image_folder(root: Path) -> Path:
-    """Three colours to tell apart, as split/class/image.png."""
+    """A data set with three colours as classes: split/class/image.png."""
     random = np.random.default_rng(0)
     for split, count in (("train", 16), ("validation", 8)):
         for channel, name in enumerate(("red", "green", "blue")):

@@ -1,4 +1,4 @@
-"""What the user takes home: the file, the weights, and the numbers in a process of their own."""
+"""Export: the schedule file, the weights, and the same metrics in a new process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STUDY = StudyConfig(
 
 
 def finished(folder: Path, images: int = 100) -> Record:
-    """A candidate that was really fine-tuned and measured."""
+    """A study with a candidate that was really fine-tuned and measured."""
     record = Record(7, "abc", SCHEDULE, "complete", "sampler", seed=3)
     task = candidate_task(record, STUDY, Budget(images=images))
     evaluation = evaluate(replace(task, save_to=str(folder / "weights" / "abc") if images else None))
@@ -52,7 +52,7 @@ def test_the_exported_file_reproduces_the_measured_top1(tmp_path: Path) -> None:
     file = load_schedule_file(written[0])
     assert file.measured["finetuned_images"] == 100 and file.made_by["trial"] == 7
     assert file.measured["tokens"] == list(record.evaluation.tokens)
-    # as a user would, with nothing but timm and three lines
+    # as a user would, with timm and three lines
     model = timm.create_model("vit_digits_patch1_8")
     apply_schedule(model, load_schedule(written[0]))
     model.load_state_dict(load_file(written[1]))

@@ -1,4 +1,4 @@
-"""kill -9 of the command at varied moments: every finished evaluation is there once, and nothing is repeated."""
+"""kill -9 of the command at different moments: no finished evaluation is lost or repeated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ stop: {trials: TRIALS}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # twenty starts of Python with torch take their time
+@pytest.mark.timeout(900)  # 20 starts of Python with torch are slow
 @pytest.mark.parametrize(("kills", "trials"), [(5, 30), (20, 120)])
 def test_nothing_finished_is_lost(tmp_path: Path, kills: int, trials: int) -> None:
     (tmp_path / "study.yaml").write_text(STUDY.replace("TRIALS", str(trials)))
@@ -61,7 +61,7 @@ def test_nothing_finished_is_lost(tmp_path: Path, kills: int, trials: int) -> No
     assert {record.state for record in records} == {"complete"}
     assert [record.number for record in records] == list(range(trials))
     for record in records:
-        # the same evaluation, down to its measured seconds: it was not made again
+        # equal down to the measured seconds, so it was not repeated
         assert record.uid not in known or record.evaluation == known[record.uid]
     assert not list((folder / "outbox").glob("*.json"))
 
@@ -82,7 +82,7 @@ def wait_for_more(process: subprocess.Popen[str], folder: Path, count: int) -> N
 
 
 def finished_count(folder: Path) -> int:
-    """As `len(finished(folder))`, but so cheap that it can be asked all the time."""
+    """Same as `len(finished(folder))`, but cheap enough for polling."""
     try:
         with closing(sqlite3.connect(f"file:{folder}/study.db?mode=ro", uri=True)) as connection:
             (count,) = connection.execute("SELECT count(*) FROM trials WHERE state IN ('COMPLETE', 'FAIL')").fetchone()
@@ -107,7 +107,7 @@ def finished(folder: Path) -> dict[str, Evaluation]:
 
 
 def delivered(folder: Path) -> dict[str, Evaluation]:
-    """What the outbox holds."""
+    """The results in the outbox."""
     entries = [json.loads(path.read_text()) for path in (folder / "outbox").glob("[!.]*.json")]
     evaluations = [from_mapping(Evaluation, entry["evaluation"], "outbox") for entry in entries]
     return {evaluation.uid: evaluation for evaluation in evaluations}

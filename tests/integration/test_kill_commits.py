@@ -1,4 +1,4 @@
-"""A driver that dies at any of its transactions in SQLite: nothing is lost, and nothing is evaluated twice."""
+"""Kill a driver at any of its SQLite transactions: nothing is lost or evaluated twice."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ KILLED = 9
 
 @contextmanager
 def counted(what: str, fatal: int | None = None) -> Iterator[Counter[str]]:
-    """Counts transactions that begin ("begin") or are about to be committed ("commit"). The process ends at the fatal
-    one, as if it was killed."""
+    """Count transactions at their begin ("begin") or before their commit ("commit").
+
+    The process exits at number `fatal`, as if it was killed.
+    """
     times: Counter[str] = Counter()
 
     def happen(_: Any) -> None:
@@ -52,7 +54,7 @@ def found_in(folder: Path) -> list[tuple[str, object]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[str, object]], dict[str, int]]:
-    """What comes out of a run that nobody kills, and how many transactions it begins and commits."""
+    """The result of a run without a kill, and the number of its begins and commits."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, counted("begin") as begun, counted("commit") as committed:
         patch.setenv("FAKE_LEDGER", str(folder / "ledger"))
@@ -79,7 +81,7 @@ def test_a_kill_at_a_transaction_changes_nothing(
     what: str,
     places: tuple[float, ...] | int,
 ) -> None:
-    """places: shares of the transactions of a whole run, or N for each one whose number ends in the digit N."""
+    """places: shares of the transactions of a whole run; or an integer N: all transactions whose number ends in N."""
     expected, times = whole
     if isinstance(places, int):
         fatal = [number for number in range(1, times[what] + 1) if number % 10 == places]

@@ -1,4 +1,4 @@
-"""Evaluating schedules that learn: thresholds reach their target, what was learned travels, freezing fixes counts."""
+"""Evaluate schedules that learn: thresholds reach their target, learned parts are saved, freezing fixes counts."""
 
 from __future__ import annotations
 

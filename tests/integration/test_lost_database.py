@@ -1,4 +1,4 @@
-"""A database that vanishes, is replaced or goes back in time is noticed, and no result is deleted for it."""
+"""A database that is deleted, replaced or restored from an old copy is detected, and no result is deleted."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from prunesearch.strict import to_mapping
 from prunesearch.study.reader import open_study_readonly
 
 BACKED_UP, STRUCK = 2, 4
-"""Evaluations before a copy of the database is made, and before something happens to it."""
+"""The evaluations during which the database is copied, and damaged."""
 
 
 class Mishap:
-    """What happens during an evaluation: nothing, but for two of them."""
+    """Called during each evaluation: one of them makes a copy of the database, a later one damages it."""
 
     def __init__(self, file: Path, strike: Callable[[Path, Path], None]) -> None:
         self.file, self.strike, self.count = file, strike, 0

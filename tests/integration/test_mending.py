@@ -1,4 +1,4 @@
-"""A wrong path can be corrected as long as nothing was evaluated with it; after that it decides what numbers mean."""
+"""A wrong path may be corrected until an evaluation is complete; afterwards it may not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MENDED: dict[str, StudyConfig] = {
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Fails with what was wrong at first."""
+    """Fail with the wrong settings."""
     if (task.model, task.data) == (WRONG.model, WRONG.data):
         raise FileNotFoundError("wrong.safetensors")
     return fake_search.evaluate(task)
@@ -81,5 +81,5 @@ def test_a_driver_that_runs_candidates_keeps_others_from_correcting(tmp_path: Pa
     with pytest.raises(StudyError, match="other settings"):
         open_store(right, url, owner="two", alone=False)
     store.close()
-    open_store(right, url).close()  # the only driver: what ran was cut short
+    open_store(right, url).close()  # a driver that is alone: the running one was cut short
     assert open_study_readonly(tmp_path).records() == []

@@ -1,4 +1,4 @@
-"""A node of a cluster dies in mid-task: its candidate is evaluated again elsewhere, and nothing else is."""
+"""A cluster node dies during a task: only its candidate is evaluated again, on another node."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ QUICK_TO_NOTICE = {"health_check_period_ms": 500, "health_check_failure_threshol
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head with one CPU, to which this process belongs."""
+    """A cluster with a head node of one CPU, to which this process is connected."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else workers come last on a busy machine, and start in minutes
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # with a lower priority workers take minutes to start
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": QUICK_TO_NOTICE})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
@@ -68,7 +68,7 @@ def test_a_dead_node_costs_what_it_was_doing(tmp_path: Path, cluster: Any) -> No
     [again] = [which for which, count in times.items() if count > 1]
     first, second = [line for line in begun if (line[0], line[1]) == again]
     assert [first[2], second[2]] == ["0", "1"] and first[3] == doomed.node_id != second[3]
-    assert first[4] == second[4] == f"{again[0]}.0"  # both go on from the checkpoint of the rung below
+    assert first[4] == second[4] == f"{again[0]}.0"  # both continue from the checkpoint of the rung below
     assert [event.record.uid for event in events if isinstance(event, Retrying)] == [again[0]]
     assert len({node for _, _, _, node, _ in begun}) == 3
     records = open_study_readonly(tmp_path).records()

@@ -1,5 +1,7 @@
-"""A study whose scores, verbs, metrics and images come from a plug-in: every verb of the command line works on it,
-those that only look import nothing, and those that would run its code ask first."""
+"""A study with scores, verbs, metrics and images of a plug-in, and every command on it.
+
+Read-only commands do not import the plug-in. Commands that run its code need permission.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ stop: {trials: 5}
 
 
 def forget() -> None:
-    """As in a process that has not imported the plug-in."""
+    """Unregister the plug-in, as in a process that has not imported it."""
     sys.modules.pop(MODULE, None)
     for registry in (SCORERS, REDUCERS, METRICS, DATASETS):
         for name in [name for name in registry if name.startswith("their_")]:
@@ -97,7 +99,7 @@ def forget() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a plug-in study was run: theirs.yaml, outputs/theirs, and best.yaml, its exported best."""
+    """A folder with a plug-in study that was run: theirs.yaml, outputs/theirs, and the exported best.yaml."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / f"{MODULE}.py").write_text(PLUGIN)
     (folder / "theirs.yaml").write_text(STUDY)
@@ -155,7 +157,7 @@ def test_what_would_run_its_code_asks_first(
     verb: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, expected = placed(TRUSTING[verb][0], folder, tmp_path), TRUSTING[verb][1]
-    for lacking in ([], ["--plugin", "json"]):  # naming another module is not enough
+    for lacking in ([], ["--plugin", "json"]):  # permission for another module is not enough
         assert main([*arguments, *lacking]) == 2
         error = capsys.readouterr().err
         assert MODULE in error and "--trust-plugins" in error and f"--plugin {MODULE}" in error
@@ -163,7 +165,7 @@ def test_what_would_run_its_code_asks_first(
     for trusting in (["--trust-plugins"], ["--plugin", MODULE]):
         code = main([*arguments, *trusting])
         said = capsys.readouterr()
-        if expected is None:  # there is no threshold to freeze
+        if expected is None:  # the schedule has no threshold to freeze
             assert code == 2 and "it has no threshold" in said.err
         else:
             assert code == 0 and expected in said.out
@@ -210,7 +212,7 @@ def test_an_export_says_everything_without_the_plugin(folder: Path) -> None:
     else:
         assert (first["options"], first["score"]) == ({"offset": 0}, "none")
     assert second["reduce"] == "their_pool" and second["score"] == "none"
-    assert (folder / "best.safetensors").exists()  # it learned, which is known without the plug-in
+    assert (folder / "best.safetensors").exists()  # learned parts are known without the plug-in
 
 
 def test_the_exported_schedule_is_the_one_of_the_study(folder: Path) -> None:
@@ -232,7 +234,7 @@ def test_a_schedule_whose_plugins_are_missing_names_them(folder: Path) -> None:
         text = str(caught.value)
         assert MODULE in text and "stranger" in text and "load_schedule(path, plugins=" in text
         assert MODULE not in sys.modules
-    # what the file says and the plug-in does not need stays loadable
+    # a file that does not use the plug-in can be loaded without it
     plain = yaml.safe_load((folder / "best.yaml").read_text())
     plain["stages"] = [{"block": 0, "keep": 0.5}]
     (folder / "plain.yaml").write_text(yaml.safe_dump(plain))

@@ -1,4 +1,4 @@
-"""What the README promises, where no other test has it whole; tests/unit/test_readme.py looks for the names."""
+"""Promises of the README that no other test covers completely. tests/unit/test_readme.py checks the names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_what_was_measured_is_what_is_applied(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A user's own loop over the images, in a process that knows nothing of the study, finds the measured top-1."""
+    """A user's own evaluation loop in a new process, without the study, gives the measured top-1."""
     capsys.readouterr()
     main(["front", str(study), "--json"])
     rows = [row for row in json.loads(capsys.readouterr().out) if row["schedule"].get("stages")]

@@ -1,4 +1,4 @@
-"""Ray's start takes a bounded time, and when it fails a sentence says why. Nothing here needs a cluster."""
+"""Starting Ray takes a bounded time, and a failure is a clear message. No test needs a cluster."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_address_where_nobody_answers_is_a_sentence_at_once(address: str, say
 
 
 def test_a_host_that_drops_everything_costs_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full queue of connections: the kernel answers none of them."""
+    """A socket with a full queue of connections, to which the kernel does not answer."""
     monkeypatch.setattr(ray_workers, "ANSWER_SECONDS", 2.0)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -76,14 +76,14 @@ def test_auto_of_a_cluster_that_is_gone_is_a_sentence(
 def test_auto_without_a_cluster_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # others may run one
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)  # other users may run a cluster
     with pytest.raises(ResourceError, match="no Ray cluster at 'auto': Could not find any running Ray instance"):
         _start_ray("auto")
 
 
 @pytest.mark.slow
 def test_a_folder_too_deep_for_sockets_is_a_sentence(tmp_path: Path) -> None:
-    """In a process of its own, as Ray looks at the environment when it is imported."""
+    """In a new process, because Ray reads the environment when it is imported."""
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     code = (

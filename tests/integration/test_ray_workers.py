@@ -1,4 +1,4 @@
-"""Ray workers: whatever happens to one of them, the search goes on and knows what happened."""
+"""Ray workers: whatever happens to one of them, the search continues and records it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIG = StudyConfig(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One local Ray for all tests of this file; RayWorkers uses a Ray that is there and leaves it running."""
+    """One local Ray for all tests of this file. RayWorkers uses a running Ray and does not stop it."""
     _start_ray(None)
     yield
     ray.shutdown()
@@ -68,7 +68,7 @@ def test_every_mishap_stays_with_its_candidate(
         assert record.evaluation.cause == expected.get(mishap(record.uid))
         assert record.evaluation.attempt == (mishap(record.uid) in ("dies once", "dies always"))
         if mishap(record.uid) == "fine":
-            assert record.evaluation.host.endswith(" ")  # CUDA_VISIBLE_DEVICES is there and empty
+            assert record.evaluation.host.endswith(" ")  # CUDA_VISIBLE_DEVICES is empty
     assert sum(isinstance(event, Retrying) for event in events) == happened["dies once"] + happened["dies always"]
     assert not list((tmp_path / "outbox").iterdir())
     assert ray.is_initialized()
@@ -128,7 +128,7 @@ def test_a_killed_driver_loses_nothing_and_leaves_nothing_behind(tmp_path: Path)
     paths = [str(tmp_path), str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "study")]
-    with (tmp_path / "output").open("w") as output:  # a pipe would stay open as long as Ray's agents do, a minute
+    with (tmp_path / "output").open("w") as output:  # Ray's agents would keep a pipe open for a minute
         first = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     wait_for(lambda: len(finished(tmp_path / "study")) >= 4, seconds=120)
     first.send_signal(signal.SIGKILL)
@@ -147,7 +147,7 @@ def finished(folder: Path) -> dict[str, object]:
     try:
         reader = open_study_readonly(folder)
     except (StudyError, RunError):
-        return {}  # it is being made
+        return {}  # not created yet
     try:
         return {record.uid: record.evaluation for record in reader.records() if record.state != "running"}
     finally:
@@ -158,7 +158,7 @@ def wait_for(condition, seconds: float) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.5)  # looking costs as much processor time as a candidate
+        time.sleep(0.5)  # polling is as expensive as a candidate
 
 
 def processes() -> list[str]:

@@ -1,4 +1,4 @@
-"""Several drivers on one study: no candidate twice, nothing lost, what a dead one ran is taken over."""
+"""Several drivers on one study: no candidate twice, nothing lost, candidates of dead drivers are taken over."""
 
 from __future__ import annotations
 
@@ -116,6 +116,6 @@ def test_kills_of_any_driver_lose_and_repeat_nothing(database: str) -> None:
     script = Path(__file__).parents[2] / "scripts" / "kill_matrix.py"
     size = ["--runs", "1", "--candidates", "30", "--drivers", "3", "--kills", "3"]
     if database == "postgres":
-        next(a_server(), None)  # skips where there is none
+        next(a_server(), None)  # skips without PostgreSQL
     done = subprocess.run([sys.executable, str(script), "--databases", database, *size], capture_output=True, text=True)
     assert done.returncode == 0 and "; 0 lost, 0 repeated;" in done.stdout, done.stdout + done.stderr

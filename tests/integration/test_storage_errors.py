@@ -1,4 +1,4 @@
-"""Storages that refuse say why, in one sentence; a study that can only be read can be looked at, and stays as it is."""
+"""Storage errors are clear messages; a read-only study can be read and is not changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A study with one candidate, in a folder that everybody reaches (pytest's own are for one user)."""
+    """A study with one candidate, in a folder that all users can access (pytest's folders are private)."""
     above = Path(tempfile.mkdtemp())
     above.chmod(0o755)
     folder = above / "fake"
@@ -40,7 +40,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def powerless() -> Iterator[Callable[[Path], None]]:
-    """Make a folder read-only. Permissions do not hold back root, who therefore is somebody else until the end."""
+    """Make a folder read-only. Permissions do not apply to root, so root becomes another user within the test."""
     changed: list[Path] = []
     before = os.geteuid()
 
@@ -70,7 +70,7 @@ def look(folder: Path) -> list[Record]:
 
 
 def crash(folder: Path, with_index: bool) -> None:
-    """As a killed driver leaves it: a second candidate is in the log of the database only."""
+    """Leave the database as after a kill: a second candidate is in the WAL only."""
     store = open_store(study(), storage_url(folder))
     store.begin(Record(-1, "def", RECORD.schedule, "running", "sampler", 1), {})
     copy = folder.parent / "copy"

@@ -1,4 +1,4 @@
-"""A study is in the folder that was named, whatever its name is, and every verb finds it there."""
+"""A study is stored in the given folder, whatever its name, and every command finds it there."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_database_is_in_the_named_folder(tmp_path: Path, name: str) -> None:
 def test_every_verb_finds_a_study_whatever_its_folder_is_called(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All names that can be printed, one in another, the worst for options first."""
+    """Folders with all printable names, nested, starting with the one that looks most like an option."""
     monkeypatch.chdir(tmp_path)
     names = ["-x", *sorted(name for name in NASTY if name.isprintable() and name != "-x")]
     folder = Path(*names, "fake")

@@ -1,4 +1,4 @@
-"""Shared weights: what a step trains, that a training goes on where it was, and that candidates begin with them."""
+"""Shared weights: the loss of a step, continuing a training, and candidates that start from them."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_the_cheapest_is_the_cheapest_of_all(max_stages: int | None, least: floa
     bound = least * gmacs(Schedule())
     found = gmacs(cheapest_schedule(work(space, gmacs=Limit(at_least=bound)), SMALL))
     best = min(cost for schedule in candidates(space) if (cost := gmacs(schedule)) >= bound)
-    assert found == pytest.approx(best, rel=0.01 if least else 1e-9)  # a bound from below leaves local optima
+    assert found == pytest.approx(best, rel=0.01 if least else 1e-9)  # with at_least it may miss the optimum
 
 
 def test_a_space_without_candidates_is_said() -> None:
@@ -170,7 +170,7 @@ def test_gradients_of_all_losses_make_one_step() -> None:
 
 
 class Trained:
-    """What prepare_supernet did in a folder, through the worker in this process."""
+    """Results of prepare_supernet in a folder, with the worker in this process."""
 
     def __init__(self, folder: Path, config: StudyConfig = STUDY, die_after: int | None = None) -> None:
         self.images: list[int] = []
@@ -261,7 +261,7 @@ def test_all_schedules_get_better(tmp_path: Path) -> None:
 
 
 class FakeWorkers:
-    """One slot that answers with what it was given, or evaluates; some waits bring nothing."""
+    """A worker that returns given outcomes, or evaluates. Some waits return nothing."""
 
     count, description = 1, "fake"
 

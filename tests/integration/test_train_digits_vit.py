@@ -1,4 +1,4 @@
-"""The script that made the shipped weights still runs, and what it writes is what timm loads."""
+"""The script that trained the shipped weights still runs, and timm loads its output."""
 
 from __future__ import annotations
 

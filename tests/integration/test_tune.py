@@ -1,4 +1,4 @@
-"""The doorway to Ray Tune: its schedulers run our evaluations, and what comes out becomes a study."""
+"""Ray Tune: its schedulers run our evaluations, and its results can be imported into a study."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ DENSE = dict.fromkeys(GENTLE, 1.0)
 
 
 def unwrapped(config: StudyConfig, parameters: dict[str, Any], evaluate: str = "tune_fake:evaluate") -> Any:
-    """A trial in this process."""
+    """A trial that runs in this process, without Ray."""
     return trainable(config, evaluate)(config=dict(parameters))
 
 
@@ -59,7 +59,7 @@ def test_spaces_are_domains_with_the_same_values() -> None:
     config = replace(CONFIG, space=replace(space, start_from=()))
     domains = param_space(config)
     assert list(domains) == list(dimensions(config.space))
-    assert domains["block1.keep"].categories == [0.35, 0.55, 0.75, 0.95]  # 0 is not on this grid
+    assert domains["block1.keep"].categories == [0.35, 0.55, 0.75, 0.95]  # a choice: Tune's grids contain 0
     assert domains["block1.reduce"].categories == ["drop", "fuse"]
     on_grid = param_space(CONFIG)["block1.keep"]
     assert (on_grid.lower, on_grid.upper, on_grid.get_sampler().q) == (0.5, 1.0, 0.1)
@@ -68,7 +68,7 @@ def test_spaces_are_domains_with_the_same_values() -> None:
 
 
 def test_points_are_the_dense_model_and_those_start_schedules_that_the_space_holds() -> None:
-    assert points_to_evaluate(CONFIG) == [DENSE]  # evit-0.7 has its stages elsewhere
+    assert points_to_evaluate(CONFIG) == [DENSE]  # evit-0.7 has stages at other blocks
     blocks = replace(CONFIG, space=replace(SPACE, blocks=(2, 4, 6), reduce=("fuse",), keep=(0.7, 1.0)))
     points = points_to_evaluate(blocks)
     assert points[0] == dict.fromkeys(dimensions(blocks.space), 1.0)
@@ -78,7 +78,7 @@ def test_a_trial_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path) 
     first = unwrapped(CONFIG, STRONG)
     reports = [first.train()]
     saved = first.save(str(tmp_path / "checkpoint"))
-    first.stop()  # its scratch folder is gone
+    first.stop()  # deletes its scratch folder
     second = unwrapped(CONFIG, STRONG)
     second.restore(saved)
     reports += [second.train(), second.train()]
@@ -89,7 +89,7 @@ def test_a_trial_goes_on_from_its_checkpoint_in_another_process(tmp_path: Path) 
     assert [report["images"] for report in reports] == [64, 128, 256]
     assert [report["done"] for report in reports] == [False, False, True]
     assert all(report["feasible"] and report["should_checkpoint"] for report in reports)
-    assert (weights / "candidate.state").read_text() == "012"  # each from the one below
+    assert (weights / "candidate.state").read_text() == "012"  # each rung continued from the one below
 
 
 def test_what_arithmetic_turns_down_is_a_result_without_an_evaluation() -> None:
@@ -140,7 +140,7 @@ def test_an_import_keeps_what_came_furthest_and_refuses_other_settings(
     assert f"1 new candidate -> {tmp_path / 'outputs' / 'doorway'}" in capsys.readouterr().out
     [record] = open_study_readonly(tmp_path / "study").records()
     assert (record.state, record.rung, record.origin) == ("paused", 1, "sampler")
-    assert [evaluation.checkpoint for evaluation in record.evaluations] == [None, None]  # Tune kept none
+    assert [evaluation.checkpoint for evaluation in record.evaluations] == [None, None]  # Tune kept no checkpoints
     other = replace(CONFIG, name="other", rungs=(Budget(images=32), Budget(images=128)))
     assert import_results(tmp_path / "results", other, tmp_path / "other") == 0
     with pytest.raises(StudyError, match="no trial in it has results of prunesearch"):
@@ -155,7 +155,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # those of Tune
+@pytest.mark.filterwarnings("default")  # Tune's warnings
 def test_asha_searches_and_the_engine_continues(tmp_path: Path, cluster: None) -> None:
     scheduler = ASHAScheduler(max_t=3, grace_period=1, reduction_factor=2)
     results = tune.Tuner(

@@ -1,4 +1,4 @@
-"""An evaluation for Ray Tune: made-up numbers at once, and checkpoints that tell where they come from."""
+"""An evaluation for Ray Tune: immediate made-up numbers, and checkpoints that record their history."""
 
 from __future__ import annotations
 

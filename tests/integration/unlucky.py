@@ -1,4 +1,4 @@
-"""Evaluations that end, leave or block the process that runs them, by the number of stages of their candidate."""
+"""Evaluations that exit, crash or block their process, depending on the number of stages of the candidate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunesearch.evaluate.task import Evaluation, Task
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Only the candidates with one stage or none are well."""
+    """Succeeds only for candidates with at most one stage."""
     count = len(task.schedule.stages)
     if count == 2:
         os._exit(3)
@@ -26,7 +26,7 @@ def evaluate(task: Task) -> Evaluation:
 
 
 def never_end(task: Task) -> Evaluation:
-    """Start a process, note both, and sleep."""
+    """Start a child process, write both process ids to a file, and sleep."""
     other = subprocess.Popen(["sleep", "1000"])
     Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {other.pid}")
     time.sleep(1000)

@@ -1,4 +1,4 @@
-"""Deaths of the driver at chosen points of its loop, by replacing what it calls there."""
+"""Kill the driver at chosen steps of its loop, by replacing a function that it calls there."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from prunesearch.search.recovery import Recovery
 from prunesearch.study.store import Store
 
 STEPS: dict[str, tuple[Any, str, bool]] = {
-    "result": (loop.Search, "_handle", False),  # a worker delivered, and nothing was done about it yet
+    "result": (loop.Search, "_handle", False),  # a result arrived and was not processed yet
     "delivered": (Store, "finish", False),  # the result is in the outbox only
     "written": (Store, "finish", True),
-    "claimed": (loop, "begin", True),  # a candidate runs in the storage, and no worker has it
+    "claimed": (loop, "begin", True),  # the candidate is claimed, but not submitted
     "submitted": (loop.Search, "_submit", True),
-    "before discarding": (Recovery, "discard", False),  # everything is written, and the outbox still has the result
+    "before discarding": (Recovery, "discard", False),  # all is written, and the result is still in the outbox
     "discarded": (Recovery, "discard", True),
 }
-"""By name: what is called there, and whether death comes after the call."""
+"""Step -> (place, function called there, whether the driver dies after the call)."""
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the driver handles it."""
+    """Simulates SIGKILL: nothing in the driver handles it."""
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, step: str, time: int) -> None:
-    """Die when the loop reaches a step for the time-th time."""
+    """Raise Killed when the loop reaches a step for the `time`-th time."""
     place, name, after = STEPS[step]
     call, times = getattr(place, name), 0
 

@@ -1,4 +1,4 @@
-"""Records of a search of the digits ViT that did not take place: real schedules and costs, made-up accuracy."""
+"""Made-up records of a search on the digits ViT: real schedules and costs, invented accuracies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failed(number: int, cause: str = "oom") -> Record:
 
 
 def study_records(count: int = 30) -> list[Record]:
-    """The dense model, two published schedules, `count` candidates, one that failed."""
+    """Records of the dense model, two published schedules, `count` candidates and a failed one."""
     draw = random.Random(1)
     found = [record(0, Schedule(), "dense")]
     for number, name in enumerate(("evit-0.7", "etps-0.7"), start=1):

@@ -1,4 +1,4 @@
-"""A study that evaluates in microseconds: the real space, sampler, storage and loop around made-up numbers."""
+"""A study with made-up evaluations that take microseconds. Space, sampler, storage and loop are real."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ EVALUATED: list[str] = []
 
 
 def study(trials: int | None = 12, sampler: str = "random", seed: int = 0, **changes: Any) -> StudyConfig:
-    """A study of the digits model in this process."""
+    """A study of the digits model with a worker in this process."""
     config = StudyConfig(
         version=1,
         name="fake",
@@ -67,14 +67,14 @@ RUNGS = (Budget(images=0), Budget(images=640), Budget(images=2560))
 
 
 def small_study(trials: int, sampler: str = "tpe", **changes: Any) -> StudyConfig:
-    """Three rungs, and so few parameters that the sampler soon learns from a higher rung than the first."""
+    """A study with three rungs and so few parameters that the sampler soon learns from a higher rung."""
     space = SpaceConfig(blocks=(1, 2, 4), keep=SPACE.keep)
     config = study(trials, sampler, space=space, rungs=RUNGS, promote=2)
     return replace(config, sampler=replace(config.sampler, startup=3), **changes)
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Later stages hurt less, training mends some of it (by schedule more or less), and cost is the real one."""
+    """Made-up accuracy: later stages hurt less, training repairs some damage, depending on the schedule. Real cost."""
     EVALUATED.append(task.uid)
     cost = estimate_cost(model_shape(task.model), task.schedule)
     damage = sum((1.0 - (stage.keep or 1.0)) / (1 + stage.block) for stage in task.schedule.stages)
@@ -97,24 +97,24 @@ def evaluate(task: Task) -> Evaluation:
 
 
 def evaluate_and_note(task: Task) -> Evaluation:
-    """The same, with a line in the file that FAKE_LEDGER names, which other processes can read."""
+    """`evaluate` that also appends a line to the file in FAKE_LEDGER, for other processes."""
     with Path(os.environ["FAKE_LEDGER"]).open("a") as ledger:
         ledger.write(f"{task.uid}\n")
     return evaluate(task)
 
 
 def evaluate_in_vain(task: Task) -> Evaluation:
-    """Nothing works."""
+    """Always fail."""
     return Evaluation(task.uid, "failed", cause="error", error="no such luck", traceback="Traceback: ...")
 
 
 def evaluate_without_memory(task: Task) -> Evaluation:
-    """Every candidate is too large."""
+    """Always fail with out of memory."""
     return Evaluation(task.uid, "failed", cause="oom", error="too large", traceback="Traceback: ...")
 
 
 def evaluate_to_infinity(task: Task) -> Evaluation:
-    """Every third result is not a number that one could compare."""
+    """Every third result has an infinite top1."""
     evaluation = evaluate(task)
     if len(EVALUATED) % 3:
         return evaluation
@@ -124,7 +124,7 @@ def evaluate_to_infinity(task: Task) -> Evaluation:
 def run(
     config: StudyConfig, folder: Path, evaluate: str = "evaluate", journal: bool = True
 ) -> tuple[Done, list[Event]]:
-    """Run a study with a function of this module. A journal file is quicker than SQLite."""
+    """Run a study with a function of this module. Uses a journal file, which is faster than SQLite."""
     events: list[Event] = []
     storage = f"journal:{folder / 'study.log'}" if journal else None
     done = run_study(config, folder, storage=storage, on_event=events.append, evaluate=f"fake_search:{evaluate}")
@@ -133,7 +133,7 @@ def run(
 
 
 def records(folder: Path) -> list[Record]:
-    """What the journal of `run` holds."""
+    """The records in the journal of `run`."""
     reader = open_study_readonly(storage=f"journal:{folder / 'study.log'}")
     try:
         return reader.records()

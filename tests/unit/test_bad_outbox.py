@@ -1,4 +1,4 @@
-"""Whatever lies in an outbox, a search starts; and of several that adopt the same file, one counts it."""
+"""A search starts whatever is in its outbox; a file that several drivers adopt counts once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEEP = 100_000
 
 
 def changed(change: Callable[[Entry], object]) -> Callable[[Path, Entry], None]:
-    """Write the entry with something else in it."""
+    """Write the entry with changed values."""
 
     def make(path: Path, entry: Entry) -> None:
         entry = json.loads(json.dumps(entry))
@@ -88,7 +88,7 @@ BAD: dict[str, Callable[[Path, Entry], object]] = {
 
 
 def new_candidate(entry: Entry, parameters: Entry) -> None:
-    """Another schedule, which the study does not have, with a result that would be adopted."""
+    """A valid result for a schedule that the study does not have."""
     schedule = Schedule((Stage(3, keep=0.5),))
     uid = uid_of(schedule, SHAPE)
     about = {"uid": uid, "seed": seed_of(0, uid), "schedule": to_mapping(schedule), "parameters": parameters}
@@ -102,7 +102,7 @@ def stage(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Entry]:
-    """A study of two whose third result only the outbox has; with the name and the content of that file."""
+    """A study of two candidates with a third result in the outbox; with the name and content of that file."""
     folder = tmp_path_factory.mktemp("left")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "result", 3)
@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_named(
 
 
 def test_files_may_vanish_at_any_moment(left: tuple[Path, str, Entry], tmp_path: Path) -> None:
-    """Between listing and looking, between looking and reading: each call of the operating system may be too late."""
+    """A file may vanish before any call of the operating system: after listing, or after stat."""
     _, name, entry = left
     for moment in ("lstat", "stat", "read_text", "rename", "unlink"):
         with pytest.MonkeyPatch.context() as patch:
@@ -210,7 +210,7 @@ def test_a_result_that_was_set_aside_before_is_kept(tmp_path: Path) -> None:
 
 
 def test_two_drivers_that_adopt_the_same_file_count_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second one adopts when the first one has read the outbox, and has not yet written anything."""
+    """The second driver adopts after the first one has read the outbox and before it writes."""
     config, url = study(4), f"sqlite:///{tmp_path / 'study.db'}"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "result", 2)
@@ -257,7 +257,7 @@ def test_no_file_stops_a_confirmation(tmp_path: Path, left: tuple[Path, str, Ent
 def test_results_for_which_the_study_has_no_place_are_not_deleted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As after an older copy of the database was put back: the candidate waits at a lower rung."""
+    """As after restoring an older copy of the database: the candidate is paused at a lower rung."""
     config = small_study(6, "random")
     run(config, tmp_path)
     low = next(record for record in records(tmp_path) if record.rung_done == 0)

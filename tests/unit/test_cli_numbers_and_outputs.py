@@ -1,4 +1,4 @@
-"""Numbers that cannot be, and outputs that cannot be written, are said in a sentence before anything is done."""
+"""Impossible numbers and unwritable outputs are reported before any work is done."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ STUDY = "version: 1\nname: x\nmodel: {name: vit_digits_patch1_8}\nspace: {blocks
 
 
 def write_input(verb: str, path: Path) -> None:
-    """What a verb reads: a study for sensitivity, else counts of DiffRate."""
+    """Write the input of a command: a study for sensitivity, else DiffRate's counts."""
     counts = str([197 - 10 * block for block in range(12)])
     diffrate = f'{{"m": {{"1": {{"prune_kept_num": "{counts}", "merge_kept_num": "{counts}"}}}}}}'
     path.write_text(STUDY if verb == "sensitivity" else diffrate)

@@ -1,4 +1,4 @@
-"""Whoever comes late changes nothing: each write of a driver looks first whether the candidate is still its own."""
+"""A late driver changes nothing: each write first checks that the driver still owns the candidate."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def stores(url: str) -> Iterator[list[Store]]:
-    """One study for all tests: opening it takes longer than everything else."""
+    """One study for all tests, because opening it takes longer than the tests."""
     found = [open_store(small_study(9), url, owner=name, alone=False) for name in ("late", "second", "third")]
     yield found
     for store in found:
@@ -51,19 +51,19 @@ def drivers(stores: list[Store], record: Record) -> Iterator[list[Store]]:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
-    """A candidate of this test's own."""
+    """A new candidate for each test."""
     return replace(RECORD, uid=request.node.name)
 
 
 def trial_of(store: Store, uid: str) -> FrozenTrial:
-    """All that the database knows of a candidate, without a cache between."""
+    """Everything in the database about a candidate, read without a cache."""
     trials = store._storage._backend.get_all_trials(store._study_id)  # type: ignore[attr-defined]
     (found,) = (trial for trial in trials if trial.user_attrs["uid"] == uid)
     return found
 
 
 def taken_over(record: Record, late: Store, second: Store, third: Store) -> Record:
-    """The late one was silent for too long; the second one runs its candidate now."""
+    """The late driver counted as dead; the second one has taken over its candidate."""
     begun = late.begin(record, {})
     seen = second.find(record.uid)
     assert begun is not None and seen is not None
@@ -101,11 +101,11 @@ WRITES: dict[str, Callable[[Store, Record], object]] = {
     "begin": lambda store, record: store.begin(replace(record, number=-1), {}) is not None,
 }
 POSSIBLE = {("promote", "taken_over_and_finished")}
-"""Anyone may promote what waits."""
+"""Every driver may promote a paused candidate."""
 
 
 def late_write(record: Record, drivers: list[Store], situation: Callable[..., Record], write: str) -> None:
-    """Bring about a situation, and let the late driver write. Raises AssertionError when that changes anything."""
+    """Create a situation and let the late driver write. Raises AssertionError when that changes anything."""
     begun = situation(record, *drivers)
     before = trial_of(drivers[0], record.uid)
     done = WRITES[write](drivers[0], begun)
@@ -124,7 +124,7 @@ def test_a_late_driver_changes_nothing(
 
 
 def test_what_is_told_twice_happens_once(record: Record, drivers: list[Store]) -> None:
-    """As when the database's answer was lost and the driver asks again."""
+    """Repeats a write, as when the answer of the database was lost."""
     one, two, _ = drivers
     begun = one.begin(record, {})
     assert begun is not None
@@ -147,7 +147,7 @@ def test_what_is_told_twice_happens_once(record: Record, drivers: list[Store]) -
 def test_an_evaluation_that_began_anew_is_not_taken_over(record: Record, drivers: list[Store]) -> None:
     one, two, _ = drivers
     begun = one.begin(record, {})
-    seen = two.find(record.uid)  # two believes that one is dead, but it was started again
+    seen = two.find(record.uid)  # two takes one for dead, but one was started again
     assert begun is not None and seen is not None
     assert one.begin_again(begun.number) == 1
     assert not two.take_over(seen)
@@ -176,7 +176,7 @@ def test_of_several_at_once_one_wins(record: Record, drivers: list[Store], write
 
 
 def race(record: Record, drivers: list[Store], write: str) -> None:
-    """Let all drivers do the same at the same moment. Raises AssertionError unless one of them succeeds."""
+    """Let all drivers do the same at the same time. Raises AssertionError unless exactly one succeeds."""
     uid, stores = record.uid, drivers
     if write != "begin":
         owner, *stores = drivers
@@ -211,7 +211,7 @@ def race(record: Record, drivers: list[Store], write: str) -> None:
 
 @pytest.mark.parametrize("calls", range(6))
 def test_reading_hides_nothing_from_poll(record: Record, drivers: list[Store], calls: int) -> None:
-    """Every change is polled once, whatever is read before the poll."""
+    """`poll` returns every change once, even if other methods have read it before."""
     writer, reader, _ = drivers
     polled: list[tuple[str, str]] = []
     uids = [f"{record.uid} {step}" for step in range(3)]
@@ -237,7 +237,7 @@ def test_a_journal_has_one_driver_wherever_it_was_started(tmp_path: Path) -> Non
         pass
     [lock] = journal.parent.iterdir()
     hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
-    other = subprocess.Popen(  # locks are by process
+    other = subprocess.Popen(  # file locks belong to processes
         [sys.executable, "-c", f"{hold}; sys.stdin.read()", str(lock)], stdin=-1, stdout=-1, text=True
     )
     with other:

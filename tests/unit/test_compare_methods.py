@@ -1,4 +1,4 @@
-"""scripts/compare_methods.py: rows that are measured anew take their place in a page, marked; all else stays."""
+"""scripts/compare_methods.py: rows measured again replace theirs in a page, with a mark; the rest is unchanged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DAY = date(2026, 11, 25)
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compare_methods", ROOT / "scripts" / "compare_methods.py")
     assert spec is not None and spec.loader is not None
-    module = sys.modules["compare_methods"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    module = sys.modules["compare_methods"] = importlib.util.module_from_spec(spec)  # dataclasses looks the module up
     spec.loader.exec_module(module)
     return module
 
@@ -31,7 +31,7 @@ def page(name: str) -> str:
 
 
 def unmarked(name: str) -> str:
-    """A page as if all its rows were of the first run."""
+    """The page without marks, as if all rows were of the first run."""
     lines = [line for line in page(name).splitlines(keepends=True) if not line.startswith("Rows marked ")]
     return "".join(re.sub(r"^\| ([^|*]+)\*+ \|", r"| \1 |", line) for line in lines)
 
@@ -103,7 +103,7 @@ def test_names_may_have_commas(script: ModuleType) -> None:
 
 
 def test_every_method_has_a_schedule_near_its_share(script: ModuleType) -> None:
-    """Also those that name options, on the digits' shape."""
+    """On the shape of the digits model, also for methods with options."""
     from prunesearch.cost import estimate_cost
     from prunesearch.evaluate import model_shape
     from prunesearch.files import load_study

@@ -1,4 +1,4 @@
-"""The final front measured again with fresh seeds: what is evaluated, what is not repeated, and what is said."""
+"""Confirmation of the final front with fresh seeds: what is evaluated, what is not repeated, what is reported."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TASKS: list[Task] = []
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL."""
+    """Simulates SIGKILL."""
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def nothing_evaluated_yet() -> None:
 
 
 def evaluate(task: Task) -> Evaluation:
-    """As in `fake_search`, but each seed has its own luck, and test images are harder."""
+    """As in `fake_search`, but with noise by seed, and lower accuracy on test images."""
     TASKS.append(task)
     found = fake_search.evaluate(replace(task, uid=task.uid.split(".")[0], rung=0))
     luck = random.Random(task.seed).gauss(0, 2) - 5 * (task.split == "test")
@@ -116,7 +116,7 @@ def test_what_fails_is_tried_again_next_time(tmp_path: Path) -> None:
         def wait(self, seconds: float) -> list[Outcome]:
             task = self._tasks.popleft()
             self.deaths += 1
-            if self.deaths <= 2:  # once more than is tried at once
+            if self.deaths <= 2:  # one more than the retries
                 return [(task, Lost("crash", "killed"))]
             if self.deaths == 3:
                 return [(task, Lost("timeout", "too slow"))]
@@ -164,7 +164,7 @@ def test_test_images_take_the_place_of_those_for_validation(tmp_path: Path) -> N
     again(config, tmp_path)
     assert {task.split for task in TASKS} == {"validation"}
     before = {record.uid: confirmation_of(record) for record in records(tmp_path)}
-    tested = replace(config, data=DataConfig(test_root="/elsewhere"))  # found only now
+    tested = replace(config, data=DataConfig(test_root="/elsewhere"))  # test images are given later
     again(tested, tmp_path)
     assert {task.split for task in TASKS[len(TASKS) // 2 :]} == {"test"}
     for record in records(tmp_path):
@@ -200,7 +200,7 @@ def test_means_spreads_and_the_drop(tmp_path: Path) -> None:
 
 
 def confirmed_study(seeds: int = 2, split: str = "test") -> list[Record]:
-    """Made-up records whose front was measured again: every seed one point worse than the one before."""
+    """Made-up records with confirmations: each seed is one point worse than the one before."""
     found = study_records()
     best = {record.number for record in front(found, OBJECTIVES)}
 

@@ -1,4 +1,4 @@
-"""Data sets: the same images whichever way they come, transforms as the model wants them, and errors that help."""
+"""Data sets: the same images from every source, the model's transforms, and helpful errors."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from prunesearch.evaluate.digits import load_digits
 from prunesearch.evaluate.images import image_input
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:unclosed file:ResourceWarning"
-)  # timm's readers leave files to the collector
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's readers do not close files
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +98,7 @@ def test_folder_tar_and_streamed_images_are_the_same(folder: Path):
 
 
 def test_pixels_are_those_of_timm(folder: Path):
-    """At another input size the images go through timm's own evaluation transform, and ours normalises as its does."""
+    """At another input size images go through timm's evaluation transform; our normalisation equals timm's."""
     model = tiny_vit(size=24)
     config = DataConfig("folder", root=str(folder), crop_pct=0.8)
     images, _ = everything(open_data(config, model)[1])
@@ -112,7 +110,7 @@ def test_pixels_are_those_of_timm(folder: Path):
 
 
 def test_images_of_the_input_size_are_cropped_only_on_request(folder: Path):
-    model = tiny_vit(size=16)  # timm's settings for it say crop_pct 0.9, meant for 224 x 224
+    model = tiny_vit(size=16)  # timm's crop_pct 0.9 is meant for 224 x 224
     untouched, _ = everything(open_data(DataConfig("folder", root=str(folder)), model)[1])
     kept, _ = everything(open_data(DataConfig("folder", root=str(folder), crop_pct=1.0), model)[1])
     cropped, _ = everything(open_data(DataConfig("folder", root=str(folder), crop_pct=0.9), model)[1])

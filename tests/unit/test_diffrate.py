@@ -1,4 +1,4 @@
-"""DiffRate's own file as a schedule, and every way in which it can be wrong."""
+"""Import of DiffRate's file as a schedule, and its possible mistakes."""
 
 from __future__ import annotations
 

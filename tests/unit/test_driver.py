@@ -1,4 +1,4 @@
-"""The loop: nothing twice, nothing lost, the same candidates whatever happens; and how a run ends."""
+"""The search loop: nothing twice, nothing lost, the same candidates after any kill; and how a run ends."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ SEARCHES = (("auto", 3), ("random", 1), ("tpe", 3), ("nsga2", 1), ("nsga2", 3), 
 @pytest.mark.parametrize(
     ("sampler", "rungs", "step"),
     [
-        # every step with one of two searches, the rest of the grid among the slow tests
+        # each step with one of two searches; the other combinations are slow tests
         pytest.param(*search, step, marks=() if index % 2 == place else pytest.mark.slow)
         for index, step in enumerate(STEPS)
         for place, search in enumerate(SEARCHES)
@@ -108,7 +108,7 @@ def test_a_kill_at_any_step_changes_nothing(
 
 @functools.cache
 def undisturbed(sampler: str, rungs: int) -> tuple[StudyConfig, list[object]]:
-    """A study that nobody kills, and what comes out of it."""
+    """Result of a study without a kill."""
     config = study(18, sampler)
     config = replace(config, sampler=replace(config.sampler, startup=6)) if rungs == 1 else small_study(18, sampler)
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +117,7 @@ def undisturbed(sampler: str, rungs: int) -> tuple[StudyConfig, list[object]]:
 
 
 def whole(record: Record) -> tuple[object, ...]:
-    """What must be the same whatever happened: who, when, and what became of them at each rung."""
+    """What must not depend on kills: candidate, number, and the results at each rung."""
     budgets = [(evaluation.rung, evaluation.metrics) for evaluation in record.evaluations]
     return record.number, record.uid, record.schedule, record.state, record.orders, budgets
 
@@ -210,7 +210,7 @@ def test_nobody_wants_two_hundred_identical_failures(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"5 of 5 failed.*too large.*\nTraceback"):
         run(study(200), tmp_path, "evaluate_without_memory")
     assert len(records(tmp_path)) == loop.HOPELESS
-    done, _ = run(study(10), tmp_path)  # mended: it goes on
+    done, _ = run(study(10), tmp_path)  # with the cause removed the study continues
     assert (done.complete, done.failed) == (5, 5)
 
 
@@ -275,7 +275,7 @@ def test_only_one_driver_at_a_time(tmp_path: Path) -> None:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(StudyError, match=r"another process .* runs this study"):
             run(study(2), tmp_path)
-        other.kill()  # as with kill -9 of a driver, the kernel gives the lock back
+        other.kill()  # as with kill -9, the kernel releases the lock
     assert run(study(2), tmp_path)[0].complete == 2
 
 
@@ -419,7 +419,7 @@ def test_a_study_with_more_trials_goes_on_with_those_that_waited(tmp_path: Path)
     run(small_study(10), tmp_path)
     before = {record.uid: record for record in records(tmp_path)}
     done, events = run(small_study(10), tmp_path)
-    assert [type(event) for event in events] == [Started, Done]  # nobody is left who deserves it
+    assert [type(event) for event in events] == [Started, Done]  # no candidate qualifies for a promotion
     assert done.reason == "trials" and done.paused > 0
     EVALUATED.clear()
     run(small_study(24), tmp_path)
@@ -467,7 +467,7 @@ def test_a_kill_between_two_commits_changes_nothing(tmp_path: Path, monkeypatch:
 
 
 def die_in_storage(monkeypatch: pytest.MonkeyPatch, call: str, time: int) -> None:
-    """Die instead of making the time-th call of a storage method for a trial."""
+    """Raise Killed in place of the `time`-th call of a storage method for a trial."""
     original, times = getattr(JournalStorage, call), 0
 
     def counted(*arguments: object, **keywords: object) -> object:
@@ -524,7 +524,7 @@ def test_a_rung_where_nothing_works_ends_the_search(tmp_path: Path, monkeypatch:
 
 
 class Pool:
-    """Several workers that finish in an order of their own."""
+    """Several workers that finish in a different order."""
 
     count, description = 3, "three"
 
@@ -555,7 +555,7 @@ def test_no_worker_waits_for_a_promotion(tmp_path: Path, monkeypatch: pytest.Mon
     new = sum(isinstance(event, Submitted) and event.record.rung == 0 for event in events)
     begun = [event for event in events if isinstance(event, Submitted)]
     last_new = max(index for index, event in enumerate(begun) if event.record.rung == 0)
-    assert new == 20 and set(pool.busy[: last_new - 2]) == {3}  # as long as there are new ones, nobody is idle
+    assert new == 20 and set(pool.busy[: last_new - 2]) == {3}  # no worker is idle while there are new candidates
 
 
 def test_a_dead_worker_costs_one_attempt_at_its_rung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

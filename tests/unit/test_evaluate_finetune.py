@@ -135,7 +135,7 @@ def test_continuing_keeps_moments_and_counts(tmp_path: Path):
     _, finished, rates = run(Budget(images=160), loaded, again)
     assert finished.images == 160
     assert len(rates) == 3
-    assert rates[0] == pytest.approx(1e-3)  # a new cosine over what is left
+    assert rates[0] == pytest.approx(1e-3)  # a new cosine over the rest
     steps = {int(moments["step"]) for moments in finished.moments.values()}
     assert steps == {5}  # 2 of the first budget, 3 of the second
 

@@ -1,4 +1,4 @@
-"""evaluate(Task): the numbers, that they repeat, what is kept between tasks, and how failures come back."""
+"""evaluate(Task): metrics, reproducibility, caches between tasks, and failures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHIPPED = replace(SMALL, model=ModelConfig("vit_digits_patch1_8", pretrained=Tru
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch):
-    """Metrics registered by a test are forgotten after it."""
+    """Unregister metrics of a test after it."""
     monkeypatch.setattr(METRICS, "_things", dict(METRICS._things))
 
 
@@ -67,7 +67,7 @@ def test_the_same_task_twice_gives_the_same_numbers(schedule: Schedule):
     task = replace(SMALL, schedule=schedule, finetune=replace(SMALL.finetune, augment="flip"))
     run.dense_logits.cache_clear()
     first = evaluate(task)
-    torch.manual_seed(123)  # what others do with the random state in between must not matter
+    torch.manual_seed(123)  # the global random state must not matter
     second = evaluate(
         replace(task, metrics=("gmacs", "throughput", "loss", "top1"), measure=MeasureConfig(speed_seconds=0))
     )
@@ -155,7 +155,7 @@ def test_nothing_is_written_without_training(tmp_path: Path):
 
 @pytest.mark.parametrize("augment", ["none", "flip"])
 def test_streamed_images_train_as_those_in_memory(augment: str):
-    """The dense model's logits are cached for one and computed along the way for the other."""
+    """Logits of the dense model are cached for images in memory, and computed in each step for a stream."""
     task = replace(SMALL, finetune=replace(SMALL.finetune, augment=augment))
     memory = evaluate(task)
     streamed = evaluate(replace(task, data=replace(task.data, in_memory=False, loaders=0)))

@@ -1,4 +1,4 @@
-"""Files in and out: everything round-trips, and every mistake is named with its place and a remedy."""
+"""Reading and writing files: everything round-trips, and each mistake is reported with its place and a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front, hypervolume, knee and choice within bounds, against brute force."""
+"""Front, hypervolume, knee and the best candidate within bounds, compared with brute force."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_knee_is_farthest_below_the_chord() -> None:
 
     assert knee(bent, objectives) is max(bent, key=distance) is bent[1]
     assert knee(bent[:1], objectives) is bent[0]
-    assert knee([bent[0], bent[4]], objectives) is bent[4]  # two: the better one by the first objective
+    assert knee([bent[0], bent[4]], objectives) is bent[4]  # of two, the better one by the first objective
     line = [record(n, top1=70.0 + 10 * n, gmacs=1.0 + n) for n in range(3)]
     assert knee(line, objectives) is line[2]
     with pytest.raises(StudyError, match=r"empty.*Possible.*Run"):
@@ -161,9 +161,9 @@ def test_best_within_bounds() -> None:
         record(4, top1=90.0, gmacs=5.0, latency_ms=2.0),
     ]
     assert best(records, objectives, {"gmacs": 10.0}, {}).number == 2  # ties: cheaper, then earlier
-    assert best(records, objectives, {}, {"top1": 94.0}).number == 2  # top1 is bounded, so the cheapest
+    assert best(records, objectives, {}, {"top1": 94.0}).number == 2  # with a bound on top1: the cheapest
     assert best(records, objectives, {"latency_ms": 3.2}, {}).number == 1  # any metric can be bounded
-    assert best(records, objectives, {"gmacs": 9.0}, {"top1": 90.0}).number == 2  # all are bounded: the first again
+    assert best(records, objectives, {"gmacs": 9.0}, {"top1": 90.0}).number == 2  # all bounded: by top1
     assert best(records, objectives, {}, {}).number == 0
     assert best(records, objectives, {}, {}, (("gmacs", Limit(at_most=6.0)),)).number == 4
 

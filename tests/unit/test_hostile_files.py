@@ -1,4 +1,4 @@
-"""Promise: whatever a study or schedule file holds, reading it ends soon, and with sentences when it is wrong."""
+"""Promise: reading any study or schedule file ends soon, with clear messages when it is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 )
 CHAIN = "a: &a0 1\n" + "".join(f"a{index}: &a{index} [[*a{index - 1}]]\n" for index in range(1, 200))
 
-# a value where any field may stand, and what is said of it
+# value in the place of any field -> expected message
 VALUES: dict[str, tuple[str, str]] = {
     "number beyond a float": ("1" + "0" * 350, "a number of more than 300 digits"),
     "number beyond what Python reads": ("9" * 5000, "cannot be read as a whole number"),
@@ -82,13 +82,13 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 
 def refusal(read: Callable[..., Any], *arguments: Any) -> str:
-    """What is said; reading must not take long."""
+    """The error message. Asserts that reading was quick."""
     begin = time.process_time()
     with pytest.raises(FileError) as caught:
         read(*arguments)
     assert time.process_time() - begin < 4
     text = str(caught.value)
-    assert len(text) < 20_000 and text.replace("\n", "").isprintable()  # nothing that a terminal obeys
+    assert len(text) < 20_000 and text.replace("\n", "").isprintable()  # no control characters
     return text
 
 

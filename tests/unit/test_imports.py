@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, and what is imported late is heavy."""
+"""The layers of the package: imports only go down, and only heavy modules are imported inside functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with weights, device and data is found before work starts: exit 2, one message, no study folder."""
+"""Problems with weights, device and data are found before work starts: exit 2, one message, no study folder."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_digits_are_not_loaded_before_workers_start(monkeypatch: pytest.MonkeyPa
 
 
 def test_looking_is_remembered(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second look at the same pictures opens none of them; other ones are looked at."""
+    """A second check of the same images opens none of them. New images are checked."""
     looked: list[str] = []
     for name in ("unreadable_headers", "unreadable_images"):
         real = getattr(inputs, name)
@@ -276,7 +276,7 @@ def test_what_was_left_out_is_in_every_record(
 
 @pytest.mark.parametrize("rungs", [[{"images": 24}], [{"images": 5}, {"images": 24}]])
 def test_training_leaves_out_what_it_meets(root: Path, rungs: list[dict[str, int]]) -> None:
-    """Streamed: a picture that breaks only when it is decoded is left out of its batch, counted, and recorded."""
+    """In a stream, an image that fails to decode is left out of its batch, counted and recorded."""
     from prunesearch.study.reader import open_study_readonly
 
     picture = root / "train" / "bee" / "0.png"
@@ -298,7 +298,7 @@ def test_training_leaves_out_what_it_meets(root: Path, rungs: list[dict[str, int
 def test_weights_of_another_class_order_are_suspected(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, order: list[str] | None
 ) -> None:
-    """Ten classes that mean the digits in ASCII order, and the weights that come with the package."""
+    """Ten classes whose names put the digits in another order, with the shipped weights."""
     from prunesearch.evaluate.digits import load_digits
 
     for split, where in (("train", "train"), ("validation", "val")):
@@ -343,7 +343,7 @@ def test_what_timms_readers_raise_is_a_sentence(root: Path, monkeypatch: pytest.
 
 
 def test_pictures_of_a_reader_are_named_and_not_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As hfds/... opens them: timm's ImageDataset around a reader, which would give the next picture."""
+    """For hfds/...: timm's ImageDataset around a reader would return the next image in place of a bad one."""
     real = timm.data.create_dataset
     monkeypatch.setattr(
         data, "create_dataset", lambda name, root, split, **more: real("", root=f"{root}/{split}", search_split=False)

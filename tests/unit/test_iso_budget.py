@@ -1,4 +1,4 @@
-"""Candidates that all cost the same: the projection, what the sampler learns of it, and what a budget can be."""
+"""Iso-budget: the projection to a fixed cost, what the sampler learns from it, and which budgets are possible."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_removes_more_where_more_was_removed() -> None:
     ("stages", "gmacs"),
     [
         ((), 0.01),  # no stage
-        ((Stage(6, keep=0.5),), 0.004),  # too late
+        ((Stage(6, keep=0.5),), 0.004),  # the stage comes too late
         ((Stage(2, reduce="merge", keep=0.8),), 0.006),  # merge can at most halve
-        ((Stage(1, reduce="pool", tokens=4), Stage(4, keep=0.9)), 0.012),  # a count that is too low as it is
+        ((Stage(1, reduce="pool", tokens=4), Stage(4, keep=0.9)), 0.012),  # already below the budget
     ],
 )
 def test_what_cannot_come_to_the_budget_is_refused(stages: tuple[Stage, ...], gmacs: float) -> None:
@@ -124,7 +124,7 @@ def test_proposals_carry_what_was_drawn() -> None:
     assert drawn is not None
     proposal = propose(config, SHAPE, lambda seed: drawn, 1, [], set(), 0)
     assert proposal.schedule is not None and proposal.parameters == drawn
-    assert parameters_of(proposal.schedule, SPACE) is None  # off the grid: the sampler could not say it
+    assert parameters_of(proposal.schedule, SPACE) is None  # off the grid, so it has no parameters
     seen = {uid_of(proposal.schedule, SHAPE)}
     second = propose(config, SHAPE, lambda seed: drawn, 1, [], seen, 0)
     assert second.schedule is not None and uid_of(second.schedule, SHAPE) not in seen
@@ -136,7 +136,7 @@ def test_a_search_competes_at_one_cost(tmp_path: Path) -> None:
     done, _ = run(study(16, "tpe", space=space, budget=IsoBudget(BUDGET)), tmp_path)
     assert done.complete == 16 == len(set(EVALUATED))
     dense, start, *searched = records(tmp_path)
-    assert dense.schedule == Schedule() and start.origin == "start: evit-0.7"  # as they are
+    assert dense.schedule == Schedule() and start.origin == "start: evit-0.7"  # not projected
     for record in searched:
         assert 0.95 * BUDGET < cost_of(record.schedule, SHAPE) <= BUDGET
         assert record.parameters is not None

@@ -1,4 +1,4 @@
-"""What the package and its verbs load: looking needs no PyTorch, a deployed model needs torch, timm and yaml only."""
+"""Imports of the package and its commands: reading needs no PyTorch, a deployed model only torch, timm and yaml."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that is done, a study file and a schedule file."""
+    """A folder with a finished study, a study file and a schedule file."""
     folder = tmp_path_factory.mktemp("light")
     fake_search.run(fake_search.study(4), folder / "study", journal=False)
     (folder / "search_spaces").mkdir()
@@ -92,7 +92,7 @@ def test_a_list_of_samplers_loads_nothing_that_they_use() -> None:
 
 
 def test_applying_a_schedule_needs_torch_timm_and_yaml_only(tmp_path: Path) -> None:
-    """What a deployed model imports, in a process where everything else of ours is missing."""
+    """Applies a schedule in a process in which our other dependencies are missing."""
     (tmp_path / "best.yaml").write_text("version: 1\nstages: [{block: 1, keep: 0.5, reduce: squeeze}]\n")
     output = run(
         f"""

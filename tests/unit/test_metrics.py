@@ -1,4 +1,4 @@
-"""Metrics: each gives a sensible number on the digits model, and what can be checked by hand is."""
+"""Metrics: sensible values on the digits model, checked by hand where possible."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class TwoBuffers(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1000))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(3):  # what an earlier round made is gone again
+        for _ in range(3):  # buffers of an earlier round are freed
             a = x + 1
             b = x.view(-1).view(x.shape) + 1
             x = a + b

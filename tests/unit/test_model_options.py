@@ -1,5 +1,7 @@
-"""Promise: a model section changes an architecture and nothing else, and `check` opens neither network, files nor
-pickles. That every option builds is in tests/contract."""
+"""Promise: a model section only changes the architecture, and `check` uses no network, files or pickles.
+
+tests/contract tests that every option builds.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ model: {{name: "{name}", pretrained: {pretrained}, options: {options}}}
 space: {{blocks: [1], keep: [0.5, 1.0], score: key_norm}}
 objectives: [{{metric: top1, goal: maximise}}]
 """
-# what create_model and the builders behind it take, and what must never reach them
+# arguments of create_model and its builders that must never reach them
 FORBIDDEN: dict[str, Scalar] = {
     "checkpoint_path": "weights.pth",
     "cache_dir": "/tmp",

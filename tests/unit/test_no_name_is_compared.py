@@ -1,4 +1,4 @@
-"""What differs between scores, verbs and samplers is a fact of their registry entries: no code compares their names."""
+"""No code compares names of scores, verbs or samplers: it must use facts of their registry entries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prunesearch.tokens import REDUCERS, SCORERS
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 NAMES = {*SCORERS, *REDUCERS, *SAMPLERS}
 OTHER_WORDS = {"evaluate/machine.py": {"auto"}, "workers/ray_pool.py": {"auto"}}
-"""Names that mean something else in a file: the device that there is, the Ray cluster that runs."""
+"""Registered names with another meaning in a file: "auto" is a device, or the running Ray cluster."""
 NOTATION = {"DEFAULT_SCORE"}
-"""Constants that say what is left out in writing, and decide nothing."""
+"""Constants that only shorten printed schedules, and decide nothing."""
 CONSTANTS = {
     target.id: node.value
     for path in PACKAGE.rglob("*.py")
@@ -28,7 +28,7 @@ CONSTANTS = {
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Registered names among the literals of an expression, and of the constants of the package that it mentions."""
+    """Registered names among the literals of an expression, including those of constants that it refers to."""
     found = set()
     for part in ast.walk(node):
         if isinstance(part, ast.Constant) and part.value in NAMES:

@@ -1,4 +1,4 @@
-"""Options of scores and verbs: a string has named values, and another one is refused with a sentence."""
+"""Options of scores and verbs: a string option has named values; others are refused with a clear message."""
 
 from __future__ import annotations
 

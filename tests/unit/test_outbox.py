@@ -1,4 +1,4 @@
-"""The outbox: adopted once, never a reason to fail, never from another study."""
+"""The outbox: results are adopted once, never fail the search, and are never taken from another study."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunesearch.workers.protocol import Workers
 
 
 def leave_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A study of three with a fourth result that only the outbox has."""
+    """A study of three candidates with a fourth result in the outbox."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "result", 4)
         run(study(6), tmp_path)
@@ -63,7 +63,7 @@ def test_a_result_is_adopted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert recovered(run(study(4), tmp_path)[1]) == 1
     adopted = records(tmp_path)[3]
     assert adopted.state == "complete"
-    path.write_bytes(again)  # a worker that outlived its driver delivers late
+    path.write_bytes(again)  # a worker finishes after its driver has died
     assert recovered(run(study(4), tmp_path)[1]) == 0
     assert records(tmp_path)[3] == adopted and len(records(tmp_path)) == 4
     assert not list((tmp_path / "outbox").iterdir())
@@ -115,7 +115,7 @@ def test_results_of_other_settings_are_not_adopted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = leave_one(tmp_path, monkeypatch)
-    (tmp_path / "study.log").unlink()  # somebody starts over in the same folder
+    (tmp_path / "study.log").unlink()  # a new study in the same folder
     config = study(6)
     other = replace(config, measure=replace(config.measure, batch_size=7))
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""A password in a storage URL is never printed, and the command that is printed for the next step works with it."""
+"""A password in a storage URL is never printed, and the printed next command works with it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_neither_the_live_view_nor_the_next_command_has_it(
     done = Done("trials", complete=3, failed=0, running=0, rejected=0, seconds=1.0)
 
     def run_study(config, folder, *, storage, on_event, search):
-        assert storage == url  # the search itself gets it whole
+        assert storage == url  # the search gets the full URL
         on_event(Started([], 3, 0, 0, 0, "this process"))
         on_event(done)
         return done

@@ -1,4 +1,4 @@
-"""Pictures as people have them: each format and mode is read right, or named and counted, in folders and tar files."""
+"""Image formats and modes in folders and tar files: each is read correctly, or named and counted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(classes: int = 2, channels: int = 3) -> torch.nn.Module:
 
 
 def make(root: Path, classes: tuple[str, ...] = ("ant", "bee"), each: int = 4) -> Path:
-    """train, val and test with a few 8 x 8 pictures of each class, all different."""
+    """Write train, val and test with a few different 8 x 8 images of each class."""
     shade = 0
     for split in SPLITS:
         for name in classes:
@@ -63,7 +63,7 @@ def config(root: Path, container: str = "folder", **changes: object) -> DataConf
 
 
 def look(settings: DataConfig, classes: int = 2) -> tuple[str, ...]:
-    """What `check_inputs` notes of a study with these images."""
+    """The notes of `check_inputs` for a study with these images."""
     from prunesearch.config import ModelConfig
 
     options = (("depth", 1), ("embed_dim", 24), ("num_heads", 2), ("patch_size", 8), ("img_size", 8))

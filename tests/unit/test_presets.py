@@ -51,7 +51,7 @@ def test_stages_keep_their_place_in_the_depth() -> None:
     assert [stage.block for stage in load_preset("evit-0.7", shape(depth=24)).stages] == [6, 12, 18]
     assert [stage.block for stage in load_preset("evit-0.7", shape(depth=8)).stages] == [2, 4, 6]
     assert [stage.block for stage in load_preset("asvit-0.65", shape(depth=12)).stages] == [4, 7, 10]
-    for depth in (1, 2):  # in 2 blocks the last stage would be behind the last
+    for depth in (1, 2):  # with 2 blocks the last stage would be after the last block
         with pytest.raises(ScheduleError, match="fall on the same blocks"):
             load_preset("evit-0.7", shape(depth=depth))
 
@@ -94,7 +94,7 @@ def test_presets_of_models_with_and_without_a_map_refuse_each_other() -> None:
         load_preset("evit-0.7", of_map)
     stages = [(stage.block, stage.tokens) for stage in load_preset("dynswin-0.7", of_map).stages]
     assert stages == [(2, 137), (4, 98), (6, 58)]
-    with pytest.raises(ScheduleError, match="fall on the same blocks"):  # Swin-T's places are no share of the depth
+    with pytest.raises(ScheduleError, match="fall on the same blocks"):  # places in Swin-T are no shares of the depth
         load_preset("dynswin-0.7", replace(of_map, depth=6))
 
 

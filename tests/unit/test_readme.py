@@ -1,4 +1,4 @@
-"""The README: its promises have tests named after them, commands parse, code runs, links and numbers hold."""
+"""The README: its promises have tests, its commands parse, its code runs, its links and numbers are right."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def section(title: str) -> str:
 
 
 def promises() -> list[str]:
-    """What stands in bold at the start of each point."""
+    """The bold text at the start of each list item."""
     return re.findall(r"^- \*\*(.+?)\*\*", section("What you can rely on"), re.MULTILINE)
 
 
@@ -63,7 +63,7 @@ def test_the_study_file_is_one(tmp_path: Path) -> None:
 
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With random weights in the place of those that a hub has."""
+    """With random weights in place of weights from a hub."""
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real(name, depth=8).eval())
     monkeypatch.chdir(tmp_path)

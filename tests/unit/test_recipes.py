@@ -1,4 +1,4 @@
-"""Published recipes: the loss is the paper's, the section is expanded on reading, and a begun study never changes."""
+"""Published recipes: the loss is the paper's, recipes are expanded on reading, and begun studies never change."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ WIDER = ModelConfig("vit_digits_patch1_8", options=(("depth", 5), ("embed_dim", 
 SWIN = ModelConfig("swin_tiny_patch4_window7_224", image_size=32, num_classes=10,
                    options=(("embed_dim", 24), ("in_chans", 1)))  # fmt: skip
 
-# What each method trains, in the words of its paper. ce: cross entropy; kl: of the classes, dense || pruned; ratio:
+# The loss of each method, as in its paper. ce: cross entropy; kl: of the classes, dense || pruned; ratio:
 # mean over stages and images of (kept fraction - wanted fraction)^2; squared, tokens_kl: of tokens kept to the end
 PUBLISHED: dict[str, Any] = {
     "asvit": (lambda t: t.ce + 2 * abs(t.gmacs - t.target) + 0.5 * t.kl, "asvit-0.65", (VIT, WIDER)),
@@ -69,7 +69,7 @@ PUBLISHED: dict[str, Any] = {
 
 
 def spread_out(schedule: Schedule, shape: ModelShape) -> Schedule:
-    """With thresholds in the middle of what random weights score, so that images keep different counts."""
+    """Set thresholds to the middle of the scores of random weights, so that images keep different counts."""
     moved = [
         replace(stage, threshold=1 / (shape.patch_tokens + 1) if stage.score in SCORERS else 0.5)
         if stage.threshold is not None
@@ -80,7 +80,7 @@ def spread_out(schedule: Schedule, shape: ModelShape) -> Schedule:
 
 
 def terms(model: nn.Module, found: Trace, labels: Tensor, dense: DenseOutput) -> SimpleNamespace:
-    """Every term by its definition: image for image, token for token."""
+    """Every loss term by its definition, in loops over images and tokens."""
     schedule, shape = schedule_of(model), shape_of(model)
     student, teacher = found.logits.double().log_softmax(1), dense.logits.double().log_softmax(1)
     images = range(len(labels))
@@ -144,7 +144,7 @@ def test_the_loss_is_the_published_one(name: str, model: ModelConfig, monkeypatc
     batch = Batch(images, labels, given if config.distill else None)  # as a worker's teacher has it
 
     losses: list[Tensor] = []
-    passes: list[Trace] = []  # the very pass that the loss was of: decisions are drawn
+    passes: list[Trace] = []  # the same pass as the loss, because decisions are random
 
     def recorded(*arguments: Any) -> Trace:
         passes.append(trace(*arguments))
@@ -161,7 +161,7 @@ def test_the_loss_is_the_published_one(name: str, model: ModelConfig, monkeypatc
 
 
 def test_asvit_weighs_gmacs_which_is_its_weight_per_share_of_each_model() -> None:
-    """2.5, 9.1 and 34.9 per unit of share for DeiT-T, S and B, which its code counts without head and class token."""
+    """2.5, 9.1 and 34.9 per unit of share for DeiT-T, S and B. AS-ViT's code counts without head and class token."""
     from prunesearch.evaluate import model_shape
 
     for name, per_share in (("tiny", 2.5), ("small", 9.1), ("base", 34.9)):
@@ -294,7 +294,7 @@ def test_settings_override_the_file_before_its_recipe_is_expanded(tmp_path: Path
 
 
 def test_a_study_keeps_its_fields_when_the_recipe_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In its folder and in its database; from the file it continues with equal settings, else it is refused."""
+    """In its folder and database. A study file with a changed recipe is refused."""
     file, url = tmp_path / "study.yaml", storage_url(tmp_path)
     file.write_text(STUDY)
     config = load_study(file)
@@ -323,7 +323,7 @@ def test_a_study_keeps_its_fields_when_the_recipe_changes(tmp_path: Path, monkey
 
 
 def test_every_preset_whose_decisions_learn_names_the_recipe_of_its_method() -> None:
-    """`pool` alone learns no decision; no loss of its own is published for it."""
+    """`pool` learns no decisions, and no special loss is published for it."""
     for name, preset in presets().items():
         learned_scores = {score for score, entry in SCORERS.items() if entry.part is not None}
         learns = [row for row in preset.stages if row.threshold is not None or row.score in learned_scores]
@@ -377,7 +377,7 @@ def test_spaces_of_one_methods_stages_train_as_it_does(space: str, name: RecipeN
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("preset", [None, "evit-0.7", "tome-r8"])
 def test_a_recipe_is_harmless_where_it_cannot_apply(name: RecipeName, preset: str | None) -> None:
-    """The dense model and start presets are trained by the study's fine-tune, whatever its recipe is made for."""
+    """The dense model and start presets are trained with the study's fine-tune, whatever its recipe."""
     model = replace(VIT, options=(("depth", 4),), pretrained=False)
     schedule = Schedule() if preset is None else load_preset(preset, shape_of(build_model(model)))
     task = Task(

@@ -1,4 +1,4 @@
-"""Tables, the live view and plots: what they say, and that they can be drawn."""
+"""Tables, live view and plots: their contents, and that they can be rendered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finish(record: Record, rejected: int = 0) -> Finished:
 
 
 def after(events: list[Event], config: StudyConfig = CONFIG) -> Progress:
-    """One event a second, the search beginning at second 0."""
+    """The progress after these events, one per second, from second 0."""
     progress = Progress(config, "outputs/fake", begun=0.0)
     for second, event in enumerate(events):
         progress.add(event, float(second))

@@ -1,4 +1,4 @@
-"""What a user sees of several rungs: how many candidates are at which, and whether the small budgets can be trusted."""
+"""Reports of several rungs: candidates per rung, and whether small budgets predict larger ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = (1.0, 4.0, 16.0)
 
 
 def climbed(number: int, rung: int, *, sign: int = 1) -> Record:
-    """A candidate with results up to a rung; each costs more than the one before. sign -1: training turns the order."""
+    """A candidate with results up to a rung. Later ones cost more. sign -1: training reverses the order."""
     kept = 0.4 + 0.5 * number / 20
     schedule = Schedule((Stage(1, keep=kept),)) if number else Schedule()
     one = replace(made_up(number, schedule, "dense" if number == 0 else "sampler"), evaluations=(), state="running")
@@ -65,7 +65,7 @@ def test_the_table_counts_everybody_once_at_each_rung() -> None:
     text = rows(printed(rungs_table(RECORDS, CONFIG)))
     #       rung images done went waiting running failed
     assert ["0", "0", "17", "12", "5", "1", "0", "top1", "1.00", "(1.00", "1.00", "-)"] in text
-    assert ["1", "640", "12", "3", "9", "0", "0"] in text  # one pair: no correlation to speak of
+    assert ["1", "640", "12", "3", "9", "0", "0"] in text  # one pair is too few for a correlation
     assert ["2", "2,560", "1", "1", "1", "the", "front"] in text
     assert all(len(line) <= 80 for line in printed(rungs_table(RECORDS, CONFIG)).splitlines())
 
@@ -102,12 +102,12 @@ def test_status_of_several_rungs() -> None:
 
 def test_work_that_is_left_counts_each_rung() -> None:
     everybody_at_rung_0 = [climbed(number, 0) for number in range(6)]
-    assert work_left(everybody_at_rung_0, CONFIG, 20) is None  # nobody knows yet how long rung 1 takes
-    # of 60 candidates 20 go on, and 6 of those; seen are 17, 12 and 2, of which the one that failed took no time
+    assert work_left(everybody_at_rung_0, CONFIG, 20) is None  # the duration of rung 1 is unknown
+    # 60 candidates, 20 and 6 promoted; 17, 12 and 2 evaluated, one of which failed at once
     assert work_left(RECORDS, CONFIG, 60) == pytest.approx(43 * 1.0 + 8 * 4.0 + 4 * 16.0 / 2)
     assert work_left(RECORDS, CONFIG, 3) == 0
     progress = Progress(CONFIG, "outputs/fake", begun=0.0, total=60, records={one.number: one for one in RECORDS[:17]})
-    progress.seconds = 22.0  # of evaluation, within 11 s: two workers
+    progress.seconds = 22.0  # seconds of evaluation in 11 s: two workers
     assert seconds_left(progress, now=11.0) == pytest.approx((43 + 8 * 4 + 4 * 8) / 2)
 
 

@@ -1,5 +1,7 @@
-"""Promise: what is written is read as it was: every field of every dataclass that is read or stored, with every kind of
-value that it takes. Fields and kinds are found from the annotations."""
+"""Promise: every field of every stored dataclass is read as it was written, with every kind of value.
+
+Fields and kinds of values are found from the annotations.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ AMOUNTS = ("keep", "tokens", "threshold")
 
 
 def dataclasses_in(kind: Any) -> set[type]:
-    """Every dataclass that an annotation can hold, itself included."""
+    """All dataclasses in an annotation, nested ones included."""
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         inside = [dataclasses_in(hints[field.name]) for field in dataclasses.fields(kind)]
@@ -51,14 +53,14 @@ BY_NAME = pytest.mark.parametrize(("kind", "field"), FIELDS, ids=[f"{kind.__name
 
 
 def number_within(limits: Mapping[str, Any]) -> list[float]:
-    """The bounds themselves, where there are any, and something between."""
+    """The bounds, if any, and a number between them."""
     ends = [limits[name] for name in ("low", "high") if name in limits]
     low = limits.get("low", limits.get("above", 0))
     return [*ends, min(low + 1, limits.get("high", math.inf)) if "above" in limits else low]
 
 
 def values_of(kind: Any, limits: Mapping[str, Any]) -> list[Any]:
-    """Values of every kind that an annotation takes; named values are sorted by name, as everywhere."""
+    """Values of every kind that an annotation allows. Named values are sorted by name, as everywhere."""
     origin, parameters = get_origin(kind), get_args(kind)
     if kind is Any:
         return [None, 1, 0.5, "text", [1, None], {"a": {"b": None}}]
@@ -94,7 +96,7 @@ def values_of(kind: Any, limits: Mapping[str, Any]) -> list[Any]:
 
 
 def smallest(kind: type) -> Any:
-    """An instance with nothing but what is required."""
+    """An instance with the required fields only."""
     if kind is Stage:
         return Stage(0, keep=0.5)
     hints = typing.get_type_hints(kind)
@@ -107,9 +109,9 @@ def other_amount(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def instances(kind: type, field: dataclasses.Field[Any]) -> Iterator[Any]:
-    """The smallest instance with each kind of value in one field; its siblings give way where only one may be there."""
+    """For each kind of value of each field, the smallest instance with it. Fields that exclude it are left out."""
     base, hint = smallest(kind), typing.get_type_hints(kind)[field.name]
-    if "expand" in field.metadata:  # a word of files that stands for other fields; no value holds it
+    if "expand" in field.metadata:  # exists in files only, as a shorthand for other fields
         yield base
         return
     registry = NAMES.get((kind.__name__, field.name))
@@ -123,7 +125,7 @@ def instances(kind: type, field: dataclasses.Field[Any]) -> Iterator[Any]:
             changes["score"] = "none"
         try:
             yield dataclasses.replace(base, **changes)
-        except UserError:  # a field that excludes another, or a word that is no value
+        except UserError:  # a field that excludes another, or a shorthand
             adaptive = (Stage(0, threshold=0.5),)
             if kind is Schedule and field.name == "target_gmacs":
                 yield Schedule(adaptive, value)
@@ -165,7 +167,7 @@ def test_no_field_at_its_default_is_written(kind: type, field: dataclasses.Field
 
 
 def numbers_in(kind: Any) -> bool:
-    """Whether a value of this annotation can hold a number outside a dataclass of its own."""
+    """Whether an annotation allows numbers outside nested dataclasses."""
     return kind in (int, float) or (not dataclasses.is_dataclass(kind) and any(map(numbers_in, get_args(kind))))
 
 
@@ -174,7 +176,7 @@ def tuples_in(kind: Any) -> bool:
 
 
 READ_BACK = {"Evaluation", "Sensitivities", "Effect", "Predicted", "Task", "SupernetWork"}
-"""Not written by people: a machine measured it, and what it found must never be refused."""
+"""Not written by users. They hold measured values, which must never be refused."""
 WRITTEN = [(kind, field) for kind, field in FIELDS if kind.__name__ not in READ_BACK]
 
 

@@ -1,4 +1,4 @@
-"""Who goes on to a larger budget, on fronts drawn by hand and against moocore; and what two rungs have in common."""
+"""Promotions, on hand-made fronts and compared with moocore; rank correlation between rungs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BEHIND = [(5.0, 9.5), (7.0, 8.0), (9.5, 7.0), (9.5, 9.5)]
 
 
 def next_promotion(results: Sequence[Result], rungs: int, one_in: int, cost: int | None) -> Result | None:
-    """Who goes on to the next of so many rungs now, from the highest rung that has somebody; None is nobody."""
+    """The next promotion, from the highest rung that has one; None if there is none."""
     for rung in reversed(range(rungs - 1)):
         found = promotion([one for one in results if one.rung == rung], one_in, cost)
         if found is not None:
@@ -50,7 +50,7 @@ def finished(losses: Sequence[tuple[float, ...]], rung: int = 0) -> list[Result]
 
 
 def promoted(results: Sequence[Result], rungs: int = 2, one_in: int = 3, cost: int | None = None) -> list[str]:
-    """Uids that go on when one after another is asked for and no other result comes in, with their rungs."""
+    """Uids and rungs of all promotions in order, without new results in between."""
     found, results = [], list(results)
     while (best := next_promotion(results, rungs, one_in, cost)) is not None:
         assert not best.is_promoted
@@ -61,7 +61,7 @@ def promoted(results: Sequence[Result], rungs: int = 2, one_in: int = 3, cost: i
 
 def test_the_best_third_goes_on_the_front_first_and_spread_along_it() -> None:
     results = finished(STAIRS + BEHIND)
-    assert promoted(results) == ["02.0", "04.0", "00.0"]  # nine: the compromise, then the farthest, an end each
+    assert promoted(results) == ["02.0", "04.0", "00.0"]  # 3 of 9: the compromise, then the two ends
     assert promoted(results, one_in=2) == ["02.0", "04.0", "00.0", "03.0"]
     assert promoted(list(reversed(results))) == promoted(results)
 
@@ -75,14 +75,14 @@ def test_nobody_goes_on_from_the_last_rung_and_the_highest_one_is_asked_first() 
 
 def test_the_first_arrivals_do_not_all_climb() -> None:
     results = finished(STAIRS)
-    assert promoted(results, one_in=3) == []  # five of the six that it takes
+    assert promoted(results, one_in=3) == []  # 5 results, but 6 are needed
     assert promoted([*results, Result("zz", 0, (9.0, 9.0))]) == ["02.0", "04.0"]
 
 
 def test_those_within_the_limits_come_first_then_those_that_break_them_least() -> None:
     results = finished(STAIRS + BEHIND)
     results[:5] = [replace(one, excess=excess) for one, excess in zip(results, (0.5, 0.1, 0.4, 0.3, 0.2), strict=False)]
-    assert promoted(results, one_in=2) == ["06.0", "05.0", "07.0", "08.0"]  # all that are within
+    assert promoted(results, one_in=2) == ["06.0", "05.0", "07.0", "08.0"]  # all that are within the limits
     all_over = [replace(one, excess=1.0 + int(one.uid)) for one in results]
     assert promoted(all_over) == ["00.0", "01.0", "02.0"]
 
@@ -92,13 +92,13 @@ def test_equal_losses_are_equal_and_ties_go_by_uid() -> None:
     assert promoted(same) == ["00.0", "01.0"]
     assert promoted(random.Random(0).sample(same, 6)) == ["00.0", "01.0"]
     twice = finished([*STAIRS, *STAIRS, (9.5, 9.5)])
-    assert promoted(twice) == ["02.0", "04.0", "00.0"]  # a double comes after everything else of its front
+    assert promoted(twice) == ["02.0", "04.0", "00.0"]  # duplicates come last in their front
 
 
 def test_with_one_objective_it_is_an_order() -> None:
     results = finished([(float(value),) for value in (5, 3, 8, 1, 9, 2, 7)])
     assert promoted(results) == ["03.0", "05.0"]
-    assert promoted(results, cost=0) == ["03.0", "05.0", "00.0", "06.0"]  # 5 and 7: the other thirds
+    assert promoted(results, cost=0) == ["03.0", "05.0", "00.0", "06.0"]  # 5 and 7: from the other thirds
 
 
 def test_numbers_that_are_not_finite_take_no_part() -> None:
@@ -120,7 +120,7 @@ def test_anchors_go_on_at_once_whatever_they_are_worth() -> None:
 
 
 def test_each_third_of_the_costs_sends_somebody() -> None:
-    dear = [(0.5, 10.0), (0.6, 9.9), (0.7, 9.8), (0.8, 9.7), (0.9, 9.6), (0.95, 9.5)]  # accurate, all of them
+    dear = [(0.5, 10.0), (0.6, 9.9), (0.7, 9.8), (0.8, 9.7), (0.9, 9.6), (0.95, 9.5)]  # all of them accurate
     middle, cheap = [(6.0, 5.0), (5.0, 5.1)], [(8.0, 1.0), (7.0, 1.2)]
     results = finished(dear + middle + cheap)
     assert bands_of([losses[1] for losses in dear + middle + cheap]) == [2] * 6 + [1] * 2 + [0] * 2
@@ -128,7 +128,7 @@ def test_each_third_of_the_costs_sends_somebody() -> None:
     for band in ({"00", "01", "02", "03", "04", "05"}, {"06", "07"}, {"08", "09"}):
         assert went & band
     over = [replace(one, excess=0.1) if one.losses[1] == 1.0 or one.losses[1] == 1.2 else one for one in results]
-    assert not {uid[:2] for uid in promoted(over, one_in=5, cost=1)} & {"08", "09"}  # no limit is broken for this
+    assert not {uid[:2] for uid in promoted(over, one_in=5, cost=1)} & {"08", "09"}  # they break a limit
     assert bands_of([]) == [] and bands_of([2.0, 2.0]) == [0, 0]
 
 
@@ -139,7 +139,7 @@ def test_ranks_and_hypervolume_agree_with_moocore(objectives: int, seed: int) ->
     draw = np.random.default_rng(seed)
     for losses in (draw.random((120, objectives)), draw.integers(0, 5, (120, objectives)).astype(float)):
         found = nondominated_ranks(losses)
-        if objectives == 1:  # moocore wants two
+        if objectives == 1:  # moocore needs two objectives
             assert found.tolist() == np.unique(losses, return_inverse=True)[1].reshape(-1).tolist()
             continue
         assert found.tolist() == moocore.pareto_rank(losses).tolist()
@@ -162,7 +162,7 @@ def test_every_beginning_of_a_net_is_spread() -> None:
 
 
 def test_a_whole_search_narrows_down_and_finds_the_front() -> None:
-    """81 candidates arrive in any order; about a third goes on each time, and the best of the first rung are there."""
+    """81 candidates arrive in random order; about a third is promoted each time, with the best of the first rung."""
     draw = random.Random(0)
     cost = [draw.uniform(0.3, 1.0) for _ in range(81)]
     results: list[Result] = []
@@ -183,7 +183,7 @@ def test_a_whole_search_narrows_down_and_finds_the_front() -> None:
 
 
 def record(number: int, *top1: float, gmacs: float = 1.0, origin: str = "sampler") -> Record:
-    """A candidate with a result at so many rungs."""
+    """A candidate with one top-1 value per rung."""
     made = Record(number, f"{number:02d}", Schedule(), "running", origin, 0)
     for rung, value in enumerate(top1):
         evaluation = Evaluation(made.uid, "complete", rung, metrics=(("gmacs", gmacs), ("top1", value)))
@@ -211,7 +211,7 @@ def test_the_front_compares_equal_budgets() -> None:
     low = [record(1, 90.0, gmacs=2.0), record(2, 80.0, gmacs=1.0)]
     assert [one.number for one in front([dense, *low], OBJECTIVES)] == [2, 1, 0]
     higher = [record(1, 90.0, 70.0, gmacs=2.0), record(2, 80.0, gmacs=1.0)]
-    assert [one.number for one in front([dense, *higher], OBJECTIVES)] == [1]  # 2 and dense are not there yet
+    assert [one.number for one in front([dense, *higher], OBJECTIVES)] == [1]  # 2 and dense are not at rung 1 yet
     assert highest_rung([dense, *higher]) == 1 and dense_of([dense, *higher]) is None
     broken = with_evaluation(replace(higher[0], rung=2), Evaluation("01", "failed", 2, cause="nan"), 9, 2)
     assert [one.number for one in front([dense, broken, higher[1]], OBJECTIVES)] == [2, 0]
@@ -230,14 +230,14 @@ def test_tau_is_scipys(seed: int) -> None:
 
 
 def test_agreement_overall_and_within_thirds_of_the_cost() -> None:
-    """Three groups: dearer is better at both rungs, but within a group the order turns round."""
+    """Three groups by cost. Expensive ones are better at both rungs, but within a group the order is reversed."""
     groups = [[record(10 * g + i, 10.0 * g + i, 10.0 * g - i, gmacs=float(g)) for i in range(4)] for g in range(3)]
     lower, upper = agreements([*itertools.chain(*groups), record(99, 1.0)], CONFIG.objectives, len(CONFIG.rungs))
-    assert (lower.metric, lower.rung, lower.pairs) == ("top1", 0, 12)  # gmacs is arithmetic, no training changes it
+    assert (lower.metric, lower.rung, lower.pairs) == ("top1", 0, 12)  # gmacs is computed, so it has no correlation
     assert lower.bands == pytest.approx((-1.0, -1.0, -1.0))
     assert lower.tau == pytest.approx((48 - 18) / 66) and lower.is_low
     assert (upper.rung, upper.pairs, upper.tau, upper.is_low) == (1, 0, None, False)
-    assert not agreements(groups[0], CONFIG.objectives, len(CONFIG.rungs))[0].is_low  # four say nothing
+    assert not agreements(groups[0], CONFIG.objectives, len(CONFIG.rungs))[0].is_low  # four pairs are too few
 
 
 def test_limits_add_up_as_shares_of_their_bounds() -> None:
@@ -308,6 +308,6 @@ def test_what_must_be_trained_is_not_judged_untrained() -> None:
     (problem,) = study_problems(study(space=learned, rungs=RUNGS))
     assert "rungs[0]: 0 images, but predictor must be trained" in problem
     assert study_problems(study(space=learned, rungs=RUNGS[1:])) == []
-    assert study_problems(study(space=learned, rungs=RUNGS[:1])) == []  # one budget for all is fair
+    assert study_problems(study(space=learned, rungs=RUNGS[:1])) == []  # with one budget all are equally untrained
     assert study_problems(study(rungs=RUNGS)) == []
     assert study_problems(study(rungs=(Budget(seconds=2.0),), objectives=(Objective("top1", "maximize"),))) == []

@@ -1,4 +1,4 @@
-"""The samplers through the model study, and how candidates are found when they repeat themselves."""
+"""Samplers: their proposals in a model study, and how new candidates are found when they repeat themselves."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def grow(study: ModelStudy, count: int, first: int = 0) -> None:
 def test_every_sampler_runs_30_candidates(tmp_path: Path, name: str) -> None:
     EVALUATED.clear()
     config = study(30, name)
-    if name == "gp":  # each of its questions takes most of a second
+    if name == "gp":  # each of its proposals takes almost a second
         config = replace(config, stop=replace(config.stop, trials=12), space=replace(SPACE, blocks=(2, 4)))
     done, _ = run(config, tmp_path)
     assert done.complete == len(records(tmp_path)) == len(set(EVALUATED)) == config.stop.trials
 
 
 class LastFirst:
-    """A sampler of one's own: it proposes the last candidate again, so that its neighbours are tried."""
+    """A custom sampler that proposes the last candidate again, so that neighbours are tried."""
 
     def __init__(self, settings: ProposerSettings) -> None:
         self.space, self.last = dimensions(settings.space), dict[str, Value]()
@@ -142,8 +142,8 @@ def test_the_space_is_complete_and_exact_in_every_proposal() -> None:
         grow(study, 12)
         parameters = study.draw(7)
         assert list(parameters) == list(dimensions(SPACE)), name
-        assert study.draw(7) == parameters, name  # asking leaves no trace
-        if name != "gp":  # whose optimum hardly depends on the seed
+        assert study.draw(7) == parameters, name  # drawing does not change the state
+        if name != "gp":  # its optimum hardly depends on the seed
             assert study.draw(8) != parameters, name
 
 
@@ -260,7 +260,7 @@ def test_auto_begins_with_points_that_fill_the_space() -> None:
     for name, dimension in dimensions(SPACE).items():
         values = Counter(point[name] for point in first)
         expected = 32 / (len(dimension.values) if isinstance(dimension, Choice) else 6)
-        assert all(abs(values[value] - expected) <= 2 for value in values), name  # chance alone is off by 5 and more
+        assert all(abs(values[value] - expected) <= 2 for value in values), name  # random sampling is off by 5 and more
     again = [str(point) for index in range(8) for point in quasi_random.points(sampler, SPACE, index)]
     assert len(again) == 8 * quasi_random.REDRAWS == len(set(again))
     assert next(quasi_random.points(replace(sampler, seed=1), SPACE, 3)) != first[3]
@@ -304,7 +304,7 @@ def test_auto_hands_over_to_nsga2() -> None:
 def test_auto_finds_the_same_candidates_whatever_interrupts_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rungs: int
 ) -> None:
-    """Through all three of its samplers."""
+    """Also after kills, with all three samplers that auto uses."""
 
     early = replace(SAMPLERS["auto"], handover=Handover("nsga2", candidates=9, workers=16))
     monkeypatch.setitem(SAMPLERS._things, "auto", early)
@@ -313,7 +313,7 @@ def test_auto_finds_the_same_candidates_whatever_interrupts_it(
     if rungs == 1:
         config = replace(config, rungs=config.rungs[:1])
     run(config, tmp_path / "whole")
-    for time in (2, 3, 4, 5):  # of each run, so that all of the search is covered
+    for time in (2, 3, 4, 5):  # results of each run, so that kills cover the whole search
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             die_at(patch, "before discarding", time + 1)
             run(config, tmp_path / "killed")

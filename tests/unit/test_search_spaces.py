@@ -1,4 +1,4 @@
-"""The search spaces that ship: each is without mistakes for its model, and says what it explores."""
+"""The shipped search spaces are valid for their models, and their first line says what they explore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages do alone, and the schedules that this predicts: against plain forward passes and against brute force."""
+"""Sensitivities and the front that they predict, compared with plain forward passes and brute force."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_it_is_what_whole_forward_passes_give() -> None:
             assert effect.agreement == pytest.approx(100 * same, rel=1e-5)
     assert found.confidence == pytest.approx(dense.exp().amax(1).mean().item(), rel=1e-5)
     places = {(effect.stage.block, effect.stage.at) for effect in found.effects if effect.stage.reduce == "merge"}
-    assert places == {(0, "mid"), (7, "mid"), (7, "pre")}  # 0 has no attention before it
+    assert places == {(0, "mid"), (7, "mid"), (7, "pre")}  # block 0 has no attention before it
 
 
 def test_what_removes_nothing_changes_nothing_at_all() -> None:
@@ -223,7 +223,7 @@ def test_the_front_is_that_of_all_schedules(name: str, max_stages: int | None) -
 
 
 def test_a_stage_that_can_only_stand_behind_others_is_none_of_them() -> None:
-    """merge cannot go from 20 tokens to 8, so its damage is unknown."""
+    """merge cannot reduce 20 tokens to 8, so its damage alone is unknown."""
     space = SpaceConfig(blocks=(1,), keep=(0.4, 1.0), reduce=("merge",))
     assert predicted_front(made_up(space, SMALL), space, SMALL)[0].schedule == Schedule()
 
@@ -236,7 +236,7 @@ def test_long_fronts_are_thinned_with_little_loss(monkeypatch: pytest.MonkeyPatc
     thinned = predicted_front(effects, space, SHAPE)
     assert (thinned[0].gmacs, thinned[-1].schedule) == (pytest.approx(exact[0].gmacs), Schedule())
     assert all(estimate_cost(SHAPE, point.schedule).gmacs == pytest.approx(point.gmacs) for point in thinned)
-    for point in thinned:  # what the exact front has at no higher a cost
+    for point in thinned:  # the exact front's damage at no higher cost
         best = min(other.divergence for other in exact if other.gmacs <= point.gmacs + 1e-12)
         assert best - 1e-12 <= point.divergence <= 1.1 * best + 1e-12
 
@@ -275,7 +275,7 @@ def test_starts_of_a_budget_are_next_to_it() -> None:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[StudyConfig]:
-    """Studies whose sensitivities were "measured"."""
+    """Names of the studies whose (fake) measurement ran."""
     calls: list[StudyConfig] = []
 
     def measure(config: StudyConfig, count: int) -> Sensitivities:

@@ -1,4 +1,4 @@
-"""The worker in the driver's process: what leaves it costs a candidate, and there is one."""
+"""The worker in the driver's process: exceptions fail the candidate only, and there is one worker."""
 
 from __future__ import annotations
 

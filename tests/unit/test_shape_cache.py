@@ -1,4 +1,4 @@
-"""Shapes of models without timm: the caches say what timm says, or nothing."""
+"""Shapes of models without importing timm: the caches return what timm would, or nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ except ModelError as error:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty cache folder of the user's; its file."""
+    """The file of an empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape_cache._user.cache_clear()
     yield tmp_path / "prunesearch" / "shapes.json"
@@ -48,7 +48,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def ask(name: str, options: tuple[tuple[str, object], ...] = (), other_version: bool = False) -> str:
-    """What a process that has not imported timm answers; other_version: as if the shipped file were of another one."""
+    """The answer of a process without timm. other_version: as if the shipped file was for another timm version."""
     process = [sys.executable, "-c", ASK.format(name=name, options=options, other_version=other_version)]
     return subprocess.run(process, capture_output=True, text=True, check=True, env={**os.environ}).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""Tables of evaluations, what fills them in, and searches that replay on them."""
+"""Replay: tables of evaluations, the surrogate, and searches on both."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def row(schedule: Schedule, rung: int, top1: float, seconds: float) -> dict[str,
 
 @pytest.fixture
 def table(tmp_path: Path) -> Table:
-    """Three schedules, all that the space of `small` has, measured at three rungs."""
+    """A table with all three schedules of the space of `small`, at three rungs."""
     rows = [row(one, rung, TOP1[one][rung], SECONDS[one][rung]) for one in SECONDS for rung in range(3)]
     return read_table(write(tmp_path / "table.csv", rows), SHAPE)
 
@@ -197,7 +197,7 @@ def true_top1(schedule: Schedule, rung: int) -> float:
 
 @pytest.fixture(scope="module")
 def surrogate(tmp_path_factory: pytest.TempPathFactory) -> Surrogate:
-    """Of 120 schedules whose accuracy is a formula plus the luck of training, which the first rung does not know."""
+    """A surrogate from 120 schedules. Accuracy is a formula plus training noise, which the first rung lacks."""
     generator = random.Random(0)
     schedules = list({uid_of(one, SHAPE): one for one in (drawn(generator) for _ in range(120))}.values())
     rows = [

@@ -1,4 +1,4 @@
-"""Flags beside a file: a value replaces that value, and only another name starts a section of its own."""
+"""Flags and a file: a flag replaces one value; only another name starts a new section."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_flag_replaces_one_value(flags: str, source: str, file: Path) -> None:
 
 @pytest.mark.parametrize("field", [name for name in to_mapping(DATA) if name != "name"])
 def test_set_replaces_one_value_of_a_study(field: str) -> None:
-    """resume, confirm, import-tune."""
+    """For resume, confirm and import-tune."""
     changed = override_study(STUDY, [f"data.{field}={json.dumps(to_mapping(DATA)[field])}"])
     assert changed == STUDY
     assert override_study(STUDY, ["stop.trials=3"]).data == DATA

@@ -1,4 +1,4 @@
-"""The search space: parameters to schedules and back, identity, and every mistake a space can have."""
+"""The search space: parameters to schedules and back, uids, and every possible mistake."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_uid_is_the_identity_of_what_is_done_to_the_model() -> None:
     assert len(plain) == 12 and int(plain, 16) >= 0
     thresholds = [Schedule((Stage(2, threshold=t),), g) for t in (0.01, 0.02) for g in (None, 0.005, 0.006)]
     assert len({uid_of(schedule, SHAPE) for schedule in thresholds}) == 6
-    assert uid_of(Schedule(), SHAPE) == "f48212d320c4"  # they are stored in databases: must never change
+    assert uid_of(Schedule(), SHAPE) == "f48212d320c4"  # stored in databases, so they must never change
     assert plain == "33753f82e1cd"
 
 

@@ -1,4 +1,4 @@
-"""The record: what is written can be read by others, by Optuna, and while it grows; other settings are refused."""
+"""Storage of a study: readable during a search and by Optuna; other settings are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_candidate_is_written_and_read_back(store: Store, url: str) -> None:
     reader = open_study_readonly(storage=url, name="fake")
     assert reader.records() == [begun] and reader.config == LIMITED
     complete = store.finish(begun, evaluation())
-    assert reader.records() == [complete] == store.records()  # a reader sees what came after it was opened
+    assert reader.records() == [complete] == store.records()  # a reader sees later changes
     assert (complete.state, complete.evaluation) == ("complete", evaluation())
     failure = Evaluation("def", "failed", cause="oom", error="no memory", traceback="...")
     failed = store.finish(store.begin(replace(RECORD, uid="def"), {}), failure)
@@ -114,7 +114,7 @@ def test_optuna_reads_it_as_a_study_of_its_own(tmp_path: Path) -> None:
     assert trial.values == [90.0, 0.009]
     assert trial.params["block2.keep"] == 0.7 and trial.params["block4.reduce"] == "merge"
     assert trial.constraints == {"gmacs": -0.001, "latency_ms": -1.0}
-    assert [trial.number for trial in study.best_trials] == [2]  # 1 is better, but over a limit
+    assert [trial.number for trial in study.best_trials] == [2]  # 1 is better, but beyond a limit
     assert {"uid", "schedule", "origin", "seed", "owner", "attempts", "rung:0"} == trial.user_attrs.keys()
     assert study.trials[3].params == {}
     about = study.user_attrs
@@ -204,7 +204,7 @@ def test_a_storage_that_is_not_there_is_explained(tmp_path: Path, storage: str, 
     with pytest.raises(StudyError, match=says) as caught:
         open_study_readonly(storage=storage.format(folder=tmp_path))
     assert "secret" not in str(caught.value)
-    assert not list(tmp_path.iterdir())  # looking makes no file
+    assert not list(tmp_path.iterdir())  # reading creates no file
     with pytest.raises(StudyError, match="no such file"):
         open_study_readonly(tmp_path)
 

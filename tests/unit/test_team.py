@@ -1,4 +1,4 @@
-"""What several drivers rely on: claims that only one wins, and knowing who lives."""
+"""Several drivers: a claim succeeds for one only, and dead drivers are detected."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_places_have_names_that_stay(tmp_path: Path) -> None:
     with one_of_several(tmp_path, None) as place:
         assert place.file == tmp_path / "drivers" / "0"
     assert is_held(place.file, "somebody else") is None and is_held(tmp_path / "gone", place.name) is None
-    assert is_held(place.file, place.name) is False  # nobody holds it any more
+    assert is_held(place.file, place.name) is False  # the lock is released
     with one_of_several(tmp_path, None) as again:
         assert again == place
 

@@ -1,4 +1,4 @@
-"""Nothing that comes from a file, a database, a name or another library controls the terminal."""
+"""Text from files, databases, names and other libraries never controls the terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DANGEROUS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")
 
 
 def harmless(text: str) -> bool:
-    """Whether a terminal shows it, and nothing else; no data begins a line as if it were ours."""
+    """Whether a text has no control characters, and no data starts a line that looks like our message."""
     return not DANGEROUS.search(text) and "\nprunesearch: all is fine" not in text and "[red]" in text
 
 
@@ -54,7 +54,7 @@ def test_what_people_write_stays() -> None:
 
 
 def evaluate(task: Task) -> Evaluation:
-    """Every second one fails, with a text of another library."""
+    """Every second evaluation fails, with a message from another library."""
     found = fake_search.evaluate(task)
     metrics = (*found.metrics, (EVIL, 100 - found.value("top1")))
     if task.schedule.stages and int(task.uid, 16) % 2:
@@ -64,7 +64,7 @@ def evaluate(task: Task) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A study in which every name is evil; who reads it has no plug-in."""
+    """A study in which every name has control characters. Its plug-in is not imported."""
     folder = tmp_path_factory.mktemp("evil")
     start = folder / "start.yaml"
     save_schedule(Schedule((Stage(3, keep=0.5),)), start)
@@ -78,7 +78,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         trials=8, space=space, objectives=(Objective("gmacs", "minimize"), Objective(EVIL, "minimize"))
     )
     run_study(config, folder, evaluate=f"{__name__}:evaluate")
-    with closing(sqlite3.connect(folder / "study.db")) as database, database:  # a study from elsewhere has any name
+    with closing(sqlite3.connect(folder / "study.db")) as database, database:  # any name is possible elsewhere
         database.execute("UPDATE studies SET study_name = ?", (EVIL,))
         (text,) = database.execute("SELECT value_json FROM study_user_attributes WHERE key = 'config'").fetchone()
         renamed = json.dumps({**json.loads(text), "name": EVIL})

@@ -1,4 +1,4 @@
-"""The sampler over tokens: what it sees of a schedule, what it learns, and that it depends on nothing else."""
+"""Sampler token_gp: its features of a schedule, what it learns, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def told(
 
 
 def search(config: StudyConfig, count: int, seed: int, learns: bool) -> float:
-    """Hypervolume after so many candidates with noise, by what they give without."""
+    """Hypervolume of the noise-free values after a search with noisy evaluations."""
     seen: dict[str, object] = {}
     model, generator = new_model(config, seen), random.Random(seed)
     found: list[tuple[float, float]] = []
@@ -110,7 +110,7 @@ def test_nothing_is_proposed_twice_and_what_runs_counts() -> None:
     model, generator = new_model(config, seen), random.Random(0)
     for _ in range(12):
         told(model, config, {name: any_value(one, generator) for name, one in dimensions(SPACE).items()})
-    for _ in range(6):  # the same seed, and none of them ends
+    for _ in range(6):  # all with the same seed and still running
         parameters = model.draw(1)
         built = build(config, SHAPE, parameters)
         assert built is not None and built[0] not in seen
@@ -138,7 +138,7 @@ def test_a_measured_limit_is_learned() -> None:
 def test_a_training_that_collapsed_hides_no_differences() -> None:
     values = [0.0, 1.0, 2.0, 3.0, 1000.0]
     assert token_gp._without_outliers(values).tolist() == [0.0, 1.0, 2.0, 3.0, 9.0]
-    assert token_gp._without_outliers([1.0, 1.0, 1.0, 1.0, 1000.0]).max() == 1000.0  # nothing to tell it by
+    assert token_gp._without_outliers([1.0, 1.0, 1.0, 1.0, 1000.0]).max() == 1000.0  # no spread to compare with
 
 
 def test_results_beyond_the_window_are_left_out_but_not_the_front(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The claims of docs/trust.md: what may come from a stranger is data, and nothing in it runs."""
+"""The claims of docs/trust.md: files from strangers are data, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = ModelConfig("vit_digits_patch1_8", options=(("depth", 2),))
 
 
 class Bomb:
-    """What a pickle from a stranger may hold: code that runs when it is read."""
+    """A malicious pickle: it runs code when it is loaded."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -49,7 +49,7 @@ def _explode(place: str) -> dict[str, object]:
 
 @pytest.fixture
 def bomb(tmp_path: Path) -> Path:
-    """A file that makes `exploded` beside it when it is unpickled."""
+    """A pickle file that creates `exploded` in its folder when it is loaded."""
     path = tmp_path / "bomb.pth"
     torch.save(Bomb(tmp_path / "exploded"), path)
     torch.load(path, weights_only=False)
@@ -88,7 +88,7 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
     ):
         (tmp_path / "a.yaml").write_text(text)
         for load in (load_schedule, load_study):
-            with contextlib.suppress(FileError):  # else its tag is ignored, and the value is a list of texts
+            with contextlib.suppress(FileError):  # or it loads: the tag is ignored
                 load(tmp_path / "a.yaml")
     assert not (tmp_path / "exploded").exists()
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_to_continue_from_is_tensors_or_a_failure(bomb: Path, tmp_p
 
 
 def test_optuna_keeps_json() -> None:
-    """Of its databases: no column of pickles. Of its journals: snapshots, which are pickles, for Redis only."""
+    """Its databases have no pickle columns. Its journals use snapshots, which are pickles, for Redis only."""
     types = {type(column.type) for table in models.BaseModel.metadata.tables.values() for column in table.columns}
     assert types and not any(issubclass(kind, sqlalchemy.PickleType | sqlalchemy.LargeBinary) for kind in types)
     assert "pickle" not in inspect.getsource(optuna.storages._rdb.storage)

@@ -1,4 +1,4 @@
-"""A limit that arithmetic knows and that no schedule of a space keeps is said before anything is evaluated."""
+"""A computable limit that no schedule of a space keeps is reported before anything is evaluated."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def limited(space: str | SpaceConfig, metric: str, limit: Limit) -> StudyConfig:
 
 
 def values(space: str, metric: str) -> list[float]:
-    """Of every candidate."""
+    """The metric of every candidate of a space."""
     compute, found = METRICS[metric].compute, []
     assert compute is not None
     for index in range(combinations(SPACES[space]) or 0):

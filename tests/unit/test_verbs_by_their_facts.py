@@ -1,4 +1,4 @@
-"""A verb of somebody else that does not rank, or that pools, is treated as ours are, by the facts of its entry."""
+"""Plug-in verbs that do not rank or that pool are treated like ours, by the facts of their registry entries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POOLING = [name for name, entry in REDUCERS.items() if entry.pools]
 
 @pytest.fixture(autouse=True)
 def theirs() -> Iterator[None]:
-    """Each verb once more, under another name."""
+    """Register each verb again under another name."""
     for name, entry in list(REDUCERS.items()):
         REDUCERS.add(f"their_{name}", replace(entry, name=f"their_{name}"))
     yield
