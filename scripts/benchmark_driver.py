@@ -33,6 +33,7 @@ from prunesearch.replay.table import Recorded, Table
 from prunesearch.replay.workers import SimulatedWorkers
 from prunesearch.schedule import Schedule
 from prunesearch.search import driver, loop
+from prunesearch.search.events import Submitted
 from prunesearch.workers.protocol import Lost
 
 STUDY = Path(__file__).parents[1] / "search_spaces" / "digits.yaml"
@@ -74,16 +75,18 @@ def measure(sampler: str, rungs: str, candidates: int, workers: int) -> dict[str
         start = time.perf_counter()
         whole_cycle(search, task, outcome)
         since["discarded"].append(1000 * (time.perf_counter() - start))
+        start = None
         if len(since["discarded"]) % PER_BLOCK == 0:
             megabytes.append(resident_megabytes())
 
-    def fill(search: loop.Search) -> None:
-        submit(search)
-        if start is not None:  # false while the first candidates are submitted, before any result
+    def submit_all(search: loop.Search) -> list[Submitted]:
+        submitted = submit(search)
+        if start is not None:  # the first candidates are submitted before there is a result
             since["submitted"].append(1000 * (time.perf_counter() - start))
+        return submitted
 
-    whole_cycle, submit = loop.Search._handle, loop.Search._fill
-    loop.Search._handle, loop.Search._fill = handle, fill  # type: ignore[method-assign]
+    whole_cycle, submit = loop.Search._handle, loop.Search._submit_all
+    loop.Search._handle, loop.Search._submit_all = handle, submit_all  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         driver.run_study(config, Path(folder), make_workers=lambda *_: simulated)
     submitted = blocks(since["submitted"])
@@ -107,14 +110,14 @@ SQLite in a temporary folder, 2 CPU cores. Milliseconds.
 
 ## From a result to the next submission
 
-A worker is idle for so long: the sampler learns, a promotion or a new candidate is picked and submitted; nothing is
-written in that time. Median, 90 % and 99 %, all results and by {block} of them.
+A worker is idle for so long. The result is written to the storage, the sampler learns, a promotion or a new candidate
+is picked, claimed in the storage, and submitted. Median, 90 % and 99 %, all results and by {block} of them.
 
 {submitted}
 
 ## The whole cycle
 
-The same until both are written and the outbox is empty: what one driver can do at most.
+The same until the result is deleted from the outbox: what one driver can do at most.
 
 {cycle}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Measure the start-up time of read-only commands, compared with importing torch and timm.
+"""Measure what starting costs: read-only commands, and `run` up to its first result, beside importing torch and timm.
 
-    python scripts/benchmark_startup.py         # five to ten minutes; writes benchmarks/startup.md
+    python scripts/benchmark_startup.py         # about ten minutes; writes benchmarks/startup.md
 
 Each command is a process of its own, from its start to its end. Files are in the page cache, as one round goes before.
 Python keeps the bytecode of what it imports; where it may not (PYTHONDONTWRITEBYTECODE, a read-only installation that
@@ -42,24 +42,58 @@ VERBS = (
     *(f"list {what}" for what in ("models", "presets", "scores", "reduces", "recipes", "metrics", "samplers")),
     "schema",
 )
+RUNS = {"serial": "kind=serial", "Ray": "kind=ray"}
 GOALS = {"status": 1.5, "front": 1.5, "export": 1.5, "list": 1.5, "check": 2.0}
+
+
+def environment_of(folder: Path, keeps_bytecode: bool) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
+    environment["PYTHONDONTWRITEBYTECODE"] = "" if keeps_bytecode else "1"
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / ("bytecode" if keeps_bytecode else "none"))
+    return environment
 
 
 def seconds(command: list[str], folder: Path, keeps_bytecode: bool) -> float:
     """From the start of a process to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
-    environment["PYTHONDONTWRITEBYTECODE"] = "" if keeps_bytecode else "1"
-    environment["PYTHONPYCACHEPREFIX"] = str(folder / ("bytecode" if keeps_bytecode else "none"))
+    environment = environment_of(folder, keeps_bytecode)
     begin = time.perf_counter()
     subprocess.run([sys.executable, *command], check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 
-def measure(rounds: int) -> dict[str, tuple[float, float]]:
-    """Median seconds of each command, with bytecode that was kept and without."""
+def seconds_of_run(workers: str, folder: Path) -> list[float]:
+    """From the start of a search of the digits to its first line, to "starting" (workers and data are ready), and to
+    its first result, an evaluation of a second or two without training."""
+    study, out = HOME / "search_spaces" / "digits.yaml", tempfile.mkdtemp(dir=folder)
+    command = [
+        sys.executable,
+        "-m",
+        "prunesearch",
+        "run",
+        str(study),
+        "--output",
+        out,
+        "--no-progress",
+        "--trials",
+        "1",
+    ]
+    command += ["--set", f"workers.{workers}", "--set", "rungs=[{images: 0}]"]
+    begin, found = time.perf_counter(), []
+    with subprocess.Popen(command, cwd=folder, env=environment_of(folder, True), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not found or b": starting" in line or line.startswith(b"1/1"):
+                found.append(time.perf_counter() - begin)
+    assert process.returncode == 0 and len(found) == 3
+    return found
+
+
+def measure(rounds: int) -> tuple[dict[str, tuple[float, float]], dict[str, list[float]]]:
+    """Median seconds of each command, with bytecode that was kept and without; and those of `seconds_of_run`."""
     commands = {f"python -c 'import {name}'": ["-c", f"import {name}"] for name in ("torch", "timm")}
     commands |= {f"prunesearch {verb}": ["-m", "prunesearch", *verb.split()] for verb in VERBS}
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in commands}
+    runs: dict[str, list[list[float]]] = {name: [] for name in RUNS}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "small.yaml").write_text(STUDY)
@@ -70,7 +104,13 @@ def measure(rounds: int) -> dict[str, tuple[float, float]]:
                 kept.append(seconds(command, folder, keeps_bytecode=True))
                 compiled.append(seconds(command, folder, keeps_bytecode=False))
                 print(f"{name}: {kept[-1]:.2f} s, without bytecode {compiled[-1]:.2f} s", flush=True)
-    return {name: (median(kept[1:]), median(compiled[1:])) for name, (kept, compiled) in taken.items()}
+            for name, workers in RUNS.items():
+                runs[name].append(seconds_of_run(workers, folder))
+                print(f"run, {name}: {', '.join(f'{each:.2f}' for each in runs[name][-1])} s", flush=True)
+    return (
+        {name: (median(kept[1:]), median(compiled[1:])) for name, (kept, compiled) in taken.items()},
+        {name: [median(each) for each in zip(*found[1:], strict=True)] for name, found in runs.items()},
+    )
 
 
 def main() -> None:
@@ -79,7 +119,8 @@ def main() -> None:
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     rows = []
-    for name, (kept, compiled) in measure(arguments.rounds).items():
+    commands, runs = measure(arguments.rounds)
+    for name, (kept, compiled) in commands.items():
         goal = GOALS.get(name.split()[1], "") if name.startswith("prunesearch") else ""
         rows.append(f"| `{name}` | {kept:.2f} | {goal} | {compiled:.2f} |")
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} when it began"
@@ -95,7 +136,19 @@ Python may not keep bytecode (PYTHONDONTWRITEBYTECODE), so that each process com
 | command | seconds | goal, idle | without bytecode |
 |---|--:|--:|--:|
 """
-    (HOME / "benchmarks" / "startup.md").write_text(text + "\n".join(rows) + "\n")
+    lines = [f"| {name} | " + " | ".join(f"{each:.1f}" for each in found) + " |" for name, found in runs.items()]
+    text += (
+        "\n".join(rows)
+        + """
+
+`prunesearch run search_spaces/digits.yaml` with one candidate and no training, bytecode kept. With Ray, its processes
+import PyTorch at the same time as the driver.
+
+| workers | first line | data and workers are ready | first result |
+|---|--:|--:|--:|
+"""
+    )
+    (HOME / "benchmarks" / "startup.md").write_text(text + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
