@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from prunesearch import __version__
-from prunesearch.config import DataConfig, ModelConfig, StudyConfig
+from prunesearch.config import DataConfig, ModelConfig, Objective, StudyConfig
 from prunesearch.cost import Cost, estimate_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
+from prunesearch.evaluate.limits import Limits
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.export.schedules import COMPARED, export, measure_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
@@ -116,7 +117,7 @@ def _run(parsed: argparse.Namespace) -> int:
 def _resume(parsed: argparse.Namespace) -> int:
     reader = _open(parsed)
     reader.close()
-    config = _with_plugins(parsed, reader.config, override_study(reader.config, _overrides(parsed)))
+    config = _with_plugins(parsed, reader.config.plugins, override_study(reader.config, _overrides(parsed)))
     return _search(config, parsed.folder or parsed.output / config.name, parsed)
 
 
@@ -125,7 +126,7 @@ def _confirm(parsed: argparse.Namespace) -> int:
     reader.close()
     seeds = parsed.seeds or reader.config.confirm.seeds or CONFIRM_SEEDS
     config = override_study(reader.config, [*parsed.set, f"confirm.seeds={seeds}"])
-    config = _with_plugins(parsed, reader.config, config)
+    config = _with_plugins(parsed, reader.config.plugins, config)
     return _search(config, parsed.folder or parsed.output / config.name, parsed, search=False)
 
 
@@ -316,7 +317,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
     _check_output(parsed.output)
     reader = _open(parsed)
-    record = _choose(parsed, reader.config, _records(reader))
+    record = _choose(parsed, reader.config.objectives, reader.config.limits, _records(reader))
     written = export(
         record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
     )
@@ -329,7 +330,9 @@ def _export(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Record]) -> Record:
+def _choose(
+    parsed: argparse.Namespace, objectives: Sequence[Objective], limits: Limits, records: list[Record]
+) -> Record:
     from prunesearch.front import best, front, knee
 
     if parsed.trial is not None:
@@ -340,8 +343,8 @@ def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Recor
         possible = "none yet" if last is None else f"0 to {last}"
         raise StudyError(f"--trial {parsed.trial}: there is no such trial. Possible: {possible}. Choose one of them.")
     if parsed.at_most or parsed.at_least:
-        return best(records, config.objectives, dict(parsed.at_most), dict(parsed.at_least), config.limits)
-    return knee(front(records, config.objectives, config.limits), config.objectives)
+        return best(records, objectives, dict(parsed.at_most), dict(parsed.at_least), limits)
+    return knee(front(records, objectives, limits), objectives)
 
 
 def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
@@ -513,12 +516,12 @@ def _trusted(parsed: argparse.Namespace, named: Sequence[str], where: str) -> tu
     return all_plugins(named, parsed.plugin)
 
 
-def _with_plugins(parsed: argparse.Namespace, stored: StudyConfig, config: StudyConfig) -> StudyConfig:
+def _with_plugins(parsed: argparse.Namespace, stored: Sequence[str], config: StudyConfig) -> StudyConfig:
     """Add the plug-ins of the command line to a study that was read from a storage.
 
     Raises StudyError when the user does not trust the plug-ins of the study.
     """
-    own = [name for name in config.plugins if name in stored.plugins]  # the rest come from --set and are trusted
+    own = [name for name in config.plugins if name in stored]  # the rest come from --set and are trusted
     return replace(config, plugins=all_plugins(config.plugins, _trusted(parsed, own, f"study {config.name}")))
 
 

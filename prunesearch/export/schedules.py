@@ -121,7 +121,7 @@ def _export_weights(
     if evaluation.checkpoint is not None and source.is_file():
         shutil.copyfile(source, target)
         return target
-    _refuse_to_import(config, f"the weights of trial {record.number}")
+    _refuse_to_import(config.name, config.plugins, f"the weights of trial {record.number}")
     from prunesearch.evaluate.run import evaluate
 
     say(f"the weights of trial {record.number} are not in the study any more; fine-tuning again with the same seed")
@@ -154,7 +154,7 @@ def _start_of(
     if evaluation.start is None or Path(evaluation.start).is_file():
         yield evaluation.start
         return
-    _refuse_to_import(config, "the shared weights")
+    _refuse_to_import(config.name, config.plugins, "the shared weights")
     say("the shared weights are not in the study any more; training them again with the same seed")
     with TemporaryDirectory(dir=near) as name:
         folder = Path(name).absolute()
@@ -166,12 +166,12 @@ def _start_of(
         yield prepare_supernet(config, folder, folder, workers, told)
 
 
-def _refuse_to_import(config: StudyConfig, what: str) -> None:
+def _refuse_to_import(study: str, plugins: Sequence[str], what: str) -> None:
     """Raise StudyError when training weights again would import plug-ins that are not imported yet."""
-    missing = missing_plugins(config.plugins)
+    missing = missing_plugins(plugins)
     if missing:
         raise StudyError(
-            f"study {config.name!r}: {what} are not in the study any more, and making them again would import the "
+            f"study {study!r}: {what} are not in the study any more, and making them again would import the "
             f"plug-ins {', '.join(missing)}, which an export never does. Possible: the study's weights folder; or, in "
             f"Python, `import {missing[0]}` before prunesearch.export.schedules.export. Bring the files back, or do "
             f"that."

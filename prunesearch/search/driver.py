@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
@@ -75,8 +75,8 @@ def run_study(
         if make_workers is None:
             if is_new and search and config.workers.kind == "ray":
                 # Ray and its workers start while this process opens data and weights
-                early = stack.enter_context(closing(_start_ray(folder / "outbox", config, folder, evaluate)))
-            on_event = _suspicious(config, _look(config, folder, on_event), on_event)
+                early = stack.enter_context(closing(_start_ray(folder / "outbox", config.workers, folder, evaluate)))
+            on_event = _suspicious(config.model, _look(config, folder, on_event), on_event)
         elif config.workers.address is None:  # otherwise the workers are on other machines
             from prunesearch.evaluate.inputs import check_files
 
@@ -143,7 +143,7 @@ def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) 
     return inputs
 
 
-def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+def _suspicious(model: ModelConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
     """Wrap `on_event`: warn when the dense model scores as if its classes were in another order than the data's."""
 
     def pass_on(event: Event) -> None:
@@ -151,7 +151,7 @@ def _suspicious(config: StudyConfig, inputs: Inputs, on_event: Callable[[Event],
         if isinstance(event, Finished) and event.record.origin == "dense":
             from prunesearch.evaluate.inputs import suspicion
 
-            why = suspicion(inputs, config.model, event.evaluation)
+            why = suspicion(inputs, model, event.evaluation)
             if why is not None:
                 logger.warning("%s", why)
 
@@ -167,10 +167,10 @@ def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: st
         if config.plugins or config.workers.timeout is not None:  # needs a process that can be killed
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
-    return _start_ray(outbox, config, folder, evaluate)
+    return _start_ray(outbox, config.workers, folder, evaluate)
 
 
-def _start_ray(outbox: Path, config: StudyConfig, folder: Path, evaluate: str) -> RayWorkers:
+def _start_ray(outbox: Path, config: WorkersConfig, folder: Path, evaluate: str) -> RayWorkers:
     from prunesearch.workers.ray_pool import RayWorkers
 
-    return RayWorkers(config.workers, folder, outbox, evaluate)
+    return RayWorkers(config, folder, outbox, evaluate)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunesearch.config import BlockSpace, Budget, SpaceConfig, StudyConfig, study_name_problem
+from prunesearch.config import BlockSpace, Budget, FinetuneConfig, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.sections import channel_problems
@@ -65,8 +65,8 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
         costs += unreachable_limits(config.space, config.limits, config.model, config.evaluation == "supernet")
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
     if starts:
-        problems += _sensitivity_problems(config, shape) if not in_space else []
-        problems += _start_problems(config, shape)
+        problems += _sensitivity_problems(config.space, shape) if not in_space else []
+        problems += _start_problems(config.space, shape, config.evaluation == "supernet")
     return problems
 
 
@@ -93,12 +93,11 @@ def model_free_problems(config: StudyConfig) -> list[str]:
                 f"within. Possible: at_least up to at_most. Swap them."
             )
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
-    problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config)
-    return problems + _rung_problems(config) + _supernet_problems(config)
+    problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config.finetune)
+    return problems + _rung_problems(config.rungs, config.space) + _supernet_problems(config)
 
 
-def _finetune_problems(config: StudyConfig) -> list[str]:
-    settings = config.finetune
+def _finetune_problems(settings: FinetuneConfig) -> list[str]:
     if settings.cross_entropy_weight != 0 or (settings.distill and settings.distill_weight > 0):
         return []
     return [
@@ -107,8 +106,7 @@ def _finetune_problems(config: StudyConfig) -> list[str]:
     ]
 
 
-def _rung_problems(config: StudyConfig) -> list[str]:
-    rungs = config.rungs
+def _rung_problems(rungs: Sequence[Budget], space: SpaceConfig) -> list[str]:
     if len(rungs) == 1:
         if rungs[0] == Budget():
             return ["rungs[0]: neither images nor seconds. Possible: either or both. For no training: images: 0."]
@@ -128,7 +126,7 @@ def _rung_problems(config: StudyConfig) -> list[str]:
             f"rungs: {', '.join(map(str, images))} images do not ascend. Possible: each budget larger than the one "
             f"before, of which it is the continuation (0 = as it comes, first only). Put them in order."
         )
-    learned = _learned_choices(config.space)
+    learned = _learned_choices(space)
     if rungs[0].images == 0 and learned:
         problems.append(
             f"rungs[0]: 0 images, but {', '.join(learned)} must be trained to be of use, so that the best of this rung "
@@ -184,23 +182,23 @@ def _sampler_problems(name: str, trials: int | None) -> list[str]:
     ]
 
 
-def _sensitivity_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
-    if WORD not in config.space.start_from:
+def _sensitivity_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    if WORD not in space.start_from:
         return []
-    place = f"space.start_from[{config.space.start_from.index(WORD)}]"
-    count = most_stages(config.space)
+    place = f"space.start_from[{space.start_from.index(WORD)}]"
+    count = most_stages(space)
     if count > MOST_STAGES:
         return [
             f"{place}: {WORD} would measure {count:,} stages, each alone. Possible: up to {MOST_STAGES:,}. Take it "
             f"out, or give fewer blocks, keep ratios, scores or verbs."
         ]
-    stages, left_out = stages_of(config.space, shape)
+    stages, left_out = stages_of(space, shape)
     return [] if stages else [f"{place}: {nothing_to_measure(left_out)}"]
 
 
-def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+def _start_problems(space: SpaceConfig, shape: ModelShape, shares_weights: bool) -> list[str]:
     problems = []
-    for index, name in enumerate(config.space.start_from):
+    for index, name in enumerate(space.start_from):
         if name == WORD:
             continue
         try:
@@ -209,7 +207,7 @@ def _start_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
         except UserError as error:
             problems.append(f"space.start_from[{index}]: {error}")
         else:
-            if config.evaluation == "supernet" and (start.needs_weights or start.is_adaptive):
+            if shares_weights and (start.needs_weights or start.is_adaptive):
                 problems.append(f"space.start_from[{index}]: {name} learns, {_NOTHING_OF_ITS_OWN}")
     return problems
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from prunesearch.config import Budget, StudyConfig
 from prunesearch.errors import RunError, StudyError
@@ -32,9 +33,9 @@ class SupernetTrained:
     seconds: float
 
 
-def shared_weights(config: StudyConfig, folder: Path) -> str | None:
+def shared_weights(evaluation: Literal["finetune", "supernet"], folder: Path) -> str | None:
     """Path of the shared weights (safetensors). None when candidates start from the weights of the model."""
-    return f"{folder / 'weights' / UID}.safetensors" if config.evaluation == "supernet" else None
+    return f"{folder / 'weights' / UID}.safetensors" if evaluation == "supernet" else None
 
 
 def prepare_supernet(
@@ -56,7 +57,7 @@ def prepare_supernet(
     from prunesearch.evaluate.supernet import is_trained
 
     whole = supernet_task(config, folder)
-    work, path = whole.supernet, shared_weights(config, folder)
+    work, path = whole.supernet, shared_weights(config.evaluation, folder)
     assert work is not None and path is not None
     discard(outbox, UID, rung=0)  # left by a killed driver; the weights file decides what is done
     if is_trained(whole):

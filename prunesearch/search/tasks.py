@@ -23,7 +23,7 @@ def task_of(record: Record, attempt: int, config: StudyConfig, folder: Path) -> 
         attempt=attempt,
         resume_from=_checkpoint_below(record),
         save_to=None if budget.images == 0 else str(folder / "weights" / f"{record.uid}.{record.rung}"),
-        start=shared_weights(config, folder),
+        start=shared_weights(config.evaluation, folder),
         parameters=() if config.budget is None or record.parameters is None else as_options(record.parameters),
     )
 

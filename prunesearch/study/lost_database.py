@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.files import load_study
 
@@ -46,16 +45,16 @@ class DatabaseFile:
         self._size = size
 
 
-def refuse_lost_database(config: StudyConfig, folder: Path, storage: str, knows_study: Callable[[], bool]) -> None:
+def refuse_lost_database(name: str, folder: Path, storage: str, knows_study: Callable[[], bool]) -> None:
     """Raise StudyError when a folder has weights of this study but its storage does not have the study.
 
     storage: name of the storage for the message. knows_study: asks the storage.
     """
     weights = [path for path in (folder / "weights").glob("*") if not path.name.startswith(".")]
-    if not weights or _name_in(folder / "study.yaml") != config.name or knows_study():
+    if not weights or _name_in(folder / "study.yaml") != name or knows_study():
         return
     raise StudyError(
-        f"{folder}: here are study.yaml and {len(weights)} files in weights/ of study {config.name!r}, but the storage "
+        f"{folder}: here are study.yaml and {len(weights)} files in weights/ of study {name!r}, but the storage "
         f"{storage} has no such study. Possible: to continue with the database of these files, or to begin anew "
         f"elsewhere. Put the database back, move the folder away, or give the study another name; then run it again."
     )

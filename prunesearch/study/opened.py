@@ -42,7 +42,7 @@ def opened_study(
     with ExitStack() as stack:
         lock = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
         place = stack.enter_context(lock)
-        refuse_lost_database(config, folder, shown(url), lambda: knows_study(url, config.name))
+        refuse_lost_database(config.name, folder, shown(url), lambda: knows_study(url, config.name))
         store = open_store(config, url, owner=place.name, alone=alone, on_wait=on_wait)
         stack.callback(store.close)
         write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,7 +220,7 @@ def _record(trial: FrozenTrial, config: StudyConfig) -> Record:
         order, evaluation = _evaluation(attributes[key], key)
         orders.append(order)
         evaluations.append(evaluation)
-        problem = _evaluation_problem(evaluation, about.schedule, config)
+        problem = _evaluation_problem(evaluation, about.schedule, config.deciding_metrics, len(config.rungs))
         if problem is None and key != f"rung:{evaluation.rung}":
             problem = f"it is of rung {evaluation.rung}"
         if problem is not None:
@@ -255,13 +255,13 @@ def _evaluation(value: Any, place: str) -> tuple[int, Evaluation]:
     return order, from_mapping(Evaluation, said, place)
 
 
-def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, config: StudyConfig) -> str | None:
+def _evaluation_problem(evaluation: Evaluation, schedule: Schedule, needed: Sequence[str], rungs: int) -> str | None:
     """Why an evaluation cannot belong to this study; None if it can."""
-    verdict = check_evaluation(evaluation, config.deciding_metrics)
+    verdict = check_evaluation(evaluation, needed)
     if verdict.status != evaluation.status:
         return verdict.error
-    if evaluation.rung not in range(len(config.rungs)):
-        return f"rung {evaluation.rung}; the study has {len(config.rungs)}"
+    if evaluation.rung not in range(rungs):
+        return f"rung {evaluation.rung}; the study has {rungs}"
     last = max((stage.block for stage in (evaluation.schedule or schedule).stages), default=-1)
     if evaluation.tokens and last >= len(evaluation.tokens):
         return f"a stage at block {last} of a model with {len(evaluation.tokens)} blocks"

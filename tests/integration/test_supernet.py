@@ -187,7 +187,9 @@ class Trained:
 def test_it_trains_in_parts_and_lands_complete(tmp_path: Path) -> None:
     trained = Trained(tmp_path)
     assert trained.images == [16, 32, 48, 64, 80, 96, 100]
-    assert trained.path == shared_weights(STUDY, tmp_path) == str(tmp_path / "weights" / "supernet.safetensors")
+    assert (
+        trained.path == shared_weights(STUDY.evaluation, tmp_path) == str(tmp_path / "weights" / "supernet.safetensors")
+    )
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["supernet.safetensors"]
     assert not list((tmp_path / "outbox").iterdir())
     assert prepare_supernet(STUDY, tmp_path, tmp_path / "outbox", NoWorkers()) == trained.path
@@ -436,7 +438,7 @@ def test_a_study_measures_all_with_them_and_trains_winners_from_them(tmp_path: P
     reader.close()
     assert done.complete + done.paused == len(records) == 7
     evaluations = [evaluation for record in records for evaluation in record.evaluations]
-    assert {evaluation.start for evaluation in evaluations} == {shared_weights(config, tmp_path)}
+    assert {evaluation.start for evaluation in evaluations} == {shared_weights(config.evaluation, tmp_path)}
     winners = [record for record in records if record.rung_done == 1]
     assert winners and all(record.evaluation.images == 32 for record in winners)
     saved = {path.name for path in (tmp_path / "weights").iterdir()}
