@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunesearch.config import ModelConfig, StudyConfig, WorkersConfig
+from prunesearch.config import DataConfig, ModelConfig, StudyConfig, WorkersConfig
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
@@ -73,7 +73,7 @@ def run_study(
     with Interrupt() as interrupt, ExitStack() as stack:
         early: RayWorkers | None = None
         if make_workers is None:
-            if is_new and search and config.workers.kind == "ray":
+            if is_new and search and config.workers.kind == "ray" and _paths_are_there(config.model, config.data):
                 # Ray and its workers start while this process opens data and weights
                 early = stack.enter_context(closing(_start_ray(folder / "outbox", config.workers, folder, evaluate)))
             on_event = _suspicious(config.model, _look(config, folder, on_event), on_event)
@@ -141,6 +141,12 @@ def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) 
     if inputs.unseen:
         logger.warning("not looked at, as workers are on a cluster: %s", ", ".join(inputs.unseen))
     return inputs
+
+
+def _paths_are_there(model: ModelConfig, data: DataConfig) -> bool:
+    """A quick look before Ray starts. When something is missing, `check_inputs` says what."""
+    paths = (model.checkpoint, data.root, data.val_root, data.test_root)
+    return all(path is None or Path(path).exists() for path in paths)
 
 
 def _suspicious(model: ModelConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
