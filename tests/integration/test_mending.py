@@ -47,7 +47,7 @@ def test_every_setting_that_may_be_mended_is_tested() -> None:
 def test_a_correction_before_the_first_result_starts_the_search_over(
     tmp_path: Path, field: str, several: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prunesearch.search.driver.check_inputs", lambda *config, **how: Inputs())
+    monkeypatch.setattr("prunesearch.evaluate.inputs.check_inputs", lambda *config, **how: Inputs())
     storage = storage_url(tmp_path) if several else None
     with pytest.raises(RunError, match=r"wrong.safetensors"):
         run_study(WRONG, tmp_path, storage=storage, evaluate="test_mending:evaluate")
