@@ -69,7 +69,7 @@ SOME = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.99)
 @pytest.mark.parametrize(
     ("what", "places"),
     [
-        ("begin", SOME),
+        pytest.param("begin", SOME, marks=pytest.mark.slow),
         ("commit", SOME),
         *(pytest.param("commit", place, marks=pytest.mark.slow) for place in range(10)),
     ],

@@ -71,6 +71,7 @@ def test_the_shipped_file_has_every_name_and_every_tag() -> None:
     assert {name: shape_cache.find(ModelConfig(name)) for name in found} == found
 
 
+@pytest.mark.slow  # four processes import timm
 def test_what_timm_was_asked_once_is_kept(cache: Path) -> None:
     assert ask(DEEP.name, DEEP.options) == "3 True"
     assert cache.is_file()
