@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TextIO
 from prunesearch import __version__
 from prunesearch.config import DataConfig, ModelConfig, Objective, StudyConfig
 from prunesearch.cost import Cost, estimate_cost
-from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
+from prunesearch.errors import PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import Limits
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
@@ -157,14 +157,11 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _check_study(config: StudyConfig, deep: bool) -> int:
-    from prunesearch.search.problems import model_free_problems, start_schedules, study_problems
+    from prunesearch.search.problems import check_study, start_schedules
     from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
 
-    import_plugins(config.plugins)
     remote = is_remote(config.model)  # check does not use the network; the run looks it up
-    problems = model_free_problems(config) if remote else study_problems(config)
-    if problems:
-        raise FileError(f"study {config.name}", problems)
+    check_study(config, without_model=remote)
     if remote:
         print(
             f"{config.name}: fine as far as it can be checked here. What {config.model.name} is, and so whether the "
@@ -212,7 +209,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
     from prunesearch.report.plot import check_format
     from prunesearch.report.plot_sensitivity import plot_sensitivity
     from prunesearch.report.sensitivity_tables import predicted_table, sensitivity_table
-    from prunesearch.search.problems import study_problems
+    from prunesearch.search.problems import check_study
     from prunesearch.search.sensitivity_start import predicted_starts
 
     config = load_study(parsed.file, parsed.set)
@@ -220,10 +217,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
         _check_output(path)
     if parsed.plot is not None:
         check_format(parsed.plot)
-    import_plugins(config.plugins)
-    problems = study_problems(config)
-    if problems:
-        raise FileError(f"study {config.name}", problems)
+    check_study(config)
     found = measure_sensitivities(config, parsed.images or IMAGES)
     shape = model_shape(config.model)
     starts = predicted_starts(config, shape, found)

@@ -9,8 +9,8 @@ from functools import partial
 
 from prunesearch.config import Limit, ModelConfig, SpaceConfig
 from prunesearch.errors import StudyError
-from prunesearch.evaluate.limits import Limits
-from prunesearch.evaluate.metrics import METRICS, Compute
+from prunesearch.evaluate.limits import Limits, computed_excess
+from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.sampling import TooLarge, draw_schedule, improved
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.schedule import Schedule
@@ -40,7 +40,7 @@ def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, t
         assert compute is not None
         if not starts or (limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least):
             continue
-        miss = partial(_miss, compute, model, limit)
+        miss = partial(_miss, name, limit, model)
         try:
             nearest = improved(starts, space, model_shape(model), miss, enough=0.0, most=most)
         except TooLarge:
@@ -72,7 +72,6 @@ def _starts(space: SpaceConfig, model: ModelConfig, generator: random.Random) ->
             yield schedule
 
 
-def _miss(compute: Compute, model: ModelConfig, limit: Limit, schedule: Schedule) -> float:
+def _miss(name: str, limit: Limit, model: ModelConfig, schedule: Schedule) -> float:
     """How far a schedule exceeds a limit; -inf when the metric can only be measured."""
-    value = compute(model, schedule)
-    return -math.inf if value is None else limit.excess(value)
+    return computed_excess([(name, limit)], model, schedule).get(name, -math.inf)

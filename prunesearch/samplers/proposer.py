@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-from prunesearch.config import Limit, ModelConfig, Objective, SpaceConfig
+from prunesearch.config import ModelConfig, Objective, SpaceConfig
+from prunesearch.evaluate.limits import Limits
 from prunesearch.registry import Registry
+from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
-
-if TYPE_CHECKING:  # both import torch, which a list of samplers does not need
-    from prunesearch.schedule import Schedule
-    from prunesearch.space.choices import Value
+from prunesearch.space.choices import Value
 
 
 class Proposer(Protocol):
@@ -49,7 +48,7 @@ class ProposerSettings:
     startup: int
     space: SpaceConfig
     objectives: Sequence[Objective]
-    limits: Sequence[tuple[str, Limit]]
+    limits: Limits
     model: ModelConfig
     shape: ModelShape
     build: Callable[[Mapping[str, Value]], tuple[str, Schedule] | None]

@@ -194,3 +194,4 @@ def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> Non
                 if evaluation.status == "complete":
                     store.confirm(record.uid, index, evaluation)
                 delete(path)
+                break

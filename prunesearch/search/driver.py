@@ -87,7 +87,7 @@ def run_study(
             on_event(Waiting(why, waited))
             return interrupt.count == 0
 
-        store, place = stack.enter_context(opened_study(config, folder, storage, wait_for_storage))
+        store, place = stack.enter_context(opened_study(config, folder, url, alone, wait_for_storage))
         team = None if alone else stack.enter_context(closing(Team(store, place, lease)))
         shape = model_shape(config.model)
         starts = store.starts(lambda: start_schedules(config, shape, folder))

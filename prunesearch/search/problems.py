@@ -34,13 +34,15 @@ _NOTHING_OF_ITS_OWN = (
 )
 
 
-def check_study(config: StudyConfig, starts: bool = True, problems: Sequence[str] = ()) -> None:
+def check_study(
+    config: StudyConfig, starts: bool = True, problems: Sequence[str] = (), without_model: bool = False
+) -> None:
     """Import the plug-ins of a study and raise FileError with everything that `study_problems` finds.
 
-    problems: further problems that the caller found.
+    problems: further problems that the caller found. without_model: only `model_free_problems`, which need no network.
     """
     import_plugins(config.plugins)
-    found = [*study_problems(config, starts), *problems]
+    found = [*(model_free_problems(config) if without_model else study_problems(config, starts)), *problems]
     if found:
         raise FileError(f"study {config.name}", found)
 

@@ -30,14 +30,15 @@ def url_and_drivers(folder: Path, storage: str | None) -> tuple[str, bool]:
 def opened_study(
     config: StudyConfig,
     folder: Path,
-    storage: str | None = None,
+    url: str,
+    alone: bool,
     on_wait: Callable[[str, float], bool] = lambda why, waited: True,
 ) -> Iterator[tuple[Store, Place]]:
-    """Create or continue a study, and close it at the end of the block. folder: absolute. on_wait: see `Patience`.
+    """Create or continue a study, and close it at the end of the block.
 
+    folder: absolute. url, alone: as `url_and_drivers` gives them. on_wait: see `Patience`.
     Raises StudyError when another driver has locked it, its database is lost, or its stored settings differ.
     """
-    url, alone = url_and_drivers(folder, storage)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         lock = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))

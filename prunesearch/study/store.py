@@ -184,7 +184,7 @@ class Store(StudyReader):
 
         def swap(connection: sql.Connection) -> list[int] | None:
             trial = rows.lock_trial(connection, trial_id)
-            if trial.state != "RUNNING" or not self._is_mine(trial) or trial.has(trial.rung):
+            if trial.state != "RUNNING" or not self.owns(trial) or trial.has(trial.rung):
                 return None
             attempts = [*trial.attempts[:-1], trial.attempts[-1] + 1]
             rows.change_trial(connection, trial, attributes={"attempts": attempts, "owner": self.owner})
@@ -476,12 +476,9 @@ class Store(StudyReader):
 
         self._ask(look)
 
-    def owns(self, record: Record) -> bool:
+    def owns(self, record: Record | rows.Trial) -> bool:
         """Whether this driver is the owner of a running candidate."""
         return self.alone or record.owner == self.owner
-
-    def _is_mine(self, trial: rows.Trial) -> bool:
-        return self.alone or trial.owner == self.owner
 
     def _template(self, record: Record, excess: Mapping[str, float]) -> FrozenTrial:
         parameters = record.parameters or parameters_of(record.schedule, self.config.space)
@@ -539,7 +536,7 @@ class Store(StudyReader):
             is_same = json.dumps(known, sort_keys=True) == json.dumps(about, sort_keys=True)
             if not is_same or not runs:
                 return is_same
-        elif not runs or not self._is_mine(trial):
+        elif not runs or not self.owns(trial):
             return False
         attributes: dict[str, Any] = {key: about}
         if record.state == "paused":

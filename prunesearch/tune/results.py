@@ -23,7 +23,7 @@ from prunesearch.search.recovery import begin
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Value, uid_of
 from prunesearch.strict import from_mapping
-from prunesearch.study.opened import opened_study
+from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.store import Store
 from prunesearch.study.vocabulary import vocabulary_of
 
@@ -54,7 +54,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
             f"`prunesearch.tune.trainable` on a disk of this machine (RunConfig's storage_path/name). Name it."
         )
     folder = folder.absolute()
-    with opened_study(config, folder, storage) as (store, _):
+    with opened_study(config, folder, *url_and_drivers(folder, storage)) as (store, _):
         shape = model_shape(config.model)
         starts = start_schedules(config, shape)
         store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
