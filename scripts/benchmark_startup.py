@@ -141,8 +141,8 @@ Python may not keep bytecode (PYTHONDONTWRITEBYTECODE), so that each process com
         "\n".join(rows)
         + """
 
-`prunesearch run search_spaces/digits.yaml` with one candidate and no training, bytecode kept. With Ray, its processes
-import PyTorch at the same time as the driver.
+`prunesearch run search_spaces/digits.yaml` with one candidate and no training, bytecode kept. Ray and its
+workers start when the driver has opened data and weights, and import PyTorch after it.
 
 | workers | first line | data and workers are ready | first result |
 |---|--:|--:|--:|

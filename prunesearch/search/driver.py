@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prunesearch.config import DataConfig, ModelConfig, StudyConfig, WorkersConfig
+from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
@@ -35,7 +35,6 @@ from prunesearch.workers.serial import SerialWorkers
 
 if TYPE_CHECKING:
     from prunesearch.evaluate.inputs import Inputs
-    from prunesearch.workers.ray_pool import RayWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +66,10 @@ def run_study(
     problems = []
     if config.evaluation == "supernet" and not alone:
         problems = ["evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out."]
-    is_new = not has_study(url, config.name)
-    check_study(config, starts=is_new, problems=problems)
+    check_study(config, starts=not has_study(url, config.name), problems=problems)
     on_event(Checked())
     with Interrupt() as interrupt, ExitStack() as stack:
-        early: RayWorkers | None = None
         if make_workers is None:
-            if is_new and search and config.workers.kind == "ray" and _paths_are_there(config.model, config.data):
-                # Ray and its workers start while this process opens data and weights
-                early = stack.enter_context(closing(_start_ray(folder / "outbox", config.workers, folder, evaluate)))
             on_event = _suspicious(config.model, _look(config, folder, on_event), on_event)
         elif config.workers.address is None:  # otherwise the workers are on other machines
             from prunesearch.evaluate.inputs import check_files
@@ -102,13 +96,8 @@ def run_study(
         take_up_confirmations(config, folder, outbox, store)
         workers: Workers = NoWorkers()
         if (search and run.has_work()) or missing(config, folder, store.records()):
-            if early is not None:
-                early.outbox = outbox  # this driver's name may be part of it
-                workers = early
-            elif make_workers is not None:
-                workers = stack.enter_context(closing(make_workers(config, folder, evaluate)))
-            else:
-                workers = stack.enter_context(closing(_start_workers(outbox, config, folder, evaluate)))
+            make = make_workers or partial(_start_workers, outbox)
+            workers = stack.enter_context(closing(make(config, folder, evaluate)))
         interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
         is_stopped = partial(_is_interrupted, interrupt)
         try:
@@ -143,12 +132,6 @@ def _look(config: StudyConfig, folder: Path, on_event: Callable[[Event], None]) 
     return inputs
 
 
-def _paths_are_there(model: ModelConfig, data: DataConfig) -> bool:
-    """A quick look before Ray starts. When something is missing, `check_inputs` says what."""
-    paths = (model.checkpoint, data.root, data.val_root, data.test_root)
-    return all(path is None or Path(path).exists() for path in paths)
-
-
 def _suspicious(model: ModelConfig, inputs: Inputs, on_event: Callable[[Event], None]) -> Callable[[Event], None]:
     """Wrap `on_event`: warn when the dense model scores as if its classes were in another order than the data's."""
 
@@ -173,10 +156,6 @@ def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: st
         if config.plugins or config.workers.timeout is not None:  # needs a process that can be killed
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
-    return _start_ray(outbox, config.workers, folder, evaluate)
-
-
-def _start_ray(outbox: Path, config: WorkersConfig, folder: Path, evaluate: str) -> RayWorkers:
     from prunesearch.workers.ray_pool import RayWorkers
 
-    return RayWorkers(config, folder, outbox, evaluate)
+    return RayWorkers(config.workers, folder, outbox, evaluate)

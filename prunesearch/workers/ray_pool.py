@@ -65,12 +65,10 @@ class RayWorkers:
     """A pool of actors on this machine or on a cluster. Raises ResourceError when they do not fit there.
 
     folder: of the study; the workers' logs go there. On a cluster, folder and outbox should be on a shared disk.
-    The attribute `outbox` may be changed until the first task.
     """
 
     def __init__(self, config: WorkersConfig, folder: Path, outbox: Path, evaluate: str = EVALUATE) -> None:
-        self._config, self._folder, self._evaluate = config, folder, evaluate
-        self.outbox = outbox
+        self._config, self._folder, self._outbox, self._evaluate = config, folder, outbox, evaluate
         self._slots: list[_Slot] = []
         self._queue: deque[Task] = deque()
         self._owns_ray = not ray.is_initialized()
@@ -116,7 +114,7 @@ class RayWorkers:
         for slot in self._slots:
             if self._queue and slot.has_started and slot.task is None:
                 slot.task, slot.since = self._queue.popleft(), time.monotonic()
-                slot.result = slot.actor.evaluate.remote(slot.task, self.outbox)
+                slot.result = slot.actor.evaluate.remote(slot.task)
 
     def _take_started(self, slot: _Slot) -> list[Outcome]:
         """Mark an actor as started. If it died while starting, replace it and count a crash for the next task."""
@@ -163,27 +161,31 @@ class RayWorkers:
             num_cpus=config.cpus_each, num_gpus=config.gpus_each, max_restarts=0, max_task_retries=0
         )
         log = self._folder / "logs" / f"worker-{number}.log"
-        actor = actor_class.remote(self._evaluate, log, os.getcwd(), sys.path, hide_gpus=not config.gpus_each)
+        actor = actor_class.remote(
+            self._outbox, self._evaluate, log, os.getcwd(), sys.path, hide_gpus=not config.gpus_each
+        )
         return _Slot(number, actor, actor.ready.remote())
 
 
 class _Actor:
     """The process of one slot."""
 
-    def __init__(self, evaluate: str, log: Path, directory: str, import_paths: list[str], hide_gpus: bool) -> None:
+    def __init__(
+        self, outbox: Path, evaluate: str, log: Path, directory: str, import_paths: list[str], hide_gpus: bool
+    ) -> None:
         if hide_gpus:  # Ray does not hide GPUs from actors without GPUs
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if os.path.isdir(directory):  # as for the driver, for relative paths in the study file
             os.chdir(directory)
         sys.path += [path for path in import_paths if path not in sys.path]
         log_to(log)
-        self._evaluate = find_evaluate(evaluate)
+        self._outbox, self._evaluate = outbox, find_evaluate(evaluate)
 
     def ready(self) -> None:
         """Do nothing. Ray runs this after the constructor, so its result shows that the actor has started."""
 
-    def evaluate(self, task: Task, outbox: Path) -> Evaluation:
-        return evaluate_into(outbox, self._evaluate, task)
+    def evaluate(self, task: Task) -> Evaluation:
+        return evaluate_into(self._outbox, self._evaluate, task)
 
 
 def _start_ray(address: str | None) -> None:
