@@ -33,6 +33,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import timm  # noqa: F401 - its memory and time are not those of a check
+
 from prunesearch.cli import main as prunesearch
 from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import ScheduleError

@@ -23,7 +23,7 @@ from prunesearch.samplers.propose import seed_of
 from prunesearch.search.tasks import task_of
 from prunesearch.study.reader import Claim
 from prunesearch.study.store import Store
-from prunesearch.study.team import Team
+from prunesearch.study.team import NoTeam, Team
 from prunesearch.workers.outbox import delete, delivered, discard
 from prunesearch.workers.protocol import Lost, Workers
 
@@ -57,17 +57,17 @@ def confirm(
     outbox: Path,
     store: Store,
     workers: Workers,
+    team: Team | NoTeam,
     on_event: Callable[[Confirmed], None] = lambda event: None,
     is_stopped: Callable[[], bool] = lambda: False,
-    team: Team | None = None,
 ) -> None:
     """Evaluate the front and the dense model `config.confirm.seeds` times each; skip what is already stored.
 
     Failed evaluations are logged and not stored; the next call tries them again.
 
-    folder: of the study. outbox: of the workers. is_stopped: when it returns True, no further evaluation starts, and
-    the running ones are waited for. team: other drivers of the study. Each driver claims an evaluation before it starts
-    it. This one waits for the evaluations of the others, and takes over those of dead drivers.
+    folder: of the study. outbox: of the workers. team: other drivers of the study. Each driver claims an evaluation
+    before it starts it. This one waits for the evaluations of the others, and takes over those of dead drivers.
+    is_stopped: when it returns True, no further evaluation starts, and the running ones are waited for.
     """
     _adopt(config, folder, outbox, store)
     failed_before = {name for name, claim in store.claims().items() if claim.failed}
@@ -75,12 +75,9 @@ def confirm(
     under_way: dict[str, Wanted] = {}
     deaths: Counter[str] = Counter()
     while True:
-        claims: dict[str, Claim] = {}
-        dead: set[str] = set()
-        if team is not None:
-            claims = store.claims()
-            failed_now |= {name for name, claim in claims.items() if claim.failed} - failed_before
-            dead = _adopt_from_dead(claims, team, config, folder, store)
+        claims = store.claims()
+        failed_now |= {name for name, claim in claims.items() if claim.failed} - failed_before
+        dead = _adopt_from_dead(claims, team, config, folder, store)
         records = store.records()
         every = wanted(config, folder, records)
         left = [one for one in missing(config, folder, records) if one.task.uid not in failed_now]
@@ -88,7 +85,7 @@ def confirm(
             name = one.task.uid
             if len(under_way) == workers.count or is_stopped():
                 break
-            if name not in under_way and (team is None or _claim(one, claims.get(name), dead, store)):
+            if name not in under_way and _claim(one, claims.get(name), dead, store):
                 under_way[name] = one
                 workers.submit(replace(one.task, attempt=deaths[name]))
         if not under_way:
@@ -162,7 +159,7 @@ def _task(record: Record, index: int, config: StudyConfig, folder: Path) -> Task
 
 
 def _adopt_from_dead(
-    claims: Mapping[str, Claim], team: Team, config: StudyConfig, folder: Path, store: Store
+    claims: Mapping[str, Claim], team: Team | NoTeam, config: StudyConfig, folder: Path, store: Store
 ) -> set[str]:
     """Store the confirmations that dead drivers finished; returns the names of these drivers."""
     others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}

@@ -27,7 +27,7 @@ from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.state import SearchState
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
-from prunesearch.study.team import Team
+from prunesearch.study.team import NoTeam, Team
 from prunesearch.study.vocabulary import vocabulary_of
 from prunesearch.workers.child import ChildWorker
 from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
@@ -82,15 +82,17 @@ def run_study(
             return interrupt.count == 0
 
         store, place = stack.enter_context(opened_study(config, folder, url, alone, wait_for_storage))
-        team = None if alone else stack.enter_context(closing(Team(store, place, lease)))
+        team: Team | NoTeam = NoTeam()
+        if not alone:
+            team = stack.enter_context(closing(Team(store, place, lease)))
         shape = model_shape(config.model)
         starts = store.starts(lambda: start_schedules(config, shape, folder))
         store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
-        outbox = folder / "outbox" if team is None else folder / "outbox" / store.owner
+        outbox = folder / "outbox" if alone else folder / "outbox" / store.owner
         state = SearchState(config, shape, starts, store.records())
         recovery = Recovery(state, store, folder)
         others: Others = NoOthers()
-        if team is not None:
+        if isinstance(team, Team):
             others = OtherDrivers(state, store, recovery, team, outbox, on_event)
         run = Search(state, store, recovery, others, outbox, interrupt, on_event)
         take_up_confirmations(config, folder, outbox, store)
@@ -107,7 +109,7 @@ def run_study(
             search = False
         done = run.run(workers) if search else run.look()
         if done.reason not in STOPPED_BY_HAND and not interrupt.count:
-            confirm(config, folder, outbox, store, workers, on_event, is_stopped, team)
+            confirm(config, folder, outbox, store, workers, team, on_event, is_stopped)
         if interrupt.count and done.reason not in STOPPED_BY_HAND:
             done = replace(done, reason="interrupted")
         on_event(done)

@@ -239,7 +239,8 @@ def study_attribute(connection: sql.Connection, study_id: int, key: str) -> Any:
 
 def set_study_attribute(connection: sql.Connection, study_id: int, key: str, value: Any) -> None:
     """Write an attribute of a locked study."""
-    is_there = study_attribute(connection, study_id, key) is not None
+    row = sql.select(_STUDY_ATTRIBUTES.c.study_id).where(_of_study(study_id, key))
+    is_there = connection.execute(row).first() is not None
     _set(connection, _STUDY_ATTRIBUTES, {"study_id": study_id}, key, json.dumps(value), is_there)
 
 

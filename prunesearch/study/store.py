@@ -310,7 +310,7 @@ class Store(StudyReader):
             rows.lock_study(connection, self._study_id)
             rows.delete_study_attribute(connection, self._study_id, f"confirming:{evaluation.uid}")
             known = rows.study_attribute(connection, self._study_id, name)
-            if known is not None and known["uid"] == evaluation.uid:
+            if _is_result_of(known, evaluation.uid):
                 return bool(known == value)
             rows.set_study_attribute(connection, self._study_id, name, value)
             return True
@@ -339,7 +339,8 @@ class Store(StudyReader):
             rows.lock_study(connection, self._study_id)
             found = rows.study_attribute(connection, self._study_id, key)
             known = rows.study_attribute(connection, self._study_id, f"confirm:{uid}:{index}")
-            if (known is not None and known["uid"] == name) or found not in (before and asdict(before), asdict(mine)):
+            claimed = None if found is None else as_said(Claim, found, key)  # None too if nobody can read it
+            if _is_result_of(known, name) or claimed not in (before, mine):
                 return False
             rows.set_study_attribute(connection, self._study_id, key, asdict(mine))
             return True
@@ -624,6 +625,11 @@ def open_store(
         if attributes.get("config") != to_mapping(config):
             storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it marks the study as complete
     return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
+
+
+def _is_result_of(stored: object, task: str) -> bool:
+    """True if a stored confirmation is of this task. stored: may be damaged."""
+    return isinstance(stored, dict) and stored.get("uid") == task
 
 
 def _is_under_way(trials: list[FrozenTrial], alone: bool) -> bool:

@@ -23,6 +23,16 @@ LEASE_SECONDS = 60.0
 BEATS_PER_LEASE = 4
 
 
+class NoTeam:
+    """For a study with one driver: any other that claimed something has ended."""
+
+    def dead(self, names: Iterable[str]) -> set[str]:
+        return set(names)
+
+    def outboxes(self, name: str, folder: Path) -> list[Path]:
+        return [folder / "outbox" / name]
+
+
 class Team:
     """This driver among the others. A background thread beats, even while an evaluation blocks the driver."""
 

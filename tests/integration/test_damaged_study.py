@@ -15,7 +15,7 @@ import pytest
 from fake_search import study
 
 from prunesearch.cli import main
-from prunesearch.config import StopConfig
+from prunesearch.config import ConfirmConfig, StopConfig
 from prunesearch.errors import PruneSearchError
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.search.driver import run_study
@@ -217,3 +217,21 @@ def test_a_good_confirmation_is_read_beside_a_bad_one(folder: Path) -> None:
     store._storage.set_study_user_attr(store._study_id, f"confirm:{uid}:0", {**to_mapping(good), "status": "fine"})
     assert store.records()[0].confirmations == (good,)
     store.close()
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_what_cannot_be_read_of_confirming_is_made_again(folder: Path, text: str) -> None:
+    """A damaged confirmation counts as missing, and a damaged claim keeps nobody from it."""
+    config = replace(CONFIG, confirm=ConfirmConfig(seeds=1))
+
+    def confirmations() -> list[str]:
+        run_study(config, folder, evaluate="test_drivers_together:evaluate", search=False)
+        found = open_study_readonly(folder).records()
+        return sorted(one.uid for record in found for one in record.confirmations)
+
+    every = confirmations()
+    uid, _, task = every[0].partition(".")
+    claim = f"confirming:{uid}.{task}"
+    change(folder, "UPDATE study_user_attributes SET value_json = ? WHERE key = ?", text, f"confirm:{uid}:0")
+    change(folder, "UPDATE study_user_attributes SET key = ?, value_json = ? WHERE key = 'vocabulary'", claim, text)
+    assert confirmations() == every

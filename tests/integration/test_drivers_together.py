@@ -178,7 +178,7 @@ class Driver:
 
     def confirm(self, evaluate: str = "test_drivers_together:evaluate") -> None:
         workers = SerialWorkers(self.config.workers, self.outbox, evaluate)
-        confirm(self.config, self.folder, self.outbox, self.store, workers, team=self.team)
+        confirm(self.config, self.folder, self.outbox, self.store, workers, self.team)
 
     def close(self) -> None:
         self.team.close()
