@@ -35,10 +35,11 @@ set_up_environment() {  # set_up_environment FOLDER PYTHON NAME ARGUMENT...: ARG
     if ! command -v uv >/dev/null && [ ! -x "$folder/bin/uv" ]; then
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check uv || say "uv could not be installed; using pip"
     fi
+    # uv keeps no bytecode unless told to: where Python may not write any, each process would compile PyTorch again
     if command -v uv >/dev/null; then
-        uv pip install --quiet --python "$folder/bin/python" "$@"
+        uv pip install --quiet --compile-bytecode --python "$folder/bin/python" "$@"
     elif [ -x "$folder/bin/uv" ]; then
-        "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" "$@"
+        "$folder/bin/uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" "$@"
     else
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
     fi
