@@ -21,6 +21,7 @@ from prunesearch.front import dense_of, front
 from prunesearch.record import Record
 from prunesearch.samplers.propose import seed_of
 from prunesearch.search.tasks import task_of
+from prunesearch.study.lost_database import contradiction
 from prunesearch.study.reader import Claim
 from prunesearch.study.store import Store
 from prunesearch.study.team import NoTeam, Team
@@ -70,13 +71,13 @@ def confirm(
     is_stopped: when it returns True, no further evaluation starts, and the running ones are waited for.
     """
     _adopt(config, folder, outbox, store)
-    failed_before = {name for name, claim in store.claims().items() if claim.failed}
+    failed_before = {(name, claim) for name, claim in store.claims().items() if claim.failed}
     failed_now: set[str] = set()
     under_way: dict[str, Wanted] = {}
     deaths: Counter[str] = Counter()
     while True:
         claims = store.claims()
-        failed_now |= {name for name, claim in claims.items() if claim.failed} - failed_before
+        failed_now |= {name for name, claim in claims.items() if claim.failed and (name, claim) not in failed_before}
         dead = _adopt_from_dead(claims, team, config, folder, store)
         records = store.records()
         every = wanted(config, folder, records)
@@ -89,8 +90,10 @@ def confirm(
                 under_way[name] = one
                 workers.submit(replace(one.task, attempt=deaths[name]))
         if not under_way:
-            if not left or is_stopped():
+            if not left or is_stopped() or not workers.count:
                 return
+            if store.alone:
+                raise contradiction(f"confirmation {left[0].task.uid}", "the storage says that another driver has it")
             time.sleep(TICK_SECONDS)  # other drivers run what is left
             continue
         done = len(every) - len(left)
@@ -113,9 +116,10 @@ def confirm(
             on_event(Confirmed(one.record, evaluation, done, len(every)))
 
 
-def take_up_confirmations(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
-    """After a restart: store what an earlier process with this driver's name finished, and release its other claims."""
-    _adopt(config, folder, outbox, store)
+def take_up_confirmations(config: StudyConfig, folder: Path, outboxes: Iterable[Path], store: Store) -> None:
+    """After a restart: store what earlier runs left in outboxes, and release other claims of this driver's name."""
+    for outbox in outboxes:
+        _adopt(config, folder, outbox, store)
     for name, claim in store.claims().items():
         if claim == Claim(store.owner):
             store.give_up(name, failed=False)
@@ -179,7 +183,9 @@ def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store
 
 def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
     """Store the confirmations left in an outbox by an earlier process or a dead driver."""
-    found = [entry for entry in delivered(outbox, deep=store.alone) if entry[1].confirms is not None]
+    foreign = not outbox.is_relative_to(folder)
+    every = delivered(outbox, store.alone and not foreign, foreign)
+    found = [entry for entry in every if entry[1].confirms is not None]
     records = {record.uid: record for record in store.records()} if found else {}
     for path, task, evaluation in found:
         record = records.get(task.confirms or "")

@@ -82,20 +82,23 @@ def run_study(
             return interrupt.count == 0
 
         store, place = stack.enter_context(opened_study(config, folder, url, alone, wait_for_storage))
-        team: Team | NoTeam = NoTeam()
+        team: Team | NoTeam = NoTeam(store)
         if not alone:
             team = stack.enter_context(closing(Team(store, place, lease)))
         shape = model_shape(config.model)
         starts = store.starts(lambda: start_schedules(config, shape, folder))
         store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
         outbox = folder / "outbox" if alone else folder / "outbox" / store.owner
+        left = [outbox]
+        if alone:  # other drivers may have run the study before, in folders of their own
+            left += [place for name in store.beats() for place in team.outboxes(name, folder) if place.parent != outbox]
         state = SearchState(config, shape, starts, store.records())
-        recovery = Recovery(state, store, folder)
+        recovery = Recovery(state, store, folder, left)
         others: Others = NoOthers()
         if isinstance(team, Team):
             others = OtherDrivers(state, store, recovery, team, outbox, on_event)
         run = Search(state, store, recovery, others, outbox, interrupt, on_event)
-        take_up_confirmations(config, folder, outbox, store)
+        take_up_confirmations(config, folder, left, store)
         workers: Workers = NoWorkers()
         if (search and run.has_work()) or missing(config, folder, store.records()):
             make = make_workers or partial(_start_workers, outbox)

@@ -62,7 +62,7 @@ class Search:
         self.config: StudyConfig = state.config
         self.state, self.store, self.recovery, self.others = state, store, recovery, others
         self.outbox, self.interrupt, self.on_event = outbox, interrupt, on_event
-        self.recovered = len(recovery.adopt(outbox)) + recovery.close_half_closed()
+        self.recovered = len(recovery.adopt_left()) + recovery.close_half_closed()
         self.workers: Workers = NoWorkers()
         self.deaths: Counter[tuple[str, int]] = Counter()
         self.failures: list[Evaluation] = []
@@ -81,7 +81,7 @@ class Search:
         """Search until there is a reason to stop. Raises RunError when everything fails or the disk is full."""
         self.workers = workers
         self.state.sampler.workers = workers.count
-        self.recovered += len(self.recovery.adopt(self.outbox))  # a killed driver's workers may have finished meanwhile
+        self.recovered += len(self.recovery.adopt_left())  # a killed driver's workers may have finished meanwhile
         self._take_up()
         try:
             self._fill()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +20,18 @@ from prunesearch.workers.outbox import delete, delivered, discard, set_aside
 class Recovery:
     """Moves results from outboxes to the storage.
 
-    folder: of the study. kept: (uid, rung) of results that stay in an outbox, because another driver has taken the
-    candidate over. They are adopted if that driver dies.
+    folder: of the study. left: outboxes in which earlier runs may have left results. kept: (uid, rung) of results that
+    stay in an outbox, because another driver has taken the candidate over. They are adopted if that driver dies.
     """
 
-    def __init__(self, state: SearchState, store: Store, folder: Path) -> None:
-        self.state, self.store, self.folder = state, store, folder
+    def __init__(self, state: SearchState, store: Store, folder: Path, left: Iterable[Path] = ()) -> None:
+        self.state, self.store, self.folder, self.left = state, store, folder, tuple(left)
         self.config = state.config
         self.kept: set[tuple[str, int]] = set()
+
+    def adopt_left(self) -> list[Record]:
+        """`adopt` what earlier runs left."""
+        return [record for outbox in self.left for record in self.adopt(outbox)]
 
     def adopt(self, outbox: Path, dead: Container[str] = ()) -> list[Record]:
         """Store the results of an outbox that the storage lacks; returns the records that were changed.
@@ -36,16 +40,16 @@ class Recovery:
 
         dead: names of drivers that have ended. Their candidates may be taken over.
         """
-        found = []
-        for path, task, evaluation in delivered(outbox, deep=self.store.alone):
+        found, foreign = [], not outbox.is_relative_to(self.folder)
+        for path, task, evaluation in delivered(outbox, self.store.alone and not foreign, foreign):
             if task.confirms is not None or task.supernet is not None:  # they have their own recovery
                 continue
             try:
                 record = self._record_of(task, evaluation)
             except Exception as error:  # a bad file must not stop the search
-                set_aside(path, f"it does not belong to this study: {error}")
+                set_aside(path, f"it does not belong to this study: {error}", foreign)
                 continue
-            finished = self._adopt(path, record, task, evaluation, dead)
+            finished = self._adopt(path, record, task, evaluation, dead, foreign)
             if finished is not None:
                 found.append(finished)
         return found
@@ -73,7 +77,7 @@ class Recovery:
         discard(outbox, record.uid, rung)
 
     def _adopt(
-        self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str]
+        self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str], foreign: bool
     ) -> Record | None:
         is_next = task.rung == record.rung + 1 and record.state == "paused"
         if (record.number < 0 and task.rung == 0) or is_next:  # the storage is an older copy without it
@@ -82,7 +86,7 @@ class Recovery:
                 return None  # another driver has claimed it
             record = self.state.records[task.uid] = begun
         if record.number < 0:
-            set_aside(path, "its smaller budgets are not in the storage")
+            set_aside(path, "its smaller budgets are not in the storage", foreign)
             return None
         finished = None
         if record.state == "running" and record.rung == task.rung:
@@ -99,7 +103,7 @@ class Recovery:
         elif not self.store.owns(record):
             self.kept.add((task.uid, task.rung))
         else:
-            set_aside(path, f"its candidate is {record.state} at rung {record.rung} and does not wait for it")
+            set_aside(path, f"its candidate is {record.state} at rung {record.rung} and does not wait for it", foreign)
         return finished
 
     def _record_of(self, task: Task, evaluation: Evaluation) -> Record:

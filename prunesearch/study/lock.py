@@ -27,6 +27,17 @@ class Place:
     file: Path | None = None
 
 
+def is_driver_name(name: str) -> bool:
+    """Whether a text can be the name of a driver. Such a name is safe as the name of a folder."""
+    return 0 < len(name) <= 255 and name.isprintable() and "/" not in name and name not in (".", "..")
+
+
+def is_drivers_file(path: str) -> bool:
+    """Whether a text can be the path of a file that a driver keeps locked: /.../drivers/NUMBER."""
+    file = Path(path)
+    return path.isprintable() and file.is_absolute() and file.parent.name == "drivers" and file.name.isdecimal()
+
+
 @contextmanager
 def only_driver(folder: Path, journal: Path | None = None) -> Iterator[Place]:
     """Lock a study folder, and the journal if any, for this driver alone. Raises StudyError when another driver has it.

@@ -51,6 +51,7 @@ from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.study import rows
 from prunesearch.study.differences import refuse_other_settings
 from prunesearch.study.distributions import parameters_and_distributions, quiet_optuna
+from prunesearch.study.lock import is_driver_name, is_drivers_file
 from prunesearch.study.lost_database import DatabaseFile, contradiction
 from prunesearch.study.reader import (
     Beat,
@@ -322,9 +323,7 @@ class Store(StudyReader):
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         prefix = "confirming:"
         said = {name.removeprefix(prefix): value for name, value in attributes.items() if name.startswith(prefix)}
-        return {
-            name: read for name, value in said.items() if (read := as_said(Claim, value, f"claim {name}")) is not None
-        }
+        return {name: claim for name, value in said.items() if (claim := _claim_from(value, name)) is not None}
 
     def claim(self, uid: str, index: int, name: str, before: Claim | None) -> bool:
         """Claim the index-th confirmation of a candidate. False: another driver was faster, or the result is there.
@@ -339,7 +338,7 @@ class Store(StudyReader):
             rows.lock_study(connection, self._study_id)
             found = rows.study_attribute(connection, self._study_id, key)
             known = rows.study_attribute(connection, self._study_id, f"confirm:{uid}:{index}")
-            claimed = None if found is None else as_said(Claim, found, key)  # None too if nobody can read it
+            claimed = None if found is None else _claim_from(found, name)
             if _is_result_of(known, name) or claimed not in (before, mine):
                 return False
             rows.set_study_attribute(connection, self._study_id, key, asdict(mine))
@@ -379,12 +378,11 @@ class Store(StudyReader):
             say()
 
     def beats(self) -> dict[str, Beat]:
-        """The last beat of every driver, by name."""
+        """The last beat of every driver, by name. Left out: those that no driver can have written."""
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         said = {name.removeprefix("driver:"): beat for name, beat in attributes.items() if name.startswith("driver:")}
-        return {
-            name: read for name, beat in said.items() if (read := as_said(Beat, beat, f"driver {name}")) is not None
-        }
+        read = {name: as_said(Beat, beat, f"driver {name}") for name, beat in said.items() if is_driver_name(name)}
+        return {name: beat for name, beat in read.items() if beat is not None and is_drivers_file(beat.place)}
 
     # --- within ---
 
@@ -628,8 +626,15 @@ def open_store(
 
 
 def _is_result_of(stored: object, task: str) -> bool:
-    """True if a stored confirmation is of this task. stored: may be damaged."""
-    return isinstance(stored, dict) and stored.get("uid") == task
+    """True if a stored value can be read as a confirmation and is of this task."""
+    is_of_it = isinstance(stored, dict) and stored.get("uid") == task
+    return is_of_it and as_said(Evaluation, stored, f"confirmation {task}") is not None
+
+
+def _claim_from(stored: object, task: str) -> Claim | None:
+    """A stored claim; None when it cannot be read, or is of no driver."""
+    claim = as_said(Claim, stored, f"claim {task}")
+    return claim if claim is not None and is_driver_name(claim.owner) else None
 
 
 def _is_under_way(trials: list[FrozenTrial], alone: bool) -> bool:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from prunesearch.study.lock import Place, is_held
+from prunesearch.study.lock import Place, is_driver_name, is_held
 from prunesearch.study.reader import Beat
 from prunesearch.study.store import Store
 
@@ -23,14 +23,32 @@ LEASE_SECONDS = 60.0
 BEATS_PER_LEASE = 4
 
 
+def outboxes_of(name: str, beat: Beat | None, folder: Path) -> list[Path]:
+    """Folders that may hold results of another driver which the storage lacks.
+
+    These are the outbox in the folder named by its beat, and the one in `folder`, the folder of this driver: a shared
+    disk may have another path on this machine. A driver without a beat was the only one when it ran. None when the name
+    is no name of a driver.
+    """
+    if not is_driver_name(name):
+        return []
+    if beat is None:
+        return [folder / "outbox"]
+    its = Path(beat.place).parents[1]  # FOLDER/drivers/NUMBER
+    return [place / "outbox" / name for place in dict.fromkeys((its, folder))]
+
+
 class NoTeam:
-    """For a study with one driver: any other that claimed something has ended."""
+    """For a study with one driver: any other driver of it has ended."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
 
     def dead(self, names: Iterable[str]) -> set[str]:
         return set(names)
 
     def outboxes(self, name: str, folder: Path) -> list[Path]:
-        return [folder / "outbox" / name]
+        return outboxes_of(name, self.store.beats().get(name), folder)
 
 
 class Team:
@@ -52,16 +70,8 @@ class Team:
         return {name for name in names if self._is_dead(name, beats.get(name))}
 
     def outboxes(self, name: str, folder: Path) -> list[Path]:
-        """Folders that may hold results of a driver which the storage lacks.
-
-        These are the outbox in the folder named by its beat, and the one in `folder`, the folder of this driver: a
-        shared disk may have another path on this machine. A driver without a beat was the only one when it ran.
-        """
-        beat = self.store.beats().get(name)
-        if beat is None:
-            return [folder / "outbox"]
-        its = Path(beat.place).parents[1]  # FOLDER/drivers/NUMBER
-        return [place / "outbox" / name for place in dict.fromkeys((its, folder))]
+        """See `outboxes_of`."""
+        return outboxes_of(name, self.store.beats().get(name), folder)
 
     def close(self) -> None:
         """Stop beating and mark this driver as ended, so that its candidates can be taken over at once."""

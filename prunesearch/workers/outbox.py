@@ -36,10 +36,10 @@ def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Ta
     return evaluation
 
 
-def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evaluation]]:
+def delivered(outbox: Path, deep: bool = False, foreign: bool = False) -> list[tuple[Path, Task, Evaluation]]:
     """The results in an outbox as (file, task, evaluation), oldest first. deep: also those in its subfolders.
 
-    Files that cannot be read are set aside; their candidates run again.
+    Files that cannot be read are set aside; their candidates run again. foreign: see `set_aside`.
     """
     found = []
     for path in (path for _, path in sorted(_entries(outbox, deep), key=lambda entry: (entry[0], entry[1].name))):
@@ -53,15 +53,19 @@ def delivered(outbox: Path, deep: bool = False) -> list[tuple[Path, Task, Evalua
             task = from_mapping(Task, entry["task"], str(path))
             found.append((path, task, from_mapping(Evaluation, entry["evaluation"], str(path))))
         except Exception as error:  # a bad file must not stop a search
-            set_aside(path, f"it is damaged ({type(error).__name__}: {error})")
+            set_aside(path, f"it is damaged ({type(error).__name__}: {error})", foreign)
     return found
 
 
-def set_aside(path: Path, why: str) -> None:
+def set_aside(path: Path, why: str, foreign: bool = False) -> None:
     """Rename a file so that it is no result any more, without deleting it.
 
-    Does nothing when the file is gone. Logs a warning when it cannot be renamed.
+    Does nothing when the file is gone. Logs a warning when it cannot be renamed. foreign: it is not in the folder of
+    this study, so it is left as it is: only a database says that results may be there, and it may be a stranger's.
     """
+    if foreign:
+        logger.info("outbox: %s was not adopted, because %s", path, why)
+        return
     names = (path.with_suffix(f".aside{number or ''}") for number in itertools.count())
     aside = next(name for name in names if not os.path.lexists(name))
     try:

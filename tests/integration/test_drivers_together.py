@@ -123,6 +123,51 @@ def test_what_a_driver_that_was_alone_left_is_adopted(tmp_path: Path, monkeypatc
     assert len(read(url)) == 6 == len(fake_search.EVALUATED) and not undelivered(tmp_path)
 
 
+def test_a_driver_that_is_alone_adopts_what_several_left_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, config = f"sqlite:///{tmp_path / 'one' / 'study.db'}", fake_search.study(6)
+    (tmp_path / "one").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, "result", 3)
+        search(config, tmp_path / "elsewhere", url)
+    run_study(config, tmp_path / "one", evaluate="test_drivers_together:evaluate")
+    assert len(read(url)) == 6 == len(fake_search.EVALUATED) and not undelivered(tmp_path)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("name", ["{}", "../../{}", "sub/../../../victim", "a\0b", "", ".", "..", "x" * 300, "plain"])
+def test_no_name_in_a_database_leads_out_of_the_outbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, alone: bool
+) -> None:
+    """A stranger wrote names and places of drivers into the database. Files that they lead to stay as they are."""
+    folder, victim = tmp_path / "study", tmp_path / "victim"
+    for place in (victim, victim / "sub", victim / "outbox" / "plain"):
+        place.mkdir(parents=True)
+        (place / "package.json").write_text("{}")
+    before, name = sorted(victim.rglob("*")), name.format(victim)
+    url, config = f"sqlite:///{folder / 'study.db'}", replace(fake_search.study(3), confirm=ConfirmConfig(seeds=1))
+    folder.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        die_at(patch, "submitted", 2)
+        search(config, folder, url)
+    store = open_store(config, url, owner="a stranger", alone=False)
+    (running,) = store.running()
+    write = store._storage
+    write.set_trial_user_attr(store._trial_ids[running.number], "owner", name)
+    write.set_study_user_attr(store._study_id, "confirming:a", {"owner": name, "failed": False})
+    write.set_study_user_attr(store._study_id, "confirming:b", {"owner": "plain", "failed": False})
+    for driver, place in ((name, str(victim / "drivers" / "0")), ("plain", f"{victim}/drivers/0"), ("y", "y")):
+        beat = {"count": None, "machine": "", "place": place}
+        write.set_study_user_attr(store._study_id, f"driver:{driver}", beat)
+    store.close()
+    if alone:
+        run_study(config, folder, evaluate="test_drivers_together:evaluate")
+    else:
+        search(config, folder, url)
+    assert len(read(url)) == 3 and sorted(victim.rglob("*")) == before
+
+
 def test_a_driver_is_known_before_it_claims_anything(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, beats = Store.begin, []
 
@@ -235,7 +280,7 @@ def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callabl
     assert sorted(fake_search.EVALUATED) == sorted(f"{one.task.uid} 0" for one in (first, second, *rest))
     own = replace(evaluate(second.task), host="the one that was dead")
     assert not dead.store.confirm(second.record.uid, second.index, own), "it is there already"
-    assert missing(late.config, late.folder, read(url)) == [] and undelivered(dead.folder) == ["bad.aside"]
+    assert missing(late.config, late.folder, read(url)) == [] and undelivered(dead.folder) == ["bad.json"]
 
 
 def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Driver]) -> None:
@@ -258,7 +303,7 @@ def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[[str
     for claimed in (one, two):
         assert again.store.claim(claimed.record.uid, claimed.index, claimed.task.uid, None)
     evaluate_into(again.outbox, evaluate, one.task)
-    take_up_confirmations(again.config, again.folder, again.outbox, again.store)
+    take_up_confirmations(again.config, again.folder, [again.outbox], again.store)
     assert again.store.claims() == {} and not undelivered(again.folder)
     assert other.store.claim(two.record.uid, two.index, two.task.uid, None)
     assert not other.store.claim(one.record.uid, one.index, one.task.uid, None)

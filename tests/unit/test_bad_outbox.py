@@ -219,8 +219,8 @@ def test_two_drivers_that_adopt_the_same_file_count_it_once(tmp_path: Path, monk
     dead, first, second = path.parent.name, *(recovery_of(name, config, tmp_path, url) for name in ("first", "second"))
     read, adopted = outbox_module.delivered, []
 
-    def read_and_let_another_one_adopt(place: Path, deep: bool = False) -> Any:
-        found = read(place, deep)
+    def read_and_let_another_one_adopt(place: Path, *how: bool) -> Any:
+        found = read(place, *how)
         monkeypatch.setattr("prunesearch.search.recovery.delivered", read)
         adopted.extend(second.adopt(place, {dead}))
         return found
@@ -249,7 +249,7 @@ def test_no_file_stops_a_confirmation(tmp_path: Path, left: tuple[Path, str, Ent
     entry = {"task": to_mapping(task), "evaluation": to_mapping(Evaluation(task.uid, "complete"))}
     write_atomically(tmp_path / "outbox" / f"{task.uid}.0.0.json", json.dumps(entry).encode())
     store = open_store(config, f"journal:{tmp_path / 'study.log'}")
-    take_up_confirmations(config, tmp_path, tmp_path / "outbox", store)
+    take_up_confirmations(config, tmp_path, [tmp_path / "outbox"], store)
     store.close()
     assert not any(record.confirmations for record in records(tmp_path))
 

@@ -105,20 +105,20 @@ def test_silence_elsewhere_is_death_after_a_lease(stores: tuple[Store, Store], m
     one, two = stores
     now = 100.0
     monkeypatch.setattr(team, "LEASE_SECONDS", 60.0)
-    here = Team(one, Place("one", Path("/nowhere/0")))
+    here = Team(one, Place("one", Path("/nowhere/drivers/0")))
     monkeypatch.setattr(team.time, "monotonic", lambda: now)
-    two.beat(Beat(7, "another machine", "/nowhere/1"))
+    two.beat(Beat(7, "another machine", "/nowhere/drivers/1"))
     assert here.dead({"two", "never seen"}) == set()
     now += 50
-    two.beat(Beat(8, "another machine", "/nowhere/1"))
+    two.beat(Beat(8, "another machine", "/nowhere/drivers/1"))
     assert here.dead({"two", "never seen"}) == set()
     now += 50
     assert here.dead({"two", "never seen"}) == {"never seen"}
     now += 50
     assert here.dead({"two"}) == {"two"}
-    two.beat(Beat(9, "another machine", "/nowhere/1"))
+    two.beat(Beat(9, "another machine", "/nowhere/drivers/1"))
     assert here.dead({"two"}) == set()
-    two.beat(Beat(None, "another machine", "/nowhere/1"))
+    two.beat(Beat(None, "another machine", "/nowhere/drivers/1"))
     assert here.dead({"two"}) == {"two"}, "it said goodbye"
     monkeypatch.undo()
     here.close()
@@ -131,8 +131,8 @@ def test_on_the_same_machine_the_lock_tells(
     one, two = stores
     held = {"two": True}
     monkeypatch.setattr(team, "is_held", lambda path, name: held[name])
-    here = Team(one, Place("one", tmp_path / "0"), lease=0.0)
-    two.beat(Beat(1, here._machine, str(tmp_path / "1")))
+    here = Team(one, Place("one", tmp_path / "drivers" / "0"), lease=0.0)
+    two.beat(Beat(1, here._machine, str(tmp_path / "drivers" / "1")))
     time.sleep(0.01)
     assert here.dead({"two"}) == set(), "silent, but it holds its lock"
     held["two"] = False
