@@ -1,9 +1,9 @@
 """prunesearch: search token-pruning schedules for Vision Transformers.
 
-    from prunesearch import apply_schedule, load_schedule
+    from prunesearch import apply_schedule
 
     model = timm.create_model("deit_small_patch16_224", pretrained=True)
-    apply_schedule(model, load_schedule("best.yaml"))
+    apply_schedule(model, "best.yaml")
 
 The names below are imported when they are first used. So `import prunesearch` is fast, and loads neither PyTorch nor
 Ray nor Optuna.

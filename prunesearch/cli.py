@@ -16,7 +16,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, TextIO
 from prunesearch import __version__
 from prunesearch.config import DataConfig, ModelConfig, Objective, StudyConfig
 from prunesearch.cost import Cost, estimate_cost
-from prunesearch.errors import PruneSearchError, StudyError, UserError
+from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import Limits
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
@@ -36,6 +37,7 @@ from prunesearch.files import (
     load_schedule_file,
     load_study,
     override_study,
+    places_in_file,
     plugins_named_in,
     refuse_no_file,
     save_schedule,
@@ -61,12 +63,13 @@ examples:
   prunesearch export outputs/digits --at-most gmacs=0.009 -o best.yaml
 
 then, in your own script:
-  apply_schedule(model, load_schedule("best.yaml"))                 from prunesearch import ...
+  apply_schedule(model, "best.yaml")                                from prunesearch import apply_schedule
 """
 
 INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 CONFIRM_SEEDS = 2
+WIDE = 1000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(parsed: argparse.Namespace) -> int:
     config = load_study(parsed.file, _overrides(parsed))
     _check_folder(parsed.output)
-    return _search(config, parsed.output / config.name, parsed)
+    with _naming_lines(parsed.file, _overrides(parsed), config.name):
+        return _search(config, parsed.output / config.name, parsed)
+
+
+@contextmanager
+def _naming_lines(file: Path, overrides: Sequence[str], name: str) -> Iterator[None]:
+    """Say at which lines of a study file the mistakes are that `check_study` found in the study of this name."""
+    try:
+        yield
+    except FileError as error:
+        if error.place != f"study {name}":
+            raise
+        raise FileError(str(file), places_in_file(file, overrides, error.problems)) from None
 
 
 def _resume(parsed: argparse.Namespace) -> int:
@@ -153,7 +168,8 @@ def _check(parsed: argparse.Namespace) -> int:
             raise UserError(f"{parsed.file}: --deep opens weights and data, which a study names. Leave --deep out.")
         return _check_schedule(parsed)
     config = load_study(parsed.file, parsed.set)
-    return _check_study(config, parsed.deep) or (_check_inputs(config) if parsed.deep else 0)
+    with _naming_lines(parsed.file, parsed.set, config.name):
+        return _check_study(config, parsed.deep) or (_check_inputs(config) if parsed.deep else 0)
 
 
 def _check_study(config: StudyConfig, deep: bool) -> int:
@@ -217,7 +233,8 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
         _check_output(path)
     if parsed.plot is not None:
         check_format(parsed.plot)
-    check_study(config)
+    with _naming_lines(parsed.file, parsed.set, config.name):
+        check_study(config)
     found = measure_sensitivities(config, parsed.images or IMAGES)
     shape = model_shape(config.model)
     starts = predicted_starts(config, shape, found)
@@ -445,6 +462,8 @@ def _list(parsed: argparse.Namespace) -> int:
 
     import_plugins(parsed.plugin)
     console = _console()
+    if not console.is_terminal:
+        console.width = WIDE  # a row for each name, for grep
     console.print(catalogue.table(parsed.what, parsed.pattern))
     return 0
 

@@ -6,6 +6,7 @@ into dataclasses.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -38,8 +39,10 @@ from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
 from prunesearch.yaml_text import MOST_BYTES, Dumper, Text, read_yaml_text, too_large
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
-SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, load_schedule("{name}"))'
+SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, "{name}")'
 
 
 @dataclass(frozen=True)
@@ -119,10 +122,20 @@ class PresetFile:
 def load_schedule(path: str | Path, plugins: Sequence[str] = ()) -> Schedule:
     """Read a schedule file. Raises FileError with all mistakes. `apply_schedule` checks whether it fits a model.
 
+    Warns when fine-tuned weights belong to the schedule: `apply_schedule` loads them when it is given the path.
+
     plugins: modules to import first. The modules that the file names are not imported by themselves, because a file
     from a stranger would then run code here.
     """
-    return load_schedule_file(path, plugins).schedule
+    file = load_schedule_file(path, plugins)
+    if file.weights is not None:
+        logger.warning(
+            "%s: only the schedule is loaded, without its fine-tuned weights (%s). Possible: both, by "
+            "apply_schedule(model, PATH), or apply_schedule(model, schedule, weights=PATH).",
+            path,
+            file.weights,
+        )
+    return file.schedule
 
 
 def is_schedule_file(path: str | Path) -> bool:
@@ -173,6 +186,19 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             ["it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate."],
         )
     return _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
+
+
+def places_in_file(path: str | Path, overrides: Sequence[str], problems: Sequence[str]) -> list[str]:
+    """Problems of a study with the line of the field that each names. Fields that overrides replaced have no line."""
+    text = _read_yaml(path)
+    for one in overrides:
+        override(text, one)
+    lines = {dotted(field): line for field, line in text.lines.items()}
+    found = []
+    for problem in problems:
+        place, colon, said = problem.partition(":")
+        found.append(f"{place} (line {lines[place]}){colon}{said}" if place in lines else problem)
+    return found
 
 
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:

@@ -31,6 +31,7 @@ from prunesearch.evaluate.picture_files import (
     TarPictures,
     list_pictures,
 )
+from prunesearch.evaluate.sections import source_problems
 from prunesearch.evaluate.task import Split
 from prunesearch.registry import Registry, did_you_mean
 
@@ -198,6 +199,8 @@ def check_paths(config: DataConfig) -> None:
         )
     elif config.name not in DATASETS:
         _check_timm_name(config.name)
+    for problem in source_problems(config):
+        raise DataError(problem)
     if config.name == "digits" and config.has_test:
         _digits_split(config, "test")
     validation = (config.val_root or config.root, config.val_split)
@@ -343,11 +346,16 @@ def _folders(config: DataConfig) -> dict[Split, str]:
         found[split] = _folder(field, root, (_named_split(config, split), *usual))
     for split, other in itertools.combinations(found, 2):
         first, second = found[split].resolve(), found[other].resolve()
+        if first == second and first.is_dir() and not any(first.iterdir()):
+            raise DataError(
+                f"data.{roots[other][0]}: {str(found[other])!r} is empty. Possible: a folder with train and val "
+                f"sub-folders of class/image files. Check the path."
+            )
         if first.is_relative_to(second) or second.is_relative_to(first):
             what, field = ("training" if split == "train" else split), roots[other][0]
             raise DataError(
                 f"data.root: {what} images ({str(found[split])!r}) and {other} images ({str(found[other])!r}) overlap. "
-                f"Possible: sub-folders {split} and {other} in root, or two separate paths. Write root and {field}."
+                f"Possible: sub-folders train, val (and test) in root, or two separate paths. Write root and {field}."
             )
     return {split: str(path) for split, path in found.items()}
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from prunesearch.config import DataConfig, ModelConfig
 from prunesearch.cost import estimate_cost
-from prunesearch.errors import ScheduleError, UserError
+from prunesearch.errors import PruneSearchError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.calibrate import calibrate
 from prunesearch.evaluate.data import Split, open_data, unreadable_note
@@ -94,7 +95,7 @@ def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
     except Exception as problem:
         if raise_user_errors and isinstance(problem, UserError):
             raise
-        cause, error, trace = _cause(problem), str(problem) or type(problem).__name__, traceback.format_exc()
+        cause, error, trace = _cause(problem), _in_words(problem), traceback.format_exc()
         logger.warning("%s failed (%s): %s", task.uid, cause, error)
         problem.__traceback__ = None  # it holds the tensors of the failed run
         if torch.cuda.is_available():
@@ -254,6 +255,16 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _in_words(problem: Exception) -> str:
+    """The message of an exception. One that is no message to the user also gets its type and where it was raised."""
+    said = str(problem) or type(problem).__name__
+    if isinstance(problem, PruneSearchError):
+        return said
+    frames = traceback.extract_tb(problem.__traceback__)
+    ours = [frame for frame in frames if not {"torch", "timm"} & set(Path(frame.filename).parts)] or frames
+    return f"{said} ({type(problem).__name__} at {ours[-1].filename}:{ours[-1].lineno})"
 
 
 def _cause(problem: Exception) -> Cause:

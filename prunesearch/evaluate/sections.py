@@ -185,6 +185,18 @@ def check_checkpoint(path: str) -> None:
         )
 
 
+def source_problems(config: DataConfig) -> list[str]:
+    """Mistakes in where a data section says that its pictures are."""
+    if config.name != "digits":
+        return []
+    return [
+        f"data.{field}: is {path!r}, but the digits are in scikit-learn, and no folder is read. Possible: name: folder "
+        f"to read that one. Correct data.name, or leave {field} out."
+        for field in ("root", "val_root", "test_root")
+        if (path := getattr(config, field)) is not None
+    ]
+
+
 def channel_problems(config: DataConfig, channels: int) -> list[str]:
     """Mistakes in a data section for a model with this many input channels."""
     if channels not in (1, 3):

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from prunesearch.errors import UnknownNameError
-from prunesearch.files import PresetFile, load_preset_file, load_schedule
+from prunesearch.files import PresetFile, load_preset_file, load_schedule_file
 from prunesearch.presets.rule import fit
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import Schedule
@@ -35,5 +35,5 @@ def find_schedule(name_or_path: str, shape: ModelShape) -> Schedule:
     Raises UnknownNameError, FileError or ScheduleError.
     """
     if name_or_path.endswith((".yaml", ".yml")):
-        return load_schedule(name_or_path)
+        return load_schedule_file(name_or_path).schedule
     return load_preset(name_or_path, shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
@@ -80,7 +82,11 @@ def _recipes(pattern: str) -> Iterator[Row]:
 
 def _models(pattern: str) -> Iterator[Row]:
     for name, shape in prunable_models(pattern, lambda text: print(f"note: {text}", file=sys.stderr)).items():
-        yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), f"{estimate_cost(shape).gmacs:.3g}"
+        yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), _three_digits(estimate_cost(shape).gmacs)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _metrics(pattern: str) -> Iterator[Row]:
@@ -95,8 +101,9 @@ def _samplers(pattern: str) -> Iterator[Row]:
 
 def _spaces(pattern: str) -> Iterator[Row]:
     for path in sorted(Path("search_spaces").glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        yield str(path), first.lstrip("# ")
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        about = " ".join(line.lstrip("# ") for line in lines)
+        yield str(path), re.split(r"(?<=[.?!])\s", about, maxsplit=1)[0]  # the first sentence
 
 
 CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {

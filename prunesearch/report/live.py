@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -110,14 +111,23 @@ class Progress:
         elif isinstance(event, SupernetTrained):
             self.note = f"shared weights: {event.images:,} of {event.total:,} images ({duration(now - self.begun)})"
         elif isinstance(event, Confirmed):
-            value = "" if event.evaluation.status == "complete" else f" failed ({event.evaluation.cause})"
-            self.note = f"measured again: {event.done} of {event.total}, trial {event.record.number}{value}"
+            self.note = (
+                f"measured again: {event.done} of {event.total}, trial {event.record.number} {self._again(event)}"
+            )
         elif isinstance(event, Stopping):
             waits = f"; {event.running} running are waited for" if event.running else ""
             self.note = f"stopping: {event.why}{waits}"
         elif isinstance(event, Done):
             self.done, self.note, self.rejected = event, "", event.rejected
             self.running.clear()
+
+    def _again(self, event: Confirmed) -> str:
+        """What a confirmation measured, beside what the search had measured."""
+        metric = self.config.objectives[0].metric
+        if event.evaluation.status == "failed":
+            return f"failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
+        before = values_of(event.record).get(metric, math.nan)
+        return f"{metric} {event.evaluation.value(metric):.5g} (in the search {before:.5g})"
 
     def _judge(self) -> None:
         records, config = list(self.records.values()), self.config

@@ -184,6 +184,9 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
         lines.append(("running", f"{states['running']}"))
     if states["failed"]:
         lines.append(("failed", f"{states['failed']} ({causes(records)})"))
+        last = max((record for record in records if record.state == "failed"), key=lambda record: record.number)
+        if last.evaluation is not None and last.evaluation.error:
+            lines.append(("last error", f"trial {last.number}: {last.evaluation.error.splitlines()[0]}"))
     found = front(records, config.objectives, config.limits)
     dense = dense_of(records)
     if dense is not None:

@@ -110,9 +110,10 @@ def run_study(
                 prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
         except KeyboardInterrupt:
             search = False
-        done = run.run(workers) if search else run.look()
+        done = run.run(workers) if search else run.look(workers)
         if done.reason not in STOPPED_BY_HAND and not interrupt.count:
             confirm(config, folder, outbox, store, workers, team, on_event, is_stopped)
+            done = replace(done, seconds=run.seconds())
         if interrupt.count and done.reason not in STOPPED_BY_HAND:
             done = replace(done, reason="interrupted")
         on_event(done)

@@ -103,8 +103,9 @@ class Search:
             raise RunError(self.why)
         return done
 
-    def look(self) -> Done:
-        """Summarize the study without submitting anything."""
+    def look(self, workers: Workers) -> Done:
+        """Summarize the study without submitting anything. workers: those that will confirm the front."""
+        self.workers = workers
         self._take_up()
         self.reason = "trials"
         return self._done()
@@ -235,7 +236,7 @@ class Search:
         hours = self.config.stop.hours
         if self.interrupt.count:
             self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
-        elif hours is not None and time.monotonic() - self.start >= 3600 * hours:
+        elif hours is not None and self.seconds() >= 3600 * hours:
             self._stop("hours", f"stop.hours ({hours:g}) are over")
         elif failures := self._hopeless_failures():
             self._stop("hopeless", f"nothing but failures so far ({len(failures)})")
@@ -259,6 +260,10 @@ class Search:
             self.reason = reason
             self.on_event(Stopping(reason, len(self.state.under_way), why))
 
+    def seconds(self) -> float:
+        """Seconds since this run began."""
+        return time.monotonic() - self.start
+
     def _done(self) -> Done:
         assert self.reason is not None, "nothing runs, so something stopped it"
         return Done(
@@ -267,6 +272,6 @@ class Search:
             failed=self.state.count("failed"),
             running=self.state.count("running"),
             rejected=self.state.rejected,
-            seconds=time.monotonic() - self.start,
+            seconds=self.seconds(),
             paused=self.state.count("paused"),
         )

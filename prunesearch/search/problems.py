@@ -9,7 +9,7 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, FinetuneConfig, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
-from prunesearch.evaluate.sections import channel_problems
+from prunesearch.evaluate.sections import channel_problems, source_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.evaluate.shapes import input_channels
 from prunesearch.evaluate.unreachable_limits import unreachable_limits
@@ -94,7 +94,14 @@ def model_free_problems(config: StudyConfig) -> list[str]:
                 f"limits.{name}: at_most {limit.at_most:g} is below at_least {limit.at_least:g}, so that nothing is "
                 f"within. Possible: at_least up to at_most. Swap them."
             )
+        if name in METRICS and METRICS[name].unit == "%":
+            problems += [
+                f"limits.{name}.{field}: is {bound:g}, but {name} is a percentage. Possible: 0 to 100. Correct it."
+                for field, bound in (("at_most", limit.at_most), ("at_least", limit.at_least))
+                if bound is not None and not 0 <= bound <= 100
+            ]
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
+    problems += source_problems(config.data)
     problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config.finetune)
     return problems + _rung_problems(config.rungs, config.space) + _supernet_problems(config)
 

@@ -3,7 +3,7 @@
 `scores.py` and `verbs.py` are tables of all of them. Each function has a file here, which is loaded when it runs.
 A plug-in can import all that it needs from this package:
 
-    from prunesearch.tokens import Grouping, ReduceInput, ScoreInput, reducer, scorer
+    from prunesearch.tokens import Grouping, ReduceInput, ScoreInput, reducer, scorer, top_k
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prunesearch.tokens.registry import INPUTS, REDUCERS, SCORERS, Reducer, Scor
 
 if TYPE_CHECKING:
     from prunesearch.tokens.inputs import Attended, Grouping, Joining, MaskedInput, Pooled, ReduceInput, ScoreInput
+    from prunesearch.tokens.select import top_k
 
 __all__ = [
     "REDUCERS",
@@ -32,5 +33,6 @@ __all__ = [
     "Scorer",
     "reducer",
     "scorer",
+    "top_k",
 ]
 __getattr__ = lazily(__name__, INPUTS)

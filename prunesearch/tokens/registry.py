@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
     from prunesearch.tokens.inputs import Grouping, Joining, Pooled
 
-INPUTS = dict.fromkeys(
-    ("Attended", "Grouping", "Joining", "MaskedInput", "Pooled", "ReduceInput", "ScoreInput"),
-    "prunesearch.tokens.inputs",
-)
+INPUTS = {
+    **dict.fromkeys(
+        ("Attended", "Grouping", "Joining", "MaskedInput", "Pooled", "ReduceInput", "ScoreInput"),
+        "prunesearch.tokens.inputs",
+    ),
+    "top_k": "prunesearch.tokens.select",
+}
 __getattr__ = lazily(__name__, INPUTS)  # plug-ins may import them from here
 
 Score: TypeAlias = "Callable[..., Tensor]"

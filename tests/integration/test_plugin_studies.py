@@ -288,3 +288,30 @@ def test_json_of_a_front_is_read_back(folder: Path, capsys: pytest.CaptureFixtur
     assert main(["front", str(folder / "outputs" / "theirs"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"top1", "their_cost", "their_images", "gmacs"} <= rows[0]["metrics"].keys()
+
+
+def test_a_plugin_that_never_works_ends_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dense model succeeds, but runs none of it. The error says where in the plug-in it was raised."""
+    (tmp_path / "broken_verbs.py").write_text(
+        "from prunesearch.tokens import reducer\n"
+        "@reducer('broken_verb', source='theirs')\n"
+        "def broken_verb(scene):\n"
+        "    return missing(scene)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    digits = Path(__file__).parents[2] / "search_spaces" / "digits.yaml"
+    changes = ("rungs=[{images: 0}]", "workers={kind: serial}", "plugins=[broken_verbs]", "space.reduce=[broken_verb]")
+    changes += ("space.start_from=[]",)
+    arguments = [word for change in changes for word in ("--set", change)]
+    try:
+        assert main(["run", str(digits), "--no-progress", "--trials", "4", *arguments]) == 1
+    finally:
+        REDUCERS._things.pop("broken_verb", None)
+    said = "name 'missing' is not defined (NameError at "
+    assert said in capsys.readouterr().err
+    assert main(["status", "outputs/digits"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown and "broken_verbs.py:4)" in shown.replace(" ", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from prunesearch.cli import main
 from prunesearch.files import load_schedule
+from prunesearch.tokens import SCORERS
 
 STUDY = """
 version: 1
@@ -144,6 +146,13 @@ def test_list(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert expected[what] in out(capsys, "list", what)
 
 
+def test_a_list_in_a_pipe_has_a_row_for_each_name(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = [line for line in out(capsys, "list", "scores").splitlines() if line.startswith("predictor ")]
+    assert SCORERS["predictor"].summary in row
+    (row,) = [line for line in out(capsys, "list", "spaces").splitlines() if "cifar10_thresholds" in line]
+    assert row.rstrip().endswith("trained so that images cost target_gmacs on average.")
+
+
 def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, "list", "models", "vit_digits*")
     assert "vit_digits_patch1_8" in text and "0.0128" in text
@@ -151,7 +160,8 @@ def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_confirm_measures_the_front_again(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "measured again: 1 of" in out(capsys, "confirm", str(study), "--seeds", "1")
+    said = out(capsys, "confirm", str(study), "--seeds", "1")
+    assert re.search(r"measured again: 1 of \d+, trial \d+ top1 [\d.]+ \(in the search [\d.]+\)", said)
     rows = json.loads(out(capsys, "front", str(study), "--json"))
     assert rows and all(row["again"]["seeds"] == 1 for row in rows)
     assert "trained and measured anew, 1 seed" in " ".join(out(capsys, "front", str(study)).split())
@@ -188,3 +198,37 @@ def test_a_path_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.Ca
     assert main([*arguments, "-o", str(tmp_path / "file" / "below.yaml")]) == 2
     error = capsys.readouterr().err
     assert "it is a folder" in error and "is a file" in error
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("space.blocks=[1, 99]", "space.blocks[1]: block 99"),
+        (
+            "limits={top1: {at_least: 101}}",
+            "limits.top1.at_least: is 101, but top1 is a percentage. Possible: 0 to 100",
+        ),
+        ("data.root=/tmp", "data.root: is '/tmp', but the digits are in scikit-learn, and no folder is read"),
+    ],
+)
+def test_mistakes_of_meaning_name_file_and_place(change: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("check", "run"):
+        assert main([verb, "search_spaces/digits.yaml", "--set", change]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("prunesearch: search_spaces/digits.yaml: ") and said in shown
+
+
+@pytest.mark.parametrize("verb", ["check", "run", "sensitivity"])
+def test_mistakes_of_meaning_name_their_line(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        *("version: 1", "name: x", "model: {name: vit_digits_patch1_8}", "data: {name: digits}", "space:"),
+        *("  blocks:", "    - 1", "    - 99", "  keep: [0.5, 1.0]", "metrics: [top1, top2]"),
+    ]
+    Path("x.yaml").write_text("\n".join(lines))
+    assert main([verb, "x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("prunesearch: x.yaml: 2 mistakes\n")
+    assert "space.blocks[1] (line 8): block 99" in said and "metrics[1] (line 10): unknown metric 'top2'" in said

@@ -98,7 +98,7 @@ def test_schedules_round_trip_through_yaml(tmp_path: Path) -> None:
     save_schedule(schedule, path, measured={"top1": 79.6, "tokens": [197, 139]}, made_by={"trial": 4})
     assert load_schedule(path) == schedule
     text = path.read_text()
-    assert text.startswith('# prunesearch schedule. Use:  apply_schedule(model, load_schedule("best.yaml"))')
+    assert text.startswith('# prunesearch schedule. Use:  apply_schedule(model, "best.yaml")')
     assert "- {block: 3, at: mid, score: class_attention, keep: 0.7, reduce: drop}" in text
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -84,3 +88,28 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_presets_are_as_many_as_it_says() -> None:
     assert f"All {len(presets())} (`prunesearch list presets`)" in README
+
+
+def test_the_recipes_for_plugins_run_as_they_stand(tmp_path: Path) -> None:
+    """Imports, learned score and verb of CONTRIBUTING, in a module of their own, on a model."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.M) if block.strip()]
+    wanted = ("import torch", "def my_score", "@scorer(", "def _masked")
+    code = [next(block for block in blocks if block.lstrip().startswith(start)) for start in wanted]
+    code[1] = (
+        "@scorer('my_score', source='', macs=lambda shape, tokens: 0)\n" + code[1].lstrip().partition("Scorer(")[0]
+    )
+    (tmp_path / "theirs.py").write_text("\n".join(code))
+    (tmp_path / "use.py").write_text(USE)
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    subprocess.run([sys.executable, str(tmp_path / "use.py")], check=True, env=path)
+
+
+USE = """
+import theirs, timm, torch
+from prunesearch import Schedule, Stage, apply_schedule
+for score in ("my_score", "learned_score"):
+    model = timm.create_model("test_vit").eval()
+    apply_schedule(model, Schedule((Stage(1, keep=0.5, score=score, reduce="mean_token"),)))
+    assert model(torch.rand(2, 3, 160, 160)).isfinite().all()
+"""

@@ -114,9 +114,9 @@ def test_status() -> None:
     running = replace(RECORDS[4], number=90, state="running", evaluations=())
     text = printed(status_view([*RECORDS, failed(91), failed(92, "nan"), running], CONFIG))
     assert "fake" in text and "36 of 40 candidates done" in text
-    assert "failed     3 (oom 2, nan 1)" in text
-    assert "running    1" in text
-    assert "best top1  top1 97.53 %, 0.008540 GMACs (trial 2)" in text
+    assert "failed      3 (oom 2, nan 1)" in text and "last error  trial 92: " in text
+    assert "running     1" in text
+    assert "best top1   top1 97.53 %, 0.008540 GMACs (trial 2)" in text
     assert "8 candidates, hypervolume 0.6" in text
     nothing = printed(status_view([], replace(CONFIG, stop=StopConfig(trials=None, hours=1))))
     assert "0 candidates done" in nothing and "hypervolume" not in nothing

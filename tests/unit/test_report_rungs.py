@@ -93,7 +93,7 @@ def test_the_front_says_whom_it_compares() -> None:
 def test_status_of_several_rungs() -> None:
     text = printed(status_view(RECORDS, CONFIG))
     assert "17 of 20 candidates, 31 evaluations" in text
-    assert "failed     1 (oom 1)" in text and "running    2" in text
+    assert "failed      1 (oom 1)" in text and "running     2" in text
     assert "1 candidates of 1 at rung 2, hypervolume" in text
     assert "rank correlation" in text and "Raise" not in text
     turned = [climbed(number, 1, sign=-1) for number in range(13)]
