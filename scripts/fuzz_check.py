@@ -37,11 +37,18 @@ import timm  # noqa: F401 - its memory and time are not those of a check
 
 from prunesearch.cli import main as prunesearch
 from prunesearch.config import ModelConfig, StudyConfig
-from prunesearch.errors import ScheduleError
+from prunesearch.errors import ScheduleError, UserError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.evaluate.sections import OPTIONS, Bounds
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.files import ScheduleFile, load_study, save_schedule, write_yaml
+from prunesearch.files import (
+    ScheduleFile,
+    is_schedule_file,
+    load_schedule_file,
+    load_study,
+    save_schedule,
+    write_yaml,
+)
 from prunesearch.presets import load_preset, presets
 from prunesearch.record import Record, with_evaluation
 from prunesearch.samplers import SAMPLERS
@@ -285,10 +292,7 @@ def check(path: Path) -> Outcome:
     if seconds > MOST_SECONDS:
         return Outcome("slow", seconds, trouble=said)
     if code == 2:
-        in_reader = said.startswith(f"prunesearch: {path}: ") and not said.startswith(f"prunesearch: {path}: model")
-        if not in_reader:
-            return Outcome("meaning", seconds)
-        return Outcome("yaml" if read_yaml_text(_text(path)).problems else "form", seconds)
+        return Outcome(_refused_by(path), seconds)
     if "stages" in read_yaml_text(_text(path)).content or "fine as far as" in output.getvalue():
         return Outcome("accepted", seconds)
     content = load_study(path)
@@ -298,6 +302,15 @@ def check(path: Path) -> Outcome:
         return Outcome("accepted", seconds, proposed=proposals(content, CANDIDATES))
     except Exception:
         return Outcome("does not run", seconds, trouble=traceback.format_exc())
+
+
+def _refused_by(path: Path) -> str:
+    """The step that refuses a file: reading its YAML, its form (fields and their values), or what it means."""
+    try:
+        load_schedule_file(path) if is_schedule_file(path) else load_study(path)
+    except UserError:
+        return "yaml" if read_yaml_text(_text(path)).problems else "form"
+    return "meaning"
 
 
 def _text(path: Path) -> str:
