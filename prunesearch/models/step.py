@@ -33,6 +33,8 @@ class TokenState(NamedTuple):
     evidence: for the stages at the next block's `pre` that read attention, in their order.
     present_Bn: 1 for present patch tokens, 0 for empty slots; None when there are no empty slots.
     counts: patch tokens of each image after each masked step so far, (B,) each.
+    bias_B11N: what the attention of the next blocks adds to its logits. Computed when a block first needs it; a step
+    makes a new state without it.
     """
 
     tokens_BNC: Tensor
@@ -40,6 +42,7 @@ class TokenState(NamedTuple):
     evidence: tuple[Evidence, ...] = ()
     present_Bn: Tensor | None = None
     counts: tuple[Tensor, ...] = ()
+    bias_B11N: Tensor | None = None
 
 
 def gather_evidence(
@@ -90,32 +93,38 @@ def take_step(
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
         grouping = entry.function(scene, **{name: options[name] for name in entry.options})
         if isinstance(grouping, Pooled):
-            patches_BnC = grouping.patches_BKC.to(patches_BnC.dtype)
+            parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
         else:
-            patches_BnC = regroup(patches_BnC, grouping)
+            parts = _regrouped(patches_BnC, grouping)
             size_Bn = None if size_Bn is None else add_up(size_Bn, grouping)
             later = tuple(_follow(evidence, grouping) for evidence in later)
-    tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
+    tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     return TokenState(tokens_BNC, size_Bn), later
 
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to the features of tokens. Keeps the dtype."""
+    parts = _regrouped(values_BnC, grouping)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[Tensor, ...]:
+    """The features of the new tokens, in parts to be joined: those that stay, and the one that the others form."""
     channels = values_BnC.shape[-1]
     kept_BKC = values_BnC.gather(1, grouping.kept_BK[..., None].expand(-1, -1, channels))
     if grouping.guests_BG is None:
-        return kept_BKC
+        return (kept_BKC,)
     assert grouping.guest_share_BG is not None
     guests_BGC = values_BnC.gather(1, grouping.guests_BG[..., None].expand(-1, -1, channels)).float()
     if grouping.host_BG is None:
         extra_B1C = grouping.guest_share_BG[:, None] @ guests_BGC
-        return torch.cat([kept_BKC, extra_B1C.to(values_BnC.dtype)], dim=1)
+        return kept_BKC, extra_B1C.to(values_BnC.dtype)
     assert grouping.host_share_BK is not None
     mixed_BKC = kept_BKC.float() * grouping.host_share_BK[..., None]
     host_BGC = grouping.host_BG[..., None].expand(-1, -1, channels)
     mixed_BKC = mixed_BKC.scatter_add(1, host_BGC, guests_BGC * grouping.guest_share_BG[..., None])
-    return mixed_BKC.to(values_BnC.dtype)
+    return (mixed_BKC.to(values_BnC.dtype),)
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:

@@ -459,7 +459,10 @@ def _run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenStat
     listening = listeners(block_plan.mid) + block_plan.ahead
     learning = state.present_Bn is not None and run.training
     most_gap = _most_gap(run.plan) if learning else None
-    bias = _size_bias(state, run.plan) if learning else _attention_bias(state, run.plan)
+    if state.bias_B11N is None:
+        make_bias = _size_bias if learning else _attention_bias
+        state = state._replace(bias_B11N=make_bias(state, run.plan))
+    bias = state.bias_B11N
     if not block_plan.mid and not listening and not learning:
         x = block(x) if bias is None else block(x, attn_mask=bias)
         return state._replace(tokens_BNC=x, evidence=())

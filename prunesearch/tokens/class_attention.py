@@ -14,8 +14,11 @@ from prunesearch.tokens.inputs import Attended, ScoreInput
 
 def class_rows_BHRN(attended: Attended) -> Tensor:
     """Attention (after softmax) of the R class-like tokens to all N tokens, per head, in fp32."""
-    query_BHRD = attended.query_BHND[:, :, : attended.class_tokens].float()
-    logits_BHRN = (query_BHRD * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
+    query_XRD = attended.query_BHND[:, :, : attended.class_tokens].flatten(0, 1).float()  # X: images x heads
+    key_XND = attended.key_BHND.flatten(0, 1).float()
+    # one kernel for scale and product; with beta 0 the first argument gives no values
+    logits_XRN = torch.baddbmm(query_XRD[..., :1], query_XRD, key_XND.transpose(1, 2), beta=0, alpha=attended.scale)
+    logits_BHRN = logits_XRN.unflatten(0, attended.key_BHND.shape[:2])
     if attended.bias_B11N is not None:
         logits_BHRN = logits_BHRN + attended.bias_B11N.float()
     return logits_BHRN.softmax(dim=-1)
@@ -23,7 +26,8 @@ def class_rows_BHRN(attended: Attended) -> Tensor:
 
 def _patch_attention_BHn(attended: Attended) -> Tensor:
     """Attention that patch tokens get from the class-like tokens, averaged over the latter, per head."""
-    return class_rows_BHRN(attended).mean(dim=2)[:, :, attended.prefix_tokens :]
+    rows_BHRn = class_rows_BHRN(attended)[..., attended.prefix_tokens :]
+    return rows_BHRn[:, :, 0] if attended.class_tokens == 1 else rows_BHRn.mean(dim=2)
 
 
 def class_attention(scene: ScoreInput) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
-from prunesearch.tokens.select import top_k
+from prunesearch.tokens.select import top_k_and_rest
 
 
 def masked(scene: MaskedInput) -> Joining:
@@ -19,5 +19,5 @@ def fuse(scene: ReduceInput) -> Grouping:
     treat the fused token like any other token.
     """
     assert scene.scores_Bn is not None
-    kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
-    return Grouping(kept_BK, guests_BG, guest_share_BG=scene.scores_Bn.gather(1, guests_BG))
+    kept_BK, guests_BG, share_BG = top_k_and_rest(scene.scores_Bn, scene.kept)
+    return Grouping(kept_BK, guests_BG, guest_share_BG=share_BG)

@@ -7,12 +7,18 @@ from torch import Tensor
 
 
 def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `kept` best tokens and of the others, each ascending (image order).
+    """Indices of the `kept` best tokens, ascending (image order), and of the others, by descending score."""
+    kept_BK, guests_BG, _ = top_k_and_rest(scores_Bn, kept)
+    return kept_BK, guests_BG
+
+
+def top_k_and_rest(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `top_k`, and the scores of the others.
 
     The sort is stable, so equal scores go to the earlier token on every device.
     """
-    order_Bn = scores_Bn.sort(dim=1, descending=True, stable=True).indices
-    return order_Bn[:, :kept].sort(dim=1).values, order_Bn[:, kept:].sort(dim=1).values
+    ranked_Bn, order_Bn = scores_Bn.sort(dim=1, descending=True, stable=True)
+    return order_Bn[:, :kept].sort(dim=1).values, order_Bn[:, kept:], ranked_Bn[:, kept:]
 
 
 def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
