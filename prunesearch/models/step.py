@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunesearch.schedule import Stage, Step, options_of
@@ -87,8 +88,6 @@ def take_step(
     options = options_of(step.stage)
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     size_Bn = state.size_Bn
-    if entry.merges and size_Bn is None:
-        size_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
         grouping = entry.function(scene, **{name: options[name] for name in entry.options})
@@ -96,8 +95,11 @@ def take_step(
             parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
         else:
-            parts = _regrouped(patches_BnC, grouping)
-            size_Bn = None if size_Bn is None else add_up(size_Bn, grouping)
+            parts, weight_BK = _regrouped(patches_BnC, grouping)
+            if size_Bn is not None:
+                size_Bn = add_up(size_Bn, grouping)
+            elif entry.merges:
+                size_Bn = _first_sizes(grouping, weight_BK)
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     return TokenState(tokens_BNC, size_Bn), later
@@ -105,26 +107,45 @@ def take_step(
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to the features of tokens. Keeps the dtype."""
-    parts = _regrouped(values_BnC, grouping)
+    parts, _ = _regrouped(values_BnC, grouping)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[Tensor, ...]:
-    """The features of the new tokens, in parts to be joined: those that stay, and the one that the others form."""
-    channels = values_BnC.shape[-1]
-    kept_BKC = values_BnC.gather(1, grouping.kept_BK[..., None].expand(-1, -1, channels))
+def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The features of the new tokens, in parts to be joined: those that stay, and the one that the others form.
+
+    Also the sum of the weights of each token that stays (B, K), when others join it.
+    """
+    channels, kept = values_BnC.shape[-1], grouping.kept_BK.shape[1]
     if grouping.guests_BG is None:
-        return (kept_BKC,)
-    assert grouping.guest_share_BG is not None
-    guests_BGC = values_BnC.gather(1, grouping.guests_BG[..., None].expand(-1, -1, channels)).float()
+        return (_gather(values_BnC, grouping.kept_BK),), None
+    weight_BG = grouping.guest_weight_BG
+    ordered_BnC = _gather(values_BnC, torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1))
+    kept_BKC, guests_BGC = ordered_BnC[:, :kept], ordered_BnC[:, kept:].float()
     if grouping.host_BG is None:
-        extra_B1C = grouping.guest_share_BG[:, None] @ guests_BGC
-        return kept_BKC, extra_B1C.to(values_BnC.dtype)
-    assert grouping.host_share_BK is not None
-    mixed_BKC = kept_BKC.float() * grouping.host_share_BK[..., None]
-    host_BGC = grouping.host_BG[..., None].expand(-1, -1, channels)
-    mixed_BKC = mixed_BKC.scatter_add(1, host_BGC, guests_BGC * grouping.guest_share_BG[..., None])
-    return (mixed_BKC.to(values_BnC.dtype),)
+        extra_B1C = guests_BGC.sum(dim=1, keepdim=True) if weight_BG is None else weight_BG[:, None] @ guests_BGC
+        return (kept_BKC, extra_B1C.to(values_BnC.dtype)), None
+    # one more channel of ones, so that weights add up with the features
+    sum_BnD = F.pad(ordered_BnC.float(), (0, 1), value=1.0)
+    guests_BGD = sum_BnD[:, kept:] if weight_BG is None else sum_BnD[:, kept:] * weight_BG[..., None]
+    host_BGD = grouping.host_BG[..., None].expand(-1, -1, channels + 1)
+    sum_BKD = sum_BnD[:, :kept].scatter_add(1, host_BGD, guests_BGD)
+    mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
+    return (mean_BKC.to(values_BnC.dtype),), sum_BKD[..., channels]
+
+
+def _gather(values_BnC: Tensor, index_BK: Tensor) -> Tensor:
+    return values_BnC.gather(1, index_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+
+
+def _first_sizes(grouping: Grouping, weight_BK: Tensor | None) -> Tensor:
+    """Sizes after the first step that joins tokens; all had size 1 before. weight_BK: sums of weights."""
+    assert grouping.host_BG is not None and weight_BK is not None
+    if grouping.size_share_BG is None and grouping.guest_weight_BG is None:
+        return weight_BK
+    share_BG = grouping.size_share_BG
+    share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
+    return torch.ones_like(weight_BK).scatter_add(1, grouping.host_BG, share_BG)
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
@@ -145,8 +166,9 @@ def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     kept_BK = amount_Bn.gather(1, grouping.kept_BK)
     if grouping.guests_BG is None:
         return kept_BK
-    assert grouping.guest_share_BG is not None
-    guests_BG = amount_Bn.gather(1, grouping.guests_BG) * (grouping.guest_share_BG > 0)  # share 0: dropped
+    guests_BG = amount_Bn.gather(1, grouping.guests_BG)
+    if grouping.guest_weight_BG is not None:
+        guests_BG = guests_BG * (grouping.guest_weight_BG > 0)  # weight 0: dropped
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
     return kept_BK.scatter_reduce(1, grouping.host_BG, guests_BG, "amax")

@@ -30,12 +30,4 @@ def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
     (models/vision_transformer.py does this).
     """
     kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
-    total_BK = torch.ones_like(kept_BK, dtype=torch.float32).scatter_add(1, host_BG, torch.ones_like(cosine_BG))
-    return Grouping(
-        kept_BK,
-        guests_BG,
-        host_BG,
-        guest_share_BG=1 / total_BK.gather(1, host_BG),
-        host_share_BK=1 / total_BK,
-        size_share_BG=cosine_BG.clamp_min(0),
-    )
+    return Grouping(kept_BK, guests_BG, host_BG, size_share_BG=cosine_BG.clamp_min(0))

@@ -15,18 +15,17 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     Both remove the same number of tokens, so counts are equal for all images. variance: PPT uses 7e-5 without training
     and 6e-5 with fine-tuning, for 197 tokens and the score value_weighted. parity: see `merge`.
     """
-    assert scene.scores_Bn is not None and scene.size_Bn is not None
+    assert scene.scores_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
     merged = merge(scene, proportional_attention=proportional_attention, parity=parity)
-    assert isinstance(merged, Grouping) and merged.guests_BG is not None and merged.host_BG is not None
-    assert merged.guest_share_BG is not None and merged.host_share_BK is not None
+    assert isinstance(merged, Grouping) and merged.guests_BG is not None
     alike_B1 = scene.scores_Bn.var(dim=1, keepdim=True) < variance
-    shares_BG = merged.guest_share_BG
+    # a guest of weight and size 0 is dropped, whatever its host
+    share_BG = alike_B1.to(torch.float32).expand_as(guests_BG)
     return Grouping(
         torch.where(alike_B1, merged.kept_BK, kept_BK),
         torch.where(alike_B1, merged.guests_BG, guests_BG),
-        merged.host_BG,  # has no effect where guest_share is 0
-        guest_share_BG=shares_BG * alike_B1,
-        host_share_BK=torch.where(alike_B1, merged.host_share_BK, torch.ones_like(merged.host_share_BK)),
-        size_share_BG=alike_B1.to(shares_BG.dtype).expand_as(shares_BG),
+        merged.host_BG,
+        guest_weight_BG=share_BG if merged.guest_weight_BG is None else merged.guest_weight_BG * share_BG,
+        size_share_BG=share_BG,
     )

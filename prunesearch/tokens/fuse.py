@@ -19,5 +19,5 @@ def fuse(scene: ReduceInput) -> Grouping:
     treat the fused token like any other token.
     """
     assert scene.scores_Bn is not None
-    kept_BK, guests_BG, share_BG = top_k_and_rest(scene.scores_Bn, scene.kept)
-    return Grouping(kept_BK, guests_BG, guest_share_BG=share_BG)
+    kept_BK, guests_BG, weight_BG = top_k_and_rest(scene.scores_Bn, scene.kept)
+    return Grouping(kept_BK, guests_BG, guest_weight_BG=weight_BG)

@@ -88,16 +88,18 @@ class Grouping(NamedTuple):
     """Output of a reducer: which tokens stay, and which of the others (guests) join which of them (hosts).
 
     kept_BK: indices of the tokens that stay, ascending (image order). guests_BG: indices of the others; None when they
-    are dropped. Token j of the result is host_share[j] * x[kept[j]] + sum of guest_share[g] * x[guests[g]] over the
-    guests with host[g] == j. With host_BG None, all guests form one token that is appended.
+    are dropped. host_BG: for each guest, the place of its host among the kept. guest_weight_BG: fp32; 1 when None.
+
+    Token j of the result is a mean: of x[kept[j]], with weight 1, and of x[guests[g]] for the guests with host[g] == j,
+    with guest_weight[g]. With host_BG None, one token is appended: the sum of guest_weight[g] * x[guests[g]].
+
     size_share_BG: how much of a guest's size goes to its host; all of it when None.
     """
 
     kept_BK: Tensor
     guests_BG: Tensor | None = None
     host_BG: Tensor | None = None
-    guest_share_BG: Tensor | None = None
-    host_share_BK: Tensor | None = None
+    guest_weight_BG: Tensor | None = None
     size_share_BG: Tensor | None = None
 
 

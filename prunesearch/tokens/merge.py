@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
 from prunesearch.tokens.select import best, straight_through
@@ -63,27 +64,24 @@ def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> G
     does. With an even number of prefix tokens, 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """
     keys_BnD, size_Bn = scene.keys_BnD, scene.size_Bn
-    assert keys_BnD is not None and size_Bn is not None
-    images, tokens, _ = keys_BnD.shape
+    assert keys_BnD is not None
+    tokens = keys_BnD.shape[1]
     first = _first_guest(parity, scene.prefix_tokens)
     unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6)
     cosine_BAP = unit_BnD[:, first::2] @ unit_BnD[:, 1 - first :: 2].transpose(1, 2)
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     order_BA = best_BA.sort(dim=1, descending=True, stable=True).indices
     merging_BG = order_BA[:, : tokens - scene.kept]
-    guests_BG = 2 * merging_BG + first
-    is_guest_Bn = torch.zeros(images, tokens, dtype=torch.int64, device=keys_BnD.device).scatter(1, guests_BG, 1)
+    guests_BG = _places(merging_BG, first)
+    hosts_BG = _places(partner_BA.gather(1, merging_BG), 1 - first)
+    stays_Bn = torch.ones(keys_BnD.shape[:2], dtype=torch.int64, device=keys_BnD.device).scatter(1, guests_BG, 0)
     # stable: tokens that stay come first, each group in image order
-    kept_BK = is_guest_Bn.sort(dim=1, stable=True).indices[:, : scene.kept]
-    slot_Bn = (1 - is_guest_Bn).cumsum(dim=1) - 1  # where a staying token ends up
-    host_BG = slot_Bn.gather(1, 2 * partner_BA.gather(1, merging_BG) + 1 - first)
-    guest_size_BG = size_Bn.gather(1, guests_BG)
-    own_size_BK = size_Bn.gather(1, kept_BK)
-    total_BK = own_size_BK.scatter_add(1, host_BG, guest_size_BG)
-    return Grouping(
-        kept_BK,
-        guests_BG,
-        host_BG,
-        guest_share_BG=guest_size_BG / total_BK.gather(1, host_BG),
-        host_share_BK=own_size_BK / total_BK,
-    )
+    kept_BK = stays_Bn.sort(dim=1, descending=True, stable=True).indices[:, : scene.kept]
+    host_BG = stays_Bn.cumsum(dim=1).gather(1, hosts_BG) - 1  # place of a token among those that stay
+    weight_BG = None if size_Bn is None else size_Bn.gather(1, guests_BG) / size_Bn.gather(1, hosts_BG)
+    return Grouping(kept_BK, guests_BG, host_BG, guest_weight_BG=weight_BG)
+
+
+def _places(every_second: Tensor, first: int) -> Tensor:
+    """Indices among all patch tokens, of indices among every second one from `first` on."""
+    return every_second * 2 if first == 0 else every_second * 2 + first

@@ -31,13 +31,6 @@ def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
     Similarity is the cosine of block features. A token has one host; a host without guests is unchanged.
     """
     kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
-    guest_weight_BG = (cosine_BG / temperature).exp()
-    own_weight = math.e  # exp(cos(x, x)), without the temperature, as in the released code
-    total_BK = torch.full_like(kept_BK, own_weight, dtype=torch.float32).scatter_add(1, host_BG, guest_weight_BG)
-    return Grouping(
-        kept_BK,
-        guests_BG,
-        host_BG,
-        guest_share_BG=guest_weight_BG / total_BK.gather(1, host_BG),
-        host_share_BK=own_weight / total_BK,
-    )
+    logit_BG = cosine_BG if temperature == 1 else cosine_BG / temperature
+    # the host's own logit is cos(x, x) = 1, without the temperature, as in the released code
+    return Grouping(kept_BK, guests_BG, host_BG, guest_weight_BG=(logit_BG - 1).exp())
