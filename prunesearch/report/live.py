@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesearch.config import StudyConfig
-from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
 from prunesearch.printable import printable
 from prunesearch.record import Record
 from prunesearch.report.rung_tables import compared, rungs_table, seconds_of, warnings, work_left
-from prunesearch.report.tables import causes, decimals, front_table, said, short
+from prunesearch.report.tables import causes, decimals, first_line, front_table, said, short
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.events import (
     Checked,
@@ -98,7 +97,7 @@ class Progress:
             self.rejected = event.rejected
             if event.evaluation.status == "failed":
                 self.note = (
-                    f"trial {event.record.number} failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
+                    f"trial {event.record.number} failed ({event.evaluation.cause}): {first_line(event.evaluation)}"
                 )
             self._judge()
         elif isinstance(event, Checked):
@@ -125,7 +124,7 @@ class Progress:
         """What a confirmation measured, beside what the search had measured."""
         metric = self.config.objectives[0].metric
         if event.evaluation.status == "failed":
-            return f"failed ({event.evaluation.cause}): {_first_line(event.evaluation)}"
+            return f"failed ({event.evaluation.cause}): {first_line(event.evaluation)}"
         before = values_of(event.record).get(metric, math.nan)
         return f"{metric} {event.evaluation.value(metric):.5g} (in the search {before:.5g})"
 
@@ -326,7 +325,7 @@ def _result(progress: Progress, event: Finished) -> str:
     head = f"{len(progress.records)}{total}  trial {record.number}"
     seconds = f"{seconds_of(evaluation):.1f} s"
     if evaluation.status == "failed":
-        return f"{head}  failed ({evaluation.cause}): {_first_line(evaluation)}  {seconds}"
+        return f"{head}  failed ({evaluation.cause}): {first_line(evaluation)}  {seconds}"
     values = [values_of(other) for other in progress.records.values()]
     shown = []
     for objective in progress.config.objectives:
@@ -336,10 +335,6 @@ def _result(progress: Progress, event: Finished) -> str:
     star = "*" if any(other.number == record.number for other in progress.front) else " "
     what = f"rung {evaluation.rung}" if _several(progress) else "complete"
     return f"{head}  {what}  {'  '.join(shown)}  {seconds}  {star} {short(record.outcome)}"
-
-
-def _first_line(evaluation: Evaluation) -> str:
-    return (evaluation.error.splitlines() or ["?"])[0]
 
 
 def _ended(event: Done) -> str:

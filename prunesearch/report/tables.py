@@ -186,7 +186,7 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
         lines.append(("failed", f"{states['failed']} ({causes(records)})"))
         last = max((record for record in records if record.state == "failed"), key=lambda record: record.number)
         if last.evaluation is not None and last.evaluation.error:
-            lines.append(("last error", f"trial {last.number}: {last.evaluation.error.splitlines()[0]}"))
+            lines.append(("last error", f"trial {last.number}: {first_line(last.evaluation)}"))
     found = front(records, config.objectives, config.limits)
     dense = dense_of(records)
     if dense is not None:
@@ -224,6 +224,11 @@ def data_lines(records: Iterable[Record]) -> list[str]:
         some = "" if count == len(evaluations) else f" (in {count} of {len(evaluations)} evaluations)"
         lines.append(f"data: {note}{some}")
     return lines
+
+
+def first_line(evaluation: Evaluation) -> str:
+    """The first line of the error of a failed evaluation."""
+    return (evaluation.error.splitlines() or ["?"])[0]
 
 
 def causes(records: Iterable[Record]) -> str:

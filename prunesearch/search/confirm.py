@@ -24,7 +24,7 @@ from prunesearch.search.tasks import task_of
 from prunesearch.study.lost_database import contradiction
 from prunesearch.study.reader import Claim
 from prunesearch.study.store import Store
-from prunesearch.study.team import NoTeam, Team
+from prunesearch.study.team import NoTeam, Team, outboxes_of
 from prunesearch.workers.outbox import delete, delivered, discard
 from prunesearch.workers.protocol import Lost, Workers
 
@@ -169,7 +169,7 @@ def _adopt_from_dead(
     others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}
     dead = team.dead(others) if others else set()
     for owner in sorted(dead):
-        for place in team.outboxes(owner, folder):
+        for place in outboxes_of(owner, store, folder):
             _adopt(config, folder, place, store)
     return dead
 
@@ -183,9 +183,7 @@ def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store
 
 def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:
     """Store the confirmations left in an outbox by an earlier process or a dead driver."""
-    foreign = not outbox.is_relative_to(folder)
-    every = delivered(outbox, store.alone and not foreign, foreign)
-    found = [entry for entry in every if entry[1].confirms is not None]
+    found = [entry for entry in delivered(outbox, store.alone, folder) if entry[1].confirms is not None]
     records = {record.uid: record for record in store.records()} if found else {}
     for path, task, evaluation in found:
         record = records.get(task.confirms or "")

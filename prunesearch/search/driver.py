@@ -27,7 +27,7 @@ from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.state import SearchState
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
-from prunesearch.study.team import NoTeam, Team
+from prunesearch.study.team import NoTeam, Team, outboxes_of
 from prunesearch.study.vocabulary import vocabulary_of
 from prunesearch.workers.child import ChildWorker
 from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
@@ -82,7 +82,7 @@ def run_study(
             return interrupt.count == 0
 
         store, place = stack.enter_context(opened_study(config, folder, url, alone, wait_for_storage))
-        team: Team | NoTeam = NoTeam(store)
+        team: Team | NoTeam = NoTeam()
         if not alone:
             team = stack.enter_context(closing(Team(store, place, lease)))
         shape = model_shape(config.model)
@@ -91,7 +91,8 @@ def run_study(
         outbox = folder / "outbox" if alone else folder / "outbox" / store.owner
         left = [outbox]
         if alone:  # other drivers may have run the study before, in folders of their own
-            left += [place for name in store.beats() for place in team.outboxes(name, folder) if place.parent != outbox]
+            elsewhere = [place for name in store.beats() for place in outboxes_of(name, store, folder)]
+            left += [place for place in elsewhere if place.parent != outbox]  # its subfolders are read with it
         state = SearchState(config, shape, starts, store.records())
         recovery = Recovery(state, store, folder, left)
         others: Others = NoOthers()

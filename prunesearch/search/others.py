@@ -15,7 +15,7 @@ from prunesearch.search.recovery import Recovery
 from prunesearch.search.state import SearchState
 from prunesearch.study.lost_database import contradiction
 from prunesearch.study.store import Store
-from prunesearch.study.team import Team
+from prunesearch.study.team import Team, outboxes_of
 from prunesearch.workers.outbox import discard
 
 LOOK_SECONDS = 1.0
@@ -101,7 +101,7 @@ class OtherDrivers:
     def _take_over(self, slots: int) -> None:
         elsewhere = [record for record in self.store.running() if not self.state.is_here(record.uid)]
         dead = self.team.dead({record.owner for record in elsewhere if not self.store.owns(record)})
-        places = [place for owner in sorted(dead) for place in self.team.outboxes(owner, self.recovery.folder)]
+        places = [place for owner in sorted(dead) for place in outboxes_of(owner, self.store, self.recovery.folder)]
         if dead and self.recovery.kept:  # may hold results of candidates that a dead driver took over
             places.append(self.outbox)
         for record in (record for place in places for record in self.recovery.adopt(place, dead)):

@@ -40,16 +40,16 @@ class Recovery:
 
         dead: names of drivers that have ended. Their candidates may be taken over.
         """
-        found, foreign = [], not outbox.is_relative_to(self.folder)
-        for path, task, evaluation in delivered(outbox, self.store.alone and not foreign, foreign):
+        found = []
+        for path, task, evaluation in delivered(outbox, self.store.alone, self.folder):
             if task.confirms is not None or task.supernet is not None:  # they have their own recovery
                 continue
             try:
                 record = self._record_of(task, evaluation)
             except Exception as error:  # a bad file must not stop the search
-                set_aside(path, f"it does not belong to this study: {error}", foreign)
+                set_aside(path, f"it does not belong to this study: {error}", self.folder)
                 continue
-            finished = self._adopt(path, record, task, evaluation, dead, foreign)
+            finished = self._adopt(path, record, task, evaluation, dead)
             if finished is not None:
                 found.append(finished)
         return found
@@ -77,7 +77,7 @@ class Recovery:
         discard(outbox, record.uid, rung)
 
     def _adopt(
-        self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str], foreign: bool
+        self, path: Path, record: Record, task: Task, evaluation: Evaluation, dead: Container[str]
     ) -> Record | None:
         is_next = task.rung == record.rung + 1 and record.state == "paused"
         if (record.number < 0 and task.rung == 0) or is_next:  # the storage is an older copy without it
@@ -86,7 +86,7 @@ class Recovery:
                 return None  # another driver has claimed it
             record = self.state.records[task.uid] = begun
         if record.number < 0:
-            set_aside(path, "its smaller budgets are not in the storage", foreign)
+            set_aside(path, "its smaller budgets are not in the storage", self.folder)
             return None
         finished = None
         if record.state == "running" and record.rung == task.rung:
@@ -103,7 +103,8 @@ class Recovery:
         elif not self.store.owns(record):
             self.kept.add((task.uid, task.rung))
         else:
-            set_aside(path, f"its candidate is {record.state} at rung {record.rung} and does not wait for it", foreign)
+            why = f"its candidate is {record.state} at rung {record.rung} and does not wait for it"
+            set_aside(path, why, self.folder)
         return finished
 
     def _record_of(self, task: Task, evaluation: Evaluation) -> Record:

@@ -23,15 +23,16 @@ LEASE_SECONDS = 60.0
 BEATS_PER_LEASE = 4
 
 
-def outboxes_of(name: str, beat: Beat | None, folder: Path) -> list[Path]:
+def outboxes_of(name: str, store: Store, folder: Path) -> list[Path]:
     """Folders that may hold results of another driver which the storage lacks.
 
     These are the outbox in the folder named by its beat, and the one in `folder`, the folder of this driver: a shared
-    disk may have another path on this machine. A driver without a beat was the only one when it ran. None when the name
-    is no name of a driver.
+    disk may have another path on this machine. A driver without a beat was the only one when it ran. Empty when no
+    driver can have this name.
     """
     if not is_driver_name(name):
         return []
+    beat = store.beats().get(name)
     if beat is None:
         return [folder / "outbox"]
     its = Path(beat.place).parents[1]  # FOLDER/drivers/NUMBER
@@ -41,14 +42,8 @@ def outboxes_of(name: str, beat: Beat | None, folder: Path) -> list[Path]:
 class NoTeam:
     """For a study with one driver: any other driver of it has ended."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-
     def dead(self, names: Iterable[str]) -> set[str]:
         return set(names)
-
-    def outboxes(self, name: str, folder: Path) -> list[Path]:
-        return outboxes_of(name, self.store.beats().get(name), folder)
 
 
 class Team:
@@ -68,10 +63,6 @@ class Team:
         """Those of these drivers that have ended, or whose beat has not changed for a lease of observation."""
         beats = self.store.beats()
         return {name for name in names if self._is_dead(name, beats.get(name))}
-
-    def outboxes(self, name: str, folder: Path) -> list[Path]:
-        """See `outboxes_of`."""
-        return outboxes_of(name, self.store.beats().get(name), folder)
 
     def close(self) -> None:
         """Stop beating and mark this driver as ended, so that its candidates can be taken over at once."""

@@ -36,12 +36,13 @@ def evaluate_into(outbox: Path, evaluate: Callable[[Task], Evaluation], task: Ta
     return evaluation
 
 
-def delivered(outbox: Path, deep: bool = False, foreign: bool = False) -> list[tuple[Path, Task, Evaluation]]:
+def delivered(outbox: Path, deep: bool = False, home: Path | None = None) -> list[tuple[Path, Task, Evaluation]]:
     """The results in an outbox as (file, task, evaluation), oldest first. deep: also those in its subfolders.
 
-    Files that cannot be read are set aside; their candidates run again. foreign: see `set_aside`.
+    Files that cannot be read are set aside; their candidates run again. home: see `set_aside`. The subfolders of an
+    outbox outside it are not read.
     """
-    found = []
+    found, deep = [], deep and _is_in(home, outbox)
     for path in (path for _, path in sorted(_entries(outbox, deep), key=lambda entry: (entry[0], entry[1].name))):
         try:
             about = path.stat()
@@ -53,17 +54,17 @@ def delivered(outbox: Path, deep: bool = False, foreign: bool = False) -> list[t
             task = from_mapping(Task, entry["task"], str(path))
             found.append((path, task, from_mapping(Evaluation, entry["evaluation"], str(path))))
         except Exception as error:  # a bad file must not stop a search
-            set_aside(path, f"it is damaged ({type(error).__name__}: {error})", foreign)
+            set_aside(path, f"it is damaged ({type(error).__name__}: {error})", home)
     return found
 
 
-def set_aside(path: Path, why: str, foreign: bool = False) -> None:
+def set_aside(path: Path, why: str, home: Path | None = None) -> None:
     """Rename a file so that it is no result any more, without deleting it.
 
-    Does nothing when the file is gone. Logs a warning when it cannot be renamed. foreign: it is not in the folder of
-    this study, so it is left as it is: only a database says that results may be there, and it may be a stranger's.
+    Does nothing when the file is gone. Logs a warning when it cannot be renamed. home: the folder of the study. A file
+    outside it is left as it is: only a database says that results may be there, and it may be a stranger's.
     """
-    if foreign:
+    if not _is_in(home, path):
         logger.info("outbox: %s was not adopted, because %s", path, why)
         return
     names = (path.with_suffix(f".aside{number or ''}") for number in itertools.count())
@@ -76,6 +77,10 @@ def set_aside(path: Path, why: str, foreign: bool = False) -> None:
         logger.warning("outbox: %s was not adopted, because %s; it stays there (%s)", path, why, error)
         return
     logger.warning("outbox: %s was not adopted and is now %s, because %s", path, aside.name, why)
+
+
+def _is_in(home: Path | None, path: Path) -> bool:
+    return home is None or path.is_relative_to(home)
 
 
 def discard(outbox: Path, uid: str, rung: int) -> None:

@@ -64,7 +64,7 @@ def again(config: StudyConfig, folder: Path, workers: SerialWorkers | None = Non
     store = open_store(config, f"journal:{folder / 'study.log'}")
     workers = workers or SerialWorkers(config.workers, folder / "outbox", "test_confirm:evaluate")
     try:
-        confirm(config, folder, folder / "outbox", store, workers, NoTeam(store), events.append)
+        confirm(config, folder, folder / "outbox", store, workers, NoTeam(), events.append)
     finally:
         store.close()
     return events
@@ -155,7 +155,7 @@ def test_on_request_nothing_new_is_begun(tmp_path: Path) -> None:
     config = searched(tmp_path)
     store = open_store(config, f"journal:{tmp_path / 'study.log'}")
     workers = SerialWorkers(config.workers, tmp_path / "outbox", "test_confirm:evaluate")
-    confirm(config, tmp_path, tmp_path / "outbox", store, workers, NoTeam(store), is_stopped=lambda: len(TASKS) >= 3)
+    confirm(config, tmp_path, tmp_path / "outbox", store, workers, NoTeam(), is_stopped=lambda: len(TASKS) >= 3)
     store.close()
     assert len(TASKS) == 3
 
