@@ -1,0 +1,30 @@
+"""Only what loads a heavy library is imported inside a function: everything else is imported at the top of its file."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+
+import pytest
+from test_imports import MODULES, ROOMS, TREES, imported
+
+HEAVY = {*ROOMS, "torchvision", "scipy", "safetensors", "numpy"}
+
+
+@cache
+def loads(module: str) -> set[str]:
+    """Top-level packages and modules of ours that come with importing a module."""
+    found, left = set(), {module}
+    while left:
+        found |= left
+        trees = [TREES[name] for name in left if name in MODULES]
+        top = imported(node for tree in trees for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+        left = (top | {name.rpartition(".")[0] for name in left if "." in name}) - found
+    return {name if name in MODULES else name.split(".")[0] for name in found}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_heavy_modules_are_imported_inside_functions(module: str) -> None:
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
+    for other in imported(functions) & MODULES.keys():
+        assert loads(other) & HEAVY, f"{module} imports {other} late, which loads nothing heavy: import it at top"
