@@ -16,14 +16,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from prunesearch.schedule import Schedule, Step, resolve
+from prunesearch.profile import Count
+from prunesearch.schedule import Schedule, Step, options_of, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
-Count = Any
-"""An int, or a tensor with one count for each image."""
+
+class CostTable(Protocol):
+    """What the parts of a model cost.
+
+    Token counts are ints, or tensors with one value per image; costs then are tensors, and gradients pass through.
+    metric: the computed metric of this cost. unit: of that metric. per_unit: costs of the parts in one unit.
+    knows_sizes: whether attention costs something else when tokens have sizes.
+    """
+
+    @property
+    def metric(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def per_unit(self) -> float: ...
+    @property
+    def knows_sizes(self) -> bool: ...
+
+    def whole(self, shape: ModelShape) -> float:
+        """What does not depend on tokens."""
+
+    def block(self, shape: ModelShape, attention_tokens: Count, mlp_tokens: Count, sized: bool) -> Count:
+        """One block without a stage; tokens with the prefix. sized: attention adds log(size) to its logits."""
+
+    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Count) -> Count:
+        """The score and the verb of a stage; patch tokens. scored: what the score reads, see `tokens_scored`."""
+
+    def end(self, shape: ModelShape, tokens: Count) -> Count:
+        """What follows the last block; tokens with the prefix."""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates by the closed form."""
+
+    metric: str = "gmacs"
+    unit: str = "GMACs"
+    per_unit: float = 1e9
+    knows_sizes: bool = False
+
+    def whole(self, shape: ModelShape) -> int:
+        """Patch embedding, classifier, and what a pooling head needs for any number of tokens."""
+        return shape.stem_macs + shape.head_macs + shape.pool_macs
+
+    def block(self, shape: ModelShape, attention_tokens: Count, mlp_tokens: Count, sized: bool = False) -> Count:
+        """Projections, attention, gate and MLP; in a model with a feature map also the fast path."""
+        projections = (4 * shape.dim * shape.attention_dim + shape.gate_macs) * attention_tokens
+        attention = 2 * shape.attention_dim * attention_tokens * attention_tokens
+        fast_path = shape.dim**2 * (attention_tokens - mlp_tokens) if shape.holds else 0
+        return projections + attention + shape.mlp_macs * mlp_tokens + fast_path
+
+    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Count) -> Count:
+        """As the registry entries of score and verb say."""
+        reducer = REDUCERS[step.stage.reduce]
+        # reducers divide integers, which has no gradient; their share of the cost is small
+        macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))
+        return macs if step.stage.score == "none" else macs + SCORERS[step.stage.score].macs(shape, scored)
+
+    def end(self, shape: ModelShape, tokens: Count) -> Count:
+        """A pooling head that attends."""
+        return shape.pool_macs_per_token * tokens + shape.pool_macs_per_pair * tokens * tokens
+
+
+MACS = Macs()
 
 
 @dataclass(frozen=True)
@@ -50,61 +113,69 @@ def estimate_cost(shape: ModelShape, schedule: Schedule = Schedule()) -> Cost:
 
     Raises ScheduleError as `resolve`.
     """
-    steps = [step for step in resolve(schedule, shape) if not step.is_idle]
-    macs, attention_tokens, mlp_tokens = macs_of_counts(shape, steps, [step.after for step in steps])
+    macs, attention_tokens, mlp_tokens = _of_schedule(shape, schedule, MACS)
     return Cost(macs, tuple(attention_tokens), tuple(mlp_tokens))
 
 
-def macs_of_counts(
-    shape: ModelShape, steps: Sequence[Step], after: Sequence[Count]
+def total_cost(shape: ModelShape, schedule: Schedule, table: CostTable = MACS) -> float:
+    """Cost of a schedule in the unit of a table: GMACs of an image, or milliseconds of a batch of a profile.
+
+    With thresholds: the most it can cost. Raises ScheduleError as `resolve`, and DeviceError for a stage that the
+    profile does not have.
+    """
+    return _of_schedule(shape, schedule, table)[0] / table.per_unit
+
+
+def _of_schedule(shape: ModelShape, schedule: Schedule, table: CostTable) -> tuple[Any, list[int], list[int]]:
+    steps = [step for step in resolve(schedule, shape) if not step.is_idle]
+    return cost_of_counts(shape, steps, [step.after for step in steps], table)
+
+
+def cost_of_counts(
+    shape: ModelShape, steps: Sequence[Step], after: Sequence[Count], table: CostTable = MACS
 ) -> tuple[Count, list[Count], list[Count]]:
-    """MACs of one image, and the tokens that each block's attention and MLP see.
+    """Cost of an image (MACS: an int in MACs), and the tokens that each block's attention and MLP see.
 
     after: patch tokens after each step. Each count is an int, or a tensor with one value per image. Tensors give
     tensors, and gradients pass through.
     """
     prefix = shape.prefix_tokens
-    macs: Count = shape.stem_macs + shape.head_macs
+    cost: Count = table.whole(shape)
     attention_tokens: list[Count] = []
     mlp_tokens: list[Count] = []
     left = [shape.patch_tokens, *after]
     arriving = [shape.patch_tokens] * len(left) if shape.holds else left
-    position = 0
+    position, sized = 0, False
     for block in range(shape.depth):
         for place, counts, tokens in (("pre", arriving, attention_tokens), ("mid", left, mlp_tokens)):
             while position < len(steps) and (steps[position].stage.block, steps[position].stage.at) == (block, place):
                 position += 1
             tokens.append(counts[position] + prefix)
-        macs = macs + block_macs(shape, attention_tokens[-1], mlp_tokens[-1])
+            if place == "pre":
+                sized = any(gives_sizes(step) for step in steps[:position])
+        cost = cost + table.block(shape, attention_tokens[-1], mlp_tokens[-1], sized)
     for index, step in enumerate(steps):
-        macs = macs + stage_macs(shape, step, arriving[index], after[index], attention_tokens)
-    last = left[-1] + prefix
-    macs = macs + (shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last)
-    return macs, attention_tokens, mlp_tokens
+        scored = tokens_scored(step, arriving[index], attention_tokens)
+        cost = cost + table.stage(shape, step, arriving[index], after[index], scored)
+    cost = cost + table.end(shape, left[-1] + prefix)
+    return cost, attention_tokens, mlp_tokens
 
 
-def block_macs(shape: ModelShape, attention_tokens: Count, mlp_tokens: Count) -> Count:
-    """MACs of one block."""
-    projections = (4 * shape.dim * shape.attention_dim + shape.gate_macs) * attention_tokens
-    attention = 2 * shape.attention_dim * attention_tokens * attention_tokens
-    fast_path = shape.dim**2 * (attention_tokens - mlp_tokens) if shape.holds else 0
-    return projections + attention + shape.mlp_macs * mlp_tokens + fast_path
+def tokens_scored(step: Step, before: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]) -> Count:
+    """The tokens that a stage's score reads: those of an attention, or the patch tokens when it reads none.
+
+    At mid it reads the attention of its block, at pre that of the block before. attention_tokens: by block.
+    """
+    stage = step.stage
+    if stage.score == "none" or not SCORERS[stage.score].needs_attention:
+        return before
+    return attention_tokens[stage.block - (stage.at == "pre")]
 
 
-def stage_macs(
-    shape: ModelShape, step: Step, before: Count, after: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]
-) -> Count:
-    """MACs of a stage's score and verb. attention_tokens: by block; its own and the one before are read."""
-    stage, reducer = step.stage, REDUCERS[step.stage.reduce]
-    # reducers divide integers, which has no gradient; their share of the cost is small
-    macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))
-    if stage.score == "none":
-        return macs
-    scorer = SCORERS[stage.score]
-    if not scorer.needs_attention:
-        return macs + scorer.macs(shape, before)
-    # the score reads an attention: at mid that of this block, at pre that of the block before
-    return macs + scorer.macs(shape, attention_tokens[stage.block - (stage.at == "pre")])
+def gives_sizes(step: Step) -> bool:
+    """Whether later attention weights tokens by how many they stand for, because of this step."""
+    stage = step.stage
+    return REDUCERS[stage.reduce].merges and bool(options_of(stage).get("proportional_attention", False))
 
 
 def _constant(count: Count) -> Count:

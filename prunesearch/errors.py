@@ -8,6 +8,7 @@
     │   ├── ModelError        a model that prunesearch cannot change, or that cannot be built
     │   ├── DataError         a data set that cannot be opened or does not fit the model
     │   ├── StudyError        a study that cannot be opened or continued, or cannot answer a question
+    │   ├── DeviceError       a device profile, runtime or exported file that cannot be made or does not fit
     │   └── ResourceError     more workers, CPUs or GPUs asked for than there are
     └── RunError              the run itself failed (nothing feasible, storage lost, ...); exits 1
 
@@ -64,6 +65,10 @@ class DataError(UserError):
 
 class StudyError(UserError):
     """A study that cannot be opened or continued, or cannot answer a question."""
+
+
+class DeviceError(UserError):
+    """A device profile, a runtime or an exported file that cannot be made, or does not fit."""
 
 
 class ResourceError(UserError):

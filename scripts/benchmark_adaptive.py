@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from prunesearch.cost import estimate_cost, macs_of_counts
+from prunesearch.cost import estimate_cost, cost_of_counts
 from prunesearch.models import apply_schedule, shape_of, steps_of, trace, vision_transformer
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import ScoreInput, scorer
@@ -88,7 +88,7 @@ def rows_for(name: str, spread: float, batch: int, rounds: int, device: torch.de
         Schedule(tuple(Stage(b, at="pre", score="token_length", tokens=n) for b, n in zip(BLOCKS, means, strict=True))),
     )
     shape, steps = shape_of(dense), [step.step for step in steps_of(adaptive)]
-    macs = macs_of_counts(shape, steps, [count.double() for count in outcome.counts])[0].mean().item()
+    macs = cost_of_counts(shape, steps, [count.double() for count in outcome.counts])[0].mean().item()
     last = outcome.counts[-1]
     ways: dict[str, Callable[[], Tensor]] = {
         "dense model": lambda: dense(images),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import predict
-from prunesearch.evaluate.schedule_loss import macs_by_counts
+from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.models import schedule_of, shape_of, steps_of, threshold_of, threshold_unit
 from prunesearch.schedule import Stage
 from prunesearch.shape import ModelShape
@@ -70,7 +70,7 @@ def mean_macs(
 ) -> float:
     """Mean MACs of the images with the indices `chosen`, each by its own token counts."""
     logits, _, counts = predict(model, images, batch_size, device, amp, indices=chosen)
-    return macs_by_counts(counts, steps_of(model), shape, len(logits)).mean().item()
+    return cost_by_counts(counts, steps_of(model), shape, len(logits)).mean().item()
 
 
 def _step_size(stage: Stage, shape: ModelShape) -> float:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.config import MeasureConfig, ModelConfig
-from prunesearch.cost import macs_of_counts
+from prunesearch.cost import cost_of_counts
 from prunesearch.errors import DataError
 from prunesearch.evaluate.build import parameter_count
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.metrics import Measured
 from prunesearch.evaluate.predict import Predictions, predict
-from prunesearch.evaluate.schedule_loss import macs_by_counts
+from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.speed import Timing, peak_memory, time_batches
 from prunesearch.models import learned_parameters, shape_of, steps_of
@@ -53,7 +53,7 @@ class Subject:
     def gmacs(self) -> Tensor:
         """GMACs of each validation image by its own token counts, (N), float64."""
         logits, _, counts = self.outputs
-        return macs_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits)) / 1e9
+        return cost_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits)) / 1e9
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ class Subject:
         steps, shape = steps_of(self.model), shape_of(self.model)
         counts = [count.double().mean().item() for count in self.outputs.counts]
         fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
-        _, _, tokens = macs_of_counts(shape, [step.step for step in steps], [*fixed, *counts])
+        _, _, tokens = cost_of_counts(shape, [step.step for step in steps], [*fixed, *counts])
         return tuple(round(count) for count in tokens)
 
     def batches(self, batch_size: int) -> list[Tensor]:

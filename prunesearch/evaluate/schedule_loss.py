@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.config import FinetuneConfig
-from prunesearch.cost import estimate_cost, macs_of_counts
+from prunesearch.cost import MACS, CostTable, cost_of_counts, estimate_cost
 from prunesearch.models import PlannedStep, Trace, schedule_of, shape_of, steps_of
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
@@ -92,12 +92,18 @@ def token_loss(trace: Trace, dense_patches_BnC: Tensor, kind: Literal["squared",
 
 def macs_of_images(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
     """MACs of each image, (B,), by its own counts. In training they carry gradients to the decisions."""
-    return macs_by_counts(trace.counts, steps, shape, trace.logits.shape[0])
+    return cost_by_counts(trace.counts, steps, shape, trace.logits.shape[0])
 
 
-def macs_by_counts(counts: Sequence[Tensor], steps: Sequence[PlannedStep], shape: ModelShape, images: int) -> Tensor:
-    """MACs of each image, (images,), from counts as in a `Trace`."""
+def cost_by_counts(
+    counts: Sequence[Tensor],
+    steps: Sequence[PlannedStep],
+    shape: ModelShape,
+    images: int,
+    table: CostTable = MACS,
+) -> Tensor:
+    """Cost of each image (MACs, or milliseconds of a profile), (images,), from counts as in a `Trace`."""
     fixed = [step.step.after for step in steps[: len(steps) - len(counts)]]
     after = [*fixed, *(count_B.double() for count_B in counts)]
-    macs, _, _ = macs_of_counts(shape, [step.step for step in steps], after)
-    return macs if isinstance(macs, Tensor) else torch.full((images,), float(macs), dtype=torch.float64)
+    cost, _, _ = cost_of_counts(shape, [step.step for step in steps], after, table)
+    return cost if isinstance(cost, Tensor) else torch.full((images,), float(cost), dtype=torch.float64)

@@ -17,7 +17,7 @@ from prunesearch.evaluate import build_model
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.machine import find_device
 from prunesearch.evaluate.predict import predict
-from prunesearch.evaluate.schedule_loss import macs_by_counts
+from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.files import ScheduleFile, save_schedule, to_mapping, write_atomically
 from prunesearch.models import PARTS, apply_schedule, shape_of, steps_of
 from prunesearch.schedule import Schedule, Stage
@@ -61,7 +61,7 @@ def freeze(
     train, _ = open_data(data, adaptive)
     counts = predict(adaptive, train, batch_size, where, amp=True, indices=torch.arange(min(images, len(train)))).counts
     shape, steps = shape_of(adaptive), steps_of(adaptive)
-    mean_gmacs = macs_by_counts(counts, steps, shape, 1).mean().item() / 1e9
+    mean_gmacs = cost_by_counts(counts, steps, shape, 1).mean().item() / 1e9
     schedule = Schedule(_fixed_stages(adaptive, counts))
     gmacs = estimate_cost(shape, schedule).gmacs
     written = [target]

@@ -79,8 +79,8 @@ def predicted_table(starts: Sequence[Predicted], dense_gmacs: float) -> Table:
         table.add_column(name, justify="right")
     table.add_column("schedule", overflow="fold")
     for point in starts:
-        share, damage = f"{point.gmacs / dense_gmacs:.0%}", f"{point.divergence:.2g}"
-        table.add_row(f"{point.gmacs:.{places}f}", share, damage, Text(short(point.schedule)))
+        share, damage = f"{point.cost / dense_gmacs:.0%}", f"{point.divergence:.2g}"
+        table.add_row(f"{point.cost:.{places}f}", share, damage, Text(short(point.schedule)))
     return table
 
 

@@ -1,8 +1,9 @@
 """Predict the front of damage and cost from sensitivities, by dynamic programming over the blocks.
 
 The predicted damage of a schedule is the sum of the damage of each of its stages alone (KL divergence, measured with
-all tokens present). Its cost in MACs is exact. The state of the dynamic program is what later costs depend on
-(`State`). For each state only schedules are kept that no other one beats in both damage and cost.
+all tokens present). Its cost by the cost table (MACs, or milliseconds of a profile) is exact. The state of the dynamic
+program is what later costs depend on (`State`). For each state only schedules are kept that no other one beats in both
+damage and cost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunesearch.config import Range, SpaceConfig
-from prunesearch.cost import block_macs, stage_macs
+from prunesearch.cost import MACS, CostTable, gives_sizes, tokens_scored
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.sensitivity import Effect
 from prunesearch.schedule import Schedule, Stage, Step, resolve
@@ -30,11 +31,11 @@ MOST_POINTS = 256
 
 @dataclass(frozen=True)
 class Predicted:
-    """A schedule with its predicted divergence (nats) and its cost (GMACs per image)."""
+    """A schedule with its predicted divergence (nats) and its cost in the unit of the cost table."""
 
     schedule: Schedule
     divergence: float
-    gmacs: float
+    cost: float
 
 
 class State(NamedTuple):
@@ -42,18 +43,20 @@ class State(NamedTuple):
 
     present: patch tokens. attended: tokens in the attention of the last block, prefix tokens included; a score at `pre`
     of the next block reads that attention; 0 where none does. stages: so far; 0 if the space does not limit them.
+    sized: tokens have sizes, which attention adds to its logits; False if that costs nothing in the table.
     """
 
     present: int
     attended: int
     stages: int
+    sized: bool = False
 
 
 class Move(NamedTuple):
-    """One block with or without a stage: the state after it, and the MACs and damage that it adds."""
+    """One block with or without a stage: the state after it, and the cost and damage that it adds."""
 
     state: State
-    macs: int
+    cost: float
     damage: float
 
 
@@ -61,24 +64,26 @@ class Move(NamedTuple):
 class _Paths:
     """The front of one state, one entry per path, ascending in cost.
 
-    macs, damage: so far. before, place: index of the previous state, and index into the front of that state. choice:
+    cost, damage: so far. before, place: index of the previous state, and index into the front of that state. choice:
     index of the chosen effect; -1 is no stage.
     """
 
-    macs: np.ndarray
+    cost: np.ndarray
     damage: np.ndarray
     before: np.ndarray
     place: np.ndarray
     choice: np.ndarray
 
 
-def predicted_front(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) -> list[Predicted]:
-    """The schedules of a space on the predicted front of divergence and MACs, cheapest first.
+def predicted_front(
+    effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape, table: CostTable = MACS
+) -> list[Predicted]:
+    """The schedules of a space on the predicted front of divergence and cost, cheapest first.
 
     Includes the dense model if the space does. Exact as long as no state has more than MOST_POINTS points.
     """
-    found = [point for group in _groups(effects, space) for point in _front_of(group, space, shape)]
-    found.sort(key=lambda point: (point.gmacs, point.divergence))
+    found = [point for group in _groups(effects, space) for point in _front_of(group, space, shape, table)]
+    found.sort(key=lambda point: (point.cost, point.divergence))
     best: list[Predicted] = []
     for point in found:
         if not best or point.divergence < best[-1].divergence:
@@ -104,11 +109,10 @@ def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effe
         ]
 
 
-def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) -> list[Predicted]:
+def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape, table: CostTable) -> list[Predicted]:
     start = State(shape.patch_tokens, 0, 0)
     nothing = np.zeros(1, dtype=np.int64)
-    first = shape.stem_macs + shape.head_macs
-    layers = [{start: _Paths(nothing + first, np.zeros(1), nothing, nothing, nothing)}]
+    layers = [{start: _Paths(nothing + table.whole(shape), np.zeros(1), nothing, nothing, nothing)}]
     by_block = {block.block: block for block in blocks_of(space)}
     for index in range(shape.depth):
         block = by_block.get(index)
@@ -116,20 +120,19 @@ def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape) 
         options: list[tuple[int, Effect | None]] = [(-1, None)] if can_skip else []
         options += [(place, effect) for place, effect in enumerate(effects) if effect.stage.block == index]
         is_read = any((effect.stage.block, effect.stage.at) == (index + 1, "pre") for effect in effects)
-        layers.append(_next_layer(layers[-1], options, can_skip, is_read, space.max_stages, shape))
+        layers.append(_next_layer(layers[-1], options, can_skip, is_read, space.max_stages, shape, table))
     points = []
     for state, paths in layers[-1].items():
-        last = state.present + shape.prefix_tokens
-        pooling = shape.pool_macs + shape.pool_macs_per_token * last + shape.pool_macs_per_pair * last * last
-        rows = zip(paths.macs + pooling, paths.damage, itertools.count(), itertools.repeat(state))
-        points += [(int(macs), float(damage), place, state) for macs, damage, place, state in rows]
+        end = table.end(shape, state.present + shape.prefix_tokens)
+        rows = zip(paths.cost + end, paths.damage, itertools.count(), itertools.repeat(state))
+        points += [(float(cost), float(damage), place, state) for cost, damage, place, state in rows]
     points.sort(key=lambda point: point[:2])
     found: list[Predicted] = []
-    for macs, damage, place, state in points:
+    for cost, damage, place, state in points:
         if found and damage >= found[-1].divergence:
             continue
         stages = _stages(layers, state, place, effects)
-        found.append(Predicted(Schedule(tuple(stages)), damage, macs / 1e9))
+        found.append(Predicted(Schedule(tuple(stages)), damage, cost / table.per_unit))
     return [point for point in found if parameters_of(point.schedule, space) is not None]
 
 
@@ -140,15 +143,18 @@ def _next_layer(
     is_read: bool,
     max_stages: int | None,
     shape: ModelShape,
+    table: CostTable,
 ) -> dict[State, _Paths]:
     arriving: defaultdict[State, list[_Paths]] = defaultdict(list)
     for number, (state, paths) in enumerate(layer.items()):
-        size = len(paths.macs)
+        size = len(paths.cost)
         places, before = np.arange(size), np.full(size, number)
-        moves = [(_move(state, effect, can_skip, is_read, max_stages, shape), choice) for choice, effect in options]
-        for (after, macs, damage), choice in _undominated([(move, choice) for move, choice in moves if move]):
+        moves = [
+            (_move(state, effect, can_skip, is_read, max_stages, shape, table), choice) for choice, effect in options
+        ]
+        for (after, cost, damage), choice in _undominated([(move, choice) for move, choice in moves if move]):
             chosen = np.full(size, choice)
-            arriving[after].append(_Paths(paths.macs + macs, paths.damage + damage, before, places, chosen))
+            arriving[after].append(_Paths(paths.cost + cost, paths.damage + damage, before, places, chosen))
     return {state: _thinned(_joined(parts)) for state, parts in arriving.items()}
 
 
@@ -163,14 +169,20 @@ def _undominated(moves: Sequence[tuple[Move, int]]) -> list[tuple[Move, int]]:
 
 
 def _move(
-    state: State, effect: Effect | None, can_skip: bool, is_read: bool, max_stages: int | None, shape: ModelShape
+    state: State,
+    effect: Effect | None,
+    can_skip: bool,
+    is_read: bool,
+    max_stages: int | None,
+    shape: ModelShape,
+    table: CostTable,
 ) -> Move | None:
     """The move of one block with a stage (effect None: without one). None when the stage is not possible here."""
     prefix = shape.prefix_tokens
     if effect is None:
         tokens = state.present + prefix
-        unchanged = State(state.present, tokens if is_read else 0, state.stages)
-        return Move(unchanged, int(block_macs(shape, tokens, tokens)), 0.0)
+        unchanged = State(state.present, tokens if is_read else 0, state.stages, state.sized)
+        return Move(unchanged, table.block(shape, tokens, tokens, state.sized), 0.0)
     stage, step = effect.stage, _step(effect.stage, state.present, shape)
     if step is None or (step.is_idle and can_skip):
         return None
@@ -178,12 +190,13 @@ def _move(
     if max_stages is not None and stages > max_stages:
         return None
     attended = (step.after if stage.at == "pre" else state.present) + prefix
-    macs = block_macs(shape, attended, step.after + prefix)
+    sized = state.sized or (table.knows_sizes and not step.is_idle and gives_sizes(step))
+    cost = table.block(shape, attended, step.after + prefix, sized if stage.at == "pre" else state.sized)
     if not step.is_idle:
-        seen = {stage.block: attended, stage.block - 1: state.attended}
-        macs += stage_macs(shape, step, state.present, step.after, seen)
-    after = State(step.after, attended if is_read else 0, stages)
-    return Move(after, int(macs), 0.0 if step.is_idle else effect.divergence)
+        scored = tokens_scored(step, state.present, {stage.block: attended, stage.block - 1: state.attended})
+        cost += table.stage(shape, step, state.present, step.after, scored)
+    after = State(step.after, attended if is_read else 0, stages, sized)
+    return Move(after, cost, 0.0 if step.is_idle else effect.divergence)
 
 
 @lru_cache(maxsize=100_000)
@@ -206,11 +219,11 @@ def _joined(parts: Sequence[_Paths]) -> _Paths:
 
 def _thinned(paths: _Paths) -> _Paths:
     """At most MOST_POINTS of a front: the path with the least damage of each cost bin, and the cheapest one."""
-    size = len(paths.macs)
+    size = len(paths.cost)
     if size <= MOST_POINTS:
         return paths
-    bins = np.linspace(paths.macs[0], paths.macs[-1], MOST_POINTS)
-    chosen = np.unique(np.concatenate([[0], np.searchsorted(paths.macs, bins[1:], side="right") - 1]))
+    bins = np.linspace(paths.cost[0], paths.cost[-1], MOST_POINTS)
+    chosen = np.unique(np.concatenate([[0], np.searchsorted(paths.cost, bins[1:], side="right") - 1]))
     return _Paths(*(column[chosen] for column in vars(paths).values()))
 
 

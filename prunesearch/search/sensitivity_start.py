@@ -42,7 +42,7 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     ]
     if config.budget is not None:
         budget = config.budget.gmacs
-        return [point for point in possible if point.gmacs <= budget][-MOST_STARTS:]
+        return [point for point in possible if point.cost <= budget][-MOST_STARTS:]
     return _best_first(_evenly(possible, MOST_STARTS))
 
 
@@ -71,9 +71,9 @@ def _evenly(front: Sequence[Predicted], most: int) -> list[Predicted]:
     """The points nearest to `most` equally spaced costs, both ends included."""
     if len(front) <= most:
         return list(front)
-    low, high = front[0].gmacs, front[-1].gmacs
+    low, high = front[0].cost, front[-1].cost
     targets = [low + (high - low) * index / (most - 1) for index in range(most)]
-    nearest = (min(range(len(front)), key=lambda place: abs(front[place].gmacs - target)) for target in targets)
+    nearest = (min(range(len(front)), key=lambda place: abs(front[place].cost - target)) for target in targets)
     return [front[place] for place in dict.fromkeys(nearest)]
 
 
@@ -81,7 +81,7 @@ def _best_first(front: Sequence[Predicted]) -> list[Predicted]:
     """Greedy order: each next point adds the most hypervolume (divergence and MACs scaled to [0, 1])."""
     if not front:
         return []
-    losses = np.array([(point.divergence, point.gmacs) for point in front])
+    losses = np.array([(point.divergence, point.cost) for point in front])
     extent = np.ptp(losses, axis=0)
     scaled, reference = (losses - losses.min(axis=0)) / np.where(extent > 0, extent, 1.0), np.full(2, 1.1)
     order: list[int] = []

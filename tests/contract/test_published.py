@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from prunesearch.config import ModelConfig
-from prunesearch.cost import block_macs, estimate_cost
+from prunesearch.cost import MACS, estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import model_shape
 from prunesearch.presets import load_preset, presets
@@ -32,7 +32,7 @@ def bare(model: ModelShape, schedule: Schedule) -> int:
     """MACs of patch embedding, blocks and classifier alone."""
     cost = estimate_cost(model, schedule)
     tokens = zip(cost.attention_tokens, cost.mlp_tokens, strict=True)
-    return model.stem_macs + model.head_macs + sum(block_macs(model, *pair) for pair in tokens)
+    return model.stem_macs + model.head_macs + sum(MACS.block(model, *pair) for pair in tokens)
 
 
 # --- token counts, class token included --------------------------------------------------------------------------

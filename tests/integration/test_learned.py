@@ -13,7 +13,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
 from prunesearch.evaluate.finetune import parameter_groups
-from prunesearch.evaluate.schedule_loss import macs_by_counts, ratio_loss, token_loss
+from prunesearch.evaluate.schedule_loss import cost_by_counts, ratio_loss, token_loss
 from prunesearch.export.freeze import freeze
 from prunesearch.files import from_mapping, load_schedule_file, save_schedule, to_mapping
 from prunesearch.models import Trace, apply_schedule, schedule_of, shape_of, steps_of, trace
@@ -76,7 +76,7 @@ def test_without_a_target_thresholds_stay() -> None:
 def test_the_cost_is_the_mean_of_each_images_own() -> None:
     model = apply_schedule(build_model(MODEL), Schedule((Stage(2, threshold=0.01),)))
     counts = (torch.tensor([10.0, 50.0]),)
-    macs = macs_by_counts(counts, steps_of(model), shape_of(model), 2)
+    macs = cost_by_counts(counts, steps_of(model), shape_of(model), 2)
     by_hand = [estimate_cost(shape_of(model), Schedule((Stage(2, tokens=n),))).macs for n in (10, 50)]
     assert macs.tolist() == by_hand
     mean_count = estimate_cost(shape_of(model), Schedule((Stage(2, tokens=30),))).macs

@@ -11,15 +11,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 FLOORS = [
-    "errors", "printable", "moved", "registry", "recipes", "plugins", "config", "shape", "tokens", "schedule",
-    "strict", "yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate", "record",
-    "confirmation", "front", "workers", "study", "samplers", "search", "tune", "replay", "report", "export", "cli",
-    "__main__",
+    "errors", "printable", "moved", "registry", "recipes", "plugins", "shape", "profile", "config", "tokens",
+    "schedule", "strict", "yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate",
+    "device", "record", "confirmation", "front", "workers", "study", "samplers", "search", "tune", "replay", "report",
+    "export", "cli", "__main__",
 ]  # fmt: skip
 """A module may import from floors before its own."""
 ROOMS = {
     "timm": ("models", "evaluate"),
-    "torch": ("tokens", "models", "evaluate", "export"),
+    "torch": ("tokens", "models", "evaluate", "device", "export"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), ("device", "export")),
     "optuna": ("study", "samplers"),
     "ray": ("workers", "tune"),
     "rich": ("report", "cli"),
@@ -41,8 +42,7 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & MODULES.keys() or {node.module}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys() or {node.module}
     return found
 
 

@@ -21,7 +21,7 @@ from prunesearch.evaluate import Task, evaluate
 from prunesearch.evaluate import finetune as module
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.finetune import Batch, DenseOutput, Progress, finetune
-from prunesearch.evaluate.schedule_loss import distills_tokens, macs_by_counts
+from prunesearch.evaluate.schedule_loss import cost_by_counts, distills_tokens
 from prunesearch.files import load_study, override_study, to_mapping, write_yaml
 from prunesearch.json_schema import json_schema
 from prunesearch.models import Trace, apply_schedule, schedule_of, shape_of, steps_of, trace
@@ -97,7 +97,7 @@ def terms(model: nn.Module, found: Trace, labels: Tensor, dense: DenseOutput) ->
             if present[image, slot] == 1
         ]
     steps = steps_of(model)
-    costs = [float(macs_by_counts([torch.tensor([n]) for n in own], steps, shape, 1)) / 1e9 for own in kept]
+    costs = [float(cost_by_counts([torch.tensor([n]) for n in own], steps, shape, 1)) / 1e9 for own in kept]
 
     def mean(values: Any) -> float:
         values = [float(torch.as_tensor(value).detach()) for value in values]

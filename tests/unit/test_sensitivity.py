@@ -216,10 +216,10 @@ def test_the_front_is_that_of_all_schedules(name: str, max_stages: int | None) -
     effects = made_up(space, SMALL)
     found = predicted_front(effects, space, SMALL)
     expected = brute_force(effects, space, SMALL)
-    assert [(point.gmacs, point.divergence) for point in found] == [pytest.approx(point) for point in expected]
+    assert [(point.cost, point.divergence) for point in found] == [pytest.approx(point) for point in expected]
     for point in found:
         assert parameters_of(point.schedule, space) is not None
-        assert estimate_cost(SMALL, point.schedule).gmacs == pytest.approx(point.gmacs, abs=1e-12)
+        assert estimate_cost(SMALL, point.schedule).gmacs == pytest.approx(point.cost, abs=1e-12)
 
 
 def test_a_stage_that_can_only_stand_behind_others_is_none_of_them() -> None:
@@ -234,17 +234,17 @@ def test_long_fronts_are_thinned_with_little_loss(monkeypatch: pytest.MonkeyPatc
     exact = predicted_front(effects, space, SHAPE)
     monkeypatch.setattr(sensitivity_front, "MOST_POINTS", 20)
     thinned = predicted_front(effects, space, SHAPE)
-    assert (thinned[0].gmacs, thinned[-1].schedule) == (pytest.approx(exact[0].gmacs), Schedule())
-    assert all(estimate_cost(SHAPE, point.schedule).gmacs == pytest.approx(point.gmacs) for point in thinned)
+    assert (thinned[0].cost, thinned[-1].schedule) == (pytest.approx(exact[0].cost), Schedule())
+    assert all(estimate_cost(SHAPE, point.schedule).gmacs == pytest.approx(point.cost) for point in thinned)
     for point in thinned:  # the exact front's damage at no higher cost
-        best = min(other.divergence for other in exact if other.gmacs <= point.gmacs + 1e-12)
+        best = min(other.divergence for other in exact if other.cost <= point.cost + 1e-12)
         assert best - 1e-12 <= point.divergence <= 1.1 * best + 1e-12
 
 
 def test_starts_are_within_limits_and_spread_over_them() -> None:
     config = study(limits=(("gmacs", Limit(at_least=0.006, at_most=0.0115)),))
     starts = predicted_starts(config, SHAPE, table(config))
-    costs = sorted(point.gmacs for point in starts)
+    costs = sorted(point.cost for point in starts)
     assert len(starts) == MOST_STARTS
     assert costs[0] >= 0.006 and costs[-1] <= 0.0115
     widest = max(after - before for before, after in itertools.pairwise(costs))
@@ -257,7 +257,7 @@ def test_starts_are_within_limits_and_spread_over_them() -> None:
 def test_the_first_starts_matter_most() -> None:
     config = study()
     starts = predicted_starts(config, SHAPE, table(config))
-    losses = np.array([(point.divergence, point.gmacs) for point in starts])
+    losses = np.array([(point.divergence, point.cost) for point in starts])
     scaled = (losses - losses.min(axis=0)) / np.ptp(losses, axis=0)
     volumes = [hypervolume(scaled[:count], np.full(2, 1.1)) for count in range(len(starts) + 1)]
     gains = np.diff(volumes)
@@ -267,7 +267,7 @@ def test_the_first_starts_matter_most() -> None:
 def test_starts_of_a_budget_are_next_to_it() -> None:
     config = study(budget=IsoBudget(0.008))
     starts = predicted_starts(config, SHAPE, table(config))
-    assert len(starts) == MOST_STARTS and all(0.9 * 0.008 < point.gmacs <= 0.008 for point in starts)
+    assert len(starts) == MOST_STARTS and all(0.9 * 0.008 < point.cost <= 0.008 for point in starts)
 
 
 # --- as start schedules ------------------------------------------------------------------------------------------
