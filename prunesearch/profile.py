@@ -42,6 +42,10 @@ class Curve:
             before = slope
         return value
 
+    def times(self, factor: float) -> Curve:
+        """The curve with all milliseconds multiplied."""
+        return Curve(self.tokens, tuple(factor * value for value in self.ms), self.error)
+
     def _slopes(self) -> list[float]:
         points = list(zip(self.tokens, self.ms, strict=True))
         return [(high - low) / (right - left) for (left, low), (right, high) in itertools.pairwise(points)]

@@ -30,7 +30,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
-from prunesearch.models import digits_vit, feature_map, vision_transformer  # digits_vit registers its model with timm
+from prunesearch.models import (  # digits_vit registers its model with timm
+    digits_vit,
+    feature_map,
+    map_parts,
+    vision_transformer,
+    vit_parts,
+)
 from prunesearch.models.plan import (
     PARTS,
     Plan,
@@ -63,6 +69,7 @@ __all__ = [
     "learned_parameters",
     "learned_parts",
     "may_be_supported",
+    "parts_of",
     "patches_of",
     "remove_schedule",
     "run_from",
@@ -76,6 +83,7 @@ __all__ = [
 ]
 
 FAMILIES = (vision_transformer, feature_map)
+PARTS_OF = {vision_transformer: vit_parts, feature_map: map_parts}
 
 
 def apply_schedule(
@@ -262,6 +270,11 @@ def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Tr
     logits = model(images, call=call)
     check_was_called(call.trace, "model")
     return call.trace._replace(logits=logits)  # type: ignore[union-attr]
+
+
+def parts_of(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package
+    """The functions that give the parts of a model whose time is measured alone."""
+    return PARTS_OF[_family(model)]
 
 
 def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package

@@ -34,7 +34,7 @@ from prunesearch.models.swap import (
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.schedule import Schedule
+from prunesearch.schedule import Schedule, Step
 from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.inputs import Grouping, ReduceInput
 
@@ -90,7 +90,7 @@ class HoldingSwinTransformerBlock(_HoldingBlock, SwinTransformerBlock):
 
     def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
         x = x + self.drop_path1(self._attn(self.norm1(x)))
-        added_BnC = _add(x.flatten(1, 2), choice, lambda x_BKC: self.mlp(self.norm2(x_BKC)), fast_path)
+        added_BnC = add_by_choice(x.flatten(1, 2), choice, lambda x_BKC: self.mlp(self.norm2(x_BKC)), fast_path)
         return x + self.drop_path2(added_BnC.reshape(x.shape))
 
 
@@ -105,7 +105,7 @@ class HoldingConvNeXtBlock(_HoldingBlock, ConvNeXtBlock):
             return added_BKC if self.gamma is None else added_BKC * self.gamma
 
         mixed = self.conv_dw(x).permute(0, 2, 3, 1)
-        added_BnC = _add(mixed.flatten(1, 2), choice, mlp, fast_path)
+        added_BnC = add_by_choice(mixed.flatten(1, 2), choice, mlp, fast_path)
         return self.drop_path(added_BnC.reshape(mixed.shape).permute(0, 3, 1, 2)) + self.shortcut(x)
 
 
@@ -343,7 +343,12 @@ def _choose(planned: PlannedStep, x_BnC: Tensor, scorer: nn.Module | None, maske
             step, TokenState(x_BnC), 0, evidence, (), None, None, planned.softness, sample=training
         )
         return Choice(state.present_Bn, None, None, step.kept)
-    grouping = REDUCERS[stage.reduce].function(ReduceInput(x_BnC, evidence.scores_Bn, None, None, step.kept))
+    return choice_of(step, x_BnC, evidence.scores_Bn)
+
+
+def choice_of(step: Step, x_BnC: Tensor, scores_Bn: Tensor | None) -> Choice:
+    """The positions that a step keeps, by their scores."""
+    grouping = REDUCERS[step.stage.reduce].function(ReduceInput(x_BnC, scores_Bn, None, None, step.kept))
     assert isinstance(grouping, Grouping) and grouping.guests_BG is not None
     order_Bn = torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1)
     return Choice(None, order_Bn, order_Bn.argsort(dim=1), step.kept)
@@ -359,7 +364,7 @@ def _run_block(block: nn.Module, path: str, x: Tensor, choice: Choice | None, fa
     return x
 
 
-def _add(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor], fast_path: nn.Module) -> Tensor:
+def add_by_choice(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor], fast_path: nn.Module) -> Tensor:
     """What the block adds at each position, (B, n, C): from the MLP where it stays, else from the fast path."""
     if choice.stays_Bn is not None:
         slow_BnC, stays_Bn1 = mlp(x_BnC), choice.stays_Bn[..., None]

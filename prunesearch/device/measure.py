@@ -1,0 +1,343 @@
+"""Measure a device profile: every part of a model in turns, then what each score and verb adds, then the whole.
+
+What is measured are real parts with the model's own sizes, in the runtime that will run them. Their sum is scaled to
+the dense model as measured whole. What a stage takes in a model is more than its kernels alone, which run from warm
+caches: the difference is found on a piece of the model with and without stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from prunesearch.config import DEFAULT_SCORE
+from prunesearch.cost import total_cost
+from prunesearch.device.runtimes import Run, Runtime, Settings, prepare, threads_set, wait_for
+from prunesearch.device.timing import Measured, in_turns
+from prunesearch.errors import DeviceError, ScheduleError
+from prunesearch.models import apply_schedule, input_size, parts_of, shape_of
+from prunesearch.models.parts import Part, example, sharing_copy
+from prunesearch.profile import Curve, Profile, StageTime
+from prunesearch.schedule import Schedule, Stage, Step, resolve
+from prunesearch.shape import ModelShape
+from prunesearch.tokens import REDUCERS, SCORERS
+
+FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.28, 0.17, 0.08)
+"""Of the patch tokens: where curves are measured first."""
+BENT = 0.03
+"""A curve is measured between two points when its middle is further from a straight line than this share."""
+DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6)))
+"""For each verb: the patch tokens present, as a share of the model's, and the share of these that stay."""
+GENTLE = 0.9
+"""Keep ratio of the stages by which the time of a stage inside a model is found."""
+CHECKS = 2
+SECOND_LOOK = 0.3
+"""Share of the time for points where curves bend."""
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is measured: a call, and how many blocks it runs."""
+
+    run: Run
+    blocks: int = 1
+
+
+def measure_profile(
+    model: nn.Module,
+    name: str,
+    batch: int,
+    runtime: Runtime,
+    settings: Settings,
+    seconds: float,
+    *,
+    verbs: Sequence[str] | None = None,
+    scores: Sequence[str] | None = None,
+    versions: tuple[tuple[str, str], ...] = (),
+    device: str = "",
+    say: Callable[[str], None] = lambda text: None,
+) -> Profile:
+    """What the parts of a model take on this machine, for one batch size.
+
+    model: dense, in evaluation mode, on the device and in the precision of the settings. seconds: for measuring;
+    exporting and compiling come on top. verbs, scores: those that are measured; all that fit the model when None.
+    versions, device: written into the profile.
+    Raises DeviceError when the runtime cannot run a part of the model.
+    """
+    shape = shape_of(model)
+    verbs = [name for name in REDUCERS if REDUCERS[name].holds == shape.holds] if verbs is None else list(verbs)
+    scores = _fitting_scores(shape) if scores is None else list(scores)
+    channels, height, width = input_size(model)
+    images = example(batch, channels, height, width, like=next(model.parameters()).detach())
+    look = _Look(model, shape, images, runtime, settings)
+    wait = wait_for(settings.device)
+    with threads_set(settings):
+        say(f"making {runtime.name} ready for batch {batch}")
+        work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
+        checks = _checks(shape, verbs)
+        work |= look.models({verb: _gentle(verb, look.piece_shape) for verb in verbs}, checks)
+        say(f"measuring {len(work)} parts for up to {seconds:.0f} s")
+        first = _times(work, seconds * (1 - SECOND_LOOK), wait)
+        bends = _bends(first, shape)
+        if bends:
+            anchored = look.curves(bends) | {("dense",): work[("dense",)]}
+            second = _times(anchored, seconds * SECOND_LOOK, wait)
+            drift = first[("dense",)].seconds / second[("dense",)].seconds
+            first |= {
+                key: Measured(value.seconds * drift, value.error) for key, value in second.items() if key != ("dense",)
+            }
+    found = _profile(first, shape, verbs, scores)
+    found = replace(
+        found,
+        model=name,
+        batch=batch,
+        device=device or str(settings.device),
+        runtime=runtime.name,
+        threads=settings.threads,
+        precision=settings.precision,
+        versions=versions,
+    )
+    found = _with_time_in_models(found, first, look.piece_shape)
+    misses = [
+        total_cost(shape, schedule, found) / (1e3 * first[("check", index)].seconds) - 1
+        for index, schedule in enumerate(checks)
+    ]
+    return replace(found, check=tuple(round(miss, 4) for miss in misses))
+
+
+class _Look:
+    """Makes the parts of one model ready to run."""
+
+    def __init__(
+        self, model: nn.Module, shape: ModelShape, images: Tensor, runtime: Runtime, settings: Settings
+    ) -> None:
+        self.model, self.shape, self.images = model, shape, images
+        self.runtime, self.settings, self.parts = runtime, settings, parts_of(model)
+        self.piece = self.parts.piece_of(model)
+        self.piece_shape = shape_of(self.piece)
+
+    def constants(self) -> dict[Key, _Work]:
+        """The dense model, and what does not depend on tokens."""
+        stem = self.parts.stem_part(self.model, self.images)
+        found: dict[Key, Part] = {("dense",): Part((self.model,), (self.images,))}
+        return self._ready(found if stem is None else found | {("stem",): stem})
+
+    def curves(self, counts: Sequence[int]) -> dict[Key, _Work]:
+        """The parts that depend on a number of tokens. counts: patch tokens."""
+        tokens = [count + self.shape.prefix_tokens for count in counts]
+        found: dict[Key, _Work] = {}
+        for name, parts in self.parts.curve_parts(self.model, self.images, tokens).items():
+            runs = self._prepared(parts, f"{name} of a block")
+            rows = zip(tokens, parts, runs, strict=True)
+            found |= {(name, count): _Work(run, part.blocks) for count, part, run in rows}
+        return found
+
+    def stages(self, verbs: Sequence[str], scores: Sequence[str]) -> dict[Key, _Work]:
+        """Scores and verbs alone."""
+        shape = self.shape
+        found: dict[Key, Part] = {}
+        for name in scores:
+            for share in (1.0, 0.35):
+                tokens = round(share * shape.patch_tokens) + shape.prefix_tokens
+                found[("score", name, tokens)] = self.parts.score_part(self.model, self.images, name, tokens)
+        for verb in verbs:
+            for step in _designs(verb, shape):
+                found[("verb", verb, step.before, step.after)] = self.parts.verb_part(self.model, self.images, step)
+        return self._ready(found)
+
+    def models(self, pieces: Mapping[str, Schedule], checks: Sequence[Schedule]) -> dict[Key, _Work]:
+        """A piece of the model without and with stages, and whole models that check the predictions."""
+        found: dict[Key, Part] = {("piece", ""): Part((self.piece,), (self.images,))}
+        for verb, schedule in pieces.items():
+            found[("piece", verb)] = Part((self._pruned(self.piece, schedule),), (self.images,))
+        for index, schedule in enumerate(checks):
+            found[("check", index)] = Part((self._pruned(self.model, schedule),), (self.images,))
+        return self._ready(found)
+
+    def _pruned(self, model: nn.Module, schedule: Schedule) -> nn.Module:
+        return apply_schedule(sharing_copy(model), schedule, untrained=True).eval()
+
+    def _ready(self, parts: Mapping[Key, Part]) -> dict[Key, _Work]:
+        return {
+            key: _Work(self._prepared([part], " ".join(map(str, key)))[0], part.blocks) for key, part in parts.items()
+        }
+
+    def _prepared(self, parts: Sequence[Part], what: str) -> list[Run]:
+        try:
+            return prepare(parts, self.runtime, self.settings)
+        except Exception as error:  # exporters and compilers raise anything
+            raise DeviceError(
+                f"runtime {self.runtime.name}: it cannot run {what}: {type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}. Possible: another "
+                f"runtime, or without this score or verb. Choose with --runtime, --verb and --score."
+            ) from error
+
+
+def _times(work: Mapping[Key, _Work], seconds: float, wait: Callable[[], None]) -> dict[Key, Measured]:
+    """Seconds of one block (or of the whole) for each piece of work."""
+    found = in_turns({key: one.run for key, one in work.items()}, seconds, wait)
+    return {key: Measured(value.seconds / work[key].blocks, value.error) for key, value in found.items()}
+
+
+# --- what is measured --------------------------------------------------------------------------------------------
+
+
+def _counts(shape: ModelShape) -> list[int]:
+    """Patch tokens at which curves are measured first."""
+    counts = {max(1, round(share * shape.patch_tokens)) for share in FRACTIONS}
+    if shape.holds:
+        counts.add(shape.patch_tokens - 1)  # holding one position costs the gathers, and none of the MLP's time goes
+    return sorted(counts)
+
+
+def _bends(times: Mapping[Key, Measured], shape: ModelShape) -> list[int]:
+    """Patch tokens half-way between two measured points of which a curve is not straight."""
+    found = set()
+    for name in ("attention", "mlp"):
+        points = sorted((key[1], value.seconds) for key, value in times.items() if key[0] == name)
+        for (left, low), (middle, seconds), (right, high) in zip(points, points[1:], points[2:], strict=False):
+            straight = low + (high - low) * (middle - left) / (right - left)
+            if abs(seconds / straight - 1) > BENT:
+                found |= {(left + middle) // 2, (middle + right) // 2}
+    known = {key[1] for key in times if key[0] == "mlp"}
+    return sorted(tokens - shape.prefix_tokens for tokens in found - known)
+
+
+def _fitting_scores(shape: ModelShape) -> list[str]:
+    return [
+        name
+        for name, entry in SCORERS.items()
+        if (shape.has_class_token or not entry.needs_class_token) and not (shape.holds and entry.needs_attention)
+    ]
+
+
+def usual_score(verb: str, shape: ModelShape) -> str:
+    """The score that a verb is measured with in a model."""
+    if not REDUCERS[verb].ranks:
+        return "none"
+    fitting = _fitting_scores(shape)
+    return DEFAULT_SCORE if DEFAULT_SCORE in fitting else fitting[0]
+
+
+def _stage(verb: str, block: int, shape: ModelShape, keep: float) -> Stage:
+    return Stage(block, at="pre" if shape.holds else "mid", score=usual_score(verb, shape), keep=keep, reduce=verb)
+
+
+def _designs(verb: str, shape: ModelShape) -> list[Step]:
+    """Steps at which a verb is measured alone."""
+    found = {}
+    for present, keep in DESIGNS:
+        before = max(2, round(present * shape.patch_tokens))
+        keep = max(keep, REDUCERS[verb].fewest_kept(before) / before)
+        step = resolve(Schedule((_stage(verb, 0, shape, keep),)), replace(shape, patch_tokens=before))[0]
+        found[(step.before, step.after)] = step
+    return [step for step in found.values() if not step.is_idle]
+
+
+def _gentle(verb: str, shape: ModelShape) -> Schedule:
+    """A schedule with a gentle stage in every block."""
+    return Schedule(tuple(_stage(verb, block, shape, GENTLE) for block in range(shape.depth)))
+
+
+def _checks(shape: ModelShape, verbs: Sequence[str]) -> list[Schedule]:
+    """Schedules, drawn with a fixed seed, that no time is derived from."""
+    draw, found = random.Random(0), []
+    for _ in range(100):
+        blocks = draw.sample(range(shape.depth), min(3, shape.depth))
+        verb = draw.choice(list(verbs))
+        schedule = Schedule(tuple(_stage(verb, block, shape, draw.choice((0.6, 0.7, 0.8))) for block in blocks))
+        try:
+            resolve(schedule, shape)
+        except ScheduleError:  # pooled tokens have no attention to be scored by
+            continue
+        found.append(schedule)
+        if len(found) == CHECKS:
+            break
+    return found
+
+
+# --- what follows from it ----------------------------------------------------------------------------------------
+
+
+def _profile(times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> Profile:
+    """The profile of parts alone, scaled so that the dense model takes what it takes whole."""
+    dense = 1e3 * times[("dense",)].seconds
+    fixed = 1e3 * times[("stem",)].seconds if ("stem",) in times else 0.0
+    attention, sized, mlp, last = (_curve(name, times) for name in ("attention", "sized_attention", "mlp", "last"))
+    assert mlp is not None
+    tokens = shape.patch_tokens + shape.prefix_tokens
+    end = 0.0 if last is None else last.at(tokens)
+    blocks = shape.depth * (mlp.at(tokens) + (0.0 if attention is None else attention.at(tokens)))
+    if ("stem",) not in times:  # the rest of a model with a feature map
+        fixed = dense - end - blocks
+    factor = max(dense - fixed - end, 0.0) / blocks
+    return Profile(
+        model="",
+        shape=shape,
+        device="",
+        runtime="",
+        batch=1,
+        fixed=fixed,
+        mlp=mlp.times(factor),
+        verbs=tuple(_stage_time(verb, "verb", times) for verb in verbs),
+        scores=tuple(_stage_time(score, "score", times) for score in scores),
+        dense_ms=dense,
+        attention=None if attention is None else attention.times(factor),
+        sized_attention=None if sized is None else sized.times(factor),
+        last=last,
+    )
+
+
+def _curve(name: str, times: Mapping[Key, Measured]) -> Curve | None:
+    points = sorted((key[1], 1e3 * value.seconds, value.error) for key, value in times.items() if key[0] == name)
+    if not points:
+        return None
+    tokens, ms, error = zip(*points, strict=True)
+    return Curve(tokens, ms, error)
+
+
+def _stage_time(name: str, kind: str, times: Mapping[Key, Measured]) -> StageTime:
+    """Fit a score's or verb's time. A score depends on one number of tokens only."""
+    points = [(*key[2:], 1e3 * value.seconds) for key, value in times.items() if key[:2] == (kind, name)]
+    columns = [[1.0, *point[:-1]] + [point[0] * point[1]] * (kind == "verb") for point in points]
+    measured = np.array([point[-1] for point in points])
+    weights, error = non_negative_fit(np.array(columns), measured)
+    return StageTime(name, *weights, *[0.0] * (4 - len(weights)), error)
+
+
+def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> tuple[list[float], float]:
+    """Weights >= 0 of the columns (rows, columns) with the least squared relative error, and its root mean square.
+
+    All choices of columns are tried: there are four at most.
+    """
+    best, least = [0.0] * columns.shape[1], float("inf")
+    scaled, ones = columns / values[:, None], np.ones(len(values))
+    for size in range(1, min(columns.shape) + 1):
+        for chosen in itertools.combinations(range(columns.shape[1]), size):
+            weights = np.linalg.lstsq(scaled[:, chosen], ones, rcond=None)[0]
+            error = float(np.sqrt(np.mean((scaled[:, chosen] @ weights - 1) ** 2)))
+            if weights.min() >= 0 and error < least - 1e-9:
+                least, best = error, [0.0] * columns.shape[1]
+                for place, weight in zip(chosen, weights, strict=True):
+                    best[place] = float(weight)
+    return best, least
+
+
+def _with_time_in_models(profile: Profile, times: Mapping[Key, Measured], piece: ModelShape) -> Profile:
+    """Add to each verb what its stages take in a piece of the model beyond their parts: calls, cold caches."""
+    dense = times[("piece", "")].seconds
+
+    def corrected(verb: StageTime) -> StageTime:
+        schedule = _gentle(verb.name, piece)
+        measured = 1e3 * (times[("piece", verb.name)].seconds - dense)
+        predicted = total_cost(piece, schedule, profile) - total_cost(piece, Schedule(), profile)
+        return replace(verb, fixed=verb.fixed + (measured - predicted) / len(schedule.stages))
+
+    return replace(profile, verbs=tuple(map(corrected, profile.verbs)))

@@ -1,0 +1,230 @@
+"""Where a model runs in production: PyTorch eager or compiled, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunesearch.errors import DeviceError
+from prunesearch.models.parts import Part
+
+Run = Callable[[], object]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How parts run. threads: CPU threads. precision: a name of `DTYPES`."""
+
+    device: torch.device
+    threads: int
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A registered runtime.
+
+    prepare: (modules, inputs, tokens_axis, settings) -> for each set of inputs a call that runs the modules in turn.
+    packages: what must be installed; extra: the extra of prunesearch that brings it. on_gpu: it can run on a GPU here.
+    """
+
+    name: str
+    summary: str
+    prepare: Callable[[Sequence[nn.Module], Sequence[tuple[Tensor, ...]], Any, Settings], list[Run]]
+    packages: tuple[str, ...] = ("torch",)
+    extra: str = ""
+    on_gpu: bool = False
+
+    @property
+    def version(self) -> str:
+        """Of the package that runs the model. Raises DeviceError when it is not installed."""
+        for package in self.packages:
+            try:
+                metadata.version(package)
+            except metadata.PackageNotFoundError:
+                raise DeviceError(
+                    f"runtime {self.name}: {package} is not installed. Possible: "
+                    f"{', '.join(name for name, other in RUNTIMES.items() if other.is_there)}. Install it with "
+                    f"pip install 'prunesearch[{self.extra}]'."
+                ) from None
+        return metadata.version(self.packages[0])
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its packages are installed."""
+        return all(_is_installed(package) for package in self.packages)
+
+
+def runtime_of(name: str) -> Runtime:
+    """The runtime of this name. Raises DeviceError for an unknown one, and for one that is not installed."""
+    if name not in RUNTIMES:
+        raise DeviceError(f"runtime: {name!r} is unknown. Possible: {', '.join(RUNTIMES)}. Write one of them.")
+    RUNTIMES[name].version  # noqa: B018  (raises)
+    return RUNTIMES[name]
+
+
+def prepare(parts: Sequence[Part], runtime: Runtime, settings: Settings) -> list[Run]:
+    """A call for each part. Parts that share their modules and say which axes vary are made ready once."""
+    if all(part.tokens_axis for part in parts) and len({part.modules for part in parts}) == 1:
+        return runtime.prepare(parts[0].modules, [part.inputs for part in parts], parts[0].tokens_axis, settings)
+    return [run for part in parts for run in runtime.prepare(part.modules, [part.inputs], part.tokens_axis, settings)]
+
+
+def wait_for(device: torch.device) -> Callable[[], None]:
+    """A call that returns when the device has finished."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    if device.type == "mps":
+        return torch.mps.synchronize
+    return lambda: None
+
+
+@contextmanager
+def threads_set(settings: Settings) -> Iterator[None]:
+    """PyTorch's CPU threads as in the settings, and no gradients."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or before)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _eager(
+    modules: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, ...]], tokens_axis: Any, settings: Settings
+) -> list[Run]:
+    return [_in_turn([_bound(module, given) for module in modules]) for given in inputs]
+
+
+def _compiled(
+    modules: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, ...]], tokens_axis: Any, settings: Settings
+) -> list[Run]:
+    # one block is like another: the first chain alone is compiled, once for all numbers of tokens
+    compiled = torch.compile(modules[0], dynamic=bool(tokens_axis) or None)
+    runs = []
+    for given in inputs:
+        compiled(*given)
+        runs.append(_bound(compiled, given))
+    return runs
+
+
+def _onnxruntime(
+    modules: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, ...]], tokens_axis: Any, settings: Settings
+) -> list[Run]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.log_severity_level = 3
+    with _exported(modules[0], inputs[0], tokens_axis) as path:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    return [_session_run(session, dict(zip(names, _arrays(given, names), strict=True))) for given in inputs]
+
+
+def _openvino(
+    modules: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, ...]], tokens_axis: Any, settings: Settings
+) -> list[Run]:
+    import openvino
+
+    core, runs = openvino.Core(), []
+    config = {
+        "INFERENCE_NUM_THREADS": settings.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    with _exported(modules[0], inputs[0], tokens_axis) as path:
+        for given in inputs:
+            model = core.read_model(str(path))
+            names = [node.get_any_name() for node in model.inputs]
+            arrays = dict(zip(names, _arrays(given, names), strict=True))
+            if tokens_axis:
+                model.reshape({name: list(array.shape) for name, array in arrays.items()})
+            request = core.compile_model(model, "CPU", config).create_infer_request()
+            runs.append(_request_run(request, arrays))
+    return runs
+
+
+@contextmanager
+def _exported(module: nn.Module, given: tuple[Tensor, ...], tokens_axis: Any) -> Iterator[Path]:
+    """An ONNX file of a module, which is deleted afterwards."""
+    axes: dict[int, dict[int, Any]] = {place: {axis: torch.export.Dim("tokens")} for place, axis in tokens_axis}
+    shapes = tuple(axes.get(place) for place in range(len(given))) if axes else None
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "part.onnx"
+        torch.onnx.export(module, given, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False)
+        yield path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its steps, and deprecations inside PyTorch, which do not concern the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
+            warnings.simplefilter("ignore")
+            from contextlib import redirect_stdout
+
+            with redirect_stdout(nowhere):
+                yield
+    finally:
+        logging.disable(level)
+
+
+def _arrays(given: tuple[Tensor, ...], names: Sequence[str]) -> list[Any]:
+    """Inputs as arrays. Inputs that a module does not use are not in its file; those that are keep their order."""
+    arrays = [tensor.numpy() for tensor in given]
+    return arrays if len(arrays) == len(names) else [arrays[int(name.rpartition("_")[2])] for name in names]
+
+
+def _bound(module: Callable[..., object], given: tuple[Tensor, ...]) -> Run:
+    return lambda: module(*given)
+
+
+def _session_run(session: Any, arrays: Mapping[str, Any]) -> Run:
+    return lambda: session.run(None, arrays)
+
+
+def _request_run(request: Any, arrays: Mapping[str, Any]) -> Run:
+    return lambda: request.infer(arrays)
+
+
+def _in_turn(runs: Sequence[Run]) -> Run:
+    turn = cycle(runs)
+    return lambda: next(turn)()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True),
+        Runtime("compile", "PyTorch, torch.compile", _compiled, on_gpu=True),
+        Runtime(
+            "onnxruntime", "ONNX Runtime", _onnxruntime, packages=("onnxruntime", "onnx", "onnxscript"), extra="onnx"
+        ),
+        Runtime("openvino", "OpenVINO", _openvino, packages=("openvino", "onnx", "onnxscript"), extra="openvino"),
+    )
+}
