@@ -40,6 +40,7 @@ from prunesearch.files import (
     places_in_file,
     plugins_named_in,
     refuse_no_file,
+    save_profiles,
     save_schedule,
 )
 from prunesearch.json_schema import json_schema
@@ -248,6 +249,47 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
         _print(f"Table: {parsed.output}", file=sys.stderr)
     if parsed.plot is not None:
         plot_sensitivity(found, parsed.plot)
+        _print(f"Plot: {parsed.plot}", file=sys.stderr)
+    return 0
+
+
+def _profile(parsed: argparse.Namespace) -> int:
+    from prunesearch.device.profiles import measure_profiles
+    from prunesearch.report.plot import check_format
+    from prunesearch.report.plot_profile import plot_profile
+    from prunesearch.report.profile_words import profile_lines
+
+    for path in (parsed.output, parsed.plot):
+        _check_output(path)
+    if parsed.plot is not None:
+        check_format(parsed.plot)
+    study = load_study(parsed.model, parsed.set) if Path(parsed.model).suffix in (".yaml", ".yml") else None
+    model = ModelConfig(parsed.model) if study is None else study.model
+    profiles = []
+    for profile in measure_profiles(
+        model,
+        space=None if study is None else study.space,
+        batches=parsed.batch,
+        runtime=parsed.runtime,
+        device=parsed.device,
+        threads=parsed.threads,
+        precision=parsed.precision,
+        seconds=parsed.seconds,
+        verbs=parsed.verb_name or None,
+        scores=parsed.score or None,
+        say=_say,
+    ):
+        profiles.append(profile)
+        if not parsed.json:
+            _print(*profile_lines(profile), "")
+        if parsed.output is not None:
+            save_profiles(profiles, parsed.output)  # after each batch, so that an interrupt loses one at most
+    if parsed.json:
+        print(json.dumps([to_mapping(profile) for profile in profiles], indent=2))
+    if parsed.output is not None:
+        _print(f"Profile: {parsed.output}", file=sys.stderr)
+    if parsed.plot is not None:
+        plot_profile(profiles, parsed.plot)
         _print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 
@@ -641,6 +683,27 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="as JSON, with the predicted schedules")
     sensitivity.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the table to a file")
 
+    profile = verb("profile", _profile, "what the parts of a model take on this device, and what can be gained here")
+    profile.add_argument("model", metavar="MODEL|STUDY.yaml", help="timm model name, or a study file")
+    profile.add_argument("--runtime", default="torch", help="torch, compile, onnxruntime or openvino; default torch")
+    profile.add_argument(
+        "--batch", type=_batches, default=(1, 16), metavar="N,N", help="images in a batch; default 1,16"
+    )
+    profile.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    profile.add_argument("--threads", type=_whole("--threads", 1), metavar="N", help="CPU threads; default all cores")
+    profile.add_argument("--precision", default="float32", help="float32, bfloat16 or float16")
+    profile.add_argument(
+        "--seconds", type=_seconds, default=60.0, metavar="S", help="of measuring, for all batches; default 60"
+    )
+    profile.add_argument("--verb", dest="verb_name", action="append", default=[], metavar="NAME", help="this verb only")
+    profile.add_argument("--score", action="append", default=[], metavar="NAME", help="this score only")
+    profile.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file"
+    )
+    profile.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    profile.add_argument("--json", action="store_true", help="as JSON instead of words")
+    profile.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the profile to a file")
+
     status = verb("status", _status, "how far a study is; works while it runs")
     _study_arguments(status)
     status.add_argument("--json", action="store_true", help="counts as JSON")
@@ -742,6 +805,23 @@ def _whole(flag: str, low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    """An argparse type for batch sizes."""
+    parse = _whole("--batch", 1)
+    return tuple(dict.fromkeys(parse(part) for part in text.split(",")))
+
+
+def _seconds(text: str) -> float:
+    """An argparse type for a duration."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 86_400:
+        raise UserError(f"--seconds {text}: possible: above 0, up to 86400. Correct it.")
+    return value
 
 
 def _bound(flag: str) -> Callable[[str], tuple[str, float]]:

@@ -6,6 +6,7 @@ into dataclasses.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ from prunesearch.config import (
 from prunesearch.errors import FileError, UserError
 from prunesearch.plugins import import_plugins, missing_plugins
 from prunesearch.printable import printable
+from prunesearch.profile import Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
@@ -175,6 +177,26 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
     mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
     mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in stages]
     write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=printable(Path(path).name)))
+
+
+def save_profiles(profiles: Sequence[Profile], path: str | Path) -> None:
+    """Write a profile file (JSON), atomically."""
+    mapping = to_mapping(ProfileFile(1, tuple(profiles)), defaults=True)
+    write_atomically(path, (json.dumps(mapping, indent=1) + "\n").encode())
+
+
+def load_profiles(path: str | Path) -> tuple[Profile, ...]:
+    """Read a profile file. Raises FileError with all mistakes."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"cannot be read as JSON: {error}. Possible: what prunesearch profile -o wrote. Correct the path."
+        raise FileError(str(path), [problem]) from None
+    found = read(ProfileFile, content, str(path)).profiles
+    problems = [problem for profile in found for problem in profile_problems(profile)]
+    if problems or not found:
+        raise FileError(str(path), problems or ["it has no profile. Possible: one or more. Profile again."])
+    return found
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:

@@ -6,9 +6,10 @@ Made by `prunesearch profile`. Reading it and adding up needs neither PyTorch no
 from __future__ import annotations
 
 import itertools
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from prunesearch.errors import DeviceError
 from prunesearch.shape import ModelShape
@@ -135,3 +136,38 @@ class Profile:
             f"profile of {self.model}: the {kind} {name!r} was not measured. Possible: {known}. Profile again with "
             f"`prunesearch profile ... --{kind} {name}`."
         )
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """Profiles of one model on one device, one for each batch size."""
+
+    version: Literal[1]
+    profiles: tuple[Profile, ...]
+
+
+def profile_problems(profile: Profile) -> list[str]:
+    """What is wrong with a profile that was read from a file; empty for one that was measured."""
+    place, problems = f"profile of {profile.model or '?'}, batch {profile.batch}", []
+    for name in ("attention", "sized_attention", "mlp", "last"):
+        curve: Curve | None = getattr(profile, name)
+        if curve is None:
+            continue
+        if not curve.tokens or not len(curve.tokens) == len(curve.ms) == len(curve.error):
+            problems.append(f"{place}: {name}: tokens, ms and error are not of one length.")
+        elif any(right <= left for left, right in itertools.pairwise(curve.tokens)):
+            problems.append(f"{place}: {name}: its tokens do not ascend.")
+        elif not all(math.isfinite(value) and value >= 0 for value in curve.ms):
+            problems.append(f"{place}: {name}: its ms are not all finite and positive.")
+    times = [
+        profile.fixed,
+        profile.dense_ms,
+        *(
+            value
+            for time in (*profile.verbs, *profile.scores)
+            for value in (time.fixed, time.per_before, time.per_kept, time.per_pair)
+        ),
+    ]
+    if not all(map(math.isfinite, times)) or profile.dense_ms <= 0 or profile.batch < 1:
+        problems.append(f"{place}: a time is not finite, or dense_ms or batch is not positive.")
+    return [f"{problem} Possible: what prunesearch profile wrote. Profile again." for problem in problems]

@@ -309,7 +309,8 @@ def _stage_time(name: str, kind: str, times: Mapping[Key, Measured]) -> StageTim
     columns = [[1.0, *point[:-1]] + [point[0] * point[1]] * (kind == "verb") for point in points]
     measured = np.array([point[-1] for point in points])
     weights, error = non_negative_fit(np.array(columns), measured)
-    return StageTime(name, *weights, *[0.0] * (4 - len(weights)), error)
+    fixed, per_before, per_kept, per_pair = [*weights, 0.0, 0.0][:4]
+    return StageTime(name, fixed, per_before, per_kept, per_pair, error)
 
 
 def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> tuple[list[float], float]:

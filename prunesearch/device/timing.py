@@ -1,4 +1,4 @@
-"""Time many small pieces of work in turns, so that drift of the machine and its neighbours hit all of them alike."""
+"""Time many pieces of work in turns, so that drift of the machine and its neighbours hit all of them alike."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
-VISIT_SECONDS = 0.01
-"""Visits last at least so long. All last as long as the longest: other work on the machine then slows all alike."""
-FEWEST_ROUNDS = 5
+VISITS = (0.003, 0.02)
+"""Seconds of a visit to a short piece, at least and at most: it is repeated for so long. Longer is fairer, as other
+work on the machine then slows all pieces alike; shorter gives more rounds."""
+ROUNDS = 15
+"""Visits are so short that about so many rounds fit in the time."""
+FEWEST_ROUNDS = 4
+LONG = 0.25
+"""What takes longer than this many seconds is visited in the first FEWEST_ROUNDS rounds only."""
 ENOUGH_ERROR = 0.005
 """Measuring ends early when the standard error of every piece is below this share of its time."""
-QUIET = 0.25
-"""Results are for a round as quiet as this quantile of the rounds: noise only adds time."""
+QUIET = 0.3
+"""A piece takes what it took in this share of its visits, the fastest ones: noise only adds time."""
 SWEEPS = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one piece of work in a quiet round, and the standard error as a share of it."""
+    """Seconds of one piece of work when the machine is quiet, and the standard error as a share of it."""
 
     seconds: float
     error: float
@@ -35,18 +40,21 @@ def in_turns(
 ) -> dict[Key, Measured]:
     """Measure every piece of work once in each round, in random order, until `seconds` are over or all are certain.
 
-    work: the pieces by name; each is called without arguments. wait: waits until the device has finished; called before
-    and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take.
+    work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
+    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take.
     """
     names, order = list(work), random.Random(seed)
     single = {name: _single(work[name], wait) for name in names}
-    longest = max(VISIT_SECONDS, *single.values())
-    repeats = {name: max(1, round(longest / single[name])) for name in names}
+    visit = min(max(seconds / (ROUNDS * len(names)), VISITS[0]), VISITS[1])
+    repeats = {name: max(1, round(visit / single[name])) for name in names}
     end = time.perf_counter() + seconds
     rounds: list[list[float]] = []
     while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
-        seen = dict.fromkeys(names, 0.0)
-        for name in order.sample(names, len(names)):
+        now = [name for name in names if len(rounds) < FEWEST_ROUNDS or single[name] < LONG]
+        if not now:
+            break
+        seen = dict.fromkeys(names, np.nan)
+        for name in order.sample(now, len(now)):
             seen[name] = _visit(work[name], repeats[name], wait)
         rounds.append([seen[name] for name in names])
         if len(rounds) >= FEWEST_ROUNDS and max(_estimates(rounds)[1]) < ENOUGH_ERROR:
@@ -58,7 +66,8 @@ def in_turns(
 def _single(run: Callable[[], object], wait: Callable[[], None]) -> float:
     """Seconds of one call. The first call warms up and does not count."""
     run()
-    return max(min(_visit(run, 1, wait) for _ in range(3)), 1e-7)
+    first = _visit(run, 1, wait)
+    return max(first if first > LONG else min(first, *(_visit(run, 1, wait) for _ in range(2))), 1e-7)
 
 
 def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
@@ -73,18 +82,18 @@ def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None]) ->
 
 
 def _estimates(rounds: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Seconds of each piece in a quiet round, and their standard errors as shares.
+    """Seconds of each piece when the machine is quiet, and their standard errors as shares.
 
     log(time) = piece + round + noise, fitted by median polish: what slows a whole round down belongs to the round.
     """
     log_RP = np.log(np.asarray(rounds))
-    piece_P = np.zeros(log_RP.shape[1])
-    round_R = np.zeros(log_RP.shape[0])
+    piece_P, round_R = np.zeros(log_RP.shape[1]), np.zeros(log_RP.shape[0])
     for _ in range(SWEEPS):
-        piece_P = np.median(log_RP - round_R[:, None], axis=0)
-        round_R = np.median(log_RP - piece_P, axis=1)
-    noise_RP = log_RP - piece_P - round_R[:, None]
-    low, high = np.quantile(noise_RP, [0.25, 0.75], axis=0)
+        piece_P = np.nanmedian(log_RP - round_R[:, None], axis=0)
+        round_R = np.nanmedian(log_RP - piece_P, axis=1)
+    own_RP = log_RP - round_R[:, None]
+    low, fast, high = np.nanquantile(own_RP, [0.25, QUIET, 0.75], axis=0)
+    visits_P = np.sum(~np.isnan(log_RP), axis=0)
     # standard error of a median of normal noise: 1.253 sigma / sqrt(n), with sigma = IQR / 1.349
-    error_P = 1.253 / 1.349 * (high - low) / np.sqrt(len(log_RP))
-    return np.exp(piece_P + np.quantile(round_R, QUIET)).tolist(), error_P.tolist()
+    error_P = 1.253 / 1.349 * (high - low) / np.sqrt(visits_P)
+    return np.exp(fast + np.quantile(round_R, QUIET)).tolist(), error_P.tolist()

@@ -1,0 +1,90 @@
+"""Device profiles of a model by its name: what `prunesearch profile` and a study with a `device` section measure."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from prunesearch.config import ModelConfig, SpaceConfig
+from prunesearch.device.measure import measure_profile
+from prunesearch.device.runtimes import DTYPES, Settings, runtime_of
+from prunesearch.errors import DeviceError
+from prunesearch.evaluate.build import build_model
+from prunesearch.evaluate.machine import find_device, versions
+from prunesearch.profile import Profile
+from prunesearch.space.choices import blocks_of
+from prunesearch.tokens import REDUCERS, SCORERS
+
+
+def measure_profiles(
+    model: ModelConfig,
+    *,
+    space: SpaceConfig | None = None,
+    batches: Sequence[int] = (1, 16),
+    runtime: str = "torch",
+    device: str = "auto",
+    threads: int | None = None,
+    precision: str = "float32",
+    seconds: float = 60.0,
+    verbs: Sequence[str] | None = None,
+    scores: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Profile]:
+    """Measure what the parts of a model take on this machine; yields a profile for each batch size.
+
+    Weights are not loaded: time does not depend on them. space: only its verbs and scores are measured. verbs, scores:
+    only these. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
+    Raises DeviceError, ModelError, UnknownNameError, ResourceError.
+    """
+    engine, target = runtime_of(runtime), find_device(device)
+    if precision not in DTYPES:
+        raise DeviceError(f"precision: {precision!r}. Possible: {', '.join(DTYPES)}. Write one of them.")
+    if target.type != "cpu" and not engine.on_gpu:
+        if device != "auto":
+            raise DeviceError(f"runtime {runtime}: it runs on the CPU here, not on {target}. Write --device cpu.")
+        target = torch.device("cpu")
+    if precision != "float32" and not engine.on_gpu:
+        raise DeviceError(f"runtime {runtime}: {precision} is not measured. Possible: float32. Leave --precision out.")
+    if space is not None:
+        verbs = verbs or list(dict.fromkeys(verb for block in blocks_of(space) for verb in block.reduce))
+        scores = scores or list(dict.fromkeys(score for block in blocks_of(space) for score in block.score))
+    for registry, names in ((REDUCERS, verbs), (SCORERS, scores)):
+        for name in names or ():
+            registry[name]  # raises for an unknown name
+    settings = Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
+    built = build_model(ModelConfig(model.name, False, None, model.image_size, model.num_classes, model.options))
+    built = built.to(target, DTYPES[precision]).eval()
+    for batch in batches:
+        yield measure_profile(
+            built,
+            model.name,
+            batch,
+            engine,
+            settings,
+            seconds / len(batches),
+            verbs=verbs,
+            scores=scores,
+            versions=(*versions(), (runtime, engine.version)) if runtime != "torch" else versions(),
+            device=processor(target),
+            say=say,
+        )
+
+
+def processor(device: torch.device) -> str:
+    """The name of a processor, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or device.type
+
+
+def _cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,113 @@
+"""A device profile in plain words: what can be gained on this device at all, before any search."""
+
+from __future__ import annotations
+
+import math
+
+from prunesearch.cost import total_cost
+from prunesearch.errors import ScheduleError
+from prunesearch.profile import Profile
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.tokens import REDUCERS
+
+HALF = 0.5
+MERGED_PER_BLOCK = 0.92
+"""Share of the tokens that stay in each block when a verb runs in every block; about half of them are left at the end
+of twelve."""
+
+WORTH = 1.02
+"""A schedule that is less than this much faster is no gain."""
+
+
+def profile_lines(profile: Profile) -> list[str]:
+    """What can be gained, a sentence each; the first line says where and how it was measured."""
+    shape, dense = profile.shape, profile.dense_ms
+    threads = f", {profile.threads} thread{'s' * (profile.threads != 1)}" if profile.threads else ""
+    lines = [
+        f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}, batch {profile.batch}: "
+        f"the dense model takes {_ms(dense)}."
+    ]
+    least = floor_ms(profile)
+    lines.append(
+        f"{_ms(least)} of that do not depend on tokens: no schedule can be more than {dense / least:.1f} x as fast."
+    )
+    block = shape.depth // 3
+    half = [
+        (dense / total_cost(shape, schedule, profile), verb)
+        for verb in _verbs(profile)
+        if (schedule := _one_stage(verb, profile, block)) is not None
+    ]
+    if half:
+        gain, verb = max(half)
+        lines.append(f"Half the tokens from block {block} on ({verb}): {gain:.2f} x.")
+    lines += _in_every_block(profile)
+    if profile.check:
+        worst = max(map(abs, profile.check))
+        count = len(profile.check)
+        lines.append(
+            f"How sure: {count} schedules that were measured whole are within {worst:.0%} of what the parts say."
+        )
+    return lines
+
+
+def floor_ms(profile: Profile) -> float:
+    """What the model takes with as few tokens as were measured, in milliseconds."""
+    shape = profile.shape
+    fewest = profile.mlp.tokens[0]
+    return profile.whole(shape) + shape.depth * profile.block(shape, fewest, fewest, False) + profile.end(shape, fewest)
+
+
+def _in_every_block(profile: Profile) -> list[str]:
+    """For verbs that run in every block: what they gain, or that they cost more than they save."""
+    shape = profile.shape
+    gains: list[tuple[float, str]] = []
+    losses: list[str] = []
+    for verb in _verbs(profile):
+        stages = [_stage(verb, profile, block, MERGED_PER_BLOCK) for block in range(shape.depth)]
+        gain = _gain(profile, Schedule(tuple(stages)))
+        if gain is not None:
+            if gain > WORTH:
+                gains.append((gain, verb))
+            else:
+                losses.append(verb)
+    text = []
+    if gains:
+        listed = ", ".join(f"{verb} {gain:.2f} x" for gain, verb in sorted(gains, reverse=True))
+        text.append(f"A stage in every block that keeps {MERGED_PER_BLOCK:.0%}: {listed}.")
+    if losses:
+        text.append(f"In every block these cost as much as they save, or more: {', '.join(losses)}.")
+    return text
+
+
+def _verbs(profile: Profile) -> list[str]:
+    """The measured verbs that have a measured score, if they need one."""
+    return [time.name for time in profile.verbs if profile.scores or not _ranks(time.name)]
+
+
+def _ranks(verb: str) -> bool:
+    return verb in REDUCERS and REDUCERS[verb].ranks
+
+
+def _stage(verb: str, profile: Profile, block: int, keep: float) -> Stage:
+    score = (
+        min(profile.scores, key=lambda time: time.at(profile.shape.patch_tokens, 0)).name if _ranks(verb) else "none"
+    )
+    return Stage(block, at="pre" if profile.shape.holds else "mid", score=score, keep=keep, reduce=verb)
+
+
+def _one_stage(verb: str, profile: Profile, block: int) -> Schedule | None:
+    schedule = Schedule((_stage(verb, profile, block, HALF),))
+    return schedule if _gain(profile, schedule) is not None else None
+
+
+def _gain(profile: Profile, schedule: Schedule) -> float | None:
+    """How many times as fast as the dense model; None for a schedule that is not possible."""
+    try:
+        return profile.dense_ms / total_cost(profile.shape, schedule, profile)
+    except ScheduleError:
+        return None
+
+
+def _ms(value: float) -> str:
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{min(digits, 3)}f} ms"
