@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_profiles import fake_profile
 from fake_search import RUNGS, SHAPE, SPACE, records, run, study
 
 from prunesearch.cli import main
@@ -27,7 +28,7 @@ from prunesearch.config import (
     StudyConfig,
     ThresholdRange,
 )
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import MACS, CostTable, estimate_cost, total_cost
 from prunesearch.errors import FileError, ScheduleError, StudyError
 from prunesearch.evaluate import build_model, measure_sensitivity, model_shape
 from prunesearch.evaluate.data import open_data
@@ -174,8 +175,10 @@ def test_a_table_fits_its_model_data_and_space() -> None:
 # --- the predicted front -----------------------------------------------------------------------------------------
 
 
-def brute_force(effects: list[Effect], space: SpaceConfig, shape: ModelShape) -> list[tuple[float, float]]:
-    """(GMACs, damage) of the front of all schedules whose stages were measured."""
+def brute_force(
+    effects: list[Effect], space: SpaceConfig, shape: ModelShape, costs: CostTable = MACS
+) -> list[tuple[float, float]]:
+    """(cost, damage) of the front of all schedules whose stages were measured."""
     known = {effect.stage: effect.divergence for effect in effects}
     points = set()
     for index in range(combinations(space) or 0):
@@ -185,7 +188,7 @@ def brute_force(effects: list[Effect], space: SpaceConfig, shape: ModelShape) ->
             damage = sum(known[step.stage] for step in steps)
         except (ScheduleError, KeyError):
             continue
-        points.add((estimate_cost(shape, schedule).gmacs, damage))
+        points.add((total_cost(shape, schedule, costs), damage))
     best: list[tuple[float, float]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1] - 1e-12:
@@ -220,6 +223,16 @@ def test_the_front_is_that_of_all_schedules(name: str, max_stages: int | None) -
     for point in found:
         assert parameters_of(point.schedule, space) is not None
         assert estimate_cost(SMALL, point.schedule).gmacs == pytest.approx(point.cost, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_front_in_milliseconds_is_that_of_all_schedules(name: str) -> None:
+    """Blocks after merging cost more by this profile, and the MLP is a staircase."""
+    space, profile = SPACES[name], fake_profile(SMALL)
+    effects = made_up(space, SMALL)
+    found = predicted_front(effects, space, SMALL, profile)
+    expected = brute_force(effects, space, SMALL, profile)
+    assert [(point.cost, point.divergence) for point in found] == [pytest.approx(point) for point in expected]
 
 
 def test_a_stage_that_can_only_stand_behind_others_is_none_of_them() -> None:

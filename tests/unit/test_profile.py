@@ -1,0 +1,147 @@
+"""Device profiles: curves, the latency of a schedule as a sum of parts, files, and what they say in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fake_profiles import fake_profile
+
+from prunesearch.cost import MACS, estimate_cost, total_cost
+from prunesearch.errors import DeviceError, FileError
+from prunesearch.files import load_profiles, save_profiles
+from prunesearch.profile import Curve, StageTime
+from prunesearch.report.plot_profile import plot_profile
+from prunesearch.report.profile_words import floor_ms, profile_lines
+from prunesearch.schedule import Schedule, Stage
+from prunesearch.shape import ModelShape
+
+SHAPE = ModelShape(
+    depth=4, dim=32, heads=4, attention_dim=32, patch_tokens=40, prefix_tokens=1, class_tokens=1, mlp_macs=4096,
+    stem_macs=1000, head_macs=320,
+)  # fmt: skip
+PROFILE = fake_profile(SHAPE)
+
+
+def test_a_curve_is_linear_between_its_points_and_beyond_them() -> None:
+    curve = Curve((10, 20, 40), (1.0, 3.0, 4.0), (0.0, 0.0, 0.0))
+    values = {0: -1.0, 10: 1.0, 15: 2.0, 20: 3.0, 30: 3.5, 40: 4.0, 60: 5.0}
+    for tokens, expected in values.items():
+        assert curve.at(tokens) == pytest.approx(expected)
+    many = curve.at(torch.tensor(list(values), dtype=torch.float64))
+    assert many.tolist() == pytest.approx(list(values.values()))
+    assert Curve((7,), (2.0,), (0.0,)).at(3) == 2.0
+
+
+def test_gradients_pass_through_a_curve() -> None:
+    curve = Curve((10, 20, 40), (1.0, 3.0, 4.0), (0.0, 0.0, 0.0))
+    tokens = torch.tensor([15.0, 30.0], requires_grad=True)
+    curve.at(tokens).sum().backward()
+    assert tokens.grad is not None and tokens.grad.tolist() == pytest.approx([0.2, 0.05])
+
+
+def test_the_latency_of_a_schedule_is_the_sum_of_its_parts() -> None:
+    """40 patches and a class token; block 1 (mid) drops to 20, block 2 (pre) merges to 15."""
+    schedule = Schedule((Stage(1, tokens=20), Stage(2, at="pre", tokens=15, reduce="merge")))
+    attention = 0.02 * 41 + 0.02 * 41 + 0.03 * 16 + 0.03 * 16  # merged tokens have sizes from block 2 on
+    mlp = 1.0 + 1.0 + 0.5 + 0.5  # 41, 21, 16, 16: the stair is at 20 tokens
+    drop = 0.05 + 0.001 * 40 + 0.002 * 20 + 0.0001 * 40 * 20 + (0.05 + 0.0005 * 41)  # the score reads 41 tokens
+    merge = 0.1 + 0.001 * 20 + 0.002 * 15 + 0.0001 * 20 * 15
+    assert total_cost(SHAPE, schedule, PROFILE) == pytest.approx(2.0 + attention + mlp + drop + merge + 0.3)
+    assert total_cost(SHAPE, Schedule(), PROFILE) == pytest.approx(PROFILE.dense_ms)
+
+
+def test_merging_without_sizes_in_attention_costs_the_plain_attention() -> None:
+    plain = Stage(1, tokens=30, reduce="merge", options=(("proportional_attention", False),))
+    sized = replace(plain, options=())
+    after = 0.02 * 31 * 2  # blocks 2 and 3
+    difference = total_cost(SHAPE, Schedule((sized,)), PROFILE) - total_cost(SHAPE, Schedule((plain,)), PROFILE)
+    assert difference == pytest.approx(0.5 * after)
+
+
+def test_a_stage_that_removes_nothing_costs_nothing() -> None:
+    assert total_cost(SHAPE, Schedule((Stage(1, keep=1.0),)), PROFILE) == pytest.approx(PROFILE.dense_ms)
+
+
+def test_macs_are_the_same_by_both_ways() -> None:
+    schedule = Schedule((Stage(1, keep=0.5), Stage(2, keep=0.7, reduce="squeeze")))
+    assert total_cost(SHAPE, schedule) == estimate_cost(SHAPE, schedule).gmacs == total_cost(SHAPE, schedule, MACS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [
+        (Stage(1, keep=0.5, reduce="pool", score="none"), "verb 'pool'"),
+        (Stage(1, keep=0.5, score="predictor"), "score"),
+    ],
+)
+def test_a_stage_that_was_not_measured_is_named(stage: Stage, named: str) -> None:
+    with pytest.raises(DeviceError, match=f"{named}.*was not measured.*Possible: .*Profile again"):
+        total_cost(SHAPE, Schedule((stage,)), PROFILE)
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+def test_profiles_survive_their_file(tmp_path: Path) -> None:
+    both = (PROFILE, replace(PROFILE, batch=16, attention=None, sized_attention=None, last=None))
+    save_profiles(both, tmp_path / "p.json")
+    assert load_profiles(tmp_path / "p.json") == both
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda content: content.update(profiles=[]), "it has no profile"),
+        (lambda content: content["profiles"][0]["mlp"].update(tokens=[1, 2]), "not of one length"),
+        (lambda content: content["profiles"][0]["mlp"].update(tokens=[4, 3, 2, 1]), "do not ascend"),
+        (lambda content: content["profiles"][0]["mlp"].update(ms=[1, 1, 1, -1]), "not all finite and positive"),
+        (lambda content: content["profiles"][0].update(dense_ms=0.0), "dense_ms"),
+        (lambda content: content["profiles"][0].update(batch="many"), "batch"),
+        (lambda content: content["profiles"][0].update(speed=1), "speed"),
+        (lambda content: content.update(version=2), "version"),
+    ],
+)
+def test_a_damaged_profile_is_refused(change: object, problem: str, tmp_path: Path) -> None:
+    save_profiles([PROFILE], tmp_path / "p.json")
+    content = json.loads((tmp_path / "p.json").read_text())
+    change(content)  # type: ignore[operator]
+    (tmp_path / "p.json").write_text(json.dumps(content))
+    with pytest.raises(FileError, match=problem):
+        load_profiles(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])
+def test_what_is_no_profile_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(FileError, match=r"p\.json"):
+        load_profiles(tmp_path / "p.json")
+
+
+# --- in words ----------------------------------------------------------------------------------------------------
+
+
+def test_the_words_say_what_can_be_gained() -> None:
+    lines = profile_lines(PROFILE)
+    assert lines[0].startswith("some_vit on none, 2 threads, torch, float32, batch 1: the dense model takes 9.58 ms")
+    floor = 2.0 + 4 * (0.02 + 0.5) + 0.3
+    assert floor_ms(PROFILE) == pytest.approx(floor)
+    assert f"more than {PROFILE.dense_ms / floor:.1f} x" in lines[1]
+    half = total_cost(SHAPE, Schedule((Stage(1, keep=0.5, score="class_attention", reduce="squeeze"),)), PROFILE)
+    assert lines[2] == f"Half the tokens from block 1 on (squeeze): {PROFILE.dense_ms / half:.2f} x."
+    assert lines[-1].startswith("How sure: 2 schedules that were measured whole are within 2%")
+
+
+def test_verbs_that_cost_more_than_they_save_are_named() -> None:
+    dear = replace(PROFILE, verbs=(StageTime("drop", 0.01), StageTime("merge", 5.0)))
+    assert any("as much as they save, or more: " in line and "merge" in line for line in profile_lines(dear))
+    free = replace(PROFILE, verbs=(StageTime("merge", 0.0),), sized_attention=PROFILE.attention)
+    assert any(line.startswith("A stage in every block that keeps 92%: merge 1.") for line in profile_lines(free))
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    plot_profile([PROFILE, replace(PROFILE, batch=16, attention=None, sized_attention=None)], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
