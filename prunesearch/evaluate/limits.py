@@ -6,8 +6,10 @@ be. `resolved_limits` is the one place that turns such bounds into numbers. All 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 from prunesearch.config import Limit, ModelConfig, Objective, StudyConfig
@@ -68,8 +70,9 @@ def in_numbers(bound: float | str | None, dense: float | None) -> float | None:
     """
     if not isinstance(bound, str):
         return bound
-    share = share_of_dense(bound)
-    return None if share is None or dense is None or not dense > 0 else share / 100 * dense
+    if dense is None or not 0 < dense < math.inf:
+        return None
+    return float(Fraction(bound.replace("%", "")) * Fraction(dense) / 100)  # 0.7 * 90 is below 63 in floating point
 
 
 def goal_of(metric: str, objectives: Iterable[Objective] = ()) -> Goal | None:
