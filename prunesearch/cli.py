@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
-from prunesearch.config import DataConfig, ModelConfig, Objective, StudyConfig
+from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfig
 from prunesearch.cost import Cost, estimate_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
-from prunesearch.evaluate.limits import Limits
+from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_gmacs, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.export.schedules import COMPARED, export, measure_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
@@ -191,6 +191,13 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     if total is not None and total > 10**15:
         size = f"about 10^{math.log10(total):.0f} combinations"
     _print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
+    dense = computed_dense(config.limits, config.model)
+    for name, limit in config.limits:
+        words = in_words(name, limit, dense.get(name), goal_of(name, config.objectives), "dense is measured first")
+        _print(f"  {'limit':<20} {words}")
+    budget = budget_gmacs(config)
+    if config.budget is not None and budget is not None:
+        print(f"  {'budget':<20} gmacs {bound_in_words(config.budget.gmacs, budget)}")
     for origin, schedule in start_schedules(config, shape):
         cost = estimate_cost(shape, schedule)
         _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
@@ -339,28 +346,33 @@ def _status(parsed: argparse.Namespace) -> int:
 
 def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, front, front_rows, nothing_within
+    from prunesearch.relative_limits import asked_limits, limit_lines, limits_of
     from prunesearch.report.plot import plot_front
     from prunesearch.report.tables import front_csv, front_table
 
     _check_output(parsed.plot)
     reader = _open(parsed)
     config, records = reader.config, _records(reader)
-    found = front(records, config.objectives, config.limits)
+    asked = asked_limits(_drops(parsed.within), config, records)
+    limits = (*limits_of(config, records), *asked)
+    found = front(records, config.objectives, limits)
     if parsed.json:
         print(json.dumps(front_rows(found, config.objectives), indent=2))
     elif parsed.csv:
         print(printable(front_csv(found, config.objectives), lines=True), end="")
     elif not found:
         measured = comparable(records, config.objectives)
-        if measured and config.limits:
-            _print(f"{config.name}: {nothing_within(config.limits, measured)}")
+        if measured and limits:
+            _print(f"{config.name}: {nothing_within(limits, measured)}")
         else:
             _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
         return 0
     else:
         _console().print(front_table(found, config.objectives, records))
+        _print(*(f"limit: {line}" for line in limit_lines(config, records)))
+        _print(*(f"within: {name} {limit}" for name, limit in asked))
     if parsed.plot is not None:
-        plot_front(records, config.objectives, parsed.plot, limits=config.limits, title=config.name)
+        plot_front(records, config.objectives, parsed.plot, limits=limits, title=config.name)
         _print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 
@@ -370,7 +382,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
     _check_output(parsed.output)
     reader = _open(parsed)
-    record = _choose(parsed, reader.config.objectives, reader.config.limits, _records(reader))
+    record = _choose(parsed, reader.config, _records(reader))
     written = export(
         record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
     )
@@ -383,10 +395,9 @@ def _export(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _choose(
-    parsed: argparse.Namespace, objectives: Sequence[Objective], limits: Limits, records: list[Record]
-) -> Record:
-    from prunesearch.front import best, front, knee
+def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Record]) -> Record:
+    from prunesearch.front import best, cheapest, front, knee
+    from prunesearch.relative_limits import asked_limits, limits_of
 
     if parsed.trial is not None:
         for record in records:
@@ -395,9 +406,22 @@ def _choose(
         last = max((record.number for record in records), default=None)
         possible = "none yet" if last is None else f"0 to {last}"
         raise StudyError(f"--trial {parsed.trial}: there is no such trial. Possible: {possible}. Choose one of them.")
-    if parsed.at_most or parsed.at_least:
-        return best(records, objectives, dict(parsed.at_most), dict(parsed.at_least), limits)
-    return knee(front(records, objectives, limits), objectives)
+    asked = [(name, Limit(at_most=bound)) for name, bound in parsed.at_most]
+    asked += [(name, Limit(at_least=bound)) for name, bound in parsed.at_least]
+    bounds, limits = asked_limits([*asked, *_drops(parsed.fastest_within)], config, records), limits_of(config, records)
+    if parsed.fastest_within:
+        record, cost = cheapest(records, config.objectives, bounds, limits)
+        _say(f"the best {cost.metric} with {' and '.join(f'{name} {limit}' for name, limit in bounds)}")
+        if record.origin == "dense":
+            _say("this is the dense model itself: no candidate that is cheaper is within")
+        return record
+    if bounds:
+        return best(records, config.objectives, bounds, limits)
+    return knee(front(records, config.objectives, limits), config.objectives)
+
+
+def _drops(pairs: Sequence[tuple[str, float]]) -> WrittenLimits:
+    return [(name, Limit(drop_at_most=drop)) for name, drop in pairs]
 
 
 def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
@@ -713,6 +737,7 @@ def _parser() -> argparse.ArgumentParser:
     form = show.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="as JSON, schedules included")
     form.add_argument("--csv", action="store_true", help="as CSV")
+    show.add_argument("--within", **_drop_options("--within", "only what loses at most v of metric m against dense"))
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
 
     export = verb("export", _export, "write one schedule of a study to a file that apply_schedule takes")
@@ -720,10 +745,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "-o", "--output", type=Path, default=Path("best.yaml"), metavar="FILE", help="default best.yaml"
     )
-    export.add_argument("--trial", type=_whole("--trial", 0), metavar="N", help="this trial")
-    export.add_argument("--knee", action="store_true", help="the bend of the front (the default)")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--trial", type=_whole("--trial", 0), metavar="N", help="this trial")
+    which.add_argument("--knee", action="store_true", help="the bend of the front (the default)")
+    text = "the cheapest that loses at most v of metric m against dense"
+    which.add_argument("--fastest-within", **_drop_options("--fastest-within", text))
     for flag, words in (("--at-most", "at most"), ("--at-least", "at least")):
-        text = f"best with metric m {words} v"
+        text = f"best with metric m {words} v, a number or a share of dense such as 70%%"
         export.add_argument(flag, type=_bound(flag), action="append", default=[], metavar="m=v", help=text)
     export.add_argument("--weights", action="store_true", help="the fine-tuned weights too, as safetensors")
 
@@ -824,20 +852,39 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _bound(flag: str) -> Callable[[str], tuple[str, float]]:
-    """An argparse type for metric=number."""
+def _bound(flag: str) -> Callable[[str], tuple[str, float | str]]:
+    """An argparse type for metric=number or metric=share, a share of the dense model's value."""
 
-    def parse(text: str) -> tuple[str, float]:
-        name, _, number = text.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        if not name or not math.isfinite(value):
-            raise UserError(f"{flag} {text}: possible: metric=number. Write for example {flag} gmacs=3.0.")
-        return name, value
+    def parse(text: str) -> tuple[str, float | str]:
+        name, _, bound = text.partition("=")
+        if name and re.fullmatch(SHARE, bound) and float(bound.rstrip("% ")) > 0:
+            return name, bound
+        return _metric_and_number(flag, text, "metric=number or metric=share", "gmacs=3.0 or gmacs=70%")
 
     return parse
+
+
+def _drop_options(flag: str, text: str) -> dict[str, Any]:
+    """What argparse needs for a flag that takes metric=drop, where a drop is a number from 0."""
+
+    def parse(given: str) -> tuple[str, float]:
+        name, drop = _metric_and_number(flag, given, "metric=number from 0", "top1=1.0")
+        if drop < 0:
+            raise UserError(f"{flag} {given}: possible: metric=number from 0. Write for example {flag} top1=1.0.")
+        return name, drop
+
+    return {"type": parse, "action": "append", "default": [], "metavar": "m=v", "help": text}
+
+
+def _metric_and_number(flag: str, text: str, possible: str, example: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise UserError(f"{flag} {text}: possible: {possible}. Write for example {flag} {example}.")
+    return name, value
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:

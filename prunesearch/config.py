@@ -34,6 +34,9 @@ MOST_IMAGES = 10**12
 MOST_VALUES = 200
 """Most values of one parameter of a search."""
 MOST_NAMES = 100
+SHARE = r"^[0-9]{1,6}(\.[0-9]{1,6})? ?%$"
+"""Form of a share of the dense model's value, such as 70%."""
+NUMBER_OR_SHARE = "a number, or a share of the dense model's value such as 70%"
 LARGEST = 1e6
 """Bound on thresholds, loss weights and options, in their own units: beyond any sensible value, far from overflow."""
 
@@ -42,7 +45,8 @@ def bounded(text: str, default: Any = ..., **bounds: float | str) -> Any:
     """Make a dataclass field with a description, bounds and an optional default.
 
     low, high: inclusive bounds. above: exclusive lower bound. For a tuple they hold for each number in it.
-    most: largest length of a tuple. pattern: regular expression that a text must match.
+    most: largest length of a tuple. pattern: regular expression that a text must match. form: what is possible, for
+    the message about another kind of value.
     Reading a file checks the bounds. For sections that were made in Python, `study_problems` does.
     """
     metadata = {"text": text, **bounds}
@@ -235,16 +239,34 @@ class Objective:
 
 @dataclass(frozen=True)
 class Limit:
-    """Bounds on one metric. Candidates over a limit on a computed metric are rejected before any training."""
+    """Bounds on one metric. Candidates over a limit on a computed metric are rejected before any training.
 
-    at_most: float | None = _field("upper bound", None, low=-1e12, high=1e12)
-    at_least: float | None = _field("lower bound", None, low=-1e12, high=1e12)
+    A measured metric is compared with the dense model's value at the same rung. `evaluate/limits.py` turns the bounds
+    into numbers.
+    """
 
-    def excess(self, value: float) -> float:
-        """How far a value lies outside the bounds, in its unit. 0 or less: within them. NaN gives NaN: not within."""
-        above = [] if self.at_most is None else [value - self.at_most]
-        below = [] if self.at_least is None else [self.at_least - value]
-        return max(above + below, default=0.0)
+    at_most: float | str | None = _field(
+        "upper bound: a number, or a share of the dense model's value such as 70%",
+        None,
+        low=-1e12,
+        high=1e12,
+        pattern=SHARE,
+        form=NUMBER_OR_SHARE,
+    )
+    at_least: float | str | None = _field(
+        "lower bound: a number, or a share of the dense model's value such as 130%",
+        None,
+        low=-1e12,
+        high=1e12,
+        pattern=SHARE,
+        form=NUMBER_OR_SHARE,
+    )
+    drop_at_most: float | None = _field(
+        "by how much a measured metric may be worse than the dense model's value, in its unit (points for top1)",
+        None,
+        low=0,
+        high=1e12,
+    )
 
 
 @dataclass(frozen=True)
@@ -351,7 +373,13 @@ class SupernetConfig:
 class IsoBudget:
     """The cost of every candidate of the sampler. Its keep ratios are changed until it has this cost."""
 
-    gmacs: float = _field("GMACs of one image", above=0, high=MOST_GMACS)
+    gmacs: float | str = _field(
+        "GMACs of one image: a number, or a share of the dense model's such as 60%",
+        above=0,
+        high=MOST_GMACS,
+        pattern=SHARE,
+        form=NUMBER_OR_SHARE,
+    )
 
 
 @dataclass(frozen=True)
@@ -443,7 +471,7 @@ class StudyConfig:
         "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize")), most=4
     )
     limits: tuple[tuple[str, Limit], ...] = _field(
-        "bounds per metric, for example {gmacs: {at_most: 3.5}}", (), most=MOST_NAMES
+        "bounds per metric, for example {gmacs: {at_most: 70%}, top1: {drop_at_most: 1.0}}", (), most=MOST_NAMES
     )
     budget: IsoBudget | None = _field(
         "what all candidates of the sampler cost: their keep ratios are moved until they do", None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prunesearch.config import Limit, Objective
+from prunesearch.config import Objective
 from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.limits import Limits, total_excess
@@ -152,20 +152,40 @@ def knee(found: Sequence[Record], objectives: Sequence[Objective]) -> Record:
     return found[min(range(len(found)), key=lambda index: (sums[index], values[index, 0], found[index].number))]
 
 
-def best(
-    records: Sequence[Record],
-    objectives: Sequence[Objective],
-    at_most: Mapping[str, float],
-    at_least: Mapping[str, float],
-    limits: Limits = (),
-) -> Record:
+def best(records: Sequence[Record], objectives: Sequence[Objective], bounds: Limits, limits: Limits = ()) -> Record:
     """The best record within bounds on any measured metrics and the study's limits.
 
     Best by the first objective that is not itself bounded (by the first one when all are); ties go to the other
     objectives in order, then to the lowest number. When there is none, raises StudyError, which names the nearest one.
     """
-    bounds = [(name, Limit(at_most=value)) for name, value in at_most.items()]
-    bounds += [(name, Limit(at_least=value)) for name, value in at_least.items()]
+    within = _within(records, objectives, bounds, limits)
+    bounded = {name for name, _ in bounds}
+    order = sorted(range(len(objectives)), key=lambda index: objectives[index].metric in bounded)  # free ones first
+    return _first(within, objectives, order)
+
+
+def cheapest(
+    records: Sequence[Record], objectives: Sequence[Objective], bounds: Limits, limits: Limits = ()
+) -> tuple[Record, Objective]:
+    """The cheapest record within bounds on any measured metrics and the study's limits, and by which objective.
+
+    That is `cost_objective` among the objectives without a bound; ties go to the other objectives in order, then to the
+    lowest number. Raises StudyError as `best`, and when every objective has a bound.
+    """
+    bounded = {name for name, _ in bounds}
+    free = [objective for objective in objectives if objective.metric not in bounded]
+    if not free:
+        names = ", ".join(objective.metric for objective in objectives)
+        raise StudyError(
+            f"bound on {names}: these are all objectives of the study, so that none is left as the cost. Possible: a "
+            f"study with an objective such as gmacs or throughput. Bound fewer of them, or choose a trial by hand."
+        )
+    cost = free[cost_objective(free)]
+    order = sorted(range(len(objectives)), key=lambda index: objectives[index] is not cost)
+    return _first(_within(records, objectives, bounds, limits), objectives, order), cost
+
+
+def _within(records: Sequence[Record], objectives: Sequence[Objective], bounds: Limits, limits: Limits) -> list[Record]:
     measured = comparable(records, objectives, limits)
     if not measured:
         raise StudyError(_NOTHING)
@@ -176,11 +196,14 @@ def best(
     within = comparable(measured, objectives, bounds)
     if not within:
         raise StudyError(nothing_within(bounds, measured))
-    bounded = {name for name, _ in bounds}
-    order = sorted(range(len(objectives)), key=lambda index: objectives[index].metric in bounded)  # free ones first
-    values = points(within, objectives)
-    rank = [(*values[index, order], record.number) for index, record in enumerate(within)]
-    return within[rank.index(min(rank))]
+    return within
+
+
+def _first(records: Sequence[Record], objectives: Sequence[Objective], order: Sequence[int]) -> Record:
+    """The best record by the objectives in this order, then by number."""
+    values = points(records, objectives)
+    rank = [(*values[index, order], record.number) for index, record in enumerate(records)]
+    return records[rank.index(min(rank))]
 
 
 def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> list[dict[str, Any]]:
@@ -220,6 +243,7 @@ def _takes_part(values: Mapping[str, float], objectives: Sequence[Objective], li
 
 def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
     """Error message when no record is within the bounds; it names the nearest. measured: one record or more."""
+    bounds = [(name, limit) for name, limit in bounds if limit.judges]
 
     def distance(record: Record) -> tuple[float, int]:
         values = values_of(record)
@@ -227,10 +251,7 @@ def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
         return total_excess(bounds, values) if is_known else math.inf, record.number
 
     nearest = min(measured, key=distance)
-    asked = " and ".join(
-        f"{name} at most {limit.at_most:g}" if limit.at_most is not None else f"{name} at least {limit.at_least:g}"
-        for name, limit in bounds
-    )
+    asked = " and ".join(f"{name} {limit}" for name, limit in bounds)
     there = ", ".join(f"{name} {values_of(nearest)[name]:.5g}" for name, _ in bounds if name in values_of(nearest))
     return (
         f"bounds: no candidate has {asked} ({len(measured)} were compared). Possible: the nearest is trial "

@@ -128,10 +128,11 @@ def _value(kind: Any, value: Any, path: FieldPath, report: _Report, limits: Mapp
 def _scalar(kind: type, value: Any, path: FieldPath, report: _Report, limits: Mapping[str, Any]) -> Any:
     fits = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
     if not fits or (isinstance(value, bool) and kind is not bool):
-        report(path, f"is {_shown(value)}; possible: {_kind_name(kind)}.")
+        report(path, f"is {_shown(value)}; possible: {limits.get('form', _kind_name(kind))}.")
         return _WRONG
     if kind is str and "pattern" in limits and not re.search(limits["pattern"], value):
-        report(path, f"is {_shown(value)}; possible: text of the form {limits['pattern']}.")
+        form = limits.get("form", f"text of the form {limits['pattern']}")
+        report(path, f"is {_shown(value)}; possible: {form}.")
         return _WRONG
     if kind not in (int, float):
         return value

@@ -28,6 +28,7 @@ from suggest import suggest
 from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import Evaluation, Task, evaluate, model_shape
+from prunesearch.evaluate.limits import computed_limits
 from prunesearch.files import load_study
 from prunesearch.front import dense_of, normalised_hypervolume
 from prunesearch.record import Record
@@ -119,7 +120,7 @@ def results_in(folder: Path) -> list[tuple[Schedule, Evaluation]]:
 
 def row(name: str, seconds: float, found: list[tuple[Schedule, Evaluation]], config: StudyConfig, dense: Record) -> str:
     shape = model_shape(config.model)
-    limit = dict(config.limits)["gmacs"].at_most or float("inf")
+    limit = dict(computed_limits(config))["gmacs"].at_most or float("inf")
     uids = [uid_of(schedule, shape) for schedule, _ in found]
     within = {uid for uid, (_, result) in zip(uids, found, strict=True) if result.value("gmacs") <= limit}
     over = sum(result.value("gmacs") > limit for _, result in found)
@@ -184,7 +185,7 @@ def main() -> None:
             rows.append(row(name, seconds, found, config, dense))
             print(rows[-1], flush=True)
     if arguments.out:
-        limit = dict(config.limits)["gmacs"].at_most
+        limit = dict(computed_limits(config))["gmacs"].at_most
         arguments.out.write_text(PAGE.format(trials=arguments.trials, rows="\n".join(rows), limit=limit))
 
 

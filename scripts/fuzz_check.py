@@ -144,6 +144,8 @@ def mutated_text(text: str, generator: random.Random) -> str:
     return text
 
 
+SHARES = ["70%", "60 %", "100%", "130%", "99.5%", "0%", "1e2%", "-5%"]
+"""Shares of the dense model's value. The last three are mistakes."""
 WORDS: dict[str, Sequence[str]] = {
     "score": [*SCORERS, "none"],
     "reduce": [*REDUCERS],
@@ -163,6 +165,9 @@ WORDS: dict[str, Sequence[str]] = {
     "metric": [*METRICS],
     "metrics": [*METRICS],
     "limits": [*METRICS],
+    "Limit.at_most": SHARES,
+    "Limit.at_least": SHARES,
+    "IsoBudget.gmacs": SHARES,
     "SamplerConfig.name": [*SAMPLERS],
     "ModelConfig.name": [
         "vit_digits_patch1_8",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prunesearch.front import comparable, dense_of, front, normalised_hypervolume
 from prunesearch.record import Record
+from prunesearch.relative_limits import limits_of
 from prunesearch.report.plot import plot_front
 from prunesearch.report.tables import short
 from prunesearch.schedule import Schedule
@@ -39,7 +40,7 @@ def main() -> None:
     given = parser.parse_args()
     study = open_study_readonly(given.folder)
     config, records = study.config, study.records()
-    limits, objectives = config.limits, config.objectives
+    limits, objectives = limits_of(config, records), config.objectives
     best, dense = front(records, objectives, limits), dense_of(records)
     assert dense is not None, "the study has no dense model yet"
     whole = normalised_hypervolume(records, objectives, dense, limits) or 0.0

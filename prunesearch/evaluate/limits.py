@@ -1,20 +1,174 @@
-"""Limits on metrics: how far values exceed them, also for metrics that are computed before any training."""
+"""Limits on metrics: from what a study says to numbers, and how far values exceed them.
+
+A study may bound a metric by a share of the dense model's value ("70%"), or by how much worse than that value it may
+be. `resolved_limits` is the one place that turns such bounds into numbers. All other code sees numbers only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 
-from prunesearch.config import Limit, ModelConfig
-from prunesearch.evaluate.metrics import METRICS
+from prunesearch.config import Limit, ModelConfig, Objective, StudyConfig
+from prunesearch.evaluate.metrics import METRICS, Compute, Goal
 from prunesearch.schedule import Schedule
 
-Limits = Sequence[tuple[str, Limit]]
+ROUNDING = 1e-9
+"""Share of the dense model's value by which a drop may be larger. 98.6 - 97.6 is 1 only in exact arithmetic."""
+
+
+@dataclass(frozen=True)
+class AbsoluteLimit:
+    """Bounds on one metric, as numbers in its unit. With none of them the metric is not judged."""
+
+    at_most: float | None = None
+    at_least: float | None = None
+
+    @property
+    def judges(self) -> bool:
+        """Whether there is any bound."""
+        return self.at_most is not None or self.at_least is not None
+
+    def excess(self, value: float) -> float:
+        """How far a value lies outside the bounds, in its unit. 0 or less: within them. NaN gives NaN: not within."""
+        above = [] if self.at_most is None else [value - self.at_most]
+        below = [] if self.at_least is None else [self.at_least - value]
+        return max(above + below, default=0.0)
+
+    def __str__(self) -> str:
+        most = [] if self.at_most is None else [f"at most {self.at_most:.5g}"]
+        least = [] if self.at_least is None else [f"at least {self.at_least:.5g}"]
+        return " and ".join(most + least) or "not judged"
+
+
+Limits = Sequence[tuple[str, AbsoluteLimit]]
 """Metrics by name, each with its bounds."""
+WrittenLimits = Sequence[tuple[str, Limit]]
+"""The same as a study file has it."""
+
+
+# --- relative to the dense model ---------------------------------------------------------------------------------
+
+
+def share_of_dense(bound: float | str | None) -> float | None:
+    """The percentage that a bound such as "70%" stands for: 70.0. None for a number, and without a bound."""
+    return float(bound.replace("%", "")) if isinstance(bound, str) else None
+
+
+def is_relative(limit: Limit) -> bool:
+    """Whether a limit needs the dense model's value."""
+    return limit.drop_at_most is not None or any(isinstance(bound, str) for bound in (limit.at_most, limit.at_least))
+
+
+def in_numbers(bound: float | str | None, dense: float | None) -> float | None:
+    """A bound as a number in the metric's unit. dense: the dense model's value; None when it is not known.
+
+    None without a bound, and when the bound is a share of a value that is not known or not above 0.
+    """
+    if not isinstance(bound, str):
+        return bound
+    if dense is None or not 0 < dense < math.inf:
+        return None
+    return float(Fraction(bound.replace("%", "")) * Fraction(dense) / 100)  # 0.7 * 90 is below 63 in floating point
+
+
+def goal_of(metric: str, objectives: Iterable[Objective] = ()) -> Goal | None:
+    """Which way of a metric is better: as the objectives say, else as it is registered. None: nothing says so here."""
+    goals = (objective.goal for objective in objectives if objective.metric == metric)
+    return next(goals, METRICS[metric].goal if metric in METRICS else None)
+
+
+def resolved_limits(
+    limits: WrittenLimits, dense: Mapping[str, float], objectives: Iterable[Objective] = ()
+) -> tuple[tuple[str, AbsoluteLimit], ...]:
+    """The limits of a study as numbers, in the same order.
+
+    dense: what is known of the dense model, by metric. A bound that needs a value which is not there is left out, so
+    that nothing is judged by it. objectives: of the study; they say which way of a metric is better.
+    """
+    objectives = tuple(objectives)
+    return tuple((name, _resolved(limit, dense.get(name), goal_of(name, objectives))) for name, limit in limits)
+
+
+def _resolved(limit: Limit, dense: float | None, goal: Goal | None) -> AbsoluteLimit:
+    most, least = in_numbers(limit.at_most, dense), in_numbers(limit.at_least, dense)
+    if limit.drop_at_most is not None and dense is not None:
+        drop = limit.drop_at_most + ROUNDING * abs(dense)
+        if goal == "maximize":
+            least = dense - drop if least is None else max(least, dense - drop)
+        elif goal == "minimize":
+            most = dense + drop if most is None else min(most, dense + drop)
+    return AbsoluteLimit(most, least)
+
+
+def computed_dense(limits: WrittenLimits, model: ModelConfig) -> dict[str, float]:
+    """The dense model's value of each computed metric that has a relative limit. Raises ModelError."""
+    values = {}
+    for name, limit in limits:
+        compute = METRICS[name].compute if name in METRICS and is_relative(limit) else None
+        value = None if compute is None else _value_of_dense(compute, model)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+@lru_cache(maxsize=64)
+def _value_of_dense(compute: Compute, model: ModelConfig) -> float | None:
+    return compute(model, Schedule())
+
+
+def measured_relative(limits: WrittenLimits, model: ModelConfig) -> list[str]:
+    """Metrics with a limit that needs the dense model's measured value. Raises ModelError."""
+    computed = computed_dense(limits, model)
+    return [name for name, limit in limits if is_relative(limit) and name not in computed]
+
+
+def budget_gmacs(config: StudyConfig) -> float | None:
+    """The budget of a study in GMACs; None when it has none. Raises ModelError for a share of an unknown model."""
+    if config.budget is None:
+        return None
+    limit = Limit(at_most=config.budget.gmacs)
+    return in_numbers(limit.at_most, computed_dense([("gmacs", limit)], config.model).get("gmacs"))
+
+
+def bound_in_words(bound: float | str | None, number: float | None, unknown: str = "") -> str:
+    """A bound as text: "3.5", or "70 % = 3.22". number: what a share comes to; when it is None, `unknown` is said."""
+    share = share_of_dense(bound)
+    if share is None:
+        return f"{bound:g}"
+    if number is not None:
+        return f"{share:g} % = {number:.5g}"
+    return f"{share:g} % ({unknown})" if unknown else f"{share:g} %"
+
+
+def in_words(name: str, limit: Limit, dense: float | None, goal: Goal | None, unknown: str) -> str:
+    """A limit as text, with the numbers that it comes to: "gmacs at most 70 % = 3.22".
+
+    dense: the dense model's value; None when it is not known. unknown: what to say then, in place of the number.
+    goal: which way is better; None when nothing says so.
+    """
+    parts = [
+        f"{word} {bound_in_words(bound, in_numbers(bound, dense), unknown)}"
+        for word, bound in (("at most", limit.at_most), ("at least", limit.at_least))
+        if bound is not None
+    ]
+    if limit.drop_at_most is not None:
+        found = _resolved(Limit(drop_at_most=limit.drop_at_most), dense, goal)
+        parts.append(
+            f"at most {limit.drop_at_most:g} worse than dense {f'= {found}' if found.judges else f'({unknown})'}"
+        )
+    return f"{name} {' and '.join(parts)}"
+
+
+# --- how far values exceed them ----------------------------------------------------------------------------------
 
 
 def excess(limits: Limits, values: Mapping[str, float]) -> dict[str, float]:
     """How far each limited metric that has a value exceeds its limit, in the metric's unit. 0 or less: within it."""
-    return {name: limit.excess(values[name]) for name, limit in limits if name in values}
+    return {name: limit.excess(values[name]) for name, limit in limits if name in values and limit.judges}
 
 
 def total_excess(limits: Limits, values: Mapping[str, float]) -> float:
@@ -26,12 +180,17 @@ def total_excess(limits: Limits, values: Mapping[str, float]) -> float:
 def computed_excess(limits: Limits, model: ModelConfig, schedule: Schedule) -> dict[str, float]:
     """`excess` for metrics that are computed from the schedule. Raises ScheduleError when it does not fit the model."""
     values = {}
-    for name, _ in limits:
-        compute = METRICS[name].compute
+    for name, limit in limits:
+        compute = METRICS[name].compute if limit.judges else None
         value = None if compute is None else compute(model, schedule)
         if value is not None:
             values[name] = value
     return excess(limits, values)
+
+
+def computed_limits(config: StudyConfig) -> Limits:
+    """The limits of a study as far as arithmetic knows them. Raises ModelError."""
+    return resolved_limits(config.limits, computed_dense(config.limits, config.model), config.objectives)
 
 
 def is_within(limits: Limits, model: ModelConfig, schedule: Schedule) -> bool:
@@ -39,6 +198,6 @@ def is_within(limits: Limits, model: ModelConfig, schedule: Schedule) -> bool:
     return all(amount <= 0 for amount in computed_excess(limits, model, schedule).values())
 
 
-def _size(limit: Limit) -> float:
+def _size(limit: AbsoluteLimit) -> float:
     bound = limit.at_most if limit.at_most is not None else limit.at_least
     return abs(bound or 0.0) or 1.0

@@ -13,12 +13,12 @@ from prunesearch.config import (
     Budget,
     DataConfig,
     FinetuneConfig,
-    Limit,
     MeasureConfig,
     ModelConfig,
     Options,
     SpaceConfig,
 )
+from prunesearch.evaluate.limits import AbsoluteLimit
 from prunesearch.schedule import Schedule
 
 Split = Literal["train", "validation", "test"]
@@ -40,7 +40,7 @@ class SupernetWork:
     space: SpaceConfig
     schedules: int
     images: int
-    limits: tuple[tuple[str, Limit], ...] = ()
+    limits: tuple[tuple[str, AbsoluteLimit], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,16 @@ import random
 from collections.abc import Iterator
 from functools import partial
 
-from prunesearch.config import Limit, ModelConfig, SpaceConfig
+from prunesearch.config import ModelConfig, SpaceConfig
 from prunesearch.errors import StudyError
-from prunesearch.evaluate.limits import Limits, computed_excess
+from prunesearch.evaluate.limits import (
+    AbsoluteLimit,
+    WrittenLimits,
+    bound_in_words,
+    computed_dense,
+    computed_excess,
+    resolved_limits,
+)
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.sampling import TooLarge, draw_schedule, improved
 from prunesearch.evaluate.shapes import model_shape
@@ -22,7 +29,7 @@ RANDOM_STARTS, DRAWS = 8, 30
 """Number of random schedules of which the best starts the search, and most draws for each until one is possible."""
 
 
-def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, together: bool) -> list[str]:
+def unreachable_limits(space: SpaceConfig, written: WrittenLimits, model: ModelConfig, together: bool) -> list[str]:
     """Messages about limits on computed metrics that no schedule of the space can keep.
 
     Each limit is checked alone. together: check them all at once too. The space, the model and the names of metrics
@@ -30,6 +37,7 @@ def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, t
     could be reported wrongly. This does not happen for costs, which every removed token lowers. When the space is too
     large for the search, there is no message.
     """
+    limits = resolved_limits(written, computed_dense(written, model))
     known = [(name, limit, METRICS[name].compute) for name, limit in limits if METRICS[name].compute is not None]
     if not known:
         return []
@@ -48,8 +56,8 @@ def unreachable_limits(space: SpaceConfig, limits: Limits, model: ModelConfig, t
         value = compute(model, nearest)
         if value is None or limit.excess(value) <= 0:
             continue
-        is_over = limit.at_most is not None and value > limit.at_most
-        bound = f"at_most {limit.at_most:g}" if is_over else f"at_least {limit.at_least:g}"
+        field = "at_most" if limit.at_most is not None and value > limit.at_most else "at_least"
+        bound = f"{field} {bound_in_words(getattr(dict(written)[name], field), getattr(limit, field))}"
         problems.append(
             f"limits.{name}: {bound}, and {value:.4g} is the nearest that a schedule of this space comes to it. "
             f"Possible: a limit that some of them keep. Change it, or allow more or other stages."
@@ -72,6 +80,6 @@ def _starts(space: SpaceConfig, model: ModelConfig, generator: random.Random) ->
             yield schedule
 
 
-def _miss(name: str, limit: Limit, model: ModelConfig, schedule: Schedule) -> float:
+def _miss(name: str, limit: AbsoluteLimit, model: ModelConfig, schedule: Schedule) -> float:
     """How far a schedule exceeds a limit; -inf when the metric can only be measured."""
     return computed_excess([(name, limit)], model, schedule).get(name, -math.inf)

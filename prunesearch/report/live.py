@@ -20,6 +20,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.front import dense_of, front, highest_rung, normalised_hypervolume, values_of
 from prunesearch.printable import printable
 from prunesearch.record import Record
+from prunesearch.relative_limits import limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, seconds_of, warnings, work_left
 from prunesearch.report.tables import causes, decimals, first_line, front_table, said, short
 from prunesearch.search.confirm import Confirmed
@@ -48,6 +49,7 @@ _WHY: dict[Reason, str] = {
     "hours": "stop.hours are over",
     "exhausted": "no candidate is left within the space and its limits",
     "hopeless": "every candidate failed",
+    "dense": "the dense model failed, to which a limit is relative",
     "disk": "no space is left",
     "interrupted": "interrupted; run it again to continue",
     "cancelled": "cancelled; run it again to continue",
@@ -130,11 +132,11 @@ class Progress:
 
     def _judge(self) -> None:
         records, config = list(self.records.values()), self.config
-        rung, dense = highest_rung(records), dense_of(records)
+        rung, dense, limits = highest_rung(records), dense_of(records), limits_of(config, records)
         records = [record for record in records if record.rung_done == rung]
-        self.front = front(records, config.objectives, config.limits)
-        self.volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
-        before = normalised_hypervolume(records[:-WINDOW], config.objectives, dense, config.limits)
+        self.front = front(records, config.objectives, limits)
+        self.volume = normalised_hypervolume(records, config.objectives, dense, limits)
+        before = normalised_hypervolume(records[:-WINDOW], config.objectives, dense, limits)
         known = self.volume is not None and before is not None and len(records) > WINDOW
         self.gain = (self.volume or 0.0) - (before or 0.0) if known else None
 

@@ -21,6 +21,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
 from prunesearch.printable import printable
 from prunesearch.record import Record
+from prunesearch.relative_limits import limit_lines, limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
 
@@ -187,7 +188,8 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
         last = max((record for record in records if record.state == "failed"), key=lambda record: record.number)
         if last.evaluation is not None and last.evaluation.error:
             lines.append(("last error", f"trial {last.number}: {first_line(last.evaluation)}"))
-    found = front(records, config.objectives, config.limits)
+    limits = limits_of(config, records)
+    found = front(records, config.objectives, limits)
     dense = dense_of(records)
     if dense is not None:
         lines.append(("dense", _values(dense, config.objectives)))
@@ -198,10 +200,11 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
         lines.append((f"best {first.metric}", f"{_values(best, config.objectives)} (trial {best.number})"))
         bend = knee(found, config.objectives)
         lines.append(("knee", f"{_values(bend, config.objectives)} (trial {bend.number})"))
-    volume = normalised_hypervolume(records, config.objectives, dense, config.limits)
+    volume = normalised_hypervolume(records, config.objectives, dense, limits)
     among = f" {compared(records, config)}" if several else ""
     hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
     lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
+    lines += [("limit", line) for line in map(printable, limit_lines(config, records))]
     lines += [("data", line.removeprefix("data: ")) for line in data_lines(records)]
     width = max(len(name) for name, _ in lines) + 2
     text = Text()

@@ -17,6 +17,7 @@ from typing import cast
 from prunesearch.config import SpaceConfig, StudyConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
+from prunesearch.evaluate.limits import bound_in_words, budget_gmacs, computed_limits
 from prunesearch.schedule import Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import BlockChoices, blocks_of, is_counted
@@ -97,9 +98,10 @@ def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
 
 def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     """Mistakes in the `budget` of a study, if it has one. Its space must be without mistakes."""
-    if config.budget is None:
+    budget, problems = budget_gmacs(config), []
+    if config.budget is None or budget is None:
         return []
-    budget, problems = config.budget.gmacs, []
+    written = bound_in_words(config.budget.gmacs, budget)
     if config.space.target_gmacs is not None or any("threshold" in block.amount for block in blocks_of(config.space)):
         return [
             "budget: given, but the space has thresholds, whose cost is known only after training. Possible: keep "
@@ -108,18 +110,18 @@ def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     least, dense = _least(config.space, shape), estimate_cost(shape).gmacs
     if not least <= budget < dense:
         problems.append(
-            f"budget.gmacs: {budget:g}; possible: from {least:.4g}, the least that this space can reach, to below the "
+            f"budget.gmacs: {written}; possible: from {least:.4g}, the least that this space can reach, to below the "
             f"dense model's {dense:.4g}. Change it, or allow more stages."
         )
-    limit = dict(config.limits).get("gmacs")
+    limit = dict(computed_limits(config)).get("gmacs")
     if limit is None and all(objective.metric != "gmacs" for objective in config.objectives):
         problems.append(
             f"budget: no objective or limit is on gmacs, so that the dense model would be compared as if it kept to "
-            f"the budget. Possible: either. Write limits: {{gmacs: {{at_most: {budget:g}}}}}."
+            f"the budget. Possible: either. Write limits: {{gmacs: {{at_most: {config.budget.gmacs}}}}}."
         )
     if limit is not None and limit.at_most is not None and limit.at_most < budget:
         problems.append(
-            f"limits.gmacs: at most {limit.at_most:g}, but every candidate costs the budget, {budget:g}. "
+            f"limits.gmacs: at most {limit.at_most:g}, but every candidate costs the budget, {written}. "
             f"Possible: from {budget:g}. Raise it, or leave it out."
         )
     return problems

@@ -7,14 +7,15 @@ in the same way, so that with one worker its sampler knows exactly what it would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate import model_shape
-from prunesearch.evaluate.limits import excess
+from prunesearch.evaluate.limits import Limits, excess
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record
+from prunesearch.relative_limits import dense_record, limits_at
 from prunesearch.samplers.propose import build
 from prunesearch.samplers.proposer import SAMPLERS, Proposer, ProposerSettings, Sampler, in_charge
 from prunesearch.space.choices import Value, dimensions, parameters_of
@@ -32,6 +33,7 @@ class SamplerState:
         """The rung whose results the sampler knows."""
         self.workers = 1
         """How many there are; to be set before `take_up`."""
+        self._limits = limits_at(config, None, self.rung)
         self._sampler = self._in_charge()
         self._proposer = self._new_proposer()
 
@@ -56,12 +58,13 @@ class SamplerState:
 
     def finish(self, record: Record, evaluation: Evaluation, records: Mapping[str, Record]) -> None:
         """An evaluation of a candidate came back. records: all of the study by uid, this one included."""
-        if record.uid not in self._parameters:
-            return
-        if evaluation.rung <= self.rung:
-            self._tell(record.uid, evaluation)
-        self._counts[evaluation.rung] += evaluation.status == "complete"
-        if self._best_rung() != self.rung or self._in_charge() != self._sampler:
+        starts_over = self._limits_in(records.values(), self.rung) != self._limits  # the dense model has a result
+        if record.uid in self._parameters:
+            if evaluation.rung <= self.rung:
+                self._tell(record.uid, evaluation)
+            self._counts[evaluation.rung] += evaluation.status == "complete"
+            starts_over |= self._best_rung() != self.rung or self._in_charge() != self._sampler
+        if starts_over:
             self._start_over(records.values())
 
     def take_up(self, records: Iterable[Record]) -> None:
@@ -84,8 +87,12 @@ class SamplerState:
             return dict(record.parameters)
         return parameters_of(record.schedule, self._config.space)
 
-    def _start_over(self, records: Iterable[Record]) -> None:
+    def _limits_in(self, records: Iterable[Record], rung: int) -> Limits:
+        return limits_at(self._config, dense_record(records), rung)
+
+    def _start_over(self, records: Collection[Record]) -> None:
         self.rung, self._sampler = self._best_rung(), self._in_charge()
+        self._limits = self._limits_in(records, self.rung)
         self._proposer = self._new_proposer()
         inside = [record for record in records if record.uid in self._parameters]
         results = [
@@ -107,7 +114,7 @@ class SamplerState:
             return
         values = dict(evaluation.metrics)
         objectives = [values[objective.metric] for objective in self._config.objectives]
-        self._proposer.tell(uid, objectives, excess(self._config.limits, values))
+        self._proposer.tell(uid, objectives, excess(self._limits, values))
 
     def _best_rung(self) -> int:
         enough = (rung for rung, count in enumerate(self._counts) if count >= self._enough)
@@ -129,7 +136,7 @@ class SamplerState:
             max(self._startup(sampler), sampler.least_startup),
             config.space,
             config.objectives,
-            config.limits,
+            self._limits,
             config.model,
             shape,
             build=partial(build, config, shape),

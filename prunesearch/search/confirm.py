@@ -17,8 +17,9 @@ from prunesearch.config import StudyConfig
 from prunesearch.confirmation import name_of
 from prunesearch.evaluate.outcome import check_evaluation, failed, same_work
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.front import dense_of, front
+from prunesearch.front import dense_of, front, highest_rung
 from prunesearch.record import Record
+from prunesearch.relative_limits import dense_record, limits_at
 from prunesearch.samplers.propose import seed_of
 from prunesearch.search.tasks import task_of
 from prunesearch.study.lost_database import contradiction
@@ -136,7 +137,8 @@ def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Wan
 
     The dense model comes first, then the front. Empty when the front has no other candidate than the dense model.
     """
-    chosen = front(records, config.objectives, config.limits)
+    limits = limits_at(config, dense_record(records), highest_rung(records))
+    chosen = front(records, config.objectives, limits)
     dense = dense_of(records)
     if all(record is dense for record in chosen):
         return []

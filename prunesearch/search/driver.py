@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunesearch.config import ModelConfig, StudyConfig
+from prunesearch.errors import RunError
 from prunesearch.evaluate.shapes import model_shape
+from prunesearch.relative_limits import dense_problem, dense_record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
 from prunesearch.search.interrupt import Interrupt
@@ -99,6 +101,9 @@ def run_study(
         if isinstance(team, Team):
             others = OtherDrivers(state, store, recovery, team, outbox, on_event)
         run = Search(state, store, recovery, others, outbox, interrupt, on_event)
+        never_judged = dense_problem(config, dense_record(state.records.values()))
+        if never_judged is not None:  # an earlier run ended with it
+            raise RunError(never_judged)
         take_up_confirmations(config, folder, left, store)
         workers: Workers = NoWorkers()
         if (search and run.has_work()) or missing(config, folder, store.records()):

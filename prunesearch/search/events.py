@@ -10,13 +10,14 @@ from prunesearch.record import Record
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.shared_weights import SupernetTrained
 
-Reason = Literal["trials", "hours", "exhausted", "hopeless", "disk", "interrupted", "cancelled"]
+Reason = Literal["trials", "hours", "exhausted", "hopeless", "dense", "disk", "interrupted", "cancelled"]
 """Why a search ended.
 
 trials, hours: `stop.trials` or `stop.hours` was reached. exhausted: there is no further candidate within the limits.
-hopeless: all evaluations at a rung failed; `run_study` raises RunError after the running ones have returned. disk: a
-worker could not write its weights; its candidate runs again next time. interrupted: asked to stop once; running
-candidates were waited for. cancelled: asked to stop twice; they were not waited for."""
+hopeless: all evaluations at a rung failed; `run_study` raises RunError after the running ones have returned. dense: so
+does the dense model, and a limit is relative to it; `run_study` raises RunError in the same way. disk: a worker could
+not write its weights; its candidate runs again next time. interrupted: asked to stop once; running candidates were
+waited for. cancelled: asked to stop twice; they were not waited for."""
 
 
 @dataclass(frozen=True)

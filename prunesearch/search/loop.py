@@ -25,6 +25,7 @@ from prunesearch.errors import RunError
 from prunesearch.evaluate.outcome import check_evaluation, failed, hopeless
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record
+from prunesearch.relative_limits import dense_problem, dense_record
 from prunesearch.schedule import Schedule
 from prunesearch.search.events import Done, Event, Finished, Reason, Retrying, Started, Stopping, Submitted
 from prunesearch.search.interrupt import Interrupt
@@ -96,6 +97,8 @@ class Search:
         except KeyboardInterrupt:  # second signal; candidates running in the storage run again next time
             self.reason = "cancelled"
         done = self._done()
+        if done.reason == "dense":
+            raise RunError(self.why)
         nothing_works = not any(map(self.state.has_succeeded, range(len(self.config.rungs))))
         if self.failures and (done.reason == "hopeless" or (nothing_works and done.reason not in STOPPED_BY_HAND)):
             raise RunError(hopeless(self._hopeless_failures() or self.failures))
@@ -238,6 +241,9 @@ class Search:
             self._stop("interrupted", f"{self.interrupt.name} came; once more cancels what is running")
         elif hours is not None and self.seconds() >= 3600 * hours:
             self._stop("hours", f"stop.hours ({hours:g}) are over")
+        elif why := dense_problem(self.config, dense_record(self.state.records.values())):
+            self.why = why
+            self._stop("dense", why.splitlines()[0])
         elif failures := self._hopeless_failures():
             self._stop("hopeless", f"nothing but failures so far ({len(failures)})")
 

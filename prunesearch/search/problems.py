@@ -9,6 +9,7 @@ from pathlib import Path
 from prunesearch.config import BlockSpace, Budget, FinetuneConfig, SpaceConfig, StudyConfig, study_name_problem
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
+from prunesearch.evaluate.limit_problems import limit_problems, resolved_problems
 from prunesearch.evaluate.sections import channel_problems, source_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.evaluate.shapes import input_channels
@@ -64,7 +65,9 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     in_space = space_problems(config.space, shape)
     costs = [] if in_space else budget_problems(config, shape)
     if not in_space and all(name in METRICS for name, _ in config.limits):
-        costs += unreachable_limits(config.space, config.limits, config.model, config.evaluation == "supernet")
+        costs += resolved_problems(config) or unreachable_limits(
+            config.space, config.limits, config.model, config.evaluation == "supernet"
+        )
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
     if starts:
         problems += _sensitivity_problems(config.space, shape) if not in_space else []
@@ -86,20 +89,7 @@ def model_free_problems(config: StudyConfig) -> list[str]:
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
-    for name, limit in config.limits:
-        if limit.at_most is None and limit.at_least is None:
-            problems.append(f"limits.{name}: has no bound. Possible: at_most, at_least. Write one, or leave it out.")
-        elif limit.at_most is not None and limit.at_least is not None and limit.at_most < limit.at_least:
-            problems.append(
-                f"limits.{name}: at_most {limit.at_most:g} is below at_least {limit.at_least:g}, so that nothing is "
-                f"within. Possible: at_least up to at_most. Swap them."
-            )
-        if name in METRICS and METRICS[name].unit == "%":
-            problems += [
-                f"limits.{name}.{field}: is {bound:g}, but {name} is a percentage. Possible: 0 to 100. Correct it."
-                for field, bound in (("at_most", limit.at_most), ("at_least", limit.at_least))
-                if bound is not None and not 0 <= bound <= 100
-            ]
+    problems += limit_problems(config)
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
     problems += source_problems(config.data)
     problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config.finetune)

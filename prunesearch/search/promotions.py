@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.limits import total_excess
 from prunesearch.record import Record, cost_of
+from prunesearch.relative_limits import dense_record, limits_at
 from prunesearch.search.rungs import Result, promotion
 
 
 class Promotions:
-    """The results of a study by rung. Call `add` for each new or changed record."""
+    """The results of a study by rung. Call `add` for each new or changed record.
+
+    Limits may be relative to the dense model. When it has a new result, make a new object from all records.
+    """
 
     def __init__(self, config: StudyConfig, records: Iterable[Record] = ()) -> None:
         self._config = config
@@ -19,6 +23,9 @@ class Promotions:
         self._cost = None if cost is None else names.index(cost)
         self._results: list[dict[str, Result]] = [{} for _ in config.rungs]
         self._settled: set[int] = set()  # rungs without a promotion until a result changes
+        records = list(records)
+        dense = dense_record(records)
+        self._limits = [limits_at(config, dense, rung) for rung in range(len(config.rungs))]
         for record in records:
             self.add(record)
 
@@ -32,7 +39,7 @@ class Promotions:
                 record.uid,
                 evaluation.rung,
                 tuple(values[one.metric] * (1 if one.goal == "minimize" else -1) for one in objectives),
-                total_excess(self._config.limits, values),
+                total_excess(self._limits[evaluation.rung], values),
                 record.is_start,
                 is_promoted=record.rung > evaluation.rung,
             )

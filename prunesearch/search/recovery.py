@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from prunesearch.evaluate.limits import computed_excess
+from prunesearch.evaluate.limits import computed_excess, computed_limits
 from prunesearch.evaluate.outcome import check_evaluation, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record
@@ -121,7 +121,7 @@ class Recovery:
         if new.uid != task.uid or not same_work(task, expected):
             raise ValueError("it comes from a study with other settings")
         if record.number < 0:
-            self.store.check(record, computed_excess(self.config.limits, self.config.model, record.schedule))
+            self.store.check(record, computed_excess(computed_limits(self.config), self.config.model, record.schedule))
         return record
 
 
@@ -131,4 +131,6 @@ def begin(store: Store, record: Record) -> Record | None:
     if record.rung > 0:
         return replace(record, owner=store.owner) if store.promote(record) else None
     config = store.config
-    return store.begin(record, computed_excess(config.limits, config.model, record.schedule), config.stop.trials)
+    return store.begin(
+        record, computed_excess(computed_limits(config), config.model, record.schedule), config.stop.trials
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError
-from prunesearch.evaluate.limits import is_within
+from prunesearch.evaluate.limits import budget_gmacs, computed_limits, is_within
 from prunesearch.evaluate.sensitivity import (
     IMAGES_FOR_A_START,
     Sensitivities,
@@ -35,13 +35,13 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     They are spread evenly over the cost and ordered by how much hypervolume they add, so that a search that is stopped
     early has a front. If the study has a budget: the most expensive ones within it.
     """
+    limits, budget = computed_limits(config), budget_gmacs(config)
     possible = [
         point
         for point in predicted_front(found.effects, config.space, shape)
-        if point.schedule.stages and is_within(config.limits, config.model, point.schedule)
+        if point.schedule.stages and is_within(limits, config.model, point.schedule)
     ]
-    if config.budget is not None:
-        budget = config.budget.gmacs
+    if budget is not None:
         return [point for point in possible if point.cost <= budget][-MOST_STARTS:]
     return _best_first(_evenly(possible, MOST_STARTS))
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from prunesearch.config import Budget, StudyConfig
 from prunesearch.errors import RunError, StudyError
+from prunesearch.evaluate.limits import computed_limits
 from prunesearch.evaluate.task import Evaluation, SupernetWork, Task
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
@@ -95,7 +96,9 @@ def supernet_task(config: StudyConfig, folder: Path) -> Task:
         device=config.workers.device,
         threads=max(1, int(config.workers.cpus_each)),
         save_to=str(folder / "weights" / UID),
-        supernet=SupernetWork(config.space, config.supernet.schedules, config.supernet.images, config.limits),
+        supernet=SupernetWork(
+            config.space, config.supernet.schedules, config.supernet.images, tuple(computed_limits(config))
+        ),
         plugins=config.plugins,
     )
 

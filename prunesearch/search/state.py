@@ -53,7 +53,10 @@ class SearchState:
         """Note a result that was stored. record: the candidate with this result."""
         self.records[record.uid] = record
         self.sampler.finish(record, evaluation, self.records)
-        self.promotions.add(record)
+        if record.origin == "dense":  # limits may be relative to it
+            self.promotions = Promotions(self.config, self.records.values())
+        else:
+            self.promotions.add(record)
 
     def promoted(self) -> Record | None:
         """The candidate to promote now, as a running record at its next rung; None if there is none."""

@@ -45,6 +45,7 @@ from prunesearch.errors import FileError, StudyError
 from prunesearch.evaluate.limits import excess
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record, with_evaluation
+from prunesearch.relative_limits import limits_at
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import parameters_of
 from prunesearch.strict import from_mapping, to_mapping
@@ -109,6 +110,7 @@ class Store(StudyReader):
         self._attempts: dict[int, list[int]] = {}
         self._seen: dict[str, tuple[object, Record]] = {}
         self._unreported: dict[str, None] = {}
+        self._dense: Record | None = None
         self.results = 0
         """Number of evaluations in the study so far."""
         self.file = path = file_of(url)
@@ -252,6 +254,7 @@ class Store(StudyReader):
                 raise contradiction(self._where, f"candidate {record.number} does not wait for rung {evaluation.rung}")
             return None
         self.results = max(self.results, after.orders[-1] + 1)
+        self._dense = after if after.origin == "dense" else self._dense
         return after
 
     def holds(self, number: int, rung: int) -> bool:
@@ -447,6 +450,7 @@ class Store(StudyReader):
             record = self._with_fitting_parameters(record)
             self.results += len(record.evaluations) - (0 if before is None else len(before[1].evaluations))
             self._seen[uid] = marks, record
+            self._dense = record if record.origin == "dense" else self._dense
             self._trial_ids[trial.number] = trial._trial_id
             self._attempts[trial.number] = list(trial.user_attrs["attempts"])
             self._unreported[uid] = None
@@ -525,6 +529,12 @@ class Store(StudyReader):
 
         return self._change(swap)
 
+    def _excess(self, record: Record, evaluation: Evaluation) -> dict[str, float]:
+        """By how much a result breaks each limit. Limits that wait for the dense model's result are left out, for good:
+        Optuna does not allow changes of finished trials, and the search itself does not read them."""
+        dense = record if record.origin == "dense" else self._dense
+        return excess(limits_at(self.config, dense, evaluation.rung), dict(evaluation.metrics))
+
     def _swap_result(self, connection: sql.Connection, record: Record, evaluation: Evaluation) -> bool:
         """Store a result if this driver owns the running trial; returns whether the result is stored."""
         trial = rows.lock_trial(connection, self._trial_ids[record.number])
@@ -550,7 +560,7 @@ class Store(StudyReader):
             trial,
             state="COMPLETE" if record.state == "complete" else "FAIL",
             attributes=attributes,
-            constraints=excess(self.config.limits, values),
+            constraints=self._excess(record, evaluation),
             values=objectives,
         )
         return True
@@ -572,7 +582,7 @@ class Store(StudyReader):
             self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
             return
         known = self._storage.get_trial_system_attrs(trial_id)
-        for name, amount in excess(self.config.limits, values).items():
+        for name, amount in self._excess(record, evaluation).items():
             key = f"constraints:{name}"
             if key not in known:  # computed ones were written by `begin`
                 self._storage.set_trial_system_attr(trial_id, key, amount)

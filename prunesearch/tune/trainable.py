@@ -27,7 +27,7 @@ from ray import tune
 from prunesearch.config import StudyConfig
 from prunesearch.errors import RunError, ScheduleError, StudyError
 from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.limits import computed_excess, excess
+from prunesearch.evaluate.limits import budget_gmacs, computed_excess, computed_limits, excess, measured_relative
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record, with_evaluation
@@ -102,6 +102,13 @@ def _check(config: StudyConfig) -> None:
             f"study {config.name}: evaluation is supernet, but nobody trains shared weights in Ray Tune. Possible: "
             f"evaluation: finetune here, or `prunesearch run` for this study. Choose one of them."
         )
+    relative = measured_relative(config.limits, config.model)
+    if relative:
+        raise StudyError(
+            f"study {config.name}: limits on {', '.join(relative)} are relative to what the dense model is measured "
+            f"with, which a trial of Ray Tune does not know. Possible: numbers here, or `prunesearch run` for this "
+            f"study. Choose one of them."
+        )
 
 
 def _domain(dimension: Dimension) -> Any:
@@ -171,7 +178,7 @@ class _Candidate(tune.Trainable):
             **about,
             "training_iteration": task.rung + 1,
             "images": evaluation.images,
-            "feasible": int(all(amount <= 0 for amount in excess(self.study.limits, values).values())),
+            "feasible": int(all(amount <= 0 for amount in excess(computed_limits(self.study), values).values())),
             "cause": "",
             "done": task.rung == len(self.study.rungs) - 1,
             "should_checkpoint": True,
@@ -209,9 +216,10 @@ class _Candidate(tune.Trainable):
         schedule = schedule_from(parameters, study.space, self._shape)
         if uid_of(schedule, self._shape) in self._start_uids:
             return schedule
-        if study.budget is not None:
-            schedule = within_budget(schedule, self._shape, study.budget.gmacs)
-        amounts = computed_excess(study.limits, study.model, schedule)
+        budget = budget_gmacs(study)
+        if budget is not None:
+            schedule = within_budget(schedule, self._shape, budget)
+        amounts = computed_excess(computed_limits(study), study.model, schedule)
         over = {name: amount for name, amount in amounts.items() if amount > 0}
         if over:
             said = ", ".join(f"{name} by {amount:.4g}" for name, amount in over.items())

@@ -36,6 +36,7 @@ from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_
 from prunesearch.evaluate import supernet as module
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.finetune import Batch, Progress, distillation_loss, take_steps
+from prunesearch.evaluate.limits import AbsoluteLimit
 from prunesearch.evaluate.outcome import same_work
 from prunesearch.evaluate.supernet import is_trained, made_with, schedules_of_step
 from prunesearch.evaluate.task import SupernetWork
@@ -85,7 +86,7 @@ def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
     return sampling.cheapest_schedule(work.space, work.limits, model)
 
 
-def work(space: SpaceConfig = SPACE, schedules: int = 2, **limits: Limit) -> SupernetWork:
+def work(space: SpaceConfig = SPACE, schedules: int = 2, **limits: AbsoluteLimit) -> SupernetWork:
     return SupernetWork(space, schedules, 100, tuple(limits.items()))
 
 
@@ -117,7 +118,7 @@ def test_draws_keep_to_limits_and_reach_the_whole_space() -> None:
     generator = random.Random(0)
     everything = {str(draw_schedule(work(), SMALL, generator)) for _ in range(400)}
     assert everything == set(map(str, candidates(SPACE)))
-    limited = work(gmacs=Limit(at_most=gmacs(Schedule()) * 0.8), top1=Limit(at_least=50.0))
+    limited = work(gmacs=AbsoluteLimit(at_most=gmacs(Schedule()) * 0.8), top1=AbsoluteLimit(at_least=50.0))
     costs = [gmacs(draw_schedule(limited, SMALL, generator)) for _ in range(50)]
     assert max(costs) <= gmacs(Schedule()) * 0.8
 
@@ -136,14 +137,14 @@ def test_the_cheapest_is_the_cheapest_of_all(max_stages: int | None, least: floa
     keeps, verbs = (0.3, 0.5, 0.9, 1.0), ("drop", "merge")
     space = SpaceConfig(blocks=(0, 1, 2), keep=keeps, reduce=verbs, at=("mid", "pre"), max_stages=max_stages)
     bound = least * gmacs(Schedule())
-    found = gmacs(cheapest_schedule(work(space, gmacs=Limit(at_least=bound)), SMALL))
+    found = gmacs(cheapest_schedule(work(space, gmacs=AbsoluteLimit(at_least=bound)), SMALL))
     best = min(cost for schedule in candidates(space) if (cost := gmacs(schedule)) >= bound)
     assert found == pytest.approx(best, rel=0.01 if least else 1e-9)  # with at_least it may miss the optimum
 
 
 def test_a_space_without_candidates_is_said() -> None:
     with pytest.raises(StudyError, match="none of 10000 random schedules is within the limits"):
-        draw_schedule(work(gmacs=Limit(at_most=1e-6)), SMALL, random.Random(0))
+        draw_schedule(work(gmacs=AbsoluteLimit(at_most=1e-6)), SMALL, random.Random(0))
 
 
 # --- training ------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from prunesearch.config import Limit, Objective
+from prunesearch.config import Objective
 from prunesearch.errors import StudyError
+from prunesearch.evaluate.limits import AbsoluteLimit, Limits
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import (
     best,
@@ -34,6 +35,12 @@ def record(number: int, state: State = "complete", origin: str = "sampler", **me
     evaluation = Evaluation(f"u{number}", status, metrics=tuple(metrics.items()), tokens=(65, 40), images=10)
     evaluations = () if state == "running" else (evaluation,)
     return Record(number, f"u{number}", Schedule((Stage(1, keep=0.7),)), state, origin, 0, evaluations)
+
+
+def bounds(**given: float) -> Limits:
+    """bounds(gmacs_at_most=3.0) is a limit on gmacs."""
+    named = [(*name.split("_at_"), value) for name, value in given.items()]
+    return [(metric, AbsoluteLimit(**{f"at_{word}": value})) for metric, word, value in named]
 
 
 def numbers(records: list[Record]) -> list[int]:
@@ -75,9 +82,11 @@ def test_front_takes_only_complete_finite_candidates_within_limits() -> None:
         record(7, top1=85.0, gmacs=2.0, loss=1.0),
     ]
     assert numbers(front(records, (TOP1, GMACS))) == [2, 7, 1, 0]
-    assert numbers(front(records, (TOP1, GMACS), (("gmacs", Limit(at_most=5.0)),))) == [2, 7, 1]
-    assert numbers(front(records, (TOP1, GMACS), (("gmacs", Limit(at_least=2.0, at_most=6.0)),))) == [7, 1]
-    assert numbers(front(records, (TOP1, GMACS), (("loss", Limit(at_most=2.0)),))) == [7]  # not measured is not within
+    assert numbers(front(records, (TOP1, GMACS), (("gmacs", AbsoluteLimit(at_most=5.0)),))) == [2, 7, 1]
+    assert numbers(front(records, (TOP1, GMACS), (("gmacs", AbsoluteLimit(at_least=2.0, at_most=6.0)),))) == [7, 1]
+    assert numbers(front(records, (TOP1, GMACS), (("loss", AbsoluteLimit(at_most=2.0)),))) == [
+        7
+    ]  # not measured is not within
     assert front([], (TOP1, GMACS)) == []
 
 
@@ -119,7 +128,7 @@ def test_hypervolume_is_measured_from_the_dense_model() -> None:
     assert normalised_hypervolume([dense, half], objectives, dense) == pytest.approx((40 * 1 + 20 * 5) / (40 * 11))
     assert normalised_hypervolume([free, half], objectives, dense) == pytest.approx(1.0)
     assert normalised_hypervolume([useless], objectives, dense) == 0.0
-    limits = (("gmacs", Limit(at_most=6.0)),)
+    limits = (("gmacs", AbsoluteLimit(at_most=6.0)),)
     assert normalised_hypervolume([dense, half], objectives, dense, limits) == pytest.approx(20 * 6 / (40 * 11))
 
 
@@ -160,24 +169,24 @@ def test_best_within_bounds() -> None:
         record(3, top1=95.0, gmacs=8.0),
         record(4, top1=90.0, gmacs=5.0, latency_ms=2.0),
     ]
-    assert best(records, objectives, {"gmacs": 10.0}, {}).number == 2  # ties: cheaper, then earlier
-    assert best(records, objectives, {}, {"top1": 94.0}).number == 2  # with a bound on top1: the cheapest
-    assert best(records, objectives, {"latency_ms": 3.2}, {}).number == 1  # any metric can be bounded
-    assert best(records, objectives, {"gmacs": 9.0}, {"top1": 90.0}).number == 2  # all bounded: by top1
-    assert best(records, objectives, {}, {}).number == 0
-    assert best(records, objectives, {}, {}, (("gmacs", Limit(at_most=6.0)),)).number == 4
+    assert best(records, objectives, bounds(gmacs_at_most=10.0)).number == 2  # ties: cheaper, then earlier
+    assert best(records, objectives, bounds(top1_at_least=94.0)).number == 2  # with a bound on top1: the cheapest
+    assert best(records, objectives, bounds(latency_ms_at_most=3.2)).number == 1  # any metric can be bounded
+    assert best(records, objectives, bounds(gmacs_at_most=9.0, top1_at_least=90.0)).number == 2  # all bounded: by top1
+    assert best(records, objectives, bounds()).number == 0
+    assert best(records, objectives, bounds(), (("gmacs", AbsoluteLimit(at_most=6.0)),)).number == 4
 
 
 def test_best_names_the_nearest_when_there_is_none() -> None:
     records = [record(0, top1=97.0, gmacs=12.0), record(1, top1=90.0, gmacs=5.0)]
     with pytest.raises(StudyError, match=r"gmacs at most 3 .*nearest is trial 1 with gmacs 5\. Loosen"):
-        best(records, (TOP1, GMACS), {"gmacs": 3.0}, {})
+        best(records, (TOP1, GMACS), bounds(gmacs_at_most=3.0))
     with pytest.raises(StudyError, match=r"gmacs at most 6 and top1 at least 96 .*trial 1 with gmacs 5, top1 90"):
-        best(records, (TOP1, GMACS), {"gmacs": 6.0}, {"top1": 96.0})
+        best(records, (TOP1, GMACS), bounds(gmacs_at_most=6.0, top1_at_least=96.0))
     with pytest.raises(StudyError, match=r"latency_ms: this study did not measure it. Possible: gmacs, top1"):
-        best(records, (TOP1, GMACS), {"latency_ms": 6.0}, {})
+        best(records, (TOP1, GMACS), bounds(latency_ms_at_most=6.0))
     with pytest.raises(StudyError, match="empty"):
-        best([record(0, "running")], (TOP1, GMACS), {"gmacs": 3.0}, {})
+        best([record(0, "running")], (TOP1, GMACS), bounds(gmacs_at_most=3.0))
 
 
 def test_rows_are_plain_and_whole() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console, RenderableType
 
 from prunesearch.config import Limit, Objective, StopConfig, StudyConfig
 from prunesearch.errors import StudyError, UserError
+from prunesearch.evaluate.limits import AbsoluteLimit
 from prunesearch.front import front
 from prunesearch.record import Record
 from prunesearch.report import LiveReport, comparison_table, front_csv, front_table, short, status_view
@@ -29,6 +30,7 @@ RECORDS = study_records()
 OBJECTIVES = (Objective("top1", "maximize"), Objective("gmacs", "minimize"))
 LATENCY = Objective("latency_ms", "minimize")
 CONFIG = study(trials=40, limits=(("gmacs", Limit(at_most=0.0115)),))
+LIMITS = (("gmacs", AbsoluteLimit(at_most=0.0115)),)
 
 
 def printed(what: RenderableType, width: int = 100) -> str:
@@ -94,7 +96,7 @@ def test_numbers_read_well_for_small_and_large_models() -> None:
 
 
 def test_front_table_compares_with_the_dense_model() -> None:
-    found = front(RECORDS, OBJECTIVES, CONFIG.limits)
+    found = front(RECORDS, OBJECTIVES, LIMITS)
     text = printed(front_table(found, OBJECTIVES, RECORDS))
     rows = [words.split() for words in text.splitlines()]
     numbers = [int(row[0].strip("*")) for row in rows if len(row) > 5 and row[0].strip("*").isdigit() and "." in row[1]]
@@ -249,7 +251,7 @@ def test_report_on_a_terminal_leaves_the_last_view(plain: bool) -> None:
     ids=["two", "three", "one", "costs"],
 )
 def test_plot_is_a_picture(objectives: tuple[Objective, ...], tmp_path: Path) -> None:
-    plot_front(RECORDS, objectives, tmp_path / "front.png", limits=CONFIG.limits, title="digits")
+    plot_front(RECORDS, objectives, tmp_path / "front.png", limits=LIMITS, title="digits")
     picture = imread(tmp_path / "front.png")
     assert picture.shape[:2] == (1000, 1600)
     assert 0.8 < (picture[..., :3].min(axis=2) > 0.99).mean() < 0.99  # mostly white, and not blank
@@ -266,7 +268,7 @@ def test_a_name_in_a_plot_is_no_formula(name: str, tmp_path: Path) -> None:
 
 def test_plot_of_a_study_with_little_in_it(tmp_path: Path) -> None:
     plot_front(RECORDS[:1], OBJECTIVES, tmp_path / "dense.png")
-    plot_front(RECORDS[:1], OBJECTIVES, tmp_path / "none.png", limits=(("gmacs", Limit(at_most=0.001)),))
+    plot_front(RECORDS[:1], OBJECTIVES, tmp_path / "none.png", limits=(("gmacs", AbsoluteLimit(at_most=0.001)),))
     assert (tmp_path / "dense.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="its suffix says no format"):
         plot_front(RECORDS, OBJECTIVES, tmp_path / "front")

@@ -18,8 +18,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from scipy.stats import kendalltau
 
-from prunesearch.config import BlockSpace, Budget, Limit, Objective, SpaceConfig
-from prunesearch.evaluate.limits import total_excess
+from prunesearch.config import BlockSpace, Budget, Objective, SpaceConfig
+from prunesearch.evaluate.limits import AbsoluteLimit, total_excess
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import dense_of, front, highest_rung, hypervolume, nondominated_ranks
 from prunesearch.record import Record, with_evaluation
@@ -241,10 +241,10 @@ def test_agreement_overall_and_within_thirds_of_the_cost() -> None:
 
 
 def test_limits_add_up_as_shares_of_their_bounds() -> None:
-    limited = study(limits=(("gmacs", Limit(at_most=2.0)), ("top1", Limit(at_least=50.0))))
-    assert total_excess(limited.limits, {"gmacs": 1.0, "top1": 60.0}) == 0
-    assert total_excess(limited.limits, {"gmacs": 3.0, "top1": 40.0}) == pytest.approx(0.5 + 0.2)
-    assert total_excess(limited.limits, {"gmacs": 1.0, "top1": 40.0}) == pytest.approx(0.2)
+    limits = (("gmacs", AbsoluteLimit(at_most=2.0)), ("top1", AbsoluteLimit(at_least=50.0)))
+    assert total_excess(limits, {"gmacs": 1.0, "top1": 60.0}) == 0
+    assert total_excess(limits, {"gmacs": 3.0, "top1": 40.0}) == pytest.approx(0.5 + 0.2)
+    assert total_excess(limits, {"gmacs": 1.0, "top1": 40.0}) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
