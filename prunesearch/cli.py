@@ -205,6 +205,14 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
         stages, _ = stages_of(config.space, shape)
         measured = f"{len(stages)} stages that the run measures first"
         print(f"  {WORD:<20} up to {MOST_STARTS} schedules, predicted from {measured}")
+    if config.siblings:
+        from prunesearch.evaluate.siblings import find_siblings
+
+        siblings = find_siblings(config, offline=True)
+        for sibling in siblings.models:
+            known = "looked up by the run" if is_remote(sibling) else f"{_dense_gmacs(sibling):.5g} GMACs"
+            _print(f"  dense sibling {sibling.name}: {known}")
+        _print(*(f"  {note}" for note in siblings.notes))
     if not deep:
         print("  Weights and data were not opened; check --deep does that, and run always.")
     return 0
@@ -320,6 +328,10 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _dense_gmacs(model: ModelConfig) -> float:
+    return estimate_cost(model_shape(model)).gmacs
+
+
 def _cost_in_words(schedule: Schedule, cost: Cost) -> str:
     if not schedule.is_adaptive:
         return f"{cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end"
@@ -340,39 +352,43 @@ def _status(parsed: argparse.Namespace) -> int:
             counts["unreadable"] = len(reader.unreadable)
         print(json.dumps({"study": reader.config.name, **counts}))
     else:
-        _console().print(status_view(records, reader.config))
+        _console().print(status_view(records, reader.config, reader.siblings()))
     return 0
 
 
 def _front(parsed: argparse.Namespace) -> int:
-    from prunesearch.front import comparable, front, front_rows, nothing_within
+    from prunesearch.front import comparable, comparable_siblings, front, front_rows, nothing_within, sibling_rows
     from prunesearch.relative_limits import asked_limits, limit_lines, limits_of
     from prunesearch.report.plot import plot_front
-    from prunesearch.report.tables import front_csv, front_table
+    from prunesearch.report.tables import front_csv, front_table, siblings_table
 
     _check_output(parsed.plot)
     reader = _open(parsed)
-    config, records = reader.config, _records(reader)
+    config, records, objectives = reader.config, _records(reader), reader.config.objectives
     asked = asked_limits(_drops(parsed.within), config, records)
     limits = (*limits_of(config, records), *asked)
-    found = front(records, config.objectives, limits)
+    siblings = comparable_siblings(reader.siblings(), objectives)
+    found = front(records, objectives, limits)
     if parsed.json:
-        print(json.dumps(front_rows(found, config.objectives), indent=2))
+        print(json.dumps(front_rows(found, objectives) + sibling_rows(siblings, found, objectives), indent=2))
     elif parsed.csv:
-        print(printable(front_csv(found, config.objectives), lines=True), end="")
+        print(printable(front_csv(found, objectives, siblings), lines=True), end="")
     elif not found:
-        measured = comparable(records, config.objectives)
+        measured = comparable(records, objectives)
         if measured and limits:
             _print(f"{config.name}: {nothing_within(limits, measured)}")
         else:
             _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
-        return 0
     else:
-        _console().print(front_table(found, config.objectives, records))
+        _console().print(front_table(found, objectives, records))
         _print(*(f"limit: {line}" for line in limit_lines(config, records)))
         _print(*(f"within: {name} {limit}" for name, limit in asked))
+    if siblings and not (parsed.json or parsed.csv):
+        _console().print(siblings_table(siblings, found, objectives, records))
+    if not (found or parsed.json or parsed.csv):
+        return 0
     if parsed.plot is not None:
-        plot_front(records, config.objectives, parsed.plot, limits=limits, title=config.name)
+        plot_front(records, objectives, parsed.plot, limits=limits, title=config.name, siblings=siblings)
         _print(f"Plot: {parsed.plot}", file=sys.stderr)
     return 0
 

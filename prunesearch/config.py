@@ -496,6 +496,12 @@ class StudyConfig:
     workers: WorkersConfig = _field("where candidates are evaluated", WorkersConfig())
     stop: StopConfig = _field("when the search is done", StopConfig())
     confirm: ConfirmConfig = _field("how the final front is measured again", ConfirmConfig())
+    siblings: tuple[str | ModelConfig, ...] = _field(
+        "smaller dense models to compare the front with, measured once with weights of their own: auto (the next "
+        "smaller sizes that timm has with weights from the same training), timm names, or entries as in model",
+        (),
+        most=10,
+    )
     plugins: tuple[str, ...] = _field(
         "modules to import first; they may register scores, metrics, ...",
         (),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from prunesearch.config import Objective
 from prunesearch.confirmation import confirmation_row
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.limits import Limits, total_excess
-from prunesearch.record import Record
+from prunesearch.evaluate.task import Evaluation
+from prunesearch.record import Record, Sibling
 from prunesearch.strict import to_mapping
 
 _NOTHING = (
@@ -27,7 +28,14 @@ _NOTHING = (
 )
 
 
-def values_of(record: Record) -> dict[str, float]:
+class Evaluated(Protocol):
+    """A candidate or a dense sibling: both are compared by their last evaluation."""
+
+    @property
+    def evaluation(self) -> Evaluation | None: ...
+
+
+def values_of(record: Evaluated) -> dict[str, float]:
     """Metrics of a candidate's last evaluation, at its highest rung so far; empty when it has none or failed."""
     evaluation = record.evaluation
     return dict(evaluation.metrics) if evaluation is not None and evaluation.status == "complete" else {}
@@ -45,7 +53,7 @@ def comparable(records: Sequence[Record], objectives: Sequence[Objective], limit
     return [record for record in there if _takes_part(values_of(record), objectives, limits)]
 
 
-def points(records: Sequence[Record], objectives: Sequence[Objective]) -> np.ndarray:
+def points(records: Sequence[Evaluated], objectives: Sequence[Objective]) -> np.ndarray:
     """Objectives of comparable records, float64 (records, objectives), all of them to be minimized."""
     rows = [[_sign(objective) * values_of(record)[objective.metric] for objective in objectives] for record in records]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(objectives))
@@ -66,6 +74,17 @@ def front(records: Sequence[Record], objectives: Sequence[Objective], limits: Li
             kept.append(int(index))
     column = cost_objective(objectives)
     return [candidates[index] for index in sorted(kept, key=lambda index: (values[index, column], index))]
+
+
+def comparable_siblings(siblings: Sequence[Sibling], objectives: Sequence[Objective]) -> list[Sibling]:
+    """The dense siblings that were measured and have a finite number for every objective, whatever the limits."""
+    return [sibling for sibling in siblings if _takes_part(values_of(sibling), objectives, ())]
+
+
+def beats(first: Evaluated, second: Evaluated, objectives: Sequence[Objective]) -> bool:
+    """Whether one is no worse than the other in every objective, and better in one. Both have all objectives."""
+    one, other = points([first, second], objectives)
+    return bool((one <= other).all() and (one < other).any())
 
 
 def cost_objective(objectives: Sequence[Objective]) -> int:
@@ -223,6 +242,34 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "schedule": to_mapping(record.outcome),
                 **({"data_notes": list(evaluation.data_notes)} if evaluation and evaluation.data_notes else {}),
                 **({"again": confirmation_row(record)} if record.confirmations else {}),
+            }
+        )
+    return rows
+
+
+def sibling_rows(
+    siblings: Sequence[Sibling], found: Sequence[Record], objectives: Sequence[Objective]
+) -> list[dict[str, Any]]:
+    """Measured dense siblings as plain values for JSON. They have the keys of `front_rows`, and "sibling".
+
+    beaten_by, beats: trials of the front `found`, compared as in `beats`.
+    """
+    rows = []
+    for sibling in comparable_siblings(siblings, objectives):
+        values = values_of(sibling)
+        names = dict.fromkeys([*(objective.metric for objective in objectives), *values])
+        rows.append(
+            {
+                "trial": None,
+                "uid": sibling.uid,
+                "origin": f"dense sibling: {sibling.name}",
+                "metrics": {name: values[name] for name in names},
+                "tokens": list(sibling.evaluation.tokens) if sibling.evaluation else [],
+                "finetuned_images": 0,
+                "schedule": None,
+                "sibling": to_mapping(sibling.model),
+                "beaten_by": [record.number for record in found if beats(record, sibling, objectives)],
+                "beats": [record.number for record in found if beats(sibling, record, objectives)],
             }
         )
     return rows

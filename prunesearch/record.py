@@ -1,12 +1,16 @@
-"""`Record`: one candidate of a study as the storage keeps it, with its schedule and its evaluations so far."""
+"""`Record`: one candidate of a study as the storage keeps it, with its schedule and its evaluations so far.
+
+`Sibling`: a smaller dense model that the front is compared with. It is no candidate.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from prunesearch.config import Objective
+from prunesearch.config import ModelConfig, Objective
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import Value
@@ -66,6 +70,32 @@ class Record:
         """The complete evaluation at a rung, or None."""
         found = (one for one in self.evaluations if one.rung == rung and one.status == "complete")
         return next(found, None)
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A dense model beside the candidates of a study, measured as it comes; evaluation: None before that.
+
+    uid: identity of its evaluation; see `search.siblings.uid_of`.
+    """
+
+    uid: str
+    model: ModelConfig
+    evaluation: Evaluation | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the model, with that of its checkpoint if it has one."""
+        return self.model.name + self._checkpoint
+
+    @property
+    def short_name(self) -> str:
+        """`name` without the tag of timm's weights."""
+        return self.model.name.partition(".")[0] + self._checkpoint
+
+    @property
+    def _checkpoint(self) -> str:
+        return "" if self.model.checkpoint is None else f" ({Path(self.model.checkpoint).stem})"
 
 
 def with_evaluation(record: Record, evaluation: Evaluation, order: int, last_rung: int) -> Record:

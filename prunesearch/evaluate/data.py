@@ -106,9 +106,14 @@ def open_data(config: DataConfig, model: nn.Module, measured: Split = "validatio
 
 def open_training(config: DataConfig, model: nn.Module) -> ImageSet:
     """The training images alone. Raises DataError as `open_data`."""
+    return open_split(config, model, "train")
+
+
+def open_split(config: DataConfig, model: nn.Module, split: Split) -> ImageSet:
+    """The images of one split alone. Raises DataError as `open_data`."""
     wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
-    check_classes(config, outputs, ("train",))
-    return _open(config, wanted, outputs, "train")
+    check_classes(config, outputs, (split,))
+    return _open(config, wanted, outputs, split)
 
 
 @lru_cache(maxsize=4)

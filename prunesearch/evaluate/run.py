@@ -25,7 +25,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import PruneSearchError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.calibrate import calibrate
-from prunesearch.evaluate.data import Split, open_data, unreadable_note
+from prunesearch.evaluate.data import Split, open_data, open_split, unreadable_note
 from prunesearch.evaluate.finetune import (
     DenseOutput,
     LossNotFinite,
@@ -142,11 +142,14 @@ def _run(task: Task, found: _Findings) -> None:
     if task.supernet is not None:
         _train_shared(task, task.supernet, device, found)
         return
-    amp, batch_size = task.finetune.amp, task.measure.batch_size
+    amp, batch_size, measured = task.finetune.amp, task.measure.batch_size, task.sibling or task.model
     with found.phase("load"):
-        found.tokens = estimate_cost(model_shape(task.model), task.schedule).tokens
-        model = build_model(task.model, device, task.start)
-        train, held_out = open_data(task.data, model, task.split)
+        found.tokens = estimate_cost(model_shape(measured), task.schedule).tokens
+        model = build_model(measured, device, task.start)
+        if task.sibling is None:
+            train, held_out = open_data(task.data, model, task.split)
+        else:  # it is not trained, and decoding the training images as it wants them may take long
+            train = held_out = open_split(task.data, model, task.split)
         found.train, found.notes = train, tuple(dict.fromkeys(train.notes + held_out.notes))
         train.unreadable.clear()  # those of earlier tasks
         if train.in_memory:
@@ -175,7 +178,7 @@ def _run(task: Task, found: _Findings) -> None:
                 save_checkpoint(task.save_to, model, found.progress)
                 found.checkpoint = task.save_to
     dense = partial(dense_logits, task.model, task.data, task.split, device, amp, batch_size)
-    subject = Subject(model, task.model, task.schedule, held_out, task.measure, device, amp, dense)
+    subject = Subject(model, measured, task.schedule, held_out, task.measure, device, amp, dense)
     with found.phase("measure"):
         for metric in metrics:
             _seed(task.seed)  # a random score must not depend on what ran before

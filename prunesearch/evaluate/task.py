@@ -57,6 +57,7 @@ class Task:
     metrics: names of registered metrics to report. seed: for training order and new weights.
     split: the images that metrics are measured on.
     confirms: uid of the candidate that this task measures again with a fresh seed; None for a task of the search.
+    sibling: another dense model, which is measured instead of `model`. `agreement` still compares with `model`.
     parameters: the sampler's values, when the schedule does not show them.
     device: "auto", "cpu", "cuda", "mps". threads: PyTorch's CPU threads; None does not change them.
     resume_from: checkpoint (.safetensors + .state) of a smaller budget to continue from.
@@ -85,6 +86,7 @@ class Task:
     supernet: SupernetWork | None = None
     split: Literal["validation", "test"] = "validation"
     confirms: str | None = None
+    sibling: ModelConfig | None = None
     parameters: Options = ()
     plugins: tuple[str, ...] = ()
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prunesearch.report.tables import front_csv as front_csv
     from prunesearch.report.tables import front_table as front_table
     from prunesearch.report.tables import short as short
+    from prunesearch.report.tables import siblings_table as siblings_table
     from prunesearch.report.tables import status_view as status_view
 
 __getattr__ = lazily(
@@ -21,7 +22,8 @@ __getattr__ = lazily(
         "predicted_table": "prunesearch.report.sensitivity_tables",
         "sensitivity_table": "prunesearch.report.sensitivity_tables",
         **dict.fromkeys(
-            ("comparison_table", "front_csv", "front_table", "short", "status_view"), "prunesearch.report.tables"
+            ("comparison_table", "front_csv", "front_table", "short", "siblings_table", "status_view"),
+            "prunesearch.report.tables",
         ),
     },
 )

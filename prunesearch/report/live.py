@@ -38,6 +38,7 @@ from prunesearch.search.events import (
     Waiting,
 )
 from prunesearch.search.shared_weights import SupernetTrained
+from prunesearch.search.siblings import SiblingMeasured
 
 ROWS = 8
 """Most rows of the front in the live view."""
@@ -111,6 +112,8 @@ class Progress:
             self.note = f"waiting for the storage ({event.why}), for {duration(event.waited)} so far"
         elif isinstance(event, SupernetTrained):
             self.note = f"shared weights: {event.images:,} of {event.total:,} images ({duration(now - self.begun)})"
+        elif isinstance(event, SiblingMeasured):
+            self.note = f"dense sibling {event.done} of {event.total}: {event.sibling.name} {self._measured(event)}"
         elif isinstance(event, Confirmed):
             self.note = (
                 f"measured again: {event.done} of {event.total}, trial {event.record.number} {self._again(event)}"
@@ -122,13 +125,20 @@ class Progress:
             self.done, self.note, self.rejected = event, "", event.rejected
             self.running.clear()
 
+    def _measured(self, event: SiblingMeasured | Confirmed) -> str:
+        """What an evaluation beside the search measured."""
+        metric = self.config.objectives[0].metric
+        if event.evaluation.status == "failed":
+            return f"failed ({event.evaluation.cause}): {first_line(event.evaluation)}"
+        return f"{metric} {event.evaluation.value(metric):.5g}"
+
     def _again(self, event: Confirmed) -> str:
         """What a confirmation measured, beside what the search had measured."""
         metric = self.config.objectives[0].metric
         if event.evaluation.status == "failed":
-            return f"failed ({event.evaluation.cause}): {first_line(event.evaluation)}"
+            return self._measured(event)
         before = values_of(event.record).get(metric, math.nan)
-        return f"{metric} {event.evaluation.value(metric):.5g} (in the search {before:.5g})"
+        return f"{self._measured(event)} (in the search {before:.5g})"
 
     def _judge(self) -> None:
         records, config = list(self.records.values()), self.config

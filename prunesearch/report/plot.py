@@ -17,8 +17,8 @@ from prunesearch.config import Objective
 from prunesearch.confirmation import confirmation_of
 from prunesearch.errors import StudyError, UserError
 from prunesearch.evaluate.limits import Limits
-from prunesearch.front import comparable, front, values_of
-from prunesearch.record import Record
+from prunesearch.front import comparable, comparable_siblings, front, values_of
+from prunesearch.record import Record, Sibling
 from prunesearch.report.tables import evenly, unit_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GREY, FAINT = "#222222", "#8a8a8a", "#dddddd"
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 CURVES = 5
 """Most schedules of the front whose tokens are drawn."""
 _NAMES = {
@@ -58,25 +58,40 @@ class _Picture:
     quality: Objective
     limits: Limits
     colours: dict[int, Any]
+    siblings: list[Sibling]
 
     @property
     def curves(self) -> list[Record]:
         return [record for record in self.front if record.number in self.colours]
 
     @property
-    def named(self) -> list[tuple[Record, str, Any]]:
-        """Records with a label in the scatter plot: (record, label, colour)."""
+    def named(self) -> list[tuple[Record | Sibling, str, Any]]:
+        """What has a label in the scatter plot, the longest labels first: (record or sibling, label, colour)."""
         shown = [record for record in self.records if record.origin != "sampler" or record.number in self.colours]
-        return [(record, _name(record), self.colour(record)) for record in shown]
+        siblings = [(sibling, name, PURPLE) for sibling, name in zip(self.siblings, self._sibling_names(), strict=True)]
+        return [*siblings, *((record, _name(record), self.colour(record)) for record in shown)]
+
+    def _sibling_names(self) -> list[str]:
+        """The names without tags of weights, where that is enough to tell them apart."""
+        short = [sibling.short_name for sibling in self.siblings]
+        return [one.short_name if short.count(one.short_name) == 1 else one.name for one in self.siblings]
 
     def colour(self, record: Record) -> Any:
         special = {"dense": ORANGE, "start": GREEN}.get(record.origin.partition(":")[0])
         return special or self.colours.get(record.number, BLUE)
 
-    def places(self, records: Sequence[Record], cost: Objective | None) -> np.ndarray:
-        """Coordinates of records in a panel: (records, 2). cost None: the x axis is the trial number."""
-        x = [record.number if cost is None else values_of(record)[cost.metric] for record in records]
+    def places(self, records: Sequence[Record | Sibling], cost: Objective | None) -> np.ndarray:
+        """Coordinates of records in a panel: (records, 2).
+
+        cost None: the x axis is the trial number, and dense siblings are right of the last trial.
+        """
+        x = [self._trial(record) if cost is None else values_of(record)[cost.metric] for record in records]
         return np.array([x, [values_of(record)[self.quality.metric] for record in records]], dtype=np.float64).T
+
+    def _trial(self, record: Record | Sibling) -> int:
+        if isinstance(record, Record):
+            return record.number
+        return max(other.number for other in self.records) + 1 + self.siblings.index(record)
 
     def staircase(self, cost: Objective) -> np.ndarray:
         """The front in quality and this cost alone, as a step line: (corners, 2).
@@ -97,8 +112,9 @@ def plot_front(
     *,
     limits: Limits = (),
     title: str = "",
+    siblings: Sequence[Sibling] = (),
 ) -> None:
-    """Plot the complete candidates, the front, the dense model and the start schedules.
+    """Plot the complete candidates, the front, the dense model, the start schedules and the dense siblings.
 
     The y axis is the first objective to maximize (else the first objective). Each other objective has its own panel. A
     single objective is plotted over the trial numbers. Raises StudyError when no candidate is complete, UserError for
@@ -116,7 +132,7 @@ def plot_front(
     if not shown:
         raise StudyError("plot: no candidate is complete. Possible: a study with one. Run the search longer.")
     found = front(shown, objectives, limits)
-    picture = _Picture(shown, found, quality, limits, _colours(found))
+    picture = _Picture(shown, found, quality, limits, _colours(found), comparable_siblings(siblings, objectives))
     with rc_context({"text.parse_math": False}):  # a $ in a name does not start a formula
         figure = _figure(picture, costs, title)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +176,7 @@ def _figure(picture: _Picture, costs: Sequence[Objective | None], title: str) ->
 
 
 def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
-    def draw(records: Sequence[Record], size: float, color: Any, **style: Any) -> None:
+    def draw(records: Sequence[Record | Sibling], size: float, color: Any, **style: Any) -> None:
         if records:
             x, y = picture.places(records, cost).T
             axis.scatter(x, y, s=size, color=color, **style)
@@ -179,6 +195,8 @@ def _scatter(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
         if record.origin != "dense":
             draw([record], 74, picture.colours[record.number], edgecolors="white", linewidths=1.0, zorder=5)
     draw(starts, 64, GREEN, marker="D", facecolors="none", linewidths=1.6, zorder=6, label="start schedule")
+    style = {"facecolors": "none", "linewidths": 1.8, "zorder": 6}
+    draw(picture.siblings, 64, PURPLE, marker="s", label="dense sibling, as it comes", **style)
     draw(dense, 210, ORANGE, marker="*", edgecolors="white", linewidths=0.9, zorder=7, label="dense model")
     for record in dense:
         level = values_of(record)[picture.quality.metric]
@@ -230,7 +248,7 @@ def _tokens(axis: Axes, picture: _Picture) -> None:
 
 def _label(axis: Axes, picture: _Picture, cost: Objective | None) -> None:
     """Place the labels. Each one takes the position where it hides the fewest points."""
-    in_the_way = [axis.transData.transform(picture.places(picture.records, cost))]
+    in_the_way = [axis.transData.transform(picture.places([*picture.records, *picture.siblings], cost))]
     if cost is not None and picture.front:
         corners = axis.transData.transform(picture.staircase(cost))
         steps = np.linspace(0, len(corners) - 1, 40 * len(corners))

@@ -18,9 +18,19 @@ from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
 from prunesearch.confirmation import confirmation_of, mean_drop, measured_objectives
 from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.front import dense_of, front, front_rows, highest_rung, knee, normalised_hypervolume, values_of
+from prunesearch.front import (
+    Evaluated,
+    dense_of,
+    front,
+    front_rows,
+    highest_rung,
+    knee,
+    normalised_hypervolume,
+    sibling_rows,
+    values_of,
+)
 from prunesearch.printable import printable
-from prunesearch.record import Record
+from prunesearch.record import Record, Sibling
 from prunesearch.relative_limits import limit_lines, limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, warnings
 from prunesearch.schedule import Schedule, Stage
@@ -98,10 +108,7 @@ def front_table(
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", pad_edge=False)
     table.add_column("trial", justify="right", no_wrap=True)
     for name in names:
-        unit = unit_of(name)
-        table.add_column(printable(name) + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
-        if dense is not None:
-            table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
+        _add_metric(table, name, dense)
         if name in again:
             table.add_column("again", justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
@@ -141,6 +148,53 @@ def front_table(
     return table
 
 
+def siblings_table(
+    siblings: Sequence[Sibling], found: Sequence[Record], objectives: Sequence[Objective], records: Sequence[Record]
+) -> Table:
+    """A table of the measured dense siblings, and which trials of the front `found` beat them or are beaten.
+
+    records: all candidates, for the dense model.
+    """
+    rows, dense = sibling_rows(siblings, found, objectives), dense_of(records)
+    text = "dense siblings"
+    table = Table(box=box.SIMPLE_HEAD, title=text, title_justify="left", caption_justify="left", pad_edge=False)
+    table.add_column("model", overflow="fold")
+    names = [objective.metric for objective in objectives]
+    for name in names:
+        _add_metric(table, name, dense)
+    for heading in ("beaten by\ntrials", "beats\ntrials"):
+        table.add_column(heading, overflow="fold")
+    compared = [row["metrics"] for row in rows] + ([values_of(dense)] if dense else [])
+    for row in rows:
+        cells = []
+        for name in names:
+            value = row["metrics"][name]
+            cells.append(f"{value:.{decimals(name, [values[name] for values in compared])}f}")
+            cells += [change(name, value, values_of(dense)[name])] if dense is not None else []
+        trials = [", ".join(map(str, row[which])) or "none" for which in ("beaten_by", "beats")]
+        table.add_row(Text(printable(row["origin"].removeprefix("dense sibling: "))), *cells, *trials)
+    table.caption = Text(
+        "smaller dense models with weights of their own, as they come: not fine-tuned here, no part of the search\n"
+        "beaten by: trials of the front that are no worse in every objective, and better in one"
+    )
+    return table
+
+
+def _add_metric(table: Table, name: str, dense: Record | None) -> None:
+    """Add the column of a metric, and one that compares with the dense model if there is one."""
+    unit = unit_of(name)
+    table.add_column(printable(name) + (f"\n{unit}" if unit else ""), justify="right", no_wrap=True)
+    if dense is not None:
+        table.add_column("to\ndense" if unit == "%" else "of\ndense", justify="right", no_wrap=True, style="dim")
+
+
+def siblings_line(siblings: Sequence[Sibling], objectives: Sequence[Objective]) -> str:
+    """How many of the dense siblings are measured, and their objectives."""
+    measured = [sibling for sibling in siblings if values_of(sibling)]
+    shown = [f"{printable(sibling.name)} {_values(sibling, objectives)}" for sibling in measured]
+    return "; ".join([f"{len(measured)} of {len(siblings)} measured", *shown])
+
+
 def _again(record: Record, metric: str, places: int) -> str:
     again = confirmation_of(record)
     if again is None:
@@ -173,8 +227,8 @@ def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense
     return [text]
 
 
-def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableType:
-    """Status of a study: counts, causes of failures, best candidates, front and rungs."""
+def status_view(records: Sequence[Record], config: StudyConfig, siblings: Sequence[Sibling] = ()) -> RenderableType:
+    """Status of a study: counts, causes of failures, best candidates, front, dense siblings and rungs."""
     states = Counter(record.state for record in records)
     done, total = sum(bool(record.evaluations) for record in records), config.stop.trials
     several = len(config.rungs) > 1
@@ -205,6 +259,8 @@ def status_view(records: Sequence[Record], config: StudyConfig) -> RenderableTyp
     hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
     lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
     lines += [("limit", line) for line in map(printable, limit_lines(config, records))]
+    if siblings:
+        lines.append(("siblings", siblings_line(siblings, config.objectives)))
     lines += [("data", line.removeprefix("data: ")) for line in data_lines(records)]
     width = max(len(name) for name, _ in lines) + 2
     text = Text()
@@ -259,9 +315,13 @@ def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
     return table
 
 
-def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
-    """Records as CSV: trial, uid, origin, metrics, confirmations, training images, tokens per block, schedule."""
-    rows = front_rows(found, objectives)
+def front_csv(found: Sequence[Record], objectives: Sequence[Objective], siblings: Sequence[Sibling] = ()) -> str:
+    """Records as CSV: trial, uid, origin, metrics, confirmations, training images, tokens per block, schedule.
+
+    siblings: of the study. They come last, without trial and schedule, with the origin "dense sibling: NAME".
+    """
+    rows = front_rows(found, objectives) + sibling_rows(siblings, found, objectives)
+    schedules = [printable(str(record.outcome)) for record in found] + [""] * (len(rows) - len(found))
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     fresh = list(dict.fromkeys(name for row in rows for name in row.get("again", {}).get("metrics", ())))
     columns = [f"{name}_{what}" for name in fresh for what in ("again", "again_spread")]
@@ -270,13 +330,13 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     header = ["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"]
     writer.writerow(map(printable, header))
-    for row, record in zip(rows, found, strict=True):
+    for row, schedule in zip(rows, schedules, strict=True):
         about = [row["trial"], row["uid"], printable(row["origin"])]
         metrics = [row["metrics"].get(name, "") for name in names]
         tokens, again = " ".join(map(str, row["tokens"])), row.get("again", {})
         means = [again.get(what, {}).get(name, "") for name in fresh for what in ("metrics", "spread")]
         means += [again.get(what, "") for what in ("split", "seeds")] if fresh else []
-        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, printable(str(record.outcome))])
+        writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, schedule])
     return text.getvalue()
 
 
@@ -289,7 +349,7 @@ def _what(stage: Stage, unsaid: Collection[str]) -> str:
     return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}"
 
 
-def _values(record: Record, objectives: Sequence[Objective]) -> str:
+def _values(record: Evaluated, objectives: Sequence[Objective]) -> str:
     values = values_of(record)
     return ", ".join(said(objective.metric, values[objective.metric]) for objective in objectives)
 

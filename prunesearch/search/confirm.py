@@ -1,37 +1,32 @@
 """Confirmation: train and evaluate the final front again from scratch, with fresh seeds, on the test images if any.
 
-Each evaluation is stored as soon as it is finished. After a kill the next call continues with the missing ones.
+The evaluations are made as `once.py` says.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from prunesearch.config import StudyConfig
 from prunesearch.confirmation import name_of
-from prunesearch.evaluate.outcome import check_evaluation, failed, same_work
+from prunesearch.evaluate.outcome import check_evaluation, same_work
 from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.front import dense_of, front, highest_rung
 from prunesearch.record import Record
 from prunesearch.relative_limits import dense_record, limits_at
 from prunesearch.samplers.propose import seed_of
+from prunesearch.search.once import make_each_once, release_claims
 from prunesearch.search.tasks import task_of
-from prunesearch.study.lost_database import contradiction
-from prunesearch.study.reader import Claim
 from prunesearch.study.store import Store
-from prunesearch.study.team import NoTeam, Team, outboxes_of
-from prunesearch.workers.outbox import delete, delivered, discard
-from prunesearch.workers.protocol import Lost, Workers
+from prunesearch.study.team import NoTeam, Team
+from prunesearch.workers.outbox import delete, delivered
+from prunesearch.workers.protocol import Workers
 
 logger = logging.getLogger(__name__)
-
-TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,11 @@ class Wanted:
     index: int
     task: Task
 
+    @property
+    def of(self) -> str:
+        """The uid of the candidate."""
+        return self.record.uid
+
 
 def confirm(
     config: StudyConfig,
@@ -71,59 +71,35 @@ def confirm(
     before it starts it. This one waits for the evaluations of the others, and takes over those of dead drivers.
     is_stopped: when it returns True, no further evaluation starts, and the running ones are waited for.
     """
-    _adopt(config, folder, outbox, store)
-    failed_before = {(name, claim) for name, claim in store.claims().items() if claim.failed}
-    failed_now: set[str] = set()
-    under_way: dict[str, Wanted] = {}
-    deaths: Counter[str] = Counter()
-    while True:
-        claims = store.claims()
-        failed_now |= {name for name, claim in claims.items() if claim.failed and (name, claim) not in failed_before}
-        dead = _adopt_from_dead(claims, team, config, folder, store)
+
+    def look() -> tuple[list[Wanted], list[Wanted]]:
         records = store.records()
-        every = wanted(config, folder, records)
-        left = [one for one in missing(config, folder, records) if one.task.uid not in failed_now]
-        for one in left:
-            name = one.task.uid
-            if len(under_way) == workers.count or is_stopped():
-                break
-            if name not in under_way and _claim(one, claims.get(name), dead, store):
-                under_way[name] = one
-                workers.submit(replace(one.task, attempt=deaths[name]))
-        if not under_way:
-            if not left or is_stopped() or not workers.count:
-                return
-            if store.alone:
-                raise contradiction(f"confirmation {left[0].task.uid}", "the storage says that another driver has it")
-            time.sleep(TICK_SECONDS)  # other drivers run what is left
-            continue
-        done = len(every) - len(left)
-        for task, outcome in workers.wait(TICK_SECONDS):
-            one = under_way.pop(task.uid)
-            if isinstance(outcome, Lost):
-                deaths[task.uid] += 1
-                if outcome.cause == "crash" and deaths[task.uid] <= config.workers.retries:
-                    continue  # still missing and still claimed, so the next iteration submits it again
-                outcome = failed(task, outcome.cause, outcome.error)
-            evaluation = check_evaluation(outcome, config.deciding_metrics)
-            if evaluation.status == "complete":
-                store.confirm(one.record.uid, one.index, evaluation)
-            else:
-                logger.warning("%s: not confirmed (%s): %s", task.uid, evaluation.cause, evaluation.error)
-                failed_now.add(task.uid)
-                store.give_up(task.uid, failed=True)
-            discard(outbox, task.uid, task.rung)
-            done += 1
-            on_event(Confirmed(one.record, evaluation, done, len(every)))
+        return wanted(config, folder, records), missing(config, folder, records)
+
+    def say(one: Wanted, evaluation: Evaluation, done: int, total: int) -> None:
+        if evaluation.status == "failed":
+            logger.warning("%s: not confirmed (%s): %s", one.task.uid, evaluation.cause, evaluation.error)
+        on_event(Confirmed(one.record, evaluation, done, total))
+
+    make_each_once(
+        look,
+        lambda place: _adopt(config, folder, place, store),
+        say,
+        folder=folder,
+        outbox=outbox,
+        store=store,
+        workers=workers,
+        team=team,
+        is_stopped=is_stopped,
+        waits=True,
+    )
 
 
 def take_up_confirmations(config: StudyConfig, folder: Path, outboxes: Iterable[Path], store: Store) -> None:
     """After a restart: store what earlier runs left in outboxes, and release other claims of this driver's name."""
     for outbox in outboxes:
         _adopt(config, folder, outbox, store)
-    for name, claim in store.claims().items():
-        if claim == Claim(store.owner):
-            store.give_up(name, failed=False)
+    release_claims(store)
 
 
 def missing(config: StudyConfig, folder: Path, records: Iterable[Record]) -> list[Wanted]:
@@ -162,25 +138,6 @@ def _task(record: Record, index: int, config: StudyConfig, folder: Path) -> Task
         resume_from=None,
         save_to=None,
     )
-
-
-def _adopt_from_dead(
-    claims: Mapping[str, Claim], team: Team | NoTeam, config: StudyConfig, folder: Path, store: Store
-) -> set[str]:
-    """Store the confirmations that dead drivers finished; returns the names of these drivers."""
-    others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}
-    dead = team.dead(others) if others else set()
-    for owner in sorted(dead):
-        for place in outboxes_of(owner, store, folder):
-            _adopt(config, folder, place, store)
-    return dead
-
-
-def _claim(one: Wanted, before: Claim | None, dead: Container[str], store: Store) -> bool:
-    """Claim an evaluation for this driver. False when another living driver has claimed it."""
-    if before is not None and not before.failed and before.owner != store.owner and before.owner not in dead:
-        return False
-    return store.claim(one.record.uid, one.index, one.task.uid, before)
 
 
 def _adopt(config: StudyConfig, folder: Path, outbox: Path, store: Store) -> None:

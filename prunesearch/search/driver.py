@@ -1,7 +1,8 @@
 """`run_study`: run a study from its configuration to its end, or continue it.
 
-This file checks the study, opens the storage and starts the workers. It trains the shared weights before the search
-(`shared_weights.py`), runs the search (`loop.py`) and confirms the front after it (`confirm.py`).
+This file checks the study, opens the storage and starts the workers. Before the search it trains the shared weights
+(`shared_weights.py`) and measures the dense siblings (`siblings.py`). It runs the search (`loop.py`) and confirms the
+front after it (`confirm.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from prunesearch.search.others import NoOthers, OtherDrivers, Others
 from prunesearch.search.problems import check_study, start_schedules
 from prunesearch.search.recovery import Recovery
 from prunesearch.search.shared_weights import prepare_supernet
+from prunesearch.search.siblings import measure_siblings, take_up_siblings, unmeasured
 from prunesearch.search.state import SearchState
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
@@ -104,9 +106,10 @@ def run_study(
         never_judged = dense_problem(config, dense_record(state.records.values()))
         if never_judged is not None:  # an earlier run ended with it
             raise RunError(never_judged)
+        take_up_siblings(config, left, store, folder)
         take_up_confirmations(config, folder, left, store)
         workers: Workers = NoWorkers()
-        if (search and run.has_work()) or missing(config, folder, store.records()):
+        if (search and (run.has_work() or unmeasured(store))) or missing(config, folder, store.records()):
             make = make_workers or partial(_start_workers, outbox)
             workers = stack.enter_context(closing(make(config, folder, evaluate)))
         interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
@@ -114,10 +117,14 @@ def run_study(
         try:
             if not isinstance(workers, NoWorkers):
                 prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
+                if search:
+                    measure_siblings(config, folder, outbox, store, workers, team, on_event, is_stopped)
         except KeyboardInterrupt:
             search = False
         done = run.run(workers) if search else run.look(workers)
         if done.reason not in STOPPED_BY_HAND and not interrupt.count:
+            if search:
+                measure_siblings(config, folder, outbox, store, workers, team, on_event, is_stopped, after=True)
             confirm(config, folder, outbox, store, workers, team, on_event, is_stopped)
             done = replace(done, seconds=run.seconds())
         if interrupt.count and done.reason not in STOPPED_BY_HAND:

@@ -9,6 +9,7 @@ from prunesearch.evaluate.task import Evaluation, Split
 from prunesearch.record import Record
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.shared_weights import SupernetTrained
+from prunesearch.search.siblings import SiblingMeasured
 
 Reason = Literal["trials", "hours", "exhausted", "hopeless", "dense", "disk", "interrupted", "cancelled"]
 """Why a search ended.
@@ -120,6 +121,7 @@ Event = (
     | LookingAtData
     | Started
     | SupernetTrained
+    | SiblingMeasured
     | Submitted
     | Finished
     | Retrying

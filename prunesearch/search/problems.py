@@ -13,6 +13,7 @@ from prunesearch.evaluate.limit_problems import limit_problems, resolved_problem
 from prunesearch.evaluate.sections import channel_problems, source_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.evaluate.shapes import input_channels
+from prunesearch.evaluate.siblings import sibling_problems
 from prunesearch.evaluate.unreachable_limits import unreachable_limits
 from prunesearch.plugins import import_plugins
 from prunesearch.presets import find_schedule
@@ -93,7 +94,8 @@ def model_free_problems(config: StudyConfig) -> list[str]:
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
     problems += source_problems(config.data)
     problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config.finetune)
-    return problems + _rung_problems(config.rungs, config.space) + _supernet_problems(config)
+    problems += _rung_problems(config.rungs, config.space) + _supernet_problems(config)
+    return problems + sibling_problems(config)
 
 
 def _finetune_problems(settings: FinetuneConfig) -> list[str]:

@@ -42,7 +42,7 @@ class Recovery:
         """
         found = []
         for path, task, evaluation in delivered(outbox, self.store.alone, self.folder):
-            if task.confirms is not None or task.supernet is not None:  # they have their own recovery
+            if any(one is not None for one in (task.confirms, task.supernet, task.sibling)):  # recovered elsewhere
                 continue
             try:
                 record = self._record_of(task, evaluation)

@@ -11,7 +11,7 @@ from prunesearch.errors import StudyError
 from prunesearch.strict import from_mapping, to_mapping
 
 _DATA = ("data.root", "data.val_root", "data.test_root", "data.test_split", "data.loaders", "data.in_memory")
-MAY_CHANGE = ("workers", "stop", "confirm", "metrics", "plugins", *_DATA)
+MAY_CHANGE = ("workers", "stop", "confirm", "siblings", "metrics", "plugins", *_DATA)
 """Settings that may differ when a study is continued. All others affect its results. The data settings may differ
 because the same images may have another path on another machine, and because test images do not affect the search."""
 MAY_MEND = (

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.record import Record, State
+from prunesearch.record import Record, Sibling, State
 from prunesearch.schedule import Schedule
 from prunesearch.strict import from_mapping
 from prunesearch.study import rows
@@ -95,6 +95,11 @@ class StudyReader:
                 records.setdefault(record.uid, replace(record, confirmations=confirmations_of(attributes, record.uid)))
         self._leave_out(unreadable)
         return list(records.values())
+
+    def siblings(self) -> list[Sibling]:
+        """The dense siblings of the study, in its order; those without an evaluation are not measured yet."""
+        with storage_errors(self.file):
+            return siblings_of(self._storage.get_study_user_attrs(self._study_id))
 
     def _leave_out(self, unreadable: dict[int, str]) -> None:
         """Log once for each trial that it cannot be read."""
@@ -300,6 +305,17 @@ def confirmations_of(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluatio
             except FileError as error:
                 logger.warning("%s; it is left out", error)
     return tuple(found[index] for index in sorted(found))
+
+
+def siblings_of(attributes: Mapping[str, Any]) -> list[Sibling]:
+    """The dense siblings that can be read, each with its evaluation, which is stored as a confirmation of its uid."""
+    said = attributes.get("siblings")
+    found = []
+    for uid, model in said.items() if isinstance(said, Mapping) else ():
+        sibling = as_said(ModelConfig, model, f"sibling {uid}")
+        if sibling is not None:
+            found.append(Sibling(uid, sibling, next(iter(confirmations_of(attributes, uid)), None)))
+    return found
 
 
 def rung_keys(trial: FrozenTrial) -> list[str]:

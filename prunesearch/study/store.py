@@ -29,7 +29,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from importlib import metadata
@@ -44,7 +44,7 @@ from prunesearch.config import StudyConfig
 from prunesearch.errors import FileError, StudyError
 from prunesearch.evaluate.limits import excess
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.record import Record, with_evaluation
+from prunesearch.record import Record, Sibling, with_evaluation
 from prunesearch.relative_limits import limits_at
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import parameters_of
@@ -65,6 +65,7 @@ from prunesearch.study.reader import (
     read_record,
     read_trials,
     rung_keys,
+    siblings_of,
 )
 from prunesearch.study.storage import (
     Patience,
@@ -298,7 +299,18 @@ class Store(StudyReader):
         self.vocabulary = now
         self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "vocabulary", to_mapping(now)))
 
+    def siblings(self) -> list[Sibling]:
+        return siblings_of(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
+
+    def name_siblings(self, siblings: Iterable[Sibling]) -> None:
+        """Store which dense siblings the study has. Readers need it, because finding them needs timm."""
+        named = {sibling.uid: to_mapping(sibling.model) for sibling in siblings}
+        saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("siblings", {})
+        if saved != named:
+            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "siblings", named))
+
     # --- confirmations ---
+    # The evaluation of a dense sibling is stored and claimed as confirmation 0 of the sibling's uid.
 
     def confirm(self, uid: str, index: int, evaluation: Evaluation) -> bool:
         """Store the index-th confirmation of a candidate. False: a different result of the same task is stored already.

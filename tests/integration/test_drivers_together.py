@@ -38,7 +38,7 @@ def nothing_evaluated_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_search.EVALUATED.clear()
     monkeypatch.setattr("prunesearch.search.loop.TICK_SECONDS", 0.02)
     monkeypatch.setattr("prunesearch.search.others.LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("prunesearch.search.confirm.TICK_SECONDS", 0.02)
+    monkeypatch.setattr("prunesearch.search.once.TICK_SECONDS", 0.02)
 
 
 @pytest.fixture
