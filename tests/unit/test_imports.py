@@ -25,6 +25,10 @@ ROOMS = {
     "rich": ("report", "cli"),
     "matplotlib": ("report",),
     "sklearn": ("evaluate", "samplers", "replay"),
+    "onnx": ("export", "device"),
+    "onnxruntime": ("export", "device"),
+    "onnxscript": ("export", "device"),
+    "openvino": ("export", "device"),
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
