@@ -342,8 +342,9 @@ def _export(parsed: argparse.Namespace) -> int:
                 f"{parsed.folder}: it is a schedule file already. Possible: --onnx FILE.onnx and --openvino FILE.xml. "
                 f"Give one of them, or a study folder."
             )
-        file, _ = _load_trusted(parsed, parsed.folder, None)
-        return _deploy(parsed, targets, file, parsed.folder.parent, None)
+        study = _study_in(Path(parsed.study) if parsed.study is not None else None)
+        file, _ = _load_trusted(parsed, parsed.folder, study)
+        return _deploy(parsed, targets, file, parsed.folder.parent, study)
     if not targets:
         _refuse_flags(parsed, _RUNTIME_FLAGS, "a schedule file is written", "--onnx FILE.onnx or --openvino FILE.xml")
     reader = _open(parsed)
@@ -380,7 +381,12 @@ _RUNTIME_FLAGS = ("half", "model", "data", "root", "val_root", "set", "trust_plu
 
 def _refuse_flags(parsed: argparse.Namespace, names: Sequence[str], why: str, possible: str) -> None:
     """Raise UserError when one of these arguments was given, which would have no effect."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(parsed, name) not in (None, False, [])]
+    values = {name: getattr(parsed, name) for name in names}
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in values.items()
+        if value not in (None, []) and value is not False
+    ]
     if given:
         raise UserError(
             f"{', '.join(given)}: {why}, where {'this means' if len(given) == 1 else 'these mean'} nothing. Possible: "
@@ -448,13 +454,13 @@ def _choose(
     return knee(front(records, objectives, limits), objectives)
 
 
-def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
-    """The study given by --study, for its model and data."""
-    if parsed.study_folder is None:
+def _study_in(folder: Path | None) -> StudyConfig | None:
+    """The study given by --study FOLDER, for its model and data."""
+    if folder is None:
         return None
     from prunesearch.study.reader import open_study_readonly
 
-    reader = open_study_readonly(parsed.study_folder)
+    reader = open_study_readonly(folder)
     reader.close()
     return reader.config
 
@@ -483,7 +489,7 @@ def _freeze(parsed: argparse.Namespace) -> int:
     from prunesearch.export.freeze import freeze
 
     _check_output(parsed.output)
-    study = _study_of(parsed)
+    study = _study_in(parsed.study_folder)
     file, _ = _load_trusted(parsed, parsed.file, study)
     model, data = _sources(parsed, file, study)
     frozen = freeze(
@@ -503,7 +509,7 @@ def _freeze(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from prunesearch.report.tables import comparison_table
 
-    study = _study_of(parsed)
+    study = _study_in(parsed.study_folder)
     file, plugins = _load_trusted(parsed, parsed.file, study)
     metrics = tuple(parsed.metric) or COMPARED
     for name in metrics:
@@ -745,7 +751,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
 
     export = verb("export", _export, "write one schedule of a study for apply_schedule, ONNX Runtime or OpenVINO")
-    _study_arguments(export, "study folder, for example outputs/digits; with --onnx or --openvino a schedule file too")
+    _study_arguments(
+        export,
+        "study folder, for example outputs/digits; with --onnx or --openvino a schedule file too",
+        "name of the study in the storage; with a schedule file, a study folder: with its model and data",
+    )
     text = "schedule file for apply_schedule; default best.yaml, none with --onnx or --openvino"
     export.add_argument("-o", "--output", type=Path, metavar="FILE.yaml", help=text)
     export.add_argument("--trial", type=_whole("--trial", 0), metavar="N", help="this trial")
@@ -861,7 +871,11 @@ def _bound(flag: str) -> Callable[[str], tuple[str, float]]:
     return parse
 
 
-def _study_arguments(parser: argparse.ArgumentParser, folder: str = "study folder, for example outputs/digits") -> None:
+def _study_arguments(
+    parser: argparse.ArgumentParser,
+    folder: str = "study folder, for example outputs/digits",
+    study: str = "name of the study in the storage",
+) -> None:
     parser.add_argument("folder", type=Path, nargs="?", help=folder)
     parser.add_argument("--storage", metavar="URL", help="the study is in this storage")
-    parser.add_argument("--study", metavar="NAME", help="name of the study in the storage")
+    parser.add_argument("--study", metavar="NAME", help=study)

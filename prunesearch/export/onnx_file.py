@@ -16,8 +16,8 @@ from prunesearch.export.runtimes import INPUT, OUTPUT, Run
 from prunesearch.models import PARTS
 
 OPSET = 18
-"""PyTorch's exporter writes this opset itself, and converts to any other one. ONNX Runtime, OpenVINO and TensorRT (8.6
-and newer) read it."""
+"""PyTorch's exporter writes this opset itself, and converts to any other one. ONNX Runtime, OpenVINO and TensorRT 10
+read it."""
 MOST_BYTES = 2**31 - 2**24
 """A file with its weights inside is one protobuf message, which holds less than 2 GiB. Some of it is for the graph."""
 
@@ -54,7 +54,7 @@ def write_onnx(
     count = sum(value.nbytes for value in state)
     if count > MOST_BYTES:
         raise UserError(
-            f"{path}: the weights take {count / 1e9:.3g} GB, and an ONNX file that holds its weights holds "
+            f"export: the weights take {count / 1e9:.3g} GB, and an ONNX file that holds its weights holds "
             f"{MOST_BYTES / 1e9:.3g} GB. Possible: a smaller model{'' if half else ', or fp16 weights'}. Use one"
             f"{'' if half else ', or give half=True (--half)'}."
         )
@@ -73,7 +73,7 @@ def write_onnx(
             )
     except Exception as error:  # the exporter raises anything
         raise RunError(
-            f"{path}: PyTorch's exporter cannot write this model: {_reason(error)}. Possible: models of timm with the "
+            f"export: PyTorch's exporter cannot write this model: {_reason(error)}. Possible: models of timm with the "
             f"scores and verbs of prunesearch, whose counts are fixed. If a plug-in is used, change its functions."
         ) from error
     assert program is not None

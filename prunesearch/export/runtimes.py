@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -60,7 +59,7 @@ class Runtime:
     @property
     def version(self) -> str:
         """The title with the installed version."""
-        found: str = importlib.import_module(self.libraries[-1]).__version__
+        found = str(Named(f"{self.libraries[-1]}:__version__").function)
         return f"{self.title} {found.split('-')[0]}"
 
 
