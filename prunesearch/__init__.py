@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from prunesearch.errors import PruneSearchError as PruneSearchError
     from prunesearch.evaluate import Evaluation as Evaluation
     from prunesearch.evaluate import Task as Task
+    from prunesearch.export import export_onnx as export_onnx
+    from prunesearch.export import export_openvino as export_openvino
     from prunesearch.files import load_schedule as load_schedule
     from prunesearch.files import load_study as load_study
     from prunesearch.files import save_schedule as save_schedule
@@ -43,6 +45,8 @@ _HOMES = {
     "Task": "prunesearch.evaluate",
     "apply_schedule": "prunesearch.models",
     "estimate_cost": "prunesearch.cost",
+    "export_onnx": "prunesearch.export",
+    "export_openvino": "prunesearch.export",
     "load_schedule": "prunesearch.files",
     "load_study": "prunesearch.files",
     "remove_schedule": "prunesearch.models",

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
@@ -29,6 +30,7 @@ from prunesearch.errors import FileError, PruneSearchError, StudyError, UserErro
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_gmacs, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
+from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
 from prunesearch.export.schedules import COMPARED, export, measure_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
 from prunesearch.files import (
@@ -394,20 +396,114 @@ def _front(parsed: argparse.Namespace) -> int:
 
 
 def _export(parsed: argparse.Namespace) -> int:
-    from prunesearch.report.tables import short
-
-    _check_output(parsed.output)
+    targets = [
+        (runtime, path)
+        for runtime, path in zip(RUNTIMES, (parsed.onnx, parsed.openvino), strict=True)
+        if path is not None
+    ]
+    for path in (parsed.output, *(path for _, path in targets)):
+        _check_output(path)
+    for runtime, path in targets:
+        check_target(runtime, path)
+    if parsed.storage is None and parsed.folder is not None and parsed.folder.is_file():
+        _refuse_flags(parsed, _STUDY_FLAGS, f"{parsed.folder}: it is a schedule file", "a study folder")
+        if not targets:
+            raise UserError(
+                f"{parsed.folder}: it is a schedule file already. Possible: --onnx FILE.onnx and --openvino FILE.xml. "
+                f"Give one of them, or a study folder."
+            )
+        study = _study_in(Path(parsed.study) if parsed.study is not None else None)
+        file, _ = _load_trusted(parsed, parsed.folder, study)
+        return _deploy(parsed, targets, file, parsed.folder.parent, study)
+    if not targets:
+        _refuse_flags(parsed, _RUNTIME_FLAGS, "a schedule file is written", "--onnx FILE.onnx or --openvino FILE.xml")
     reader = _open(parsed)
     record = _choose(parsed, reader.config, _records(reader))
-    written = export(
-        record, reader.config, parsed.output, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say
-    )
+    if parsed.output is not None or not targets:
+        _export_schedule(parsed, reader, record, parsed.output or Path("best.yaml"))
+    if not targets:
+        return 0
+    plugins = _trusted(parsed, reader.config.plugins, f"study {reader.config.name}")
+    import_plugins(plugins)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "best.yaml"
+        evaluation = record.evaluation
+        fine_tuned = evaluation is not None and (evaluation.images > 0 or evaluation.start is not None)
+        export(record, reader.config, path, weights=fine_tuned, vocabulary=reader.vocabulary, say=_say)
+        return _deploy(parsed, targets, load_schedule_file(path, plugins), path.parent, reader.config)
+
+
+def _export_schedule(parsed: argparse.Namespace, reader: StudyReader, record: Record, path: Path) -> None:
+    from prunesearch.report.tables import short
+
+    written = export(record, reader.config, path, weights=parsed.weights, vocabulary=reader.vocabulary, say=_say)
     evaluation = record.evaluation
     assert evaluation is not None  # export raises without one
     values = ", ".join(f"{name} {value:.5g}" for name, value in evaluation.metrics)
     _print(f"Trial {record.number}: {short(record.outcome)}", f"  {values}", f"  -> {', '.join(map(str, written))}")
     if evaluation.images and not parsed.weights:
         _say(f"measured after a fine-tune of {evaluation.images} images; --weights takes those weights along")
+
+
+_STUDY_FLAGS = ("trial", "knee", "at_most", "at_least", "weights", "output")
+_RUNTIME_FLAGS = ("half", "model", "data", "root", "val_root", "set", "trust_plugins", "plugin")
+
+
+def _refuse_flags(parsed: argparse.Namespace, names: Sequence[str], why: str, possible: str) -> None:
+    """Raise UserError when one of these arguments was given, which would have no effect."""
+    values = {name: getattr(parsed, name) for name in names}
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in values.items()
+        if value not in (None, []) and value is not False
+    ]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: {why}, where {'this means' if len(given) == 1 else 'these mean'} nothing. Possible: "
+            f"with {possible}. Leave {'it' if len(given) == 1 else 'them'} out, or give that."
+        )
+
+
+def _deploy(
+    parsed: argparse.Namespace,
+    targets: Sequence[tuple[Runtime, Path]],
+    file: ScheduleFile,
+    folder: Path,
+    study: StudyConfig | None,
+) -> int:
+    """Write files for runtimes from a schedule file in `folder`, and print what was measured."""
+    from prunesearch.export.deploy import deploy
+    from prunesearch.export.example_code import example_code
+
+    given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
+    model, data = model_and_data(file, study, given)
+    if model is None or data is not None:
+        model, data = needed(model, data)
+        for text in guessed_normalisation(model_and_data(file, study), (model, data)):
+            _say(text)
+    measure = study.measure if study else None
+    exported = deploy(file, folder, targets, model=model, data=data, half=parsed.half, measure=measure, say=_say)
+    before = (file.measured or {}).get("top1")
+    for (runtime, path), one in zip(targets, exported, strict=True):
+        facts, check, speed = one.facts, one.check, one.speed
+        images = f"{check.images} {'images of random numbers' if one.on_noise else 'validation images'}"
+        _print(
+            f"{path}: {facts.gmacs:.5g} GMACs, dense {facts.dense_gmacs:.5g}; {facts.tokens[-1]} tokens at the end",
+            f"  {one.runtime} against PyTorch on {images}: the same class for {check.same}; logits, up to "
+            f"{check.scale:.3g}, differ by at most {check.largest:.2g} ({check.usual:.2g} for three images in four)",
+        )
+        if speed is not None:
+            _print(
+                f"  {speed.median:.2f} times as fast as the dense model in {one.runtime} on this CPU, in batches of "
+                f"{speed.batch_size} (quartiles {speed.low:.2f} to {speed.high:.2f})"
+            )
+        if one.top1 is not None:
+            said = f"; measured before: {before:.5g}" if isinstance(before, (int, float)) else ""
+            _print(f"  top1 {one.top1:.5g} on {one.images} validation images{said}")
+        if facts.half:
+            _say(runtime.half_note)
+        _print("", f"How to run {path} (python example.py PICTURE):", "")
+        print(printable(example_code(path), lines=True))
     return 0
 
 
@@ -440,22 +536,24 @@ def _drops(pairs: Sequence[tuple[str, float]]) -> WrittenLimits:
     return [(name, Limit(drop_at_most=drop)) for name, drop in pairs]
 
 
-def _study_of(parsed: argparse.Namespace) -> StudyConfig | None:
-    """The study given by --study, for its model and data."""
-    if parsed.study_folder is None:
+def _study_in(folder: Path | None) -> StudyConfig | None:
+    """The study given by --study FOLDER, for its model and data."""
+    if folder is None:
         return None
     from prunesearch.study.reader import open_study_readonly
 
-    reader = open_study_readonly(parsed.study_folder)
+    reader = open_study_readonly(folder)
     reader.close()
     return reader.config
 
 
-def _load_trusted(parsed: argparse.Namespace, study: StudyConfig | None) -> tuple[ScheduleFile, tuple[str, ...]]:
-    """Load the schedule file. Imports the plug-ins of the file and the study, and returns their names too."""
-    named = all_plugins(plugins_named_in(parsed.file), study.plugins if study else ())
-    plugins = _trusted(parsed, named, str(parsed.file))
-    return load_schedule_file(parsed.file, plugins), plugins
+def _load_trusted(
+    parsed: argparse.Namespace, path: Path, study: StudyConfig | None
+) -> tuple[ScheduleFile, tuple[str, ...]]:
+    """Load a schedule file. Imports the plug-ins of the file and the study, and returns their names too."""
+    named = all_plugins(plugins_named_in(path), study.plugins if study else ())
+    plugins = _trusted(parsed, named, str(path))
+    return load_schedule_file(path, plugins), plugins
 
 
 def _sources(
@@ -473,8 +571,8 @@ def _freeze(parsed: argparse.Namespace) -> int:
     from prunesearch.export.freeze import freeze
 
     _check_output(parsed.output)
-    study = _study_of(parsed)
-    file, _ = _load_trusted(parsed, study)
+    study = _study_in(parsed.study_folder)
+    file, _ = _load_trusted(parsed, parsed.file, study)
     model, data = _sources(parsed, file, study)
     frozen = freeze(
         file,
@@ -493,8 +591,8 @@ def _freeze(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from prunesearch.report.tables import comparison_table
 
-    study = _study_of(parsed)
-    file, plugins = _load_trusted(parsed, study)
+    study = _study_in(parsed.study_folder)
+    file, plugins = _load_trusted(parsed, parsed.file, study)
     metrics = tuple(parsed.metric) or COMPARED
     for name in metrics:
         METRICS[name]  # raises for an unknown name before anything is loaded
@@ -756,11 +854,14 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--within", **_drop_options("--within", "only what loses at most v of metric m against dense"))
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
 
-    export = verb("export", _export, "write one schedule of a study to a file that apply_schedule takes")
-    _study_arguments(export)
-    export.add_argument(
-        "-o", "--output", type=Path, default=Path("best.yaml"), metavar="FILE", help="default best.yaml"
+    export = verb("export", _export, "write one schedule of a study for apply_schedule, ONNX Runtime or OpenVINO")
+    _study_arguments(
+        export,
+        "study folder, for example outputs/digits; with --onnx or --openvino a schedule file too",
+        "name of the study in the storage; with a schedule file, a study folder: with its model and data",
     )
+    text = "schedule file for apply_schedule; default best.yaml, none with --onnx or --openvino"
+    export.add_argument("-o", "--output", type=Path, metavar="FILE.yaml", help=text)
     which = export.add_mutually_exclusive_group()
     which.add_argument("--trial", type=_whole("--trial", 0), metavar="N", help="this trial")
     which.add_argument("--knee", action="store_true", help="the bend of the front (the default)")
@@ -770,6 +871,12 @@ def _parser() -> argparse.ArgumentParser:
         text = f"best with metric m {words} v, a number or a share of dense such as 70%%"
         export.add_argument(flag, type=_bound(flag), action="append", default=[], metavar="m=v", help=text)
     export.add_argument("--weights", action="store_true", help="the fine-tuned weights too, as safetensors")
+    files = export.add_argument_group("files for production, checked against PyTorch and timed beside the dense model")
+    files.add_argument("--onnx", type=Path, metavar="FILE.onnx", help="model and schedule for ONNX Runtime")
+    files.add_argument("--openvino", type=Path, metavar="FILE.xml", help="the same for OpenVINO, with a .bin beside it")
+    files.add_argument("--half", action="store_true", help="fp16 weights and activations; input and output are float32")
+    _override_arguments(files, "instead of the study's or file's, pretrained")
+    _plugin_arguments(files)
 
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
     _source_arguments(again)
@@ -823,17 +930,21 @@ def _source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study", dest="study_folder", type=Path, metavar="FOLDER", help="with this study's model and data"
     )
-    parser.add_argument("--model", metavar="NAME", help="with this timm model, pretrained, if the file has another")
+    _override_arguments(parser, "with this timm model, pretrained, if the file has another")
+    _plugin_arguments(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def _override_arguments(parser: argparse._ActionsContainer, model: str) -> None:
+    parser.add_argument("--model", metavar="NAME", help=model)
     parser.add_argument("--data", metavar="NAME", help='"digits", "folder", torch/..., hfds/..., wds/...')
     parser.add_argument("--root", metavar="PATH", help="root of the data")
     parser.add_argument("--val-root", metavar="PATH", help="root of the validation data, when it is elsewhere")
     text = "replace a value of its model or data, such as data.crop_pct=0.9"
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help=text)
-    _plugin_arguments(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
-def _plugin_arguments(parser: argparse.ArgumentParser) -> None:
+def _plugin_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--trust-plugins", action="store_true", help="import the plug-ins that the study or file names")
     parser.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE", help="import this one; may be repeated"
@@ -903,7 +1014,11 @@ def _metric_and_number(flag: str, text: str, possible: str, example: str) -> tup
     return name, value
 
 
-def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, nargs="?", help="study folder, for example outputs/digits")
+def _study_arguments(
+    parser: argparse.ArgumentParser,
+    folder: str = "study folder, for example outputs/digits",
+    study: str = "name of the study in the storage",
+) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", help=folder)
     parser.add_argument("--storage", metavar="URL", help="the study is in this storage")
-    parser.add_argument("--study", metavar="NAME", help="name of the study in the storage")
+    parser.add_argument("--study", metavar="NAME", help=study)

@@ -173,10 +173,15 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
     Options at their default are written too. The defaults of a score or verb that is not registered are unknown and
     left out.
     """
+    write_atomically(path, schedule_text(schedule, Path(path).name, **about).encode())
+
+
+def schedule_text(schedule: Schedule, name: str, **about: Any) -> str:
+    """The text of a schedule file with this name. about: as for `save_schedule`."""
     stages = tuple(replace(stage, options=as_options(options_of(stage))) for stage in schedule.stages)
     mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
     mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in stages]
-    write_yaml(mapping, path, header=SCHEDULE_HEADER.format(name=printable(Path(path).name)))
+    return _yaml_text(mapping, header=SCHEDULE_HEADER.format(name=printable(name)))
 
 
 def save_profiles(profiles: Sequence[Profile], path: str | Path) -> None:
@@ -239,11 +244,14 @@ def _named_well(config: StudyConfig, place: str) -> StudyConfig:
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:
     """Write YAML atomically, with `header` as a comment on top."""
+    write_atomically(path, _yaml_text(mapping, header).encode())
+
+
+def _yaml_text(mapping: Any, header: str) -> str:
     text = "".join(f"# {line}\n" for line in header.splitlines())
-    text += yaml.dump(
+    return text + yaml.dump(
         mapping, Dumper=_RowDumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True
     )
-    write_atomically(path, text.encode())
 
 
 def refuse_no_file(path: str | Path) -> None:

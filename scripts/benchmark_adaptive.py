@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from prunesearch.cost import estimate_cost, cost_of_counts
+from prunesearch.cost import cost_of_counts, estimate_cost
 from prunesearch.models import apply_schedule, shape_of, steps_of, trace, vision_transformer
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import ScoreInput, scorer

@@ -116,6 +116,13 @@ def open_split(config: DataConfig, model: nn.Module, split: Split) -> ImageSet:
     return _open(config, wanted, outputs, split)
 
 
+def open_validation(config: DataConfig, model: nn.Module) -> ImageSet:
+    """The validation images alone. Raises DataError as `open_data`."""
+    wanted, outputs = image_input(model, config), int(model.num_classes)  # type: ignore[arg-type]
+    check_classes(config, outputs, ("validation",))
+    return _open(config, wanted, outputs, "validation")
+
+
 @lru_cache(maxsize=4)
 def _open(config: DataConfig, wanted: ImageInput, outputs: int, split: Split) -> ImageSet:
     opened = _open_split(config, split)

@@ -64,6 +64,8 @@ def test_a_metric_that_says_nothing_here_is_a_sentence(tmp_path: Path, capsys: p
 
 OUTPUTS = [
     ["export", "STUDY", "-o", "PLACE"],
+    ["export", "STUDY", "--onnx", "PLACE"],
+    ["export", "STUDY", "--openvino", "PLACE"],
     ["front", "STUDY", "--plot", "PLACE"],
     ["freeze", "FILE", "-o", "PLACE"],
     ["sensitivity", "FILE", "-o", "PLACE"],

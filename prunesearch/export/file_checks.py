@@ -1,0 +1,141 @@
+"""Check an exported file against PyTorch, time it beside the dense model, and measure its accuracy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunesearch.errors import ModelError, RunError
+from prunesearch.evaluate.images import ImageSet
+from prunesearch.evaluate.speed import FEWEST_REPETITIONS
+from prunesearch.export.runtimes import Run
+
+CHECK_BATCH = 32
+
+
+class Bounds(NamedTuple):
+    """How far the logits of an image may be from PyTorch's, as shares of the largest logit.
+
+    usual: for three images in four. largest: for every image. It is much wider: when the scores of two tokens are equal
+    up to rounding, the other one may go.
+    """
+
+    usual: float
+    largest: float
+
+
+BOUNDS = {False: Bounds(1e-4, 0.3), True: Bounds(0.1, 1.0)}
+"""By whether the file is fp16. In fp16 many scores are equal up to rounding."""
+
+
+class Check(NamedTuple):
+    """Logits of a file against those of PyTorch in float32.
+
+    images: how many were compared. same: how many have the same arg max. usual: three images in four differ by at most
+    this. largest: every image does. scale: PyTorch's largest logit, without its sign.
+    """
+
+    images: int
+    same: int
+    usual: float
+    largest: float
+    scale: float
+
+
+class SpeedRatio(NamedTuple):
+    """How many times as fast as the dense model: median, first and third quartile of pairs of batches.
+
+    dense, pruned: seconds of a batch, medians. batch_size: images in it.
+    """
+
+    median: float
+    low: float
+    high: float
+    dense: float
+    pruned: float
+    batch_size: int
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, run: Run, images_BCHW: Tensor) -> Check:
+    """Compare a file with its model, which is on the CPU and in eval mode.
+
+    The first image is a batch of its own, the others are in larger ones. Raises ModelError for a model whose output is
+    not (images, classes).
+    """
+    expected, found = [], []
+    for batch in (images_BCHW[:1], *images_BCHW[1:].split(CHECK_BATCH)):
+        if len(batch) == 0:
+            continue
+        logits_BK = model(batch)
+        if logits_BK.ndim != 2:
+            raise ModelError(
+                f"model: its output has the shape {tuple(logits_BK.shape)} for {len(batch)} images. Possible: (images, "
+                f"classes). Choose a model that pools its tokens."
+            )
+        expected.append(logits_BK.float())
+        found.append(torch.from_numpy(run(batch.numpy())))
+    expected_BK, found_BK = torch.cat(expected), torch.cat(found)
+    difference_B = (expected_BK - found_BK).abs().amax(dim=1)
+    return Check(
+        images=len(images_BCHW),
+        same=int((expected_BK.argmax(dim=1) == found_BK.argmax(dim=1)).sum()),
+        usual=difference_B.quantile(0.75).item(),
+        largest=difference_B.max().item(),
+        scale=expected_BK.abs().max().item(),
+    )
+
+
+def refuse_difference(check: Check, half: bool, what: str) -> None:
+    """Raise RunError when logits are farther from PyTorch's than `BOUNDS` allow. what: file and runtime."""
+    bounds = BOUNDS[half]
+    usual, largest = bounds.usual * check.scale, bounds.largest * check.scale
+    if check.usual <= usual and check.largest <= largest:  # NaN is not
+        return
+    raise RunError(
+        f"{what}: its logits differ from PyTorch's by up to {check.usual:.3g} for three images in four, and by up to "
+        f"{check.largest:.3g} for all; {check.same} of {check.images} have the same arg max. Possible: {usual:.3g} and "
+        f"{largest:.3g}, as the largest logit is {check.scale:.3g}. No file was kept. "
+        f"{'Leave out half (--half), or report' if half else 'Report'} this with the schedule."
+    )
+
+
+def time_side_by_side(dense: Run, pruned: Run, batches: Sequence[np.ndarray], seconds: float) -> SpeedRatio:
+    """Time both files in turns for `seconds`, with at least FEWEST_REPETITIONS pairs, after two passes of each.
+
+    batches: (B, C, H, W) each, used in turn. In every second pair the pruned model goes first.
+    """
+    for run in (dense, pruned) * 2:
+        run(batches[0])
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < FEWEST_REPETITIONS or time.perf_counter() < end:
+        images = batches[len(pairs) % len(batches)]
+        if len(pairs) % 2 == 0:
+            dense_seconds, pruned_seconds = _seconds(dense, images), _seconds(pruned, images)
+        else:
+            pruned_seconds, dense_seconds = _seconds(pruned, images), _seconds(dense, images)
+        pairs.append((dense_seconds, pruned_seconds))
+    times = np.array(pairs)
+    low, median, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75)).tolist()
+    dense_median, pruned_median = np.median(times, axis=0).tolist()
+    return SpeedRatio(median, low, high, dense_median, pruned_median, len(batches[0]))
+
+
+def top1(run: Run, images: ImageSet, batch_size: int) -> float:
+    """Percent of all images of a set that a file classifies as their label says."""
+    right = 0
+    for batch, labels in images.batches(torch.arange(len(images)).split(batch_size), torch.device("cpu")):
+        right += int((run(batch.numpy()).argmax(axis=1) == labels.numpy()).sum())
+    return 100 * right / len(images)
+
+
+def _seconds(run: Run, images: np.ndarray) -> float:
+    start = time.perf_counter()
+    run(images)
+    return time.perf_counter() - start
