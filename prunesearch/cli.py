@@ -28,7 +28,7 @@ from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfi
 from prunesearch.cost import Cost, estimate_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
-from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_gmacs, computed_dense, goal_of, in_words
+from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
 from prunesearch.export.schedules import COMPARED, export, measure_again
@@ -176,8 +176,10 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _check_study(config: StudyConfig, deep: bool) -> int:
+    from prunesearch.report.profile_words import profile_lines
     from prunesearch.search.problems import check_study, start_schedules
     from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
+    from prunesearch.search.target_device import timing_notes, without_predictions
 
     remote = is_remote(config.model)  # check does not use the network; the run looks it up
     check_study(config, without_model=remote)
@@ -193,13 +195,20 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     if total is not None and total > 10**15:
         size = f"about 10^{math.log10(total):.0f} combinations"
     _print(f"{config.name}: fine. {len(dimensions(config.space))} parameters, {size}.")
-    dense = computed_dense(config.limits, config.model)
+    for note in timing_notes(config):
+        _say(note)
+    if config.device is not None and config.device.table is None:
+        print(f"  {'device':<20} measured when the search starts; limits on what it predicts are checked then")
+        config = without_predictions(config)
+    elif config.device is not None and config.device.table is not None:
+        _print(f"  {'device':<20} {profile_lines(config.device.table)[0]}")
+    dense = computed_dense(config.limits, config.target)
     for name, limit in config.limits:
         words = in_words(name, limit, dense.get(name), goal_of(name, config.objectives), "dense is measured first")
         _print(f"  {'limit':<20} {words}")
-    budget = budget_gmacs(config)
-    if config.budget is not None and budget is not None:
-        print(f"  {'budget':<20} gmacs {bound_in_words(config.budget.gmacs, budget)}")
+    budget = budget_of(config)
+    if budget is not None:
+        print(f"  {'budget':<20} {budget.metric} {bound_in_words(budget.written, budget.amount)}")
     for origin, schedule in start_schedules(config, shape):
         cost = estimate_cost(shape, schedule)
         _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prunesearch.errors import UserError
+from prunesearch.profile import Profile
 from prunesearch.recipes import RecipeName, expanded
 
 DEFAULT_SCORE = "class_attention"
@@ -68,6 +69,34 @@ class ModelConfig:
     options: Options = _field(
         "further keywords of timm.create_model, for example {depth: 9}", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES
     )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What arithmetic computes costs for: a model, and a device's profile of it if there is one."""
+
+    model: ModelConfig
+    profile: Profile | None = None
+
+
+RuntimeName = Literal["torch", "compile", "onnxruntime", "openvino"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """The device that the pruned model is for, by a profile of it. Where candidates are trained is `workers.device`."""
+
+    profile: str | None = _field(
+        "file that prunesearch profile made on the device; measured on this machine when the search starts, if absent",
+        None,
+    )
+    runtime: RuntimeName | None = _field("what runs the model there; torch if nothing says so", None)
+    batch: int | None = _field("images in a batch; the profile's, or 16", None, low=1, high=65_536)
+    threads: int | None = _field("CPU threads; the profile's, or all cores", None, low=1, high=1024)
+    precision: Precision | None = _field("the profile's, or float32", None)
+    seconds: float = _field("of measuring, if there is no profile", 60.0, above=0, high=86_400)
+    table: Profile | None = _field("what the profile says; the study stores it", None)
 
 
 @dataclass(frozen=True)
@@ -373,13 +402,28 @@ class SupernetConfig:
 class IsoBudget:
     """The cost of every candidate of the sampler. Its keep ratios are changed until it has this cost."""
 
-    gmacs: float | str = _field(
+    gmacs: float | str | None = _field(
         "GMACs of one image: a number, or a share of the dense model's such as 60%",
+        None,
         above=0,
         high=MOST_GMACS,
         pattern=SHARE,
         form=NUMBER_OR_SHARE,
     )
+    predicted_latency_ms: float | str | None = _field(
+        "milliseconds of a batch on the device: a number, or a share of the dense model's such as 60%",
+        None,
+        above=0,
+        high=1e9,
+        pattern=SHARE,
+        form=NUMBER_OR_SHARE,
+    )
+
+    @property
+    def written(self) -> dict[str, float | str]:
+        """The budgets that are given, by metric; a study has exactly one."""
+        both = {"gmacs": self.gmacs, "predicted_latency_ms": self.predicted_latency_ms}
+        return {name: value for name, value in both.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -467,6 +511,7 @@ class StudyConfig:
     model: ModelConfig = _field("the model to prune")
     space: SpaceConfig = _field("what the search may choose")
     data: DataConfig = _field("the images", DataConfig())
+    device: DeviceConfig | None = _field("the device that the pruned model is for", None)
     objectives: tuple[Objective, ...] = _field(
         "what the front trades off", (Objective("top1", "maximize"), Objective("gmacs", "minimize")), most=4
     )
@@ -508,6 +553,11 @@ class StudyConfig:
         most=MOST_NAMES,
         pattern=MODULE_NAME,
     )
+
+    @property
+    def target(self) -> Target:
+        """What costs are computed for."""
+        return Target(self.model, None if self.device is None else self.device.table)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -231,6 +231,8 @@ def places_in_file(path: str | Path, overrides: Sequence[str], problems: Sequenc
 def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig:
     """The study with single values replaced; `overrides` as for `load_study`. Raises FileError."""
     place = f"study {config.name}"
+    if config.device is not None and any(one.startswith("device.") for one in overrides):
+        config = replace(config, device=replace(config.device, table=None))  # it belongs to the values before
     return _named_well(_override_and_read(StudyConfig, Text(to_mapping(config)), place, overrides), place)
 
 
@@ -239,7 +241,24 @@ def _named_well(config: StudyConfig, place: str) -> StudyConfig:
     problem = study_name_problem(config.name)
     if problem is not None:
         raise FileError(place, [problem])
-    return config
+    return with_profile(config)
+
+
+def with_profile(config: StudyConfig) -> StudyConfig:
+    """The study with the profile that the file of its `device` section has. Raises FileError."""
+    device = config.device
+    if device is None or device.profile is None or device.table is not None:
+        return config
+    found = load_profiles(device.profile)
+    asked = {name: getattr(device, name) for name in ("runtime", "batch", "threads", "precision")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    fitting = [one for one in found if all(getattr(one, name) == value for name, value in asked.items())]
+    if len(fitting) != 1:
+        there = "; ".join(f"{one.runtime}, batch {one.batch}, {one.threads} threads, {one.precision}" for one in found)
+        wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "nothing in particular"
+        problem = f"device: {len(fitting)} of its profiles fit what is asked for ({wanted}). Possible: {there}."
+        raise FileError(device.profile, [f"{problem} Write device.batch and the like so that one fits."])
+    return replace(config, device=replace(device, table=fitting[0]))
 
 
 def write_yaml(mapping: Any, path: str | Path, header: str = "") -> None:

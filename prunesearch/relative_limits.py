@@ -37,7 +37,7 @@ def limits_at(config: StudyConfig, dense: Record | None, rung: int) -> Limits:
 
     dense: as `dense_record` gives it.
     """
-    computed = computed_dense(config.limits, config.model)
+    computed = computed_dense(config.limits, config.target)
     return resolved_limits(config.limits, {**_recorded(dense, rung), **computed}, config.objectives)
 
 
@@ -86,7 +86,7 @@ def asked_limits(asked: WrittenLimits, config: StudyConfig, records: Sequence[Re
 def dense_problem(config: StudyConfig, dense: Record | None) -> str | None:
     """Why limits can never be judged: the dense model failed, or a share of its value makes no sense. None: they can,
     or it is not known yet. Raises ModelError."""
-    needed = measured_relative(config.limits, config.model)
+    needed = measured_relative(config.limits, config.target)
     if not needed or dense is None:
         return None
     named, last = ", ".join(f"limits.{name}" for name in needed), dense.evaluation

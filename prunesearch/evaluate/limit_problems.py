@@ -21,7 +21,7 @@ def limit_problems(config: StudyConfig) -> list[str]:
 
 def resolved_problems(config: StudyConfig) -> list[str]:
     """The mistakes that the dense model's computed values show. Raises ModelError for a model of unknown shape."""
-    dense, problems = computed_dense(config.limits, config.model), []
+    dense, problems = computed_dense(config.limits, config.target), []
     for (name, limit), (_, found) in zip(config.limits, computed_limits(config), strict=True):
         if name in dense and not dense[name] > 0:
             problems.append(

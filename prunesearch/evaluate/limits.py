@@ -11,9 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
-from prunesearch.config import Limit, ModelConfig, Objective, StudyConfig
-from prunesearch.evaluate.metrics import METRICS, Compute, Goal
+from prunesearch.config import Limit, Objective, StudyConfig, Target
+from prunesearch.cost import CostTable
+from prunesearch.evaluate.metrics import METRICS, Goal
 from prunesearch.schedule import Schedule
 
 ROUNDING = 1e-9
@@ -104,34 +106,47 @@ def _resolved(limit: Limit, dense: float | None, goal: Goal | None) -> AbsoluteL
     return AbsoluteLimit(most, least)
 
 
-def computed_dense(limits: WrittenLimits, model: ModelConfig) -> dict[str, float]:
+def computed_dense(limits: WrittenLimits, target: Target) -> dict[str, float]:
     """The dense model's value of each computed metric that has a relative limit. Raises ModelError."""
     values = {}
     for name, limit in limits:
-        compute = METRICS[name].compute if name in METRICS and is_relative(limit) else None
-        value = None if compute is None else _value_of_dense(compute, model)
+        value = _value_of_dense(name, target) if name in METRICS and is_relative(limit) else None
         if value is not None:
             values[name] = value
     return values
 
 
 @lru_cache(maxsize=64)
-def _value_of_dense(compute: Compute, model: ModelConfig) -> float | None:
-    return compute(model, Schedule())
+def _value_of_dense(metric: str, target: Target) -> float | None:
+    return METRICS[metric].of(target, Schedule())
 
 
-def measured_relative(limits: WrittenLimits, model: ModelConfig) -> list[str]:
+def measured_relative(limits: WrittenLimits, target: Target) -> list[str]:
     """Metrics with a limit that needs the dense model's measured value. Raises ModelError."""
-    computed = computed_dense(limits, model)
+    computed = computed_dense(limits, target)
     return [name for name, limit in limits if is_relative(limit) and name not in computed]
 
 
-def budget_gmacs(config: StudyConfig) -> float | None:
-    """The budget of a study in GMACs; None when it has none. Raises ModelError for a share of an unknown model."""
-    if config.budget is None:
-        return None
-    limit = Limit(at_most=config.budget.gmacs)
-    return in_numbers(limit.at_most, computed_dense([("gmacs", limit)], config.model).get("gmacs"))
+class CostBudget(NamedTuple):
+    """What every candidate costs: an amount in the unit of a table. metric: of that cost. written: as in the study."""
+
+    metric: str
+    amount: float
+    table: CostTable
+    written: float | str
+
+
+def budget_of(config: StudyConfig) -> CostBudget | None:
+    """The budget of a study; None when it has none, or one that no table knows.
+
+    Raises ModelError for a share of an unknown model, and DeviceError without a profile that it needs.
+    """
+    for metric, written in () if config.budget is None else config.budget.written.items():
+        costs, limit = METRICS[metric].costs, Limit(at_most=written)
+        amount = in_numbers(written, computed_dense([(metric, limit)], config.target).get(metric))
+        if costs is not None and amount is not None:
+            return CostBudget(metric, amount, costs(config.target), written)
+    return None
 
 
 def bound_in_words(bound: float | str | None, number: float | None, unknown: str = "") -> str:
@@ -177,12 +192,11 @@ def total_excess(limits: Limits, values: Mapping[str, float]) -> float:
     return sum(max(found[name], 0.0) / _size(limit) for name, limit in limits if name in found)
 
 
-def computed_excess(limits: Limits, model: ModelConfig, schedule: Schedule) -> dict[str, float]:
+def computed_excess(limits: Limits, target: Target, schedule: Schedule) -> dict[str, float]:
     """`excess` for metrics that are computed from the schedule. Raises ScheduleError when it does not fit the model."""
     values = {}
     for name, limit in limits:
-        compute = METRICS[name].compute if limit.judges else None
-        value = None if compute is None else compute(model, schedule)
+        value = METRICS[name].of(target, schedule) if limit.judges else None
         if value is not None:
             values[name] = value
     return excess(limits, values)
@@ -190,12 +204,12 @@ def computed_excess(limits: Limits, model: ModelConfig, schedule: Schedule) -> d
 
 def computed_limits(config: StudyConfig) -> Limits:
     """The limits of a study as far as arithmetic knows them. Raises ModelError."""
-    return resolved_limits(config.limits, computed_dense(config.limits, config.model), config.objectives)
+    return resolved_limits(config.limits, computed_dense(config.limits, config.target), config.objectives)
 
 
-def is_within(limits: Limits, model: ModelConfig, schedule: Schedule) -> bool:
+def is_within(limits: Limits, target: Target, schedule: Schedule) -> bool:
     """Whether a schedule keeps the limits on computed metrics. Raises ScheduleError as `computed_excess`."""
-    return all(amount <= 0 for amount in computed_excess(limits, model, schedule).values())
+    return all(amount <= 0 for amount in computed_excess(limits, target, schedule).values())
 
 
 def _size(limit: AbsoluteLimit) -> float:

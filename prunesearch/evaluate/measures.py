@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunesearch.config import MeasureConfig, ModelConfig
-from prunesearch.cost import cost_of_counts
+from prunesearch.config import MeasureConfig, ModelConfig, Target
+from prunesearch.cost import MACS, CostTable, cost_of_counts
 from prunesearch.errors import DataError
 from prunesearch.evaluate.build import parameter_count
 from prunesearch.evaluate.images import ImageSet
-from prunesearch.evaluate.metrics import Measured
+from prunesearch.evaluate.metrics import Measured, profile_of
 from prunesearch.evaluate.predict import Predictions, predict
 from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.evaluate.shapes import model_shape
@@ -36,7 +36,7 @@ class Subject:
     """
 
     model: nn.Module
-    config: ModelConfig
+    target: Target
     schedule: Schedule
     validation: ImageSet
     settings: MeasureConfig
@@ -49,11 +49,10 @@ class Subject:
         """Predictions of the model for all validation images, in their order."""
         return predict(self.model, self.validation, self.settings.batch_size, self.device, self.amp)
 
-    @cached_property
-    def gmacs(self) -> Tensor:
-        """GMACs of each validation image by its own token counts, (N), float64."""
+    def costs(self, table: CostTable = MACS) -> Tensor:
+        """Cost of each validation image by its own token counts, (N), float64, in the unit of the table."""
         logits, _, counts = self.outputs
-        return cost_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits)) / 1e9
+        return cost_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits), table) / table.per_unit
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -101,19 +100,28 @@ def agreement(subject: Subject) -> float:
 
 def mean_gmacs(subject: Subject) -> Measured:
     """Mean of 10^9 multiply-accumulates over images. spread: half the interquartile range between images."""
-    low, high = subject.gmacs.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
-    return Measured(subject.gmacs.mean().item(), (high - low) / 2)
+    return _mean(subject.costs())
+
+
+def mean_predicted_latency_ms(subject: Subject) -> Measured:
+    """Mean over images of the time that the profile gives for a batch of such images."""
+    return _mean(subject.costs(profile_of(subject.target)))
+
+
+def _mean(costs: Tensor) -> Measured:
+    low, high = costs.quantile(torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    return Measured(costs.mean().item(), (high - low) / 2)
 
 
 def gmacs_p95(subject: Subject) -> float:
     """95th percentile over images of 10^9 multiply-accumulates."""
-    return subject.gmacs.quantile(0.95).item()
+    return subject.costs().quantile(0.95).item()
 
 
 def target_miss(subject: Subject) -> float:
     """Percent of the target, above or below."""
     target = subject.schedule.target_gmacs
-    return 0.0 if target is None else 100 * abs(subject.gmacs.mean().item() / target - 1)
+    return 0.0 if target is None else 100 * abs(subject.costs().mean().item() / target - 1)
 
 
 def parameters(model: ModelConfig, schedule: Schedule) -> float:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from prunesearch.config import ModelConfig
-from prunesearch.cost import estimate_cost
+from prunesearch.config import ModelConfig, Target
+from prunesearch.cost import MACS, CostTable, total_cost
+from prunesearch.errors import DeviceError
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.registry import Named, Registry, lazily
 from prunesearch.schedule import Schedule
@@ -34,7 +35,12 @@ Measure = Callable[[Any], "float | Measured"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric. compute: for values that need no weights, data or training; else None."""
+    """A registered metric.
+
+    compute, costs: for values that need no weights, data or training; else None. compute: of model and schedule.
+    costs: the table whose costs add up to the value, for the target of a study. needs_profile: `costs` raises
+    DeviceError when the target has no profile.
+    """
 
     name: str
     unit: str
@@ -42,14 +48,23 @@ class Metric:
     summary: str
     measure: Measure
     compute: Compute | None = None
+    costs: Callable[[Target], CostTable] | None = None
+    needs_profile: bool = False
 
     @property
     def computed(self) -> bool:
         """Whether the value is known before any training, so that a limit on it rejects candidates without training.
 
-        With thresholds the cost depends on the images: `compute` then returns None, and the value is measured.
+        With thresholds a cost depends on the images: `of` then returns None, and the value is measured.
         """
-        return self.compute is not None
+        return self.compute is not None or self.costs is not None
+
+    def of(self, target: Target, schedule: Schedule) -> float | None:
+        """The value of a schedule, if arithmetic gives it. Raises ScheduleError when it does not fit the model."""
+        if self.costs is None:
+            return None if self.compute is None else self.compute(target.model, schedule)
+        # the cost of mean counts would be too low, because attention is quadratic
+        return None if schedule.is_adaptive else total_cost(model_shape(target.model), schedule, self.costs(target))
 
 
 METRICS: Registry[Metric] = Registry("metric")
@@ -61,7 +76,7 @@ def computed_metric(
     """Register a function of model configuration and schedule alone. When it returns None, `measure` is called."""
 
     def register(compute: Compute) -> Compute:
-        METRICS.add(name, Metric(name, unit, goal, summary, _computed_or(compute, measure), compute))
+        METRICS.add(name, Metric(name, unit, goal, summary, _computed_or(name, measure), compute))
         return compute
 
     return register
@@ -77,19 +92,21 @@ def measured_metric(name: str, *, unit: str, goal: Goal, summary: str) -> Callab
     return register
 
 
-def gmacs(model: ModelConfig, schedule: Schedule) -> float | None:
-    """10^9 multiply-accumulates, which papers call FLOPs. None with thresholds.
+def profile_of(target: Target) -> CostTable:
+    """The profile of a study's device. Raises DeviceError when there is none."""
+    if target.profile is None:
+        raise DeviceError(
+            "predicted_latency_ms: there is no profile of a device to predict it by. Possible: a file of `prunesearch "
+            "profile`, or measuring here. Write device: {profile: FILE.json}, or device: {batch: 16}."
+        )
+    return target.profile
 
-    Then the mean over images is measured. The cost of mean counts would be too low, because attention is quadratic.
-    """
-    return None if schedule.is_adaptive else estimate_cost(model_shape(model), schedule).gmacs
 
-
-def _computed_or(compute: Compute, measure: Measure | None = None) -> Measure:
-    """A measure that returns the value of `compute`, or that of `measure` when it is None."""
+def _computed_or(name: str, measure: Measure | None = None) -> Measure:
+    """A measure that returns the value by arithmetic, or that of `measure` where there is none."""
 
     def value(subject: Any) -> float | Measured:
-        computed = compute(subject.config, subject.schedule)
+        computed = METRICS[name].of(subject.target, subject.schedule)
         if computed is not None:
             return computed
         assert measure is not None, "a metric gave None that nothing measures"
@@ -132,16 +149,16 @@ for _entry in (
         unit="GMACs",
         goal="minimize",
         summary="multiply-accumulates of one image, closed form; with thresholds the mean over validation images",
-        measure=_computed_or(gmacs, Named("prunesearch.evaluate.measures:mean_gmacs")),
-        compute=gmacs,
+        measure=_computed_or("gmacs", Named("prunesearch.evaluate.measures:mean_gmacs")),
+        costs=lambda target: MACS,
     ),
     Metric(
         "gmacs_p95",
         unit="GMACs",
         goal="minimize",
         summary="what 95 % of the images do not exceed; differs from gmacs only with thresholds",
-        measure=_computed_or(gmacs, Named("prunesearch.evaluate.measures:gmacs_p95")),
-        compute=gmacs,
+        measure=_computed_or("gmacs_p95", Named("prunesearch.evaluate.measures:gmacs_p95")),
+        costs=lambda target: MACS,
     ),
     Metric(
         "target_miss",
@@ -155,8 +172,17 @@ for _entry in (
         unit="M",
         goal="minimize",
         summary="parameters of the model, in millions",
-        measure=_computed_or(Named("prunesearch.evaluate.measures:parameters")),
+        measure=_computed_or("parameters"),
         compute=Named("prunesearch.evaluate.measures:parameters"),
+    ),
+    Metric(
+        "predicted_latency_ms",
+        unit="ms",
+        goal="minimize",
+        summary="time of a batch on the target device, by its profile; with thresholds the mean over images",
+        measure=_computed_or("predicted_latency_ms", Named("prunesearch.evaluate.measures:mean_predicted_latency_ms")),
+        costs=profile_of,
+        needs_profile=True,
     ),
     Metric(
         "latency_ms",

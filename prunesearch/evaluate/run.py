@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.config import DataConfig, ModelConfig, Target
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import PruneSearchError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
@@ -178,7 +178,16 @@ def _run(task: Task, found: _Findings) -> None:
                 save_checkpoint(task.save_to, model, found.progress)
                 found.checkpoint = task.save_to
     dense = partial(dense_logits, task.model, task.data, task.split, device, amp, batch_size)
-    subject = Subject(model, measured, task.schedule, held_out, task.measure, device, amp, dense)
+    subject = Subject(
+        model,
+        Target(measured, None if task.sibling else task.profile),
+        task.schedule,
+        held_out,
+        task.measure,
+        device,
+        amp,
+        dense,
+    )
     with found.phase("measure"):
         for metric in metrics:
             _seed(task.seed)  # a random score must not depend on what ran before

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from prunesearch.config import ModelConfig, SpaceConfig
+from prunesearch.config import SpaceConfig, Target
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, StudyError
 from prunesearch.evaluate.limits import Limits, is_within
@@ -38,20 +38,20 @@ class TooLarge(Exception):
 
 
 def draw_schedule(
-    space: SpaceConfig, limits: Limits, model: ModelConfig, generator: random.Random, draws: int = MOST_DRAWS
+    space: SpaceConfig, limits: Limits, target: Target, generator: random.Random, draws: int = MOST_DRAWS
 ) -> Schedule:
     """Draw a random schedule of the space that is within the limits on computed metrics.
 
     Each parameter is uniform. When there are more stages than `max_stages`, a random part of them is kept.
     Raises StudyError when `draws` draws give none.
     """
-    shape, choices = model_shape(model), dimensions(space)
+    shape, choices = model_shape(target.model), dimensions(space)
     unbounded = replace(space, max_stages=None)
     for _ in range(draws):
         parameters = anything(choices, generator)
         try:
             schedule = _thinned(schedule_from(parameters, unbounded, shape), space, generator)
-            if schedule is not None and is_within(limits, model, schedule):
+            if schedule is not None and is_within(limits, target, schedule):
                 return schedule
         except ScheduleError:
             pass  # these values do not fit together
@@ -62,18 +62,18 @@ def draw_schedule(
 
 
 @lru_cache(maxsize=2)
-def cheapest_schedule(space: SpaceConfig, limits: Limits, model: ModelConfig) -> Schedule:
+def cheapest_schedule(space: SpaceConfig, limits: Limits, target: Target) -> Schedule:
     """The schedule with the fewest MACs that `improved` finds from random ones. Always the same for the same arguments.
 
     Raises StudyError when no random schedule is within the limits.
     """
-    shape = model_shape(model)
+    shape = model_shape(target.model)
 
     def cost(schedule: Schedule) -> float:
-        return estimate_cost(shape, schedule).macs if is_within(limits, model, schedule) else math.inf
+        return estimate_cost(shape, schedule).macs if is_within(limits, target, schedule) else math.inf
 
     generator = random.Random(0)
-    starts = [draw_schedule(space, limits, model, generator) for _ in range(LOCAL_STARTS)]
+    starts = [draw_schedule(space, limits, target, generator) for _ in range(LOCAL_STARTS)]
     return improved(starts, space, shape, cost)
 
 

@@ -72,8 +72,8 @@ def train_supernet(
 def schedules_of_step(task: Task, work: SupernetWork, images: int) -> list[Schedule]:
     """The schedules of the step that begins after `images` images: dense, the cheapest, and random ones."""
     generator = random.Random(f"{task.seed}/{images}")
-    drawn = [draw_schedule(work.space, work.limits, task.model, generator) for _ in range(work.schedules)]
-    return [Schedule(), cheapest_schedule(work.space, work.limits, task.model), *drawn]
+    drawn = [draw_schedule(work.space, work.limits, task.target, generator) for _ in range(work.schedules)]
+    return [Schedule(), cheapest_schedule(work.space, work.limits, task.target), *drawn]
 
 
 def made_with(task: Task) -> str:

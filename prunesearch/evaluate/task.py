@@ -17,8 +17,10 @@ from prunesearch.config import (
     ModelConfig,
     Options,
     SpaceConfig,
+    Target,
 )
 from prunesearch.evaluate.limits import AbsoluteLimit
+from prunesearch.profile import Profile
 from prunesearch.schedule import Schedule
 
 Split = Literal["train", "validation", "test"]
@@ -59,6 +61,7 @@ class Task:
     confirms: uid of the candidate that this task measures again with a fresh seed; None for a task of the search.
     sibling: another dense model, which is measured instead of `model`. `agreement` still compares with `model`.
     parameters: the sampler's values, when the schedule does not show them.
+    profile: of the device that the model is for.
     device: "auto", "cpu", "cuda", "mps". threads: PyTorch's CPU threads; None does not change them.
     resume_from: checkpoint (.safetensors + .state) of a smaller budget to continue from.
     save_to: path without suffix. Fine-tuned weights go to `<save_to>.safetensors`, and progress with the optimiser's
@@ -89,6 +92,12 @@ class Task:
     sibling: ModelConfig | None = None
     parameters: Options = ()
     plugins: tuple[str, ...] = ()
+    profile: Profile | None = None
+
+    @property
+    def target(self) -> Target:
+        """What costs are computed for."""
+        return Target(self.model, self.profile)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ stay as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,9 +16,9 @@ from dataclasses import replace
 from typing import cast
 
 from prunesearch.config import SpaceConfig, StudyConfig
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import MACS, CostTable, total_cost
 from prunesearch.errors import ScheduleError
-from prunesearch.evaluate.limits import bound_in_words, budget_gmacs, computed_limits
+from prunesearch.evaluate.limits import CostBudget, bound_in_words, budget_of, computed_limits
 from prunesearch.schedule import Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import BlockChoices, blocks_of, is_counted
@@ -29,25 +30,28 @@ BISECTIONS = 20
 """Steps of the search for an exponent."""
 
 
-def within_budget(schedule: Schedule, shape: ModelShape, gmacs: float) -> Schedule:
-    """The schedule moved onto a budget in GMACs: never above it, and so near to it that no stage could keep one token
-    more.
+def within_budget(schedule: Schedule, shape: ModelShape, budget: CostBudget) -> Schedule:
+    """The schedule moved onto a budget: never above it, and so near to it that no stage could keep one token more.
 
     Raises ScheduleError when it costs more than the budget with the smallest keep ratios, or less with the largest.
     """
 
     def is_down(strength: float) -> bool:  # an impossible schedule keeps too few tokens
-        cost = _cost(_powered(schedule, strength), shape)
-        return cost is None or cost <= gmacs
+        cost = _cost(_powered(schedule, strength), shape, budget.table)
+        return cost is None or cost <= budget.amount
+
+    def fits(candidate: Schedule) -> bool:
+        cost = _cost(candidate, shape, budget.table)
+        return cost is not None and cost <= budget.amount
 
     found = _powered(schedule, _turn(is_down)[1])
-    if is_down(0.0) or not _fits(found, shape, gmacs):
+    if is_down(0.0) or not fits(found):
+        possible = "Possible: other stages. Choose more, or earlier ones."
         raise ScheduleError(
-            "budget.gmacs",
-            [f"{gmacs:g}; {schedule} cannot come to this. Possible: other stages. Choose more, or earlier ones."],
+            f"budget.{budget.metric}", [f"{budget.amount:g}; {schedule} cannot come to this. {possible}"]
         )
     for index in reversed(range(len(found.stages))):
-        while (fuller := _with_one_more(found, index, shape)) is not None and _fits(fuller, shape, gmacs):
+        while (fuller := _with_one_more(found, index, shape)) is not None and fits(fuller):
             found = fuller
     return Schedule(tuple(step.stage for step in resolve(found, shape) if not step.is_idle))
 
@@ -80,15 +84,10 @@ def _with_one_more(schedule: Schedule, index: int, shape: ModelShape) -> Schedul
     return Schedule((*schedule.stages[:index], replace(step.stage, keep=keep), *schedule.stages[index + 1 :]))
 
 
-def _fits(schedule: Schedule, shape: ModelShape, gmacs: float) -> bool:
-    cost = _cost(schedule, shape)
-    return cost is not None and cost <= gmacs
-
-
-def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
-    """GMACs, or None for an impossible schedule."""
+def _cost(schedule: Schedule, shape: ModelShape, table: CostTable) -> float | None:
+    """In the unit of the table; None for an impossible schedule."""
     try:
-        return estimate_cost(shape, schedule).gmacs
+        return total_cost(shape, schedule, table)
     except ScheduleError:
         return None
 
@@ -98,44 +97,52 @@ def _cost(schedule: Schedule, shape: ModelShape) -> float | None:
 
 def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     """Mistakes in the `budget` of a study, if it has one. Its space must be without mistakes."""
-    budget, problems = budget_gmacs(config), []
-    if config.budget is None or budget is None:
+    if config.budget is None:
         return []
-    written = bound_in_words(config.budget.gmacs, budget)
+    if len(config.budget.written) != 1:
+        possible = " or ".join(field.name for field in dataclasses.fields(config.budget))
+        return [f"budget: {len(config.budget.written)} costs are given. Possible: one, {possible}. Give that."]
+    budget = budget_of(config)
+    if budget is None:
+        return []
     if config.space.target_gmacs is not None or any("threshold" in block.amount for block in blocks_of(config.space)):
         return [
             "budget: given, but the space has thresholds, whose cost is known only after training. Possible: keep "
             "ratios; for thresholds space.target_gmacs. Leave out the one or the other."
         ]
-    least, dense = _least(config.space, shape), estimate_cost(shape).gmacs
-    if not least <= budget < dense:
+    name, problems = budget.metric, []
+    written = bound_in_words(budget.written, budget.amount)
+    least, dense = _least(config.space, shape, budget.table), total_cost(shape, Schedule(), budget.table)
+    if not least <= budget.amount < dense:
         problems.append(
-            f"budget.gmacs: {written}; possible: from {least:.4g}, the least that this space can reach, to below the "
+            f"budget.{name}: {written}; possible: from {least:.4g}, the least that this space can reach, to below the "
             f"dense model's {dense:.4g}. Change it, or allow more stages."
         )
-    limit = dict(computed_limits(config)).get("gmacs")
-    if limit is None and all(objective.metric != "gmacs" for objective in config.objectives):
+    limit = dict(computed_limits(config)).get(name)
+    if limit is None and all(objective.metric != name for objective in config.objectives):
         problems.append(
-            f"budget: no objective or limit is on gmacs, so that the dense model would be compared as if it kept to "
-            f"the budget. Possible: either. Write limits: {{gmacs: {{at_most: {config.budget.gmacs}}}}}."
+            f"budget: no objective or limit is on {name}, so that the dense model would be compared as if it kept to "
+            f"the budget. Possible: either. Write limits: {{{name}: {{at_most: {budget.written}}}}}."
         )
-    if limit is not None and limit.at_most is not None and limit.at_most < budget:
+    if limit is not None and limit.at_most is not None and limit.at_most < budget.amount:
         problems.append(
-            f"limits.gmacs: at most {limit.at_most:g}, but every candidate costs the budget, {written}. "
-            f"Possible: from {budget:g}. Raise it, or leave it out."
+            f"limits.{name}: at most {limit.at_most:g}, but every candidate costs the budget, {written}. "
+            f"Possible: from {budget.amount:g}. Raise it, or leave it out."
         )
     return problems
 
 
-def _least(space: SpaceConfig, shape: ModelShape) -> float:
-    """GMACs of the cheapest schedule that a suggestion can be moved to, of those with one verb and one score."""
-    costs = (_cost(_powered(schedule, _strongest(schedule, shape)), shape) for schedule in _with_all_stages(space))
+def _least(space: SpaceConfig, shape: ModelShape, table: CostTable) -> float:
+    """Cost of the cheapest schedule that a suggestion can be moved to, of those with one verb and one score."""
+    costs = (
+        _cost(_powered(schedule, _strongest(schedule, shape)), shape, table) for schedule in _with_all_stages(space)
+    )
     return min((cost for cost in costs if cost is not None), default=math.inf)
 
 
 def _strongest(schedule: Schedule, shape: ModelShape) -> float:
     """The largest exponent that leaves a possible schedule."""
-    return _turn(lambda strength: _cost(_powered(schedule, strength), shape) is None)[0]
+    return _turn(lambda strength: _cost(_powered(schedule, strength), shape, MACS) is None)[0]
 
 
 def _with_all_stages(space: SpaceConfig) -> Iterator[Schedule]:

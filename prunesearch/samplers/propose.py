@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 from prunesearch.config import SamplerConfig, SpaceConfig, StudyConfig
 from prunesearch.errors import ScheduleError
-from prunesearch.evaluate.limits import budget_gmacs, computed_limits, is_within
+from prunesearch.evaluate.limits import budget_of, computed_limits, is_within
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.quasi_random import points
 from prunesearch.schedule import Schedule
@@ -85,10 +85,10 @@ def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value
     onto the budget, or break a limit on a metric that arithmetic gives."""
     try:
         schedule = schedule_from(parameters, config.space, shape)
-        budget = budget_gmacs(config)
+        budget = budget_of(config)
         if budget is not None:
             schedule = within_budget(schedule, shape, budget)
-        if not is_within(computed_limits(config), config.model, schedule):
+        if not is_within(computed_limits(config), config.target, schedule):
             return None
         return uid_of(schedule, shape), schedule
     except ScheduleError:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prunesearch.config import ModelConfig, Objective, SpaceConfig
+from prunesearch.config import Objective, SpaceConfig, Target
 from prunesearch.evaluate.limits import Limits
 from prunesearch.registry import Registry
 from prunesearch.schedule import Schedule
@@ -49,7 +49,7 @@ class ProposerSettings:
     space: SpaceConfig
     objectives: Sequence[Objective]
     limits: Limits
-    model: ModelConfig
+    target: Target
     shape: ModelShape
     build: Callable[[Mapping[str, Value]], tuple[str, Schedule] | None]
     seen: Container[str]

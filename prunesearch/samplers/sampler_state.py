@@ -137,7 +137,7 @@ class SamplerState:
             config.space,
             config.objectives,
             self._limits,
-            config.model,
+            config.target,
             shape,
             build=partial(build, config, shape),
             seen=self._parameters,

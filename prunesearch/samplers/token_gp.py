@@ -28,7 +28,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.preprocessing import StandardScaler
 
-from prunesearch.config import ModelConfig
+from prunesearch.config import Target
 from prunesearch.evaluate import METRICS
 from prunesearch.front import hypervolume, nondominated_ranks
 from prunesearch.samplers.proposer import ProposerSettings
@@ -120,7 +120,7 @@ class TokenModel:
         adaptive = any("threshold" in block.amount for block in blocks_of(settings.space))  # costs are measured then
         names = [*self._objectives, *(LIMIT + name for name, _ in settings.limits)]
         self._modelled = [name for name in names if adaptive or not METRICS[name.removeprefix(LIMIT)].computed]
-        self._computed = lru_cache(REMEMBERED)(partial(_computed, settings.model))
+        self._computed = lru_cache(REMEMBERED)(partial(_computed, settings.target))
         self._features = lru_cache(REMEMBERED)(partial(features, shape=settings.shape))
 
     def add(self, uid: str, parameters: Mapping[str, Value]) -> None:
@@ -240,9 +240,8 @@ class Regression:
         return mean, np.sqrt(np.maximum(np.square(deviation) - self._noise, 1e-12))
 
 
-def _computed(model: ModelConfig, metric: str, schedule: Schedule) -> float:
-    compute = METRICS[metric].compute
-    value = None if compute is None else compute(model, schedule)
+def _computed(target: Target, metric: str, schedule: Schedule) -> float:
+    value = METRICS[metric].of(target, schedule)
     assert value is not None, "without thresholds a cost does not depend on the images"
     return value
 

@@ -29,6 +29,7 @@ from prunesearch.search.recovery import Recovery
 from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.siblings import measure_siblings, take_up_siblings, unmeasured
 from prunesearch.search.state import SearchState
+from prunesearch.search.target_device import timing_notes, with_known_profile, with_measured_profile
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
 from prunesearch.study.team import NoTeam, Team, outboxes_of
@@ -67,11 +68,17 @@ def run_study(
     """
     folder = folder.absolute()  # workers may have another working directory
     url, alone = url_and_drivers(folder, storage)
+    config = with_known_profile(config, url)
     problems = []
     if config.evaluation == "supernet" and not alone:
         problems = ["evaluation: supernet has one driver. Possible: no --storage, or journal:FILE. Leave it out."]
     check_study(config, starts=not has_study(url, config.name), problems=problems)
     on_event(Checked())
+    for note in timing_notes(config):
+        logger.warning("%s", note)
+    if config.device is not None and config.device.table is None:
+        config = with_measured_profile(config, folder)
+        check_study(config, starts=not has_study(url, config.name), problems=problems)
     with Interrupt() as interrupt, ExitStack() as stack:
         if make_workers is None:
             on_event = _suspicious(config.model, _look(config, folder, on_event), on_event)

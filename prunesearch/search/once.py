@@ -96,7 +96,9 @@ def make_each_once(
                 if outcome.cause == "crash" and deaths[task.uid] <= store.config.workers.retries:
                     continue  # still missing and still claimed, so the next iteration submits it again
                 outcome = failed(task, outcome.cause, outcome.error)
-            evaluation = check_evaluation(outcome, store.config.deciding_metrics)
+            evaluation = check_evaluation(
+                outcome, [name for name in store.config.deciding_metrics if name in task.metrics]
+            )
             if evaluation.status == "complete":
                 store.confirm(one.of, one.index, evaluation)
             else:

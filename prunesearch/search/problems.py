@@ -22,6 +22,7 @@ from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.iso_budget import budget_problems
 from prunesearch.schedule import Schedule, resolve
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
+from prunesearch.search.target_device import device_problems, without_predictions
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.space.problems import space_problems
@@ -64,10 +65,13 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
     except ModelError as error:
         return [*problems, str(error)]
     in_space = space_problems(config.space, shape)
-    costs = [] if in_space else budget_problems(config, shape)
+    costs = [] if in_space else device_problems(config, shape)
+    if costs or (config.device is not None and config.device.table is None):
+        config = without_predictions(config)
+    costs += [] if in_space else budget_problems(config, shape)
     if not in_space and all(name in METRICS for name, _ in config.limits):
         costs += resolved_problems(config) or unreachable_limits(
-            config.space, config.limits, config.model, config.evaluation == "supernet"
+            config.space, config.limits, config.target, config.evaluation == "supernet"
         )
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
     if starts:

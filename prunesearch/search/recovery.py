@@ -121,7 +121,7 @@ class Recovery:
         if new.uid != task.uid or not same_work(task, expected):
             raise ValueError("it comes from a study with other settings")
         if record.number < 0:
-            self.store.check(record, computed_excess(computed_limits(self.config), self.config.model, record.schedule))
+            self.store.check(record, computed_excess(computed_limits(self.config), self.config.target, record.schedule))
         return record
 
 
@@ -132,5 +132,5 @@ def begin(store: Store, record: Record) -> Record | None:
         return replace(record, owner=store.owner) if store.promote(record) else None
     config = store.config
     return store.begin(
-        record, computed_excess(computed_limits(config), config.model, record.schedule), config.stop.trials
+        record, computed_excess(computed_limits(config), config.target, record.schedule), config.stop.trials
     )

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from prunesearch.config import StudyConfig
+from prunesearch.cost import MACS, CostTable
 from prunesearch.errors import FileError
-from prunesearch.evaluate.limits import budget_gmacs, computed_limits, is_within
+from prunesearch.evaluate import METRICS
+from prunesearch.evaluate.limits import budget_of, computed_limits, is_within
 from prunesearch.evaluate.sensitivity import (
     IMAGES_FOR_A_START,
     Sensitivities,
@@ -18,6 +20,7 @@ from prunesearch.evaluate.sensitivity import (
     save_sensitivities,
 )
 from prunesearch.front import hypervolume
+from prunesearch.record import cost_of
 from prunesearch.search.sensitivity_front import Predicted, predicted_front
 from prunesearch.shape import ModelShape
 
@@ -35,15 +38,24 @@ def predicted_starts(config: StudyConfig, shape: ModelShape, found: Sensitivitie
     They are spread evenly over the cost and ordered by how much hypervolume they add, so that a search that is stopped
     early has a front. If the study has a budget: the most expensive ones within it.
     """
-    limits, budget = computed_limits(config), budget_gmacs(config)
+    limits, budget = computed_limits(config), budget_of(config)
     possible = [
         point
-        for point in predicted_front(found.effects, config.space, shape)
-        if point.schedule.stages and is_within(limits, config.model, point.schedule)
+        for point in predicted_front(found.effects, config.space, shape, cost_table(config))
+        if point.schedule.stages and is_within(limits, config.target, point.schedule)
     ]
     if budget is not None:
-        return [point for point in possible if point.cost <= budget][-MOST_STARTS:]
+        return [point for point in possible if point.cost <= budget.amount][-MOST_STARTS:]
     return _best_first(_evenly(possible, MOST_STARTS))
+
+
+def cost_table(config: StudyConfig) -> CostTable:
+    """By which costs are predicted: that of the budget, else of the cost that the study trades off, else MACs."""
+    budget, metric = budget_of(config), cost_of(config.objectives)
+    if budget is not None:
+        return budget.table
+    costs = METRICS[metric].costs if metric is not None and metric in METRICS else None
+    return MACS if costs is None else costs(config.target)
 
 
 def kept_sensitivities(config: StudyConfig, path: Path) -> Sensitivities:

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from prunesearch.config import Budget, DataConfig, ModelConfig, StudyConfig
+from prunesearch.evaluate import METRICS
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.siblings import find_siblings
 from prunesearch.evaluate.task import Evaluation, Task
@@ -127,7 +128,13 @@ def sibling_task(sibling: Sibling, config: StudyConfig) -> Task:
     """The task that measures a sibling with its own weights, without any training."""
     seed = seed_of(config.sampler.seed, sibling.uid)
     record = Record(-1, sibling.uid, Schedule(), "running", "dense", seed)
-    return replace(candidate_task(record, config, Budget(images=0)), sibling=sibling.model)
+    task = candidate_task(record, config, Budget(images=0))
+    return replace(task, sibling=sibling.model, metrics=tuple(filter(_is_of_siblings, task.metrics)))
+
+
+def _is_of_siblings(metric: str) -> bool:
+    """A profile is of one model: what it predicts of another one would be wrong."""
+    return metric not in METRICS or not METRICS[metric].needs_profile
 
 
 def uid_of(model: ModelConfig, config: StudyConfig) -> str:
@@ -149,7 +156,7 @@ def _adopt(store: Store, folder: Path, outbox: Path) -> None:
     for path, task, evaluation in found:
         if task.uid not in wanted or evaluation.uid != task.uid:
             continue
-        evaluation = check_evaluation(evaluation, store.config.deciding_metrics)
+        evaluation = check_evaluation(evaluation, filter(_is_of_siblings, store.config.deciding_metrics))
         if evaluation.status == "complete":
             store.confirm(task.uid, 0, evaluation)
         delete(path)

@@ -43,6 +43,7 @@ def candidate_task(record: Record, config: StudyConfig, budget: Budget) -> Task:
         device=config.workers.device,
         threads=max(1, int(config.workers.cpus_each)),
         plugins=config.plugins,
+        profile=config.target.profile,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 from prunesearch.config import StudyConfig
@@ -11,9 +12,20 @@ from prunesearch.errors import StudyError
 from prunesearch.strict import from_mapping, to_mapping
 
 _DATA = ("data.root", "data.val_root", "data.test_root", "data.test_split", "data.loaders", "data.in_memory")
-MAY_CHANGE = ("workers", "stop", "confirm", "siblings", "metrics", "plugins", *_DATA)
+MAY_CHANGE = (
+    "workers",
+    "stop",
+    "confirm",
+    "siblings",
+    "metrics",
+    "plugins",
+    "device.profile",
+    "device.seconds",
+    *_DATA,
+)
 """Settings that may differ when a study is continued. All others affect its results. The data settings may differ
-because the same images may have another path on another machine, and because test images do not affect the search."""
+because the same images may have another path on another machine, and because test images do not affect the search. The
+profile of a device may be another file, but not with other times."""
 MAY_MEND = (
     "model.checkpoint",
     "model.pretrained",
@@ -28,7 +40,7 @@ often wrong at first. The space and the objectives may never differ."""
 
 def differences(old: StudyConfig, new: StudyConfig) -> dict[str, str]:
     """The differing settings that are not in MAY_CHANGE: field -> "field: old -> new"."""
-    before, after = _flat(to_mapping(old, defaults=True)), _flat(to_mapping(new, defaults=True))
+    before, after = _flat(_brief(old)), _flat(_brief(new))
     return {
         name: f"{name}: {_as_json(before, name)} -> {_as_json(after, name)}"
         for name in sorted(before.keys() | after.keys())
@@ -54,6 +66,16 @@ def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any], may_men
             f"results are not wanted."
         )
     return bool(changed)
+
+
+def _brief(config: StudyConfig) -> dict[str, Any]:
+    """The settings as a mapping, with a summary in place of the numbers of a profile."""
+    mapping: dict[str, Any] = to_mapping(config, defaults=True)
+    table = None if config.device is None else config.device.table
+    if table is not None:
+        text = f"{table.runtime} on {table.device}, batch {table.batch}, dense {table.dense_ms:.4g} ms"
+        mapping["device"]["table"] = f"{text} ({blake2b(repr(table).encode(), digest_size=4).hexdigest()})"
+    return mapping
 
 
 def _is_among(name: str, settings: Sequence[str]) -> bool:

@@ -123,6 +123,16 @@ def has_study(url: str, name: str) -> bool:
     return reader.has_begun
 
 
+def stored_config(url: str, name: str) -> StudyConfig | None:
+    """The settings of a study in a storage; None when it is not there, or cannot be read."""
+    try:
+        reader = open_study_readonly(storage=url, name=name)
+    except (StudyError, RunError):
+        return None
+    reader.close()
+    return reader.config
+
+
 def knows_study(url: str, name: str) -> bool:
     """Whether a storage holds a study; False also when there is no such database or table.
 

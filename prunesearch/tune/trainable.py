@@ -27,7 +27,7 @@ from ray import tune
 from prunesearch.config import StudyConfig
 from prunesearch.errors import RunError, ScheduleError, StudyError
 from prunesearch.evaluate import METRICS, model_shape
-from prunesearch.evaluate.limits import budget_gmacs, computed_excess, computed_limits, excess, measured_relative
+from prunesearch.evaluate.limits import budget_of, computed_excess, computed_limits, excess, measured_relative
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record, with_evaluation
@@ -102,7 +102,7 @@ def _check(config: StudyConfig) -> None:
             f"study {config.name}: evaluation is supernet, but nobody trains shared weights in Ray Tune. Possible: "
             f"evaluation: finetune here, or `prunesearch run` for this study. Choose one of them."
         )
-    relative = measured_relative(config.limits, config.model)
+    relative = measured_relative(config.limits, config.target)
     if relative:
         raise StudyError(
             f"study {config.name}: limits on {', '.join(relative)} are relative to what the dense model is measured "
@@ -216,10 +216,10 @@ class _Candidate(tune.Trainable):
         schedule = schedule_from(parameters, study.space, self._shape)
         if uid_of(schedule, self._shape) in self._start_uids:
             return schedule
-        budget = budget_gmacs(study)
+        budget = budget_of(study)
         if budget is not None:
             schedule = within_budget(schedule, self._shape, budget)
-        amounts = computed_excess(computed_limits(study), study.model, schedule)
+        amounts = computed_excess(computed_limits(study), study.target, schedule)
         over = {name: amount for name, amount in amounts.items() if amount > 0}
         if over:
             said = ", ".join(f"{name} by {amount:.4g}" for name, amount in over.items())
