@@ -37,6 +37,7 @@ from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.schedule import Schedule
 from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.inputs import Grouping, ReduceInput
+from prunesearch.tokens.select import ascending
 
 SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
 
@@ -346,7 +347,7 @@ def _choose(planned: PlannedStep, x_BnC: Tensor, scorer: nn.Module | None, maske
     grouping = REDUCERS[stage.reduce].function(ReduceInput(x_BnC, evidence.scores_Bn, None, None, step.kept))
     assert isinstance(grouping, Grouping) and grouping.guests_BG is not None
     order_Bn = torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1)
-    return Choice(None, order_Bn, order_Bn.argsort(dim=1), step.kept)
+    return Choice(None, order_Bn, ascending(order_Bn)[1], step.kept)
 
 
 def _run_block(block: nn.Module, path: str, x: Tensor, choice: Choice | None, fast_path: nn.Module | None) -> Tensor:

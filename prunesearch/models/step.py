@@ -128,14 +128,30 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     # one more channel of ones, so that weights add up with the features
     sum_BnD = F.pad(ordered_BnC.float(), (0, 1), value=1.0)
     guests_BGD = sum_BnD[:, kept:] if weight_BG is None else sum_BnD[:, kept:] * weight_BG[..., None]
-    host_BGD = grouping.host_BG[..., None].expand(-1, -1, channels + 1)
-    sum_BKD = sum_BnD[:, :kept].scatter_add(1, host_BGD, guests_BGD)
+    sum_BKD = _joined(sum_BnD[:, :kept], grouping.host_BG, guests_BGD)
     mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
     return (mean_BKC.to(values_BnC.dtype),), sum_BKD[..., channels]
 
 
 def _gather(values_BnC: Tensor, index_BK: Tensor) -> Tensor:
     return values_BnC.gather(1, index_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+
+
+def _joined(hosts_BKD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bool = False) -> Tensor:
+    """Each host plus the sum of its guests, (B, K, D); or the largest of them.
+
+    An ONNX graph has a product with a one-hot matrix here, because not all runtimes can scatter with a reduction.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        host_BGD = host_BG[..., None].expand_as(guests_BGD)
+        if largest:
+            return hosts_BKD.scatter_reduce(1, host_BGD, guests_BGD, "amax")
+        return hosts_BKD.scatter_add(1, host_BGD, guests_BGD)
+    joins_BKG = host_BG[:, None] == torch.arange(hosts_BKD.shape[1], device=host_BG.device)[:, None]
+    if largest:
+        own_or_guest_BKGD = torch.where(joins_BKG[..., None], guests_BGD[:, None], hosts_BKD[:, :, None])
+        return torch.maximum(hosts_BKD, own_or_guest_BKGD.amax(dim=2))
+    return hosts_BKD + joins_BKG.to(guests_BGD.dtype) @ guests_BGD
 
 
 def _first_sizes(grouping: Grouping, weight_BK: Tensor | None) -> Tensor:
@@ -145,7 +161,7 @@ def _first_sizes(grouping: Grouping, weight_BK: Tensor | None) -> Tensor:
         return weight_BK
     share_BG = grouping.size_share_BG
     share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
-    return torch.ones_like(weight_BK).scatter_add(1, grouping.host_BG, share_BG)
+    return _joined(torch.ones_like(weight_BK)[..., None], grouping.host_BG, share_BG[..., None])[..., 0]
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
@@ -158,7 +174,7 @@ def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
         guests_BG = guests_BG * grouping.size_share_BG
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.sum(dim=1, keepdim=True)], dim=1)
-    return kept_BK.scatter_add(1, grouping.host_BG, guests_BG)
+    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None])[..., 0]
 
 
 def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
@@ -171,7 +187,7 @@ def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
         guests_BG = guests_BG * (grouping.guest_weight_BG > 0)  # weight 0: dropped
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
-    return kept_BK.scatter_reduce(1, grouping.host_BG, guests_BG, "amax")
+    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None], largest=True)[..., 0]
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
