@@ -39,6 +39,11 @@ def ascending(places_Bn: Tensor) -> tuple[Tensor, Tensor]:
     return places_Bn.topk(places_Bn.shape[1], dim=1, largest=False)
 
 
+def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
+    """The values of some tokens, (B, K, C)."""
+    return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+
+
 def places_among(kept_BK: Tensor, these_BG: Tensor) -> Tensor:
     """The place of each of `these` among the kept tokens, which ascend and contain it."""
     if not torch.onnx.is_in_onnx_export():
