@@ -37,6 +37,7 @@ from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.schedule import Schedule, Step
 from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.inputs import Grouping, ReduceInput
+from prunesearch.tokens.select import ascending, gather
 
 SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
 
@@ -351,7 +352,7 @@ def choice_of(step: Step, x_BnC: Tensor, scores_Bn: Tensor | None) -> Choice:
     grouping = REDUCERS[step.stage.reduce].function(ReduceInput(x_BnC, scores_Bn, None, None, step.kept))
     assert isinstance(grouping, Grouping) and grouping.guests_BG is not None
     order_Bn = torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1)
-    return Choice(None, order_Bn, order_Bn.argsort(dim=1), step.kept)
+    return Choice(None, order_Bn, ascending(order_Bn)[1], step.kept)
 
 
 def _run_block(block: nn.Module, path: str, x: Tensor, choice: Choice | None, fast_path: nn.Module | None) -> Tensor:
@@ -370,15 +371,11 @@ def add_by_choice(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor]
         slow_BnC, stays_Bn1 = mlp(x_BnC), choice.stays_Bn[..., None]
         return (slow_BnC * stays_Bn1 + fast_path(x_BnC) * (1 - stays_Bn1)).to(slow_BnC.dtype)
     assert choice.order_Bn is not None and choice.back_Bn is not None
-    ordered_BnC = _gather(x_BnC, choice.order_Bn)
+    ordered_BnC = gather(x_BnC, choice.order_Bn)
     slow_BKC, fast_BGC = mlp(ordered_BnC[:, : choice.kept]), fast_path(ordered_BnC[:, choice.kept :])
-    return _gather(torch.cat([slow_BKC, fast_BGC.to(slow_BKC.dtype)], dim=1), choice.back_Bn)
+    return gather(torch.cat([slow_BKC, fast_BGC.to(slow_BKC.dtype)], dim=1), choice.back_Bn)
 
 
 def _positions(x: Tensor, is_swin: bool) -> Tensor:
     """A map (Swin: (B, H, W, C), ConvNeXt: (B, C, H, W)) as tokens (B, n, C)."""
     return x.flatten(1, 2) if is_swin else x.flatten(2).transpose(1, 2)
-
-
-def _gather(values_BnC: Tensor, order_Bn: Tensor) -> Tensor:
-    return values_BnC.gather(1, order_Bn[..., None].expand(-1, -1, values_BnC.shape[-1]))

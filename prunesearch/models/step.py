@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunesearch.schedule import Stage, Step, options_of
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
+from prunesearch.tokens.select import gather
 
 load_functions()
 
@@ -44,6 +45,13 @@ class TokenState(NamedTuple):
     present_Bn: Tensor | None = None
     counts: tuple[Tensor, ...] = ()
     bias_B11N: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """The weight of each token that stays, 1, and its sum with the weights of those that join it."""
+
+    own_BK1: Tensor
+    sum_BK1: Tensor
 
 
 def gather_evidence(
@@ -95,11 +103,12 @@ def take_step(
             parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
         else:
-            parts, weight_BK = _regrouped(patches_BnC, grouping)
+            parts, weights = _regrouped(patches_BnC, grouping)
             if size_Bn is not None:
                 size_Bn = add_up(size_Bn, grouping)
             elif entry.merges:
-                size_Bn = _first_sizes(grouping, weight_BK)
+                assert weights is not None
+                size_Bn = _first_sizes(grouping, weights)
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     return TokenState(tokens_BNC, size_Bn), later
@@ -107,20 +116,22 @@ def take_step(
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to the features of tokens. Keeps the dtype."""
-    parts, _ = _regrouped(values_BnC, grouping)
+    parts, _ = _regrouped(values_BnC, grouping._replace(ordered_BnC=None))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ...], Tensor | None]:
+def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ...], Weights | None]:
     """The features of the new tokens, in parts to be joined: those that stay, and the one that the others form.
 
-    Also the sum of the weights of each token that stays (B, K), when others join it.
+    Also their weights, when others join those that stay.
     """
     channels, kept = values_BnC.shape[-1], grouping.kept_BK.shape[1]
     if grouping.guests_BG is None:
-        return (_gather(values_BnC, grouping.kept_BK),), None
+        return (gather(values_BnC, grouping.kept_BK),), None
     weight_BG = grouping.guest_weight_BG
-    ordered_BnC = _gather(values_BnC, torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1))
+    ordered_BnC = grouping.ordered_BnC
+    if ordered_BnC is None:
+        ordered_BnC = gather(values_BnC, torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1))
     kept_BKC, guests_BGC = ordered_BnC[:, :kept], ordered_BnC[:, kept:].float()
     if grouping.host_BG is None:
         extra_B1C = guests_BGC.sum(dim=1, keepdim=True) if weight_BG is None else weight_BG[:, None] @ guests_BGC
@@ -128,24 +139,36 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     # one more channel of ones, so that weights add up with the features
     sum_BnD = F.pad(ordered_BnC.float(), (0, 1), value=1.0)
     guests_BGD = sum_BnD[:, kept:] if weight_BG is None else sum_BnD[:, kept:] * weight_BG[..., None]
-    host_BGD = grouping.host_BG[..., None].expand(-1, -1, channels + 1)
-    sum_BKD = sum_BnD[:, :kept].scatter_add(1, host_BGD, guests_BGD)
+    sum_BKD = _joined(sum_BnD[:, :kept], grouping.host_BG, guests_BGD)
     mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
-    return (mean_BKC.to(values_BnC.dtype),), sum_BKD[..., channels]
+    return (mean_BKC.to(values_BnC.dtype),), Weights(sum_BnD[:, :kept, channels:], sum_BKD[..., channels:])
 
 
-def _gather(values_BnC: Tensor, index_BK: Tensor) -> Tensor:
-    return values_BnC.gather(1, index_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+def _joined(hosts_BKD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bool = False) -> Tensor:
+    """Each host plus the sum of its guests, (B, K, D); or the largest of them.
+
+    An ONNX graph has a product with a one-hot matrix here, because not all runtimes can scatter with a reduction.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        host_BGD = host_BG[..., None].expand_as(guests_BGD)
+        if largest:
+            return hosts_BKD.scatter_reduce(1, host_BGD, guests_BGD, "amax")
+        return hosts_BKD.scatter_add(1, host_BGD, guests_BGD)
+    joins_BKG = host_BG[:, None] == torch.arange(hosts_BKD.shape[1], device=host_BG.device)[:, None]
+    if largest:
+        own_or_guest_BKGD = torch.where(joins_BKG[..., None], guests_BGD[:, None], hosts_BKD[:, :, None])
+        return torch.maximum(hosts_BKD, own_or_guest_BKGD.amax(dim=2))
+    return hosts_BKD + joins_BKG.to(guests_BGD.dtype) @ guests_BGD
 
 
-def _first_sizes(grouping: Grouping, weight_BK: Tensor | None) -> Tensor:
-    """Sizes after the first step that joins tokens; all had size 1 before. weight_BK: sums of weights."""
-    assert grouping.host_BG is not None and weight_BK is not None
-    if grouping.size_share_BG is None and grouping.guest_weight_BG is None:
-        return weight_BK
+def _first_sizes(grouping: Grouping, weights: Weights) -> Tensor:
+    """Sizes after the first step that joins tokens; all had size 1 before."""
+    assert grouping.host_BG is not None
+    if grouping.size_share_BG is grouping.guest_weight_BG:
+        return weights.sum_BK1[..., 0]
     share_BG = grouping.size_share_BG
     share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
-    return torch.ones_like(weight_BK).scatter_add(1, grouping.host_BG, share_BG)
+    return _joined(weights.own_BK1, grouping.host_BG, share_BG[..., None])[..., 0]
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
@@ -158,7 +181,7 @@ def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
         guests_BG = guests_BG * grouping.size_share_BG
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.sum(dim=1, keepdim=True)], dim=1)
-    return kept_BK.scatter_add(1, grouping.host_BG, guests_BG)
+    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None])[..., 0]
 
 
 def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
@@ -171,7 +194,7 @@ def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
         guests_BG = guests_BG * (grouping.guest_weight_BG > 0)  # weight 0: dropped
     if grouping.host_BG is None:
         return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
-    return kept_BK.scatter_reduce(1, grouping.host_BG, guests_BG, "amax")
+    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None], largest=True)[..., 0]
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -535,7 +535,16 @@ def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
     if state.present_Bn is not None:
         size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
     bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
-    return bias_BN[:, None, None, :].to(state.tokens_BNC.dtype)
+    return _attention_mask(bias_BN, state.tokens_BNC)
+
+
+def _attention_mask(bias_BN: Tensor, like: Tensor) -> Tensor:
+    """The bias as an attention mask, (B, 1, 1, N), in the dtype of the tokens.
+
+    Outside torch.no_grad, torch.onnx.export fails on attention whose mask has gradients. A graph has none anyway.
+    """
+    bias_BN = bias_BN.detach() if torch.onnx.is_in_onnx_export() else bias_BN
+    return bias_BN[:, None, None, :].to(like.dtype)
 
 
 def _log_size(size_BN: Tensor | None, present_BN: Tensor) -> Tensor:
@@ -569,7 +578,7 @@ def _pool_by_size(model: Any, state: TokenState) -> Tensor:
     empty_BN = present_BN == 0
     if model.global_pool == "map":
         bias_BN = _log_size(size_BN if model._plan.log_size_bias else None, present_BN)
-        return model.attn_pool(x_BNC, attn_mask=bias_BN[:, None, None, :].to(x_BNC.dtype))
+        return model.attn_pool(x_BNC, attn_mask=_attention_mask(bias_BN, x_BNC))
     largest_BC = x_BNC.masked_fill(empty_BN[..., None], -torch.inf).amax(dim=1)
     if model.global_pool == "max":
         return largest_BC

@@ -29,5 +29,6 @@ def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
     sizes negative, which have no logarithm. proportional_attention: later attention layers add log(size) to the logits
     (models/vision_transformer.py does this).
     """
-    kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
-    return Grouping(kept_BK, guests_BG, host_BG, size_share_BG=cosine_BG.clamp_min(0))
+    near = nearest_kept(scene)
+    share_BG = near.cosine_BG.clamp_min(0)
+    return Grouping(near.kept_BK, near.guests_BG, near.host_BG, size_share_BG=share_BG, ordered_BnC=near.ordered_BnC)

@@ -21,7 +21,7 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     assert isinstance(merged, Grouping) and merged.guests_BG is not None
     alike_B1 = scene.scores_Bn.var(dim=1, keepdim=True) < variance
     # a guest of weight and size 0 is dropped, whatever its host
-    share_BG = alike_B1.to(torch.float32).expand_as(guests_BG)
+    share_BG = alike_B1.expand_as(guests_BG)
     return Grouping(
         torch.where(alike_B1, merged.kept_BK, kept_BK),
         torch.where(alike_B1, merged.guests_BG, guests_BG),

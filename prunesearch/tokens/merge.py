@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
-from prunesearch.tokens.select import best, straight_through
+from prunesearch.tokens.select import ascending, best, places_among, ranked, straight_through
 
 
 def _first_guest(parity: str, prefix_tokens: int) -> int:
@@ -70,18 +69,13 @@ def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> G
     unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6)
     cosine_BAP = unit_BnD[:, first::2] @ unit_BnD[:, 1 - first :: 2].transpose(1, 2)
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
-    order_BA = best_BA.sort(dim=1, descending=True, stable=True).indices
-    merging_BG = order_BA[:, : tokens - scene.kept]
-    guests_BG = _places(merging_BG, first)
-    hosts_BG = _places(partner_BA.gather(1, merging_BG), 1 - first)
-    stays_Bn = torch.ones(keys_BnD.shape[:2], dtype=torch.int64, device=keys_BnD.device).scatter(1, guests_BG, 0)
-    # stable: tokens that stay come first, each group in image order
-    kept_BK = stays_Bn.sort(dim=1, descending=True, stable=True).indices[:, : scene.kept]
-    host_BG = stays_Bn.cumsum(dim=1).gather(1, hosts_BG) - 1  # place of a token among those that stay
+    # in image order, with -inf for tokens that look for no partner, so that they rank last and stay
+    best_Bn = F.pad(best_BA[..., None], (first, 1 - first, 0, 1), value=-torch.inf).flatten(1)[:, :tokens]
+    order_Bn = ranked(best_Bn)[1]
+    guests_BG, others_BK = order_Bn[:, : tokens - scene.kept], order_Bn[:, tokens - scene.kept :]
+    kept_BK = ascending(others_BK)[0]
+    hosts_BG = partner_BA.gather(1, guests_BG // 2) * 2
+    hosts_BG = hosts_BG if first == 1 else hosts_BG + 1
+    host_BG = places_among(kept_BK, hosts_BG)
     weight_BG = None if size_Bn is None else size_Bn.gather(1, guests_BG) / size_Bn.gather(1, hosts_BG)
     return Grouping(kept_BK, guests_BG, host_BG, guest_weight_BG=weight_BG)
-
-
-def _places(every_second: Tensor, first: int) -> Tensor:
-    """Indices among all patch tokens, of indices among every second one from `first` on."""
-    return every_second * 2 if first == 0 else every_second * 2 + first

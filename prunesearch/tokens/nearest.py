@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunesearch.tokens.inputs import MaskedInput, ReduceInput
-from prunesearch.tokens.select import top_k
+from prunesearch.tokens.select import gather, top_k
 
 
-def nearest_kept(scene: ReduceInput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices of the tokens that stay (B, K) and of the others (B, G), and for each of the others the cosine (B, G)
-    with its most similar kept token and the place (B, G) of that token among the kept."""
+class Nearest(NamedTuple):
+    """The tokens that stay (B, K) and the others (B, G), as `top_k` gives them; the features of both, one after the
+    other; and for each of the others the cosine with its most similar kept token, and the place of that token among
+    the kept."""
+
+    kept_BK: Tensor
+    guests_BG: Tensor
+    ordered_BnC: Tensor
+    cosine_BG: Tensor
+    host_BG: Tensor
+
+
+def nearest_kept(scene: ReduceInput) -> Nearest:
+    """For each token that does not stay, its most similar kept token."""
     assert scene.scores_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
-    unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
-    index = (-1, -1, unit_BnC.shape[-1])
-    hosts_BKC = unit_BnC.gather(1, kept_BK[..., None].expand(index))
-    guests_BGC = unit_BnC.gather(1, guests_BG[..., None].expand(index))
+    ordered_BnC = gather(scene.patches_BnC, torch.cat([kept_BK, guests_BG], dim=1))
+    unit_BnC = F.normalize(ordered_BnC.float(), dim=-1, eps=1e-6)
+    cosine_BGK = unit_BnC[:, scene.kept :] @ unit_BnC[:, : scene.kept].transpose(1, 2)
     # the first of equal maxima, so that a guest never has two hosts
-    cosine_BG, host_BG = (guests_BGC @ hosts_BKC.transpose(1, 2)).max(dim=-1)
-    return kept_BK, guests_BG, cosine_BG, host_BG
+    return Nearest(kept_BK, guests_BG, ordered_BnC, *cosine_BGK.max(dim=-1))
 
 
 def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:

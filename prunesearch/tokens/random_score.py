@@ -20,13 +20,14 @@ def random_score(scene: ScoreInput, *, seed: int) -> Tensor:
     if scene.training:
         score_Bn = torch.rand(images, tokens, device=patches_BnC.device)
     else:
-        place_Bn = torch.arange(tokens, device=patches_BnC.device).expand(images, tokens)
+        # one row for all images, which an ONNX export folds to a constant: OpenVINO computes in 32 bits
+        place_Bn = torch.arange(tokens, device=patches_BnC.device)[None]
         if present_Bn is not None:  # the place among the present tokens
             place_Bn = (present_Bn > 0).cumsum(dim=1) - 1
         score_Bn = _hash_n(place_Bn + 1_000_003 * scene.block + 7_919 * seed)
     if present_Bn is not None:
         score_Bn = score_Bn * present_Bn
-    return score_Bn / score_Bn.sum(dim=1, keepdim=True)
+    return (score_Bn / score_Bn.sum(dim=1, keepdim=True)).expand(images, tokens)
 
 
 def _hash_n(number_n: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -13,12 +14,41 @@ def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 def top_k_and_rest(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `top_k`, and the scores of the others.
+    """As `top_k`, and the scores of the others."""
+    ranked_Bn, order_Bn = ranked(scores_Bn)
+    return ascending(order_Bn[:, :kept])[0], order_Bn[:, kept:], ranked_Bn[:, kept:]
 
-    The sort is stable, so equal scores go to the earlier token on every device.
-    """
-    ranked_Bn, order_Bn = scores_Bn.sort(dim=1, descending=True, stable=True)
-    return order_Bn[:, :kept].sort(dim=1).values, order_Bn[:, kept:], ranked_Bn[:, kept:]
+
+def ranked(scores_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores in descending order, and their tokens. Of equal scores, the one of the earlier token comes first."""
+    if not torch.onnx.is_in_onnx_export():
+        return scores_Bn.sort(dim=1, descending=True, stable=True)
+    # ONNX has TopK instead of a stable sort, and OpenVINO's TopK returns equal values in any order. So the indices are
+    # sorted again within each run of equal scores.
+    tokens = scores_Bn.shape[1]
+    ranked_Bn, order_Bn = scores_Bn.topk(tokens, dim=1)
+    run_Bn = F.pad((ranked_Bn[:, 1:] < ranked_Bn[:, :-1]).cumsum(dim=1), (1, 0))
+    return ranked_Bn, ascending(run_Bn * tokens + order_Bn)[0] % tokens
+
+
+def ascending(places_Bn: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers that all differ, in ascending order, and where each of them was."""
+    if not torch.onnx.is_in_onnx_export():
+        return places_Bn.sort(dim=1)
+    # the exporter turns a sort into a TopK whose size the graph computes, which some runtimes refuse
+    return places_Bn.topk(places_Bn.shape[1], dim=1, largest=False)
+
+
+def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
+    """The values of some tokens, (B, K, C)."""
+    return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+
+
+def places_among(kept_BK: Tensor, these_BG: Tensor) -> Tensor:
+    """The place of each of `these` among the kept tokens, which ascend and contain it."""
+    if not torch.onnx.is_in_onnx_export():
+        return torch.searchsorted(kept_BK, these_BG)
+    return (kept_BK[:, None] < these_BG[..., None]).sum(dim=-1)  # ONNX has no search
 
 
 def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:

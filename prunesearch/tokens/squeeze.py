@@ -30,7 +30,8 @@ def squeeze(scene: ReduceInput, *, temperature: float) -> Grouping:
 
     Similarity is the cosine of block features. A token has one host; a host without guests is unchanged.
     """
-    kept_BK, guests_BG, cosine_BG, host_BG = nearest_kept(scene)
-    logit_BG = cosine_BG if temperature == 1 else cosine_BG / temperature
+    near = nearest_kept(scene)
+    logit_BG = near.cosine_BG if temperature == 1 else near.cosine_BG / temperature
     # the host's own logit is cos(x, x) = 1, without the temperature, as in the released code
-    return Grouping(kept_BK, guests_BG, host_BG, guest_weight_BG=(logit_BG - 1).exp())
+    weight_BG = (logit_BG - 1).exp()
+    return Grouping(near.kept_BK, near.guests_BG, near.host_BG, weight_BG, ordered_BnC=near.ordered_BnC)

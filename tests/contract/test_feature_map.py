@@ -62,11 +62,11 @@ HOLDS = Schedule(
 RANDOM = Schedule(tuple(replace(stage, score="random") for stage in HOLDS.stages))
 
 
-def map_model(layout: str) -> torch.nn.Module:
+def map_model(layout: str, **options: object) -> torch.nn.Module:
     """A small model with random parameters, in eval mode."""
     if layout.startswith("swin"):
-        return randomise(SwinTransformer(**LAYOUTS[layout])).eval()
-    model = ConvNeXt(**LAYOUTS[layout])
+        return randomise(SwinTransformer(**{**LAYOUTS[layout], **options})).eval()
+    model = ConvNeXt(**{**LAYOUTS[layout], **options})
     model.pretrained_cfg = {"input_size": (3, 80, 80)}  # as timm.create_model does
     return randomise(model).eval()
 
