@@ -426,6 +426,8 @@ def _export(parsed: argparse.Namespace) -> int:
         return _deploy(parsed, targets, file, parsed.folder.parent, study)
     if not targets:
         _refuse_flags(parsed, _RUNTIME_FLAGS, "a schedule file is written", "--onnx FILE.onnx or --openvino FILE.xml")
+    elif parsed.output is None:
+        _refuse_flags(parsed, ("weights",), "the files have their weights inside", "-o FILE.yaml")
     reader = _open(parsed)
     record = _choose(parsed, reader.config, _records(reader))
     if parsed.output is not None or not targets:
@@ -435,10 +437,12 @@ def _export(parsed: argparse.Namespace) -> int:
     plugins = _trusted(parsed, reader.config.plugins, f"study {reader.config.name}")
     import_plugins(plugins)
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "best.yaml"
-        evaluation = record.evaluation
-        fine_tuned = evaluation is not None and (evaluation.images > 0 or evaluation.start is not None)
-        export(record, reader.config, path, weights=fine_tuned, vocabulary=reader.vocabulary, say=_say)
+        path = parsed.output
+        if not parsed.weights:
+            path = Path(folder) / "best.yaml"
+            evaluation = record.evaluation
+            fine_tuned = evaluation is not None and (evaluation.images > 0 or evaluation.start is not None)
+            export(record, reader.config, path, weights=fine_tuned, vocabulary=reader.vocabulary, say=_say)
         return _deploy(parsed, targets, load_schedule_file(path, plugins), path.parent, reader.config)
 
 

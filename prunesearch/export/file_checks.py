@@ -66,7 +66,7 @@ def compare(model: nn.Module, run: Run, images_BCHW: Tensor) -> Check:
     """Compare a file with its model, which is on the CPU and in eval mode.
 
     The first image is a batch of its own, the others are in larger ones. Raises ModelError for a model whose output is
-    not (images, classes).
+    not (images, classes), RunError when the runtime fails.
     """
     expected, found = [], []
     for batch in (images_BCHW[:1], *images_BCHW[1:].split(CHECK_BATCH)):
@@ -79,7 +79,10 @@ def compare(model: nn.Module, run: Run, images_BCHW: Tensor) -> Check:
                 f"classes). Choose a model that pools its tokens."
             )
         expected.append(logits_BK.float())
-        found.append(torch.from_numpy(run(batch.numpy())))
+        try:
+            found.append(torch.from_numpy(run(batch.numpy())))
+        except Exception as error:  # a runtime raises anything
+            raise RunError(f"export: the file cannot be run on {len(batch)} images: {error}") from error
     expected_BK, found_BK = torch.cat(expected), torch.cat(found)
     difference_B = (expected_BK - found_BK).abs().amax(dim=1)
     return Check(

@@ -96,8 +96,8 @@ def open_onnx(path: Path, half: bool) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    # by default the threads of a session stay busy for a while after a run, and take CPU time from the next session
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # by default the threads of a session stay busy for a while after a run, and would slow down the session timed next
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no public base class

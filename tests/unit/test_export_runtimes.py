@@ -66,6 +66,7 @@ def test_a_missing_library_names_the_extra(runtime: object, tmp_path: Path, monk
         (["--half"], "--half: a schedule file is written"),
         (["--root", "x", "--set", "data.root=y"], "--root, --set: a schedule file is written"),
         (["--trust-plugins"], "--trust-plugins: a schedule file is written"),
+        (["--onnx", "a.onnx", "--weights"], "--weights: the files have their weights inside"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_opened(
@@ -99,6 +100,14 @@ def test_what_a_schedule_file_needs(
     assert main(["export", "mine.yaml", *flags]) == 2
     assert said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_plugins_of_a_schedule_file_are_not_imported_untrusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_schedule(Schedule((Stage(1, keep=0.5),)), tmp_path / "theirs.yaml", plugins=("theirs",))
+    assert main(["export", str(tmp_path / "theirs.yaml"), "--onnx", str(tmp_path / "a.onnx")]) == 2
+    assert "it names plug-ins, whose code would run here: theirs" in capsys.readouterr().err
 
 
 def test_files_take_their_places_together_or_not_at_all(tmp_path: Path) -> None:
@@ -145,6 +154,8 @@ def test_logits_are_compared_image_by_image() -> None:
     assert check.scale == images.flatten(1)[:, :4].abs().max()
     with pytest.raises(ModelError, match=r"shape \(1, 3, 2, 2\)"):
         compare(nn.Identity(), off, images)
+    with pytest.raises(RunError, match="cannot be run on 1 images: cannot reshape"):
+        compare(Linear(), lambda batch: batch.reshape(7, 7), images)
 
 
 @pytest.mark.parametrize(
