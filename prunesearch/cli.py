@@ -533,10 +533,11 @@ def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Recor
         raise StudyError(f"--trial {parsed.trial}: there is no such trial. Possible: {possible}. Choose one of them.")
     asked = [(name, Limit(at_most=bound)) for name, bound in parsed.at_most]
     asked += [(name, Limit(at_least=bound)) for name, bound in parsed.at_least]
-    bounds, limits = asked_limits([*asked, *_drops(parsed.fastest_within)], config, records), limits_of(config, records)
+    bounds, limits = asked_limits(asked, config, records), limits_of(config, records)
     if parsed.fastest_within:
-        record, cost = cheapest(records, config.objectives, bounds, limits)
-        _say(f"the best {cost.metric} with {' and '.join(f'{name} {limit}' for name, limit in bounds)}")
+        kept = asked_limits(_drops(parsed.fastest_within), config, records)
+        record, cost = cheapest(records, config.objectives, kept, bounds, limits)
+        _say(f"the best {cost.metric} with {' and '.join(f'{name} {limit}' for name, limit in (*kept, *bounds))}")
         if record.origin == "dense":
             _say("this is the dense model itself: no candidate that is cheaper is within")
         return record

@@ -184,24 +184,23 @@ def best(records: Sequence[Record], objectives: Sequence[Objective], bounds: Lim
 
 
 def cheapest(
-    records: Sequence[Record], objectives: Sequence[Objective], bounds: Limits, limits: Limits = ()
+    records: Sequence[Record], objectives: Sequence[Objective], kept: Limits, bounds: Limits = (), limits: Limits = ()
 ) -> tuple[Record, Objective]:
-    """The cheapest record within bounds on any measured metrics and the study's limits, and by which objective.
+    """The cheapest record that keeps some metrics, within further bounds and the study's limits; and its objective.
 
-    That is `cost_objective` among the objectives without a bound; ties go to the other objectives in order, then to the
-    lowest number. Raises StudyError as `best`, and when every objective has a bound.
+    The objective is `cost_objective` among those whose metrics are not kept. Ties go to the other objectives in order,
+    then to the lowest number. Raises StudyError as `best`, and when all objectives are kept.
     """
-    bounded = {name for name, _ in bounds}
-    free = [objective for objective in objectives if objective.metric not in bounded]
+    names = {name for name, _ in kept}
+    free = [objective for objective in objectives if objective.metric not in names]
     if not free:
-        names = ", ".join(objective.metric for objective in objectives)
         raise StudyError(
-            f"bound on {names}: these are all objectives of the study, so that none is left as the cost. Possible: a "
-            f"study with an objective such as gmacs or throughput. Bound fewer of them, or choose a trial by hand."
+            f"bound on {', '.join(sorted(names))}: with it no objective of the study is left as the cost. Possible: a "
+            f"study with an objective such as gmacs or throughput. Keep fewer of them, or choose a trial by hand."
         )
     cost = free[cost_objective(free)]
     order = sorted(range(len(objectives)), key=lambda index: objectives[index] is not cost)
-    return _first(_within(records, objectives, bounds, limits), objectives, order), cost
+    return _first(_within(records, objectives, [*kept, *bounds], limits), objectives, order), cost
 
 
 def _within(records: Sequence[Record], objectives: Sequence[Objective], bounds: Limits, limits: Limits) -> list[Record]:

@@ -67,6 +67,14 @@ def test_spaces_are_domains_with_the_same_values() -> None:
     assert (free.lower, free.upper) == (0.3, 0.9)
 
 
+def test_limits_relative_to_the_dense_model() -> None:
+    """A share of a computed metric is a number here too. What the dense model is measured with, no trial knows."""
+    config = replace(CONFIG, limits=(("gmacs", Limit(at_most="80%")),))
+    assert unwrapped(config, GENTLE).step()["cause"] == "invalid" and "feasible" in unwrapped(config, STRONG).step()
+    with pytest.raises(StudyError, match=r"limits on top1 are relative to what .*Possible: numbers here"):
+        trainable(replace(config, limits=(*config.limits, ("top1", Limit(drop_at_most=1.0)))))
+
+
 def test_points_are_the_dense_model_and_those_start_schedules_that_the_space_holds() -> None:
     assert points_to_evaluate(CONFIG) == [DENSE]  # evit-0.7 has stages at other blocks
     blocks = replace(CONFIG, space=replace(SPACE, blocks=(2, 4, 6), reduce=("fuse",), keep=(0.7, 1.0)))

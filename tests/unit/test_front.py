@@ -14,6 +14,7 @@ from prunesearch.evaluate.limits import AbsoluteLimit, Limits
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import (
     best,
+    cheapest,
     dense_of,
     front,
     front_rows,
@@ -175,6 +176,31 @@ def test_best_within_bounds() -> None:
     assert best(records, objectives, bounds(gmacs_at_most=9.0, top1_at_least=90.0)).number == 2  # all bounded: by top1
     assert best(records, objectives, bounds()).number == 0
     assert best(records, objectives, bounds(), (("gmacs", AbsoluteLimit(at_most=6.0)),)).number == 4
+
+
+def test_cheapest_within_bounds() -> None:
+    records = [
+        record(0, origin="dense", top1=97.0, gmacs=12.0, throughput=10.0),
+        record(1, top1=95.0, gmacs=8.0, throughput=20.0),
+        record(2, top1=94.0, gmacs=8.0, throughput=20.0),
+        record(3, top1=90.0, gmacs=5.0, throughput=40.0),
+    ]
+    for objectives, asked, number, by in (
+        ((TOP1, GMACS), bounds(top1_at_least=94.0), 1, GMACS),  # ties: by the other objectives
+        ((TOP1, GMACS), bounds(top1_at_least=96.0), 0, GMACS),
+        ((TOP1, FAST), bounds(top1_at_least=94.0), 1, FAST),
+        ((FAST, TOP1), bounds(top1_at_least=90.0), 3, FAST),  # never by what is bounded
+        ((TOP1, GMACS), bounds(gmacs_at_most=9.0), 1, TOP1),
+        ((TOP1, FAST, GMACS), bounds(top1_at_least=94.0), 1, GMACS),
+    ):
+        found, cost = cheapest(records, objectives, asked)
+        assert (found.number, cost) == (number, by)
+    with pytest.raises(StudyError, match=r"bound on top1: with it no objective .*Possible: .*Keep fewer"):
+        cheapest(records, (TOP1,), bounds(top1_at_least=94.0))
+    with pytest.raises(StudyError, match="no candidate has top1 at least 99"):
+        cheapest(records, (TOP1, GMACS), bounds(top1_at_least=99.0))
+    found, cost = cheapest(records, (TOP1, GMACS), bounds(top1_at_least=80.0), bounds(gmacs_at_least=6.0))
+    assert (found.number, cost) == (1, GMACS)  # a further bound may be on the cost itself
 
 
 def test_best_names_the_nearest_when_there_is_none() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import fake_search
 import pytest
 
+from prunesearch.config import Limit
 from prunesearch.evaluate import shape_cache
 from prunesearch.report.catalogue import CATALOGUES
 
@@ -26,7 +27,7 @@ name: light
 model: {name: deit_small_patch16_224.fb_in1k, pretrained: true}
 data: {name: folder, root: nowhere}
 space: {blocks: [3, 6, 9], keep: [0.5, 0.7, 1.0], reduce: [drop, merge], start_from: [evit-0.7, sensitivity]}
-limits: {gmacs: {at_most: 3.5}}
+limits: {gmacs: {at_most: 76%}, top1: {drop_at_most: 1.0}}
 stop: {trials: 5}
 """
 
@@ -42,7 +43,8 @@ def run(code: str, **environment: str) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished study, a study file and a schedule file."""
     folder = tmp_path_factory.mktemp("light")
-    fake_search.run(fake_search.study(4), folder / "study", journal=False)
+    limits = (("gmacs", Limit(at_most="100%")), ("top1", Limit(drop_at_most=90.0)))
+    fake_search.run(fake_search.study(4, limits=limits), folder / "study", journal=False)
     (folder / "search_spaces").mkdir()
     (folder / "search_spaces" / "light.yaml").write_text(STUDY)
     (folder / "best.yaml").write_text(SCHEDULE)
@@ -62,7 +64,9 @@ def test_importing_the_package_loads_nothing_at_all() -> None:
         "status study",
         "front study",
         "front study --csv",
+        "front study --within top1=90",
         "export study -o exported.yaml",
+        "export study --fastest-within top1=90 --at-most gmacs=100% -o exported.yaml",
         "check search_spaces/light.yaml",
         "check best.yaml",
         "schema",
