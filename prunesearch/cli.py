@@ -30,6 +30,7 @@ from prunesearch.errors import FileError, PruneSearchError, StudyError, UserErro
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
+from prunesearch.evaluate.siblings import find_siblings
 from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
 from prunesearch.export.schedules import COMPARED, export, measure_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
@@ -217,8 +218,6 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
         measured = f"{len(stages)} stages that the run measures first"
         print(f"  {WORD:<20} up to {MOST_STARTS} schedules, predicted from {measured}")
     if config.siblings:
-        from prunesearch.evaluate.siblings import find_siblings
-
         siblings = find_siblings(config, offline=True)
         for sibling in siblings.models:
             known = "looked up by the run" if is_remote(sibling) else f"{_dense_gmacs(sibling):.5g} GMACs"

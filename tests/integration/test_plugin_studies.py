@@ -85,6 +85,7 @@ metrics: [their_images, gmacs]
 finetune: {learning_rate: 1e-3, batch_size: 20}
 rungs: [{images: 20}]
 workers: {kind: serial}
+siblings: [vit_digits_patch1_8]
 stop: {trials: 5}
 """
 
@@ -123,7 +124,7 @@ def nothing_imported() -> Iterator[None]:
 
 
 LOOKING = {
-    "status": (["status", "STUDY"], "candidates"),
+    "status": (["status", "STUDY"], "siblings    1 of 1 measured; vit_digits_patch1_8"),
     "status --json": (["status", "STUDY", "--json"], '"complete": 5'),
     "front": (["front", "STUDY", "--plot", "TMP/front.png"], "their_cost"),
     "front --json": (["front", "STUDY", "--json"], '"their_stride"'),

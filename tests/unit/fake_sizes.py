@@ -1,11 +1,9 @@
-"""Two tiny models of one family, `vit_small_toy_8` and `vit_tiny_toy_8`, with and without weights in files.
-
-The folder of the weights is in the environment variable TOY_WEIGHTS, so that workers in other processes find it.
-"""
+"""Two tiny models of one family, `vit_small_toy_8` and `vit_tiny_toy_8`, whose weights tests write to WEIGHTS."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import timm
 import torch
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 
+WEIGHTS = Path(tempfile.gettempdir(), f"toy-weights-{os.getpid()}")
 NAMES = {"vit_small_toy_8": 48, "vit_tiny_toy_8": 24}
 """Name -> width."""
 TAGS = {"v2_digits": 10, "v1_digits": 10, "digits": 10, "v1_more": 12}
@@ -22,7 +21,7 @@ TAGS = {"v2_digits": 10, "v1_digits": 10, "digits": 10, "v1_more": 12}
 
 def _cfg(name: str, tag: str, classes: int) -> dict[str, Any]:
     return {
-        "file": str(Path(os.environ.get("TOY_WEIGHTS", "nowhere")) / f"{name}.{tag}.safetensors"),
+        "file": str(WEIGHTS / f"{name}.{tag}.safetensors"),
         "num_classes": classes,
         "input_size": (1, 8, 8),
         "pool_size": None,

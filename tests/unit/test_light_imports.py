@@ -41,10 +41,11 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished study, a study file and a schedule file."""
+    """A folder with a finished study with a dense sibling, a study file and a schedule file."""
     folder = tmp_path_factory.mktemp("light")
     limits = (("gmacs", Limit(at_most="100%")), ("top1", Limit(drop_at_most=90.0)))
-    fake_search.run(fake_search.study(4, limits=limits), folder / "study", journal=False)
+    config = fake_search.study(4, limits=limits, siblings=("vit_digits_patch1_8",))
+    fake_search.run(config, folder / "study", journal=False)
     (folder / "search_spaces").mkdir()
     (folder / "search_spaces" / "light.yaml").write_text(STUDY)
     (folder / "best.yaml").write_text(SCHEDULE)

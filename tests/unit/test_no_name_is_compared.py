@@ -13,8 +13,12 @@ from prunesearch.tokens import REDUCERS, SCORERS
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 NAMES = {*SCORERS, *REDUCERS, *SAMPLERS}
-OTHER_WORDS = {"evaluate/machine.py": {"auto"}, "workers/ray_pool.py": {"auto"}}
-"""Registered names with another meaning in a file: "auto" is a device, or the running Ray cluster."""
+OTHER_WORDS = {
+    "evaluate/machine.py": {"auto"},
+    "evaluate/siblings.py": {"auto"},
+    "workers/ray_pool.py": {"auto"},
+}
+"""Registered names with another meaning in a file: "auto" is a device, siblings to be found, or the running cluster."""
 NOTATION = {"DEFAULT_SCORE"}
 """Constants that only shorten printed schedules, and decide nothing."""
 CONSTANTS = {
