@@ -288,7 +288,7 @@ def test_the_dense_model_of_a_study_has_nothing_to_be_timed_with(
 
 
 def test_a_schedule_file_with_thresholds_is_frozen_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = Schedule((Stage(2, score="class_attention", threshold=0.01),))
+    schedule = Schedule((Stage(2, score="class_attention", threshold=1 / 64),))
     data = {"name": "digits", "train_images": 50, "val_images": 40}
     save_schedule(schedule, tmp_path / "a.yaml", model={"name": DIGITS.name, "options": {"depth": 3}}, data=data)
     assert main(["export", str(tmp_path / "a.yaml"), "--onnx", str(tmp_path / "a.onnx")]) == 0
