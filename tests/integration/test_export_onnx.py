@@ -279,17 +279,18 @@ def check_examples(said: str, study: Path) -> None:
 def test_the_dense_model_of_a_study_has_nothing_to_be_timed_with(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(study), "--trial", "0", "--onnx", str(tmp_path / "dense.onnx"), "--half"]) == 0
+    onnx, yaml = str(tmp_path / "dense.onnx"), str(tmp_path / "best.yaml")
+    assert main(["export", str(study), "--trial", "0", "--onnx", onnx, "--half", "--weights", "-o", yaml]) == 0
     said, notes = capsys.readouterr()
     assert "times as fast" not in said and "measured before" in said
     assert "most of an fp16 file in float32" in notes
-    assert read_facts(tmp_path / "dense.onnx").half and files(tmp_path) == ["dense.onnx"]
+    assert read_facts(onnx).half and files(tmp_path) == ["best.safetensors", "best.yaml", "dense.onnx"]
 
 
 def test_a_schedule_file_with_thresholds_is_frozen_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    schedule = Schedule((Stage(2, score="class_attention", threshold=0.01),))
+    schedule = Schedule((Stage(2, score="class_attention", threshold=1 / 64),))
     data = {"name": "digits", "train_images": 50, "val_images": 40}
-    save_schedule(schedule, tmp_path / "a.yaml", model={"name": DIGITS.name, "pretrained": True}, data=data)
+    save_schedule(schedule, tmp_path / "a.yaml", model={"name": DIGITS.name, "options": {"depth": 3}}, data=data)
     assert main(["export", str(tmp_path / "a.yaml"), "--onnx", str(tmp_path / "a.onnx")]) == 0
     said, notes = capsys.readouterr()
     assert "they become fixed counts" in notes and "GMACs for every image" in notes
