@@ -13,10 +13,10 @@ import fake_search
 import optuna
 import pytest
 from dying import Killed, die_at
-from fake_search import EVALUATED, RUNGS, SHAPE, records, run, small_study, study
+from fake_search import RUNGS, SHAPE, records, run, small_study, study
 
 from prunesearch.cli import main
-from prunesearch.config import IsoBudget, Limit, ModelConfig, Objective, SpaceConfig, StudyConfig
+from prunesearch.config import ConfirmConfig, IsoBudget, Limit, ModelConfig, Objective, SpaceConfig, StudyConfig
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.evaluate import METRICS, computed_metric
@@ -44,6 +44,7 @@ from prunesearch.relative_limits import (
 )
 from prunesearch.samplers.sampler_state import SamplerState
 from prunesearch.schedule import Schedule, Stage
+from prunesearch.search.confirm import wanted
 from prunesearch.search.driver import run_study
 from prunesearch.search.problems import study_problems
 from prunesearch.search.promotions import Promotions
@@ -321,6 +322,13 @@ def test_the_front_and_promotions_wait_for_the_dense_model() -> None:
     assert "not judged, as the dense model has no result at rung 1 yet" in line
 
 
+def test_only_the_front_within_is_confirmed(tmp_path: Path) -> None:
+    found = [evaluated(0, 100.0, origin="dense"), evaluated(1, 85.0, gmacs=0.009), evaluated(2, 60.0, gmacs=0.005)]
+    for limits, expected in (((), [DENSE, "u2", "u1"]), (TWENTY_POINTS, [DENSE, "u1"])):
+        config = study(limits=limits, confirm=ConfirmConfig(seeds=1))
+        assert [one.record.uid for one in wanted(config, tmp_path, found)] == expected
+
+
 class Told:
     """A proposer that notes what it is told."""
 
@@ -454,18 +462,20 @@ def fail_for_the_dense_model(task: Task) -> Evaluation:
 def test_a_dense_model_that_fails_ends_the_search(tmp_path: Path) -> None:
     config = replace(small_study(12), limits=TWENTY_POINTS)
 
-    def search(folder: Path, config: StudyConfig = config) -> None:
-        place = f"journal:{folder / 'study.log'}"
-        run_study(config, folder, storage=place, evaluate="test_relative_limits:fail_for_the_dense_model")
+    def search(folder: Path, config: StudyConfig = config, **options: Any) -> None:
+        place, evaluate = f"journal:{folder / 'study.log'}", "test_relative_limits:fail_for_the_dense_model"
+        run_study(config, folder, storage=place, evaluate=evaluate, **options)
+
+    def no_workers(*arguments: Any) -> Any:
+        raise AssertionError("nothing is evaluated in vain")
 
     said = r"limits.top1: relative to the dense model, whose evaluation failed at rung 1 \(oom\): too large. Possible"
     with pytest.raises(RunError, match=said):
         search(tmp_path)
     assert len(records(tmp_path)) < 12
-    EVALUATED.clear()
-    with pytest.raises(RunError, match=said):
-        search(tmp_path)
-    assert EVALUATED == []  # nothing is evaluated in vain
+    for searches in (True, False):  # again, and only to confirm
+        with pytest.raises(RunError, match=said):
+            search(tmp_path, make_workers=no_workers, search=searches)
     search(tmp_path / "other", replace(config, limits=(("top1", Limit(at_least=80.0)),)))
     assert len(records(tmp_path / "other")) == 12  # a limit that is a number does not need it
 
