@@ -68,9 +68,12 @@ def find_siblings(config: StudyConfig, offline: bool = False) -> Siblings:
                 f"siblings: auto finds none for {config.model.name}: {why_none}. Possible: timm names, or entries "
                 f"with a checkpoint of their own. List them, or leave siblings out."
             )
+    from prunesearch.evaluate.build import skeleton
+
     fitting: list[ModelConfig] = []
+    outputs = int(skeleton(config.model).num_classes) if models else 0  # type: ignore[arg-type]
     for sibling in dict.fromkeys(models):
-        why = None if offline and is_remote(sibling) else _misfit(sibling, config.model)
+        why = None if offline and is_remote(sibling) else _misfit(sibling, outputs)
         if why is None:
             fitting.append(sibling)
         else:
@@ -147,19 +150,19 @@ def _gmacs(model: ModelConfig) -> float:
         return float("inf")
 
 
-def _misfit(sibling: ModelConfig, model: ModelConfig) -> str | None:
-    """Why a sibling cannot be measured in the study of a model; None when nothing is known against it."""
+def _misfit(sibling: ModelConfig, outputs: int) -> str | None:
+    """Why a sibling cannot be measured beside a model with so many outputs; None when nothing is known against it."""
     import timm
 
     from prunesearch.evaluate.build import skeleton
 
     try:
         model_shape(sibling)
-        built, outputs = skeleton(sibling), int(skeleton(model).num_classes)  # type: ignore[arg-type]
+        classes = int(skeleton(sibling).num_classes)  # type: ignore[arg-type]
     except ModelError as error:
         return str(error)
-    if built.num_classes != outputs:
-        return f"it has {built.num_classes} classes, the model has {outputs}"
+    if classes != outputs:
+        return f"it has {classes} classes, the model has {outputs}"
     if not sibling.pretrained or is_remote(sibling):
         return None
     weights = timm.get_pretrained_cfg(sibling.name)

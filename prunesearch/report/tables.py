@@ -174,7 +174,7 @@ def siblings_table(
         trials = [", ".join(map(str, row[which])) or "none" for which in ("beaten_by", "beats")]
         table.add_row(Text(printable(row["origin"].removeprefix("dense sibling: "))), *cells, *trials)
     table.caption = Text(
-        "smaller dense models with weights of their own, as they come: not fine-tuned here, no part of the search\n"
+        "dense models with weights of their own, as they come: not fine-tuned here, no part of the search\n"
         "beaten by: trials of the front that are no worse in every objective, and better in one"
     )
     return table

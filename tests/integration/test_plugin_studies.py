@@ -124,7 +124,7 @@ def nothing_imported() -> Iterator[None]:
 
 
 LOOKING = {
-    "status": (["status", "STUDY"], "siblings    1 of 1 measured; vit_digits_patch1_8"),
+    "status": (["status", "STUDY"], "siblings   1 of 1 measured; vit_digits_patch1_8"),
     "status --json": (["status", "STUDY", "--json"], '"complete": 5'),
     "front": (["front", "STUDY", "--plot", "TMP/front.png"], "their_cost"),
     "front --json": (["front", "STUDY", "--json"], '"their_stride"'),
