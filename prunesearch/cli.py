@@ -50,6 +50,7 @@ from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
 from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import printable
+from prunesearch.report.profile_words import profile_lines
 from prunesearch.space.choices import combinations, dimensions
 from prunesearch.strict import to_mapping
 
@@ -177,7 +178,6 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _check_study(config: StudyConfig, deep: bool) -> int:
-    from prunesearch.report.profile_words import profile_lines
     from prunesearch.search.problems import check_study, start_schedules
     from prunesearch.search.sensitivity_start import MOST_STARTS, WORD
     from prunesearch.search.target_device import timing_notes, without_predictions
@@ -282,7 +282,6 @@ def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
     from prunesearch.report.plot import check_format
     from prunesearch.report.plot_profile import plot_profile
-    from prunesearch.report.profile_words import profile_lines
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from prunesearch.config import StudyConfig
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.files import save_profiles, with_profile
+from prunesearch.profile import profile_problems
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.study.reader import stored_config
@@ -89,6 +90,9 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     profile = device.table
     if profile is None:
         return []
+    problems = [f"device.table: {problem}" for problem in profile_problems(profile)]
+    if problems:
+        return problems
     if profile.shape != shape:
         return [
             f"device.profile: it is of {profile.model}, {profile.shape.depth} blocks of width {profile.shape.dim} and "

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from dying import Killed, die_at
+from fake_profiles import fake_profile
 from fake_search import EVALUATED, SHAPE, SPACE, records, run, study
 
 from prunesearch.config import BlockSpace, IsoBudget, Limit, Objective, SamplerConfig, SpaceConfig
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import MACS, estimate_cost, total_cost
 from prunesearch.errors import ScheduleError
+from prunesearch.evaluate.limits import CostBudget
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.propose import propose
 from prunesearch.samplers.sampler_state import SamplerState
@@ -36,6 +38,10 @@ DEIT = ModelShape(
 BUDGET = 0.008
 
 
+def budget(gmacs: float) -> CostBudget:
+    return CostBudget("gmacs", gmacs, MACS, gmacs)
+
+
 def cost_of(schedule: Schedule, shape: ModelShape) -> float:
     return estimate_cost(shape, schedule).gmacs
 
@@ -54,7 +60,7 @@ def suggestions(count: int, seed: int, shape: ModelShape, space: SpaceConfig = S
 
 def projected(schedule: Schedule, shape: ModelShape, gmacs: float) -> Schedule | None:
     try:
-        return within_budget(schedule, shape, gmacs)
+        return within_budget(schedule, shape, budget(gmacs))
     except ScheduleError:
         return None
 
@@ -97,10 +103,10 @@ def test_a_larger_budget_never_costs_less() -> None:
 
 
 def test_removes_more_where_more_was_removed() -> None:
-    found = within_budget(Schedule((Stage(2, keep=0.9), Stage(4, keep=0.5), Stage(6, keep=0.7))), DEIT, 3.0)
+    found = within_budget(Schedule((Stage(2, keep=0.9), Stage(4, keep=0.5), Stage(6, keep=0.7))), DEIT, budget(3.0))
     mild, strong, middle = (stage.keep or 0.0 for stage in found.stages)
     assert strong < middle < mild
-    again = within_budget(found, DEIT, 3.0)
+    again = within_budget(found, DEIT, budget(3.0))
     assert [step.kept for step in resolve(again, DEIT)] == [step.kept for step in resolve(found, DEIT)]
 
 
@@ -115,7 +121,7 @@ def test_removes_more_where_more_was_removed() -> None:
 )
 def test_what_cannot_come_to_the_budget_is_refused(stages: tuple[Stage, ...], gmacs: float) -> None:
     with pytest.raises(ScheduleError, match=r"budget.gmacs.*cannot come to this"):
-        within_budget(Schedule(stages), SHAPE, gmacs)
+        within_budget(Schedule(stages), SHAPE, budget(gmacs))
 
 
 def test_proposals_carry_what_was_drawn() -> None:
@@ -141,7 +147,7 @@ def test_a_search_competes_at_one_cost(tmp_path: Path) -> None:
         assert 0.95 * BUDGET < cost_of(record.schedule, SHAPE) <= BUDGET
         assert record.parameters is not None
         suggestion = schedule_from(record.parameters, space, SHAPE)
-        assert within_budget(suggestion, SHAPE, BUDGET) == record.schedule
+        assert within_budget(suggestion, SHAPE, budget(BUDGET)) == record.schedule
 
 
 @pytest.mark.parametrize("step", ["result", "written", "claimed", "discarded"])
@@ -187,3 +193,19 @@ def test_a_budget_that_cannot_be_met_is_explained() -> None:
     assert "Write limits: {gmacs: {at_most: 0.008}}" in problems(BUDGET, objectives=top1)[0]
     assert problems(BUDGET, objectives=top1, limits=(("gmacs", Limit(at_most=BUDGET)),)) == []
     assert "every candidate costs the budget" in problems(BUDGET, limits=(("gmacs", Limit(at_most=0.007)),))[0]
+
+
+def test_a_budget_in_milliseconds_is_kept() -> None:
+    """Later stages keep as many tokens as the budget allows, also where the MLP's time is a staircase."""
+    profile = fake_profile(DEIT)
+    dense, found = total_cost(DEIT, Schedule(), profile), 0
+    for suggestion in suggestions(60, 3, DEIT, SpaceConfig(blocks=(2, 4, 6, 8), keep=(0.4, 0.6, 0.8, 1.0))):
+        amount = 0.75 * dense
+        try:
+            moved = within_budget(suggestion, DEIT, CostBudget("predicted_latency_ms", amount, profile, "75%"))
+        except ScheduleError as error:
+            assert error.place == "budget.predicted_latency_ms"
+            continue
+        found += 1
+        assert 0.8 * amount < total_cost(DEIT, moved, profile) <= amount  # a stair may be in between
+    assert found > 20

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_profiles import fake_profile
 from torch import nn
 
-from prunesearch.config import DataConfig, MeasureConfig, ModelConfig
+from prunesearch.config import DataConfig, MeasureConfig, ModelConfig, Target
 from prunesearch.errors import DataError, UnknownNameError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.data import open_data
@@ -14,6 +15,7 @@ from prunesearch.evaluate.images import ImageInput
 from prunesearch.evaluate.measures import Subject, agreement, loss, top1, top5
 from prunesearch.evaluate.metrics import METRICS, Measured
 from prunesearch.evaluate.predict import Predictions
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.speed import peak_memory, time_batches
 from prunesearch.models import apply_schedule
 from prunesearch.schedule import Schedule, Stage
@@ -21,6 +23,7 @@ from prunesearch.schedule import Schedule, Stage
 CPU = torch.device("cpu")
 DIGITS = ModelConfig("vit_digits_patch1_8", pretrained=True)
 PRUNED = Schedule((Stage(1, keep=0.3),))
+TARGET = Target(DIGITS, fake_profile(model_shape(DIGITS)))
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +34,7 @@ def one_thread():
 def subject(model: nn.Module, schedule: Schedule = PRUNED) -> Subject:
     validation = open_data(DataConfig(train_images=10, val_images=60), build_model(DIGITS))[1]
     settings = MeasureConfig(speed_batch_size=4, speed_seconds=0.0)
-    return Subject(model, DIGITS, schedule, validation, settings, CPU, amp=True, dense_logits=lambda: DENSE[:60])
+    return Subject(model, TARGET, schedule, validation, settings, CPU, amp=True, dense_logits=lambda: DENSE[:60])
 
 
 def given(logits: torch.Tensor, labels: list[int]) -> Subject:
@@ -71,8 +74,8 @@ def test_every_metric_on_the_shipped_model(name: str):
         assert values[0].spread >= 0
     if name in ("gmacs", "agreement"):
         assert numbers[1] < numbers[0]
-    if metric.compute is not None:
-        assert numbers[1] == metric.compute(DIGITS, PRUNED)
+    if metric.computed:
+        assert numbers[1] == metric.of(TARGET, PRUNED)
 
 
 def test_unknown_metric_is_named():

@@ -14,6 +14,7 @@ from prunesearch.tokens import REDUCERS, SCORERS
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 NAMES = {*SCORERS, *REDUCERS, *SAMPLERS}
 OTHER_WORDS = {
+    "device/profiles.py": {"auto"},
     "evaluate/machine.py": {"auto"},
     "evaluate/siblings.py": {"auto"},
     "workers/ray_pool.py": {"auto"},

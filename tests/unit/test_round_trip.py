@@ -175,7 +175,10 @@ def tuples_in(kind: Any) -> bool:
     return get_origin(kind) is tuple or any(map(tuples_in, get_args(kind)))
 
 
-READ_BACK = {"Evaluation", "Sensitivities", "Effect", "Predicted", "Task", "SupernetWork", "AbsoluteLimit"}
+READ_BACK = {
+    "Evaluation", "Sensitivities", "Effect", "Predicted", "Task", "SupernetWork", "AbsoluteLimit", "Profile", "Curve",
+    "StageTime", "ModelShape",
+}  # fmt: skip
 """Not written by users. They hold measured values, which must never be refused."""
 WRITTEN = [(kind, field) for kind, field in FIELDS if kind.__name__ not in READ_BACK]
 

@@ -45,7 +45,7 @@ def proposer(sampler: Sampler, startup: int | None = None, space: SpaceConfig = 
             space,
             OBJECTIVES,
             config.limits,
-            config.model,
+            config.target,
             SHAPE,
             build=partial(build, config, SHAPE),
             seen=(),

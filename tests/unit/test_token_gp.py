@@ -31,7 +31,7 @@ def new_model(config: StudyConfig, seen: dict[str, object] | None = None) -> Tok
             config.space,
             config.objectives,
             config.limits,
-            config.model,
+            config.target,
             SHAPE,
             build=partial(build, config, SHAPE),
             seen={} if seen is None else seen,

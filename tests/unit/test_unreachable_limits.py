@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_search import study
 
-from prunesearch.config import Limit, ModelConfig, SpaceConfig, StudyConfig, SupernetConfig, ThresholdRange
+from prunesearch.config import Limit, ModelConfig, SpaceConfig, StudyConfig, SupernetConfig, Target, ThresholdRange
 from prunesearch.errors import FileError, ScheduleError
 from prunesearch.evaluate import METRICS, model_shape
 from prunesearch.search.driver import run_study
@@ -33,11 +33,11 @@ def limited(space: str | SpaceConfig, metric: str, limit: Limit) -> StudyConfig:
 
 def values(space: str, metric: str) -> list[float]:
     """The metric of every candidate of a space."""
-    compute, found = METRICS[metric].compute, []
-    assert compute is not None
+    found = []
     for index in range(combinations(SPACES[space]) or 0):
         with suppress(ScheduleError):
-            value = compute(MODEL, schedule_from(combination(SPACES[space], index), SPACES[space], model_shape(MODEL)))
+            schedule = schedule_from(combination(SPACES[space], index), SPACES[space], model_shape(MODEL))
+            value = METRICS[metric].of(Target(MODEL), schedule)
             assert value is not None
             found.append(value)
     return found
