@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -43,9 +44,16 @@ class Curve:
             before = slope
         return value
 
-    def times(self, factor: float) -> Curve:
-        """The curve with all milliseconds multiplied."""
-        return Curve(self.tokens, tuple(factor * value for value in self.ms), self.error)
+    def plus(self, more: Mapping[int, float]) -> Curve:
+        """The curve with more milliseconds: given at some numbers of tokens, in between on a straight line, and beyond
+        the last ones as there. At most half of a value is taken away."""
+        if not more:
+            return self
+        tokens, ms = zip(*sorted(more.items()), strict=True)
+        line = Curve(tokens, ms, (0.0,) * len(ms))
+        more_at = [line.at(min(max(count, tokens[0]), tokens[-1])) for count in self.tokens]
+        values = (value + max(extra, -0.5 * value) for value, extra in zip(self.ms, more_at, strict=True))
+        return Curve(self.tokens, tuple(values), self.error)
 
     def _slopes(self) -> list[float]:
         points = list(zip(self.tokens, self.ms, strict=True))

@@ -1,8 +1,8 @@
 """Measure a device profile: every part of a model in turns, then what each score and verb adds, then the whole.
 
-What is measured are real parts with the model's own sizes, in the runtime that will run them. Their sum is scaled to
-the dense model as measured whole. What a stage takes in a model is more than its kernels alone, which run from warm
-caches: the difference is found on a piece of the model with and without stages.
+What is measured are real parts with the model's own sizes, in the runtime that will run them. In a model they take more
+than alone, where they run from warm caches. How much more a block takes is found on all blocks together, for two
+numbers of tokens; how much more a stage takes, on a piece of the model with and without stages.
 """
 
 from __future__ import annotations
@@ -134,9 +134,9 @@ class _Look:
         tokens = [count + self.shape.prefix_tokens for count in counts]
         found: dict[Key, _Work] = {}
         for name, parts in self.parts.curve_parts(self.model, self.images, tokens).items():
-            runs = self._prepared(parts, f"{name} of a block")
-            rows = zip(tokens, parts, runs, strict=True)
-            found |= {(name, count): _Work(run, part.blocks) for count, part, run in rows}
+            runs = self._prepared(list(parts.values()), f"{name} of a block")
+            rows = zip(parts.items(), runs, strict=True)
+            found |= {(name, count): _Work(run, part.blocks) for (count, part), run in rows}
         return found
 
     def stages(self, verbs: Sequence[str], scores: Sequence[str]) -> dict[Key, _Work]:
@@ -267,17 +267,14 @@ def _checks(shape: ModelShape, verbs: Sequence[str]) -> list[Schedule]:
 
 
 def _profile(times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> Profile:
-    """The profile of parts alone, scaled so that the dense model takes what it takes whole."""
+    """The profile of parts alone, with what a block takes more in the dense model than its halves take alone."""
     dense = 1e3 * times[("dense",)].seconds
-    fixed = 1e3 * times[("stem",)].seconds if ("stem",) in times else 0.0
     attention, sized, mlp, last = (_curve(name, times) for name in ("attention", "sized_attention", "mlp", "last"))
     assert mlp is not None
-    tokens = shape.patch_tokens + shape.prefix_tokens
-    end = 0.0 if last is None else last.at(tokens)
-    blocks = shape.depth * (mlp.at(tokens) + (0.0 if attention is None else attention.at(tokens)))
-    if ("stem",) not in times:  # the rest of a model with a feature map
-        fixed = dense - end - blocks
-    factor = max(dense - fixed - end, 0.0) / blocks
+    wholes = {key[1]: 1e3 * value.seconds for key, value in times.items() if key[0] == "whole"}
+    if attention is not None and last is not None:
+        mlp = mlp.plus({n: (ms - last.at(n)) / shape.depth - attention.at(n) - mlp.at(n) for n, ms in wholes.items()})
+    fixed = 1e3 * times[("stem",)].seconds if ("stem",) in times else dense - shape.depth * mlp.at(shape.patch_tokens)
     return Profile(
         model="",
         shape=shape,
@@ -285,12 +282,12 @@ def _profile(times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[s
         runtime="",
         batch=1,
         fixed=fixed,
-        mlp=mlp.times(factor),
+        mlp=mlp,
         verbs=tuple(_stage_time(verb, "verb", times) for verb in verbs),
         scores=tuple(_stage_time(score, "score", times) for score in scores),
         dense_ms=dense,
-        attention=None if attention is None else attention.times(factor),
-        sized_attention=None if sized is None else sized.times(factor),
+        attention=attention,
+        sized_attention=sized,
         last=last,
     )
 

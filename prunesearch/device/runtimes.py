@@ -130,6 +130,8 @@ def _onnxruntime(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.log_severity_level = 3
+    # by default the threads of a session stay busy for a while after a run, and take CPU time from the next session
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with _exported(modules[0], inputs[0], tokens_axis) as path:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]

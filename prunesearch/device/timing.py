@@ -12,17 +12,17 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
-VISITS = (0.003, 0.02)
+VISITS = (0.002, 0.008)
 """Seconds of a visit to a short piece, at least and at most: it is repeated for so long. Longer is fairer, as other
 work on the machine then slows all pieces alike; shorter gives more rounds."""
-ROUNDS = 15
+ROUNDS = 25
 """Visits are so short that about so many rounds fit in the time."""
-FEWEST_ROUNDS = 4
-LONG = 0.25
+FEWEST_ROUNDS = 5
+LONG = 0.5
 """What takes longer than this many seconds is visited in the first FEWEST_ROUNDS rounds only."""
 ENOUGH_ERROR = 0.005
 """Measuring ends early when the standard error of every piece is below this share of its time."""
-QUIET = 0.3
+QUIET = 0.25
 """A piece takes what it took in this share of its visits, the fastest ones: noise only adds time."""
 SWEEPS = 20
 
@@ -71,8 +71,7 @@ def _single(run: Callable[[], object], wait: Callable[[], None]) -> float:
 
 
 def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    if repeats > 1:
-        run()  # a short piece shall not pay for the caches that the one before it has filled
+    run()  # a piece shall not pay for caches and memory that the one before it has filled
     wait()
     start = time.perf_counter()
     for _ in range(repeats):

@@ -73,7 +73,7 @@ def stem_part(model: Any, images: Tensor) -> Part | None:
     return None
 
 
-def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, list[Part]]:
+def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
     """The MLP of a block, for each number of positions that go through it. With all of them none are held."""
     shape, stage = shape_of(model), stages_of(model)[STAGE]
     blocks: Any = stage.blocks
@@ -82,11 +82,11 @@ def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, 
     order_Bn = x_BnC[..., 0].argsort(dim=1)
     inputs = (x_BnC, order_Bn, order_Bn.argsort(dim=1))
     chains = [blocks[place : place + CHAIN] for place in range(0, max(len(blocks) - CHAIN + 1, 1), CHAIN)]
-    parts = []
+    parts = {}
     for tokens in counts:
         verb = holding if tokens < shape.patch_tokens else None
         modules = tuple(Mlps(chain, shape, verb, tokens).to(images.device).eval() for chain in chains)
-        parts.append(Part(modules, inputs, len(chains[0])))
+        parts[tokens] = Part(modules, inputs, len(chains[0]))
     return {"mlp": parts}
 
 

@@ -19,6 +19,8 @@ from prunesearch.tokens.registry import REDUCERS, SCORERS
 
 CHAIN = 2
 """Blocks that one call of a part runs."""
+SPARSE = 2
+"""Attention with sizes is measured at every second number of tokens."""
 PIECE = 4
 """Blocks of a piece, see `piece_of`."""
 
@@ -78,6 +80,18 @@ class Last(nn.Module):
         return self.model.forward_head(self.model.norm(x_BNC))
 
 
+class Whole(nn.Module):
+    """All blocks and what follows them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        """Tokens to logits."""
+        return self.model.forward_head(self.model.norm(self.model.blocks(x_BNC)))
+
+
 class Score(nn.Module):
     """A score of the patch tokens, from what an attention layer has computed anyway."""
 
@@ -118,22 +132,29 @@ def stem_part(model: Any, images: Tensor) -> Part:
     return Part((Stem(model),), (images,))
 
 
-def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, list[Part]]:
-    """The parts that depend on a number of tokens, prefix included: one for each count.
+def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
+    """The parts that depend on a number of tokens, by these numbers, prefix included.
 
-    Names are those of fields of `profile.Profile`.
+    Names are those of fields of `profile.Profile`, and "whole": all blocks one after the other. Where a curve is nearly
+    straight, or is a small part of the whole, fewer points are measured.
     """
     first = range(0, max(len(model.blocks) - CHAIN + 1, 1), CHAIN)
     chains = [model.blocks[place : place + CHAIN] for place in first]
     attentions, mlps, last = tuple(map(Attentions, chains)), tuple(map(Mlps, chains)), (Last(model),)
-    blocks, parts = len(chains[0]), defaultdict(list)
+    whole = (Whole(model),)
+    blocks = len(chains[0])
+    parts: dict[str, dict[int, Part]] = defaultdict(dict)
     for tokens in counts:
         x_BNC = example(len(images), tokens, model.embed_dim, like=images)
         bias_B11N = example(len(images), 1, 1, tokens, like=images).abs()
-        parts["attention"].append(Part(attentions, (x_BNC,), blocks, ((0, 1),)))
-        parts["sized_attention"].append(Part(attentions, (x_BNC, bias_B11N), blocks, ((0, 1), (1, 3))))
-        parts["mlp"].append(Part(mlps, (x_BNC,), blocks, ((0, 1),)))
-        parts["last"].append(Part(last, (x_BNC,), 1, ((0, 1),)))
+        parts["attention"][tokens] = Part(attentions, (x_BNC,), blocks, ((0, 1),))
+        parts["mlp"][tokens] = Part(mlps, (x_BNC,), blocks, ((0, 1),))
+        if tokens in counts[::-SPARSE]:
+            parts["sized_attention"][tokens] = Part(attentions, (x_BNC, bias_B11N), blocks, ((0, 1), (1, 3)))
+        if tokens in (counts[len(counts) // 2], counts[-1]):
+            parts["whole"][tokens] = Part(whole, (x_BNC,), 1, ((0, 1),))
+        if tokens in (counts[0], counts[-1]):
+            parts["last"][tokens] = Part(last, (x_BNC,), 1, ((0, 1),))
     return dict(parts)
 
 
