@@ -50,7 +50,7 @@ from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
 from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import printable
-from prunesearch.report.profile_words import profile_lines
+from prunesearch.report.profile_words import profile_lines, summary
 from prunesearch.space.choices import combinations, dimensions
 from prunesearch.strict import to_mapping
 
@@ -202,7 +202,7 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
         print(f"  {'device':<20} measured when the search starts; limits on what it predicts are checked then")
         config = without_predictions(config)
     elif config.device is not None and config.device.table is not None:
-        _print(f"  {'device':<20} {profile_lines(config.device.table)[0]}")
+        _print(f"  {'device':<20} {', '.join(profile_lines(config.device.table)[:2])}")
     dense = computed_dense(config.limits, config.target)
     for name, limit in config.limits:
         words = in_words(name, limit, dense.get(name), goal_of(name, config.objectives), "dense is measured first")
@@ -305,7 +305,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     ):
         profiles.append(profile)
         if not parsed.json:
-            _print(*profile_lines(profile), "")
+            _print(*([summary(profile)] if parsed.brief else [*profile_lines(profile), ""]))
         if parsed.output is not None:
             save_profiles(profiles, parsed.output)  # after each batch, so that an interrupt loses one at most
     if parsed.json:
@@ -851,7 +851,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file"
     )
     profile.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
-    profile.add_argument("--json", action="store_true", help="as JSON instead of words")
+    form = profile.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON instead of words")
+    form.add_argument("--brief", action="store_true", help="one line for each batch size")
     profile.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the profile to a file")
 
     status = verb("status", _status, "how far a study is; works while it runs")

@@ -73,7 +73,11 @@ def measure_profile(
     """
     shape = shape_of(model)
     verbs = [name for name in REDUCERS if REDUCERS[name].holds == shape.holds] if verbs is None else list(verbs)
-    scores = _fitting_scores(shape) if scores is None else list(scores)
+    fitting = _fitting_scores(shape)
+    scores = fitting if scores is None else [score for score in scores if score in fitting]
+    if not scores and any(REDUCERS[verb].ranks for verb in verbs):
+        scores = [usual_score(shape, fitting)]
+    score = usual_score(shape, scores)
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
     look = _Look(model, shape, images, runtime, settings)
@@ -81,8 +85,8 @@ def measure_profile(
     with threads_set(settings):
         say(f"making {runtime.name} ready for batch {batch}")
         work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
-        checks = _checks(shape, verbs)
-        work |= look.models({verb: _gentle(verb, look.piece_shape) for verb in verbs}, checks)
+        checks = _checks(shape, verbs, score)
+        work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
         say(f"measuring {len(work)} parts for up to {seconds:.0f} s")
         first = _times(work, seconds * (1 - SECOND_LOOK), wait)
         bends = _bends(first, shape)
@@ -104,7 +108,7 @@ def measure_profile(
         precision=settings.precision,
         versions=versions,
     )
-    found = _with_time_in_models(found, first, look.piece_shape)
+    found = _with_time_in_models(found, first, look.piece_shape, score)
     misses = [
         total_cost(shape, schedule, found) / (1e3 * first[("check", index)].seconds) - 1
         for index, schedule in enumerate(checks)
@@ -148,7 +152,7 @@ class _Look:
                 tokens = round(share * shape.patch_tokens) + shape.prefix_tokens
                 found[("score", name, tokens)] = self.parts.score_part(self.model, self.images, name, tokens)
         for verb in verbs:
-            for step in _designs(verb, shape):
+            for step in _designs(verb, shape, usual_score(shape, scores)):
                 found[("verb", verb, step.before, step.after)] = self.parts.verb_part(self.model, self.images, step)
         return self._ready(found)
 
@@ -218,41 +222,41 @@ def _fitting_scores(shape: ModelShape) -> list[str]:
     ]
 
 
-def usual_score(verb: str, shape: ModelShape) -> str:
-    """The score that a verb is measured with in a model."""
-    if not REDUCERS[verb].ranks:
-        return "none"
-    fitting = _fitting_scores(shape)
-    return DEFAULT_SCORE if DEFAULT_SCORE in fitting else fitting[0]
+def usual_score(shape: ModelShape, scores: Sequence[str]) -> str:
+    """The score, among those that are measured, that stages have when the time of a verb is found."""
+    return DEFAULT_SCORE if DEFAULT_SCORE in scores else next(iter(scores), "none")
 
 
-def _stage(verb: str, block: int, shape: ModelShape, keep: float) -> Stage:
-    return Stage(block, at="pre" if shape.holds else "mid", score=usual_score(verb, shape), keep=keep, reduce=verb)
+def _stage(verb: str, block: int, shape: ModelShape, keep: float, score: str) -> Stage:
+    score = score if REDUCERS[verb].ranks else "none"
+    return Stage(block, at="pre" if shape.holds else "mid", score=score, keep=keep, reduce=verb)
 
 
-def _designs(verb: str, shape: ModelShape) -> list[Step]:
+def _designs(verb: str, shape: ModelShape, score: str) -> list[Step]:
     """Steps at which a verb is measured alone."""
     found = {}
     for present, keep in DESIGNS:
         before = max(2, round(present * shape.patch_tokens))
         keep = max(keep, REDUCERS[verb].fewest_kept(before) / before)
-        step = resolve(Schedule((_stage(verb, 0, shape, keep),)), replace(shape, patch_tokens=before))[0]
+        step = resolve(Schedule((_stage(verb, 0, shape, keep, score),)), replace(shape, patch_tokens=before))[0]
         found[(step.before, step.after)] = step
     return [step for step in found.values() if not step.is_idle]
 
 
-def _gentle(verb: str, shape: ModelShape) -> Schedule:
+def _gentle(verb: str, shape: ModelShape, score: str) -> Schedule:
     """A schedule with a gentle stage in every block."""
-    return Schedule(tuple(_stage(verb, block, shape, GENTLE) for block in range(shape.depth)))
+    return Schedule(tuple(_stage(verb, block, shape, GENTLE, score) for block in range(shape.depth)))
 
 
-def _checks(shape: ModelShape, verbs: Sequence[str]) -> list[Schedule]:
+def _checks(shape: ModelShape, verbs: Sequence[str], score: str) -> list[Schedule]:
     """Schedules, drawn with a fixed seed, that no time is derived from."""
     draw, found = random.Random(0), []
     for _ in range(100):
         blocks = draw.sample(range(shape.depth), min(3, shape.depth))
         verb = draw.choice(list(verbs))
-        schedule = Schedule(tuple(_stage(verb, block, shape, draw.choice((0.6, 0.7, 0.8))) for block in blocks))
+        keeps = [draw.choice((0.6, 0.7, 0.8)) for _ in blocks]
+        stages = [_stage(verb, block, shape, keep, score) for block, keep in zip(blocks, keeps, strict=True)]
+        schedule = Schedule(tuple(stages))
         try:
             resolve(schedule, shape)
         except ScheduleError:  # pooled tokens have no attention to be scored by
@@ -328,14 +332,14 @@ def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> tuple[list[floa
     return best, least
 
 
-def _with_time_in_models(profile: Profile, times: Mapping[Key, Measured], piece: ModelShape) -> Profile:
+def _with_time_in_models(profile: Profile, times: Mapping[Key, Measured], piece: ModelShape, score: str) -> Profile:
     """Add to each verb what its stages take in a piece of the model beyond their parts: calls, cold caches."""
     dense = times[("piece", "")].seconds
 
     def corrected(verb: StageTime) -> StageTime:
-        schedule = _gentle(verb.name, piece)
+        schedule = _gentle(verb.name, piece, score)
         measured = 1e3 * (times[("piece", verb.name)].seconds - dense)
         predicted = total_cost(piece, schedule, profile) - total_cost(piece, Schedule(), profile)
-        return replace(verb, fixed=verb.fixed + (measured - predicted) / len(schedule.stages))
+        return replace(verb, fixed=max(verb.fixed + (measured - predicted) / len(schedule.stages), 0.0))
 
     return replace(profile, verbs=tuple(map(corrected, profile.verbs)))

@@ -15,7 +15,9 @@ from prunesearch.device.runtimes import DTYPES, Settings, runtime_of
 from prunesearch.errors import DeviceError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import find_device, versions
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.profile import Profile
+from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.tokens import REDUCERS, SCORERS
 
@@ -55,6 +57,7 @@ def measure_profiles(
     for registry, names in ((REDUCERS, verbs), (SCORERS, scores)):
         for name in names or ():
             registry[name]  # raises for an unknown name
+    _check_fit(model_shape(model), verbs or ())
     settings = Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
     built = build_model(ModelConfig(model.name, False, None, model.image_size, model.num_classes, model.options))
     built = built.to(target, DTYPES[precision]).eval()
@@ -72,6 +75,14 @@ def measure_profiles(
             device=processor(target),
             say=say,
         )
+
+
+def _check_fit(shape: ModelShape, verbs: Sequence[str]) -> None:
+    """Raise DeviceError for a verb that models of this kind do not take."""
+    possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
+    for name in verbs:
+        if name not in possible:
+            raise DeviceError(f"verb {name}: this model does not take it. Possible: {', '.join(possible)}. Name those.")
 
 
 def processor(device: torch.device) -> str:

@@ -20,34 +20,42 @@ WORTH = 1.02
 
 
 def profile_lines(profile: Profile) -> list[str]:
-    """What can be gained, a sentence each; the first line says where and how it was measured."""
-    shape, dense = profile.shape, profile.dense_ms
+    """What can be gained, a sentence each: how it was measured, the summary, verbs in every block, how sure it is."""
     threads = f", {profile.threads} thread{'s' * (profile.threads != 1)}" if profile.threads else ""
     lines = [
-        f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}, batch {profile.batch}: "
-        f"the dense model takes {_ms(dense)}."
+        f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}",
+        summary(profile),
+        *_in_every_block(profile),
     ]
-    least = floor_ms(profile)
-    lines.append(
-        f"{_ms(least)} of that do not depend on tokens: no schedule can be more than {dense / least:.1f} x as fast."
-    )
-    block = shape.depth // 3
-    half = [
-        (dense / total_cost(shape, schedule, profile), verb)
-        for verb in _verbs(profile)
-        if (schedule := _one_stage(verb, profile, block)) is not None
-    ]
-    if half:
-        gain, verb = max(half)
-        lines.append(f"Half the tokens from block {block} on ({verb}): {gain:.2f} x.")
-    lines += _in_every_block(profile)
     if profile.check:
-        worst = max(map(abs, profile.check))
-        count = len(profile.check)
+        worst, count = max(map(abs, profile.check)), len(profile.check)
         lines.append(
             f"How sure: {count} schedules that were measured whole are within {worst:.0%} of what the parts say."
         )
     return lines
+
+
+def summary(profile: Profile) -> str:
+    """What can be gained, in one sentence."""
+    shape, dense = profile.shape, profile.dense_ms
+    least = min(floor_ms(profile), dense)
+    parts = [
+        f"batch {profile.batch}: {_ms(least)} of {_ms(dense)} do not depend on tokens, so no schedule is more than "
+        f"{dense / least:.1f} x as fast"
+    ]
+    block = shape.depth // 3
+    half = [
+        (gain, verb)
+        for verb in _verbs(profile)
+        if (gain := _gain(profile, Schedule((_stage(verb, profile, block, HALF),)))) is not None
+    ]
+    if half:
+        gain, verb = max(half)
+        parts.append(f"half the tokens from block {block} on ({verb}) give {gain:.2f} x")
+    every = [gain for _, gain in _gains_in_every_block(profile)]
+    if every and max(every) <= WORTH:
+        parts.append("a stage in every block costs as much as it saves, or more")
+    return "; ".join(parts) + "."
 
 
 def floor_ms(profile: Profile) -> float:
@@ -59,24 +67,21 @@ def floor_ms(profile: Profile) -> float:
 
 def _in_every_block(profile: Profile) -> list[str]:
     """For verbs that run in every block: what they gain, or that they cost more than they save."""
-    shape = profile.shape
-    gains: list[tuple[float, str]] = []
-    losses: list[str] = []
+    gains = _gains_in_every_block(profile)
+    listed = ", ".join(f"{verb} {gain:.2f} x" for verb, gain in sorted(gains, key=lambda one: -one[1]) if gain > WORTH)
+    losses = ", ".join(verb for verb, gain in gains if gain <= WORTH)
+    text = [f"A stage in every block that keeps {MERGED_PER_BLOCK:.0%}: {listed}."] if listed else []
+    return text + ([f"In every block these cost as much as they save, or more: {losses}."] if losses else [])
+
+
+def _gains_in_every_block(profile: Profile) -> list[tuple[str, float]]:
+    found = []
     for verb in _verbs(profile):
-        stages = [_stage(verb, profile, block, MERGED_PER_BLOCK) for block in range(shape.depth)]
+        stages = [_stage(verb, profile, block, MERGED_PER_BLOCK) for block in range(profile.shape.depth)]
         gain = _gain(profile, Schedule(tuple(stages)))
         if gain is not None:
-            if gain > WORTH:
-                gains.append((gain, verb))
-            else:
-                losses.append(verb)
-    text = []
-    if gains:
-        listed = ", ".join(f"{verb} {gain:.2f} x" for gain, verb in sorted(gains, reverse=True))
-        text.append(f"A stage in every block that keeps {MERGED_PER_BLOCK:.0%}: {listed}.")
-    if losses:
-        text.append(f"In every block these cost as much as they save, or more: {', '.join(losses)}.")
-    return text
+            found.append((verb, gain))
+    return found
 
 
 def _verbs(profile: Profile) -> list[str]:
@@ -93,11 +98,6 @@ def _stage(verb: str, profile: Profile, block: int, keep: float) -> Stage:
         min(profile.scores, key=lambda time: time.at(profile.shape.patch_tokens, 0)).name if _ranks(verb) else "none"
     )
     return Stage(block, at="pre" if profile.shape.holds else "mid", score=score, keep=keep, reduce=verb)
-
-
-def _one_stage(verb: str, profile: Profile, block: int) -> Schedule | None:
-    schedule = Schedule((_stage(verb, profile, block, HALF),))
-    return schedule if _gain(profile, schedule) is not None else None
 
 
 def _gain(profile: Profile, schedule: Schedule) -> float | None:
