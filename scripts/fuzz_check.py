@@ -168,6 +168,8 @@ WORDS: dict[str, Sequence[str]] = {
     "Limit.at_most": SHARES,
     "Limit.at_least": SHARES,
     "IsoBudget.gmacs": SHARES,
+    "IsoBudget.predicted_latency_ms": SHARES,
+    "siblings": ["auto", "deit_tiny_patch16_224", "test_vit", "resnet18"],
     "SamplerConfig.name": [*SAMPLERS],
     "ModelConfig.name": [
         "vit_digits_patch1_8",
@@ -197,7 +199,7 @@ def copied(value: Any) -> Any:
 
 
 def _mutate(content: Any, kind: type, generator: random.Random) -> None:
-    fields = [field for field in dataclasses.fields(kind) if field.name != "plugins"]
+    fields = [field for field in dataclasses.fields(kind) if field.name not in ("plugins", "table", "profile")]
     field = generator.choice(fields)
     hint = typing.get_type_hints(kind)[field.name]
     inner = [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)]

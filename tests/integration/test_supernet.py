@@ -27,6 +27,7 @@ from prunesearch.config import (
     StopConfig,
     StudyConfig,
     SupernetConfig,
+    Target,
     ThresholdRange,
     WorkersConfig,
 )
@@ -79,11 +80,11 @@ def one_thread() -> None:
 
 
 def draw_schedule(work: SupernetWork, model: ModelConfig, generator: random.Random) -> Schedule:
-    return sampling.draw_schedule(work.space, work.limits, model, generator)
+    return sampling.draw_schedule(work.space, work.limits, Target(model), generator)
 
 
 def cheapest_schedule(work: SupernetWork, model: ModelConfig) -> Schedule:
-    return sampling.cheapest_schedule(work.space, work.limits, model)
+    return sampling.cheapest_schedule(work.space, work.limits, Target(model))
 
 
 def work(space: SpaceConfig = SPACE, schedules: int = 2, **limits: AbsoluteLimit) -> SupernetWork:

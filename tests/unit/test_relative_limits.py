@@ -24,7 +24,7 @@ from prunesearch.evaluate.limits import (
     AbsoluteLimit,
     Limits,
     WrittenLimits,
-    budget_gmacs,
+    budget_of,
     computed_limits,
     excess,
     resolved_limits,
@@ -227,9 +227,8 @@ def tokens_left() -> Iterator[str]:
 def test_a_share_of_a_computed_metric_is_a_number_before_the_search(metric: str, tokens_left: str) -> None:
     goal = METRICS[metric].goal
     limit = Limit(at_most="80%") if goal == "minimize" else Limit(at_least="80%")
-    compute = METRICS[metric].compute
-    assert compute is not None
-    dense = compute(study().model, Schedule())
+    dense = METRICS[metric].of(study().target, Schedule())
+    assert dense is not None
     assert dense is not None
     ((_, found),) = computed_limits(limited(**{metric: limit}))
     assert (found.at_most if goal == "minimize" else found.at_least) == pytest.approx(0.8 * dense)
@@ -265,7 +264,8 @@ def test_a_search_with_a_share_is_the_search_with_its_number(tmp_path: Path) -> 
 
 def test_a_budget_may_be_a_share(tmp_path: Path) -> None:
     number = 60 / 100 * DENSE_GMACS
-    assert budget_gmacs(study(budget=IsoBudget("60%"))) == pytest.approx(number)
+    found = budget_of(study(budget=IsoBudget("60%")))
+    assert found is not None and (found.metric, found.amount) == ("gmacs", pytest.approx(number))
     uids = []
     for name, gmacs in {"share": "60%", "number": number}.items():
         run(study(8, budget=IsoBudget(gmacs)), tmp_path / name)
