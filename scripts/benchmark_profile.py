@@ -162,17 +162,19 @@ def page(rows: Sequence[Row], parsed: argparse.Namespace) -> str:
     threads = "" if parsed.threads is None else f" --threads {parsed.threads}"
     command = (
         f"python scripts/benchmark_profile.py --models {' '.join(parsed.models)} --batches "
-        f"{' '.join(map(str, parsed.batches))} --runtimes {' '.join(parsed.runtimes)}{threads} --seconds {parsed.seconds:g} "
-        f"--out benchmarks/profile.md"
+        f"{' '.join(map(str, parsed.batches))} --runtimes {' '.join(parsed.runtimes)}{threads} "
+        f"--seconds {parsed.seconds:g} --out benchmarks/profile.md"
     )
+    low, high = SHARES
+    machine = f"{processor(find_device('cpu'))}, {first.threads} thread{'s' * (first.threads != 1)}"
     return f"""# Predicted and measured speed-ups
 
-For each model, batch size and runtime: a profile ({parsed.seconds:.0f} s of measuring), and {SCHEDULES} random schedules (seed
-{SEED}) of {", ".join(VERBS)}, which cost {SHARES[0]:.0%} to {SHARES[1]:.0%} of the dense model's MACs, measured whole, in turns with the dense
-model. Compared is the speed-up over the dense model, because the speed of a shared machine drifts between the profile
-and the measurement. tau: Kendall's, of the two orders.
+For each model, batch size and runtime: a profile ({parsed.seconds:.0f} s of measuring), and {SCHEDULES} random
+schedules (seed {SEED}) of {", ".join(VERBS)}, which cost {low:.0%} to {high:.0%} of the dense
+model's MACs, measured whole, in turns with the dense model. Compared is the speed-up over the dense model, because the
+speed of a shared machine drifts between the profile and the measurement. tau: Kendall's, of the two orders.
 
-{processor(find_device("cpu"))}, {first.threads} threads, float32, {", ".join(map(" ".join, versions.items()))}.
+{machine}, float32, {", ".join(map(" ".join, versions.items()))}.
 Random weights.
 
 | model | batch | runtime | dense, ms | measured speed-ups | median error | largest error | tau |
