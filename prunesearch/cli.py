@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
 from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfig
-from prunesearch.cost import Cost, estimate_cost
-from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
+from prunesearch.cost import Cost, estimate_cost, total_cost
+from prunesearch.errors import DeviceError, FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
@@ -37,6 +37,7 @@ from prunesearch.export.sources import Given, guessed_normalisation, model_and_d
 from prunesearch.files import (
     ScheduleFile,
     is_schedule_file,
+    load_profiles,
     load_schedule_file,
     load_study,
     override_study,
@@ -51,14 +52,16 @@ from prunesearch.plugins import all_plugins, import_plugins
 from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import printable
 from prunesearch.report.profile_words import profile_lines, summary
+from prunesearch.schedule import Schedule
 from prunesearch.space.choices import combinations, dimensions
 from prunesearch.strict import to_mapping
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from prunesearch.profile import Profile
     from prunesearch.record import Record
-    from prunesearch.schedule import Schedule
+    from prunesearch.shape import ModelShape
     from prunesearch.study.reader import StudyReader
 
 EXAMPLES = """\
@@ -211,8 +214,10 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     if budget is not None:
         print(f"  {'budget':<20} {budget.metric} {bound_in_words(budget.written, budget.amount)}")
     for origin, schedule in start_schedules(config, shape):
-        cost = estimate_cost(shape, schedule)
-        _print(f"  {origin.removeprefix('start: '):<20} {_cost_in_words(schedule, cost)}")
+        words = _cost_in_words(schedule, estimate_cost(shape, schedule))
+        if config.target.profile is not None and not schedule.is_adaptive:
+            words += f", {total_cost(shape, schedule, config.target.profile):.4g} ms"
+        _print(f"  {origin.removeprefix('start: '):<20} {words}")
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)
         measured = f"{len(stages)} stages that the run measures first"
@@ -252,7 +257,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
     from prunesearch.report.plot_sensitivity import plot_sensitivity
     from prunesearch.report.sensitivity_tables import predicted_table, sensitivity_table
     from prunesearch.search.problems import check_study
-    from prunesearch.search.sensitivity_start import predicted_starts
+    from prunesearch.search.sensitivity_start import cost_table, predicted_starts
 
     config = load_study(parsed.file, parsed.set)
     for path in (parsed.output, parsed.plot):
@@ -268,7 +273,8 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
         print(json.dumps({**to_mapping(found), "predicted": to_mapping(starts)}, indent=2))
     else:
         _console().print(sensitivity_table(found))
-        _console().print(predicted_table(starts, estimate_cost(shape).gmacs))
+        costs = cost_table(config)
+        _console().print(predicted_table(starts, total_cost(shape, Schedule(), costs), costs.metric))
     if parsed.output is not None:
         save_sensitivities(found, parsed.output)
         _print(f"Table: {parsed.output}", file=sys.stderr)
@@ -334,7 +340,22 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     print(f"  {_cost_in_words(schedule, cost)}; the dense model costs {dense.gmacs:.5g}")
     if not schedule.is_adaptive:
         print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
+    for profile in () if parsed.profile is None else load_profiles(parsed.profile):
+        _print(f"  {_predicted(profile, model_shape(model), schedule)}")
     return 0
+
+
+def _predicted(profile: Profile, shape: ModelShape, schedule: Schedule) -> str:
+    """What a profile predicts for a schedule, as text. Raises DeviceError for a profile of another model."""
+    if profile.shape != shape:
+        raise DeviceError(
+            f"--profile: it is of {profile.model} with {profile.shape.patch_tokens} patch tokens, not of this model. "
+            f"Possible: a profile of the same model at the same size. Make one with prunesearch profile."
+        )
+    dense, ms = total_cost(shape, Schedule(), profile), total_cost(shape, schedule, profile)
+    most = "at most " if schedule.is_adaptive else ""
+    where = f"batch {profile.batch} in {profile.runtime} on {profile.device}"
+    return f"{where}: {most}{ms:.4g} ms predicted, dense {dense:.4g}, {dense / ms:.2f} x as fast"
 
 
 def _dense_gmacs(model: ModelConfig) -> float:
@@ -822,6 +843,7 @@ def _parser() -> argparse.ArgumentParser:
     _plugin_arguments(check)
     check.add_argument("--deep", action="store_true", help="of a study: open weights and data too, as run does")
     check.add_argument("--model", metavar="NAME", help="check a schedule against this timm model")
+    check.add_argument("--profile", type=Path, metavar="FILE.json", help="of a schedule: what it takes by this profile")
 
     sensitivity = verb("sensitivity", _sensitivity, "what each stage alone does to the model's outputs, untrained")
     sensitivity.add_argument("file", type=Path, help="study file")

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunesearch.evaluate.sensitivity import Effect, Sensitivities
-from prunesearch.report.tables import decimals, short
+from prunesearch.report.tables import decimals, short, unit_of
 from prunesearch.search.sensitivity_front import Predicted
 
 MILD, HARSH = 0.001, 0.1
@@ -71,15 +71,15 @@ def sensitivity_table(found: Sensitivities) -> Table:
     return table
 
 
-def predicted_table(starts: Sequence[Predicted], dense_gmacs: float) -> Table:
-    """A table of the predicted front."""
+def predicted_table(starts: Sequence[Predicted], dense: float, metric: str = "gmacs") -> Table:
+    """A table of the predicted front. dense: cost of the dense model. metric: the cost."""
     table = _titled("Predicted front, which start_from: [sensitivity] evaluates first")
-    places = decimals("gmacs", [dense_gmacs])
-    for name in ("GMACs", "of dense", "sum of KL"):
+    places = decimals(metric, [dense])
+    for name in (unit_of(metric), "of dense", "sum of KL"):
         table.add_column(name, justify="right")
     table.add_column("schedule", overflow="fold")
     for point in starts:
-        share, damage = f"{point.cost / dense_gmacs:.0%}", f"{point.divergence:.2g}"
+        share, damage = f"{point.cost / dense:.0%}", f"{point.divergence:.2g}"
         table.add_row(f"{point.cost:.{places}f}", share, damage, Text(short(point.schedule)))
     return table
 

@@ -299,3 +299,28 @@ def test_timm_models_of_the_registry_can_be_profiled_without_weights() -> None:
     (found,) = measure_profiles(config, batches=(1,), threads=1, seconds=0.3, verbs=["drop"], scores=["key_norm"])
     assert (found.shape.depth, found.shape.dim, found.shape.patch_tokens) == (2, 32, 16)
     assert found.shape == shape_of(timm.create_model(config.name, img_size=64, **dict(options)))
+
+
+# --- looking with a profile --------------------------------------------------------------------------------------
+
+
+def test_a_schedule_is_checked_against_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_profiles([fake_profile(fake_search.SHAPE)], tmp_path / "p.json")
+    (tmp_path / "best.yaml").write_text("version: 1\nstages: [{block: 2, keep: 0.5}]\n")
+    check = ["check", str(tmp_path / "best.yaml"), "--profile", str(tmp_path / "p.json"), "--model"]
+    assert main([*check, "vit_digits_patch1_8"]) == 0
+    profile = fake_profile(fake_search.SHAPE)
+    ms, dense = (total_cost(profile.shape, one, profile) for one in (Schedule((Stage(2, keep=0.5),)), Schedule()))
+    assert f"{ms:.4g} ms predicted, dense {dense:.4g}, {dense / ms:.2f} x as fast" in capsys.readouterr().out
+    assert main([*check, "deit_tiny_patch16_224"]) == 2
+    assert "it is of some_vit with 64 patch tokens, not of this model" in capsys.readouterr().err
+
+
+def test_start_schedules_are_checked_in_milliseconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["check", str(written(tmp_path, "{profile: p.json, batch: 16}"))]) == 0
+    dense = total_cost(fake_search.SHAPE, Schedule(), fake_profile(fake_search.SHAPE))
+    said = capsys.readouterr().out
+    assert f"tokens at the end, {dense:.4g} ms" in said and "batch 16: " in said
