@@ -6,7 +6,6 @@ Made by `prunesearch profile`. Reading it and adding up needs neither PyTorch no
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ Count = Any
 
 @dataclass(frozen=True)
 class Curve:
-    """Milliseconds as a function of a number of tokens: linear between the measured points, and beyond the last ones.
+    """Milliseconds as a function of a number of tokens: linear between the measured points, and beyond them as there.
 
     tokens: ascending. error: standard errors as shares of ms.
     """
@@ -32,15 +31,16 @@ class Curve:
 
     def at(self, tokens: Count) -> Count:
         """Milliseconds at a number of tokens. Tensors give tensors, and gradients pass through."""
-        slopes = self._slopes()
         if isinstance(tokens, (int, float)):
-            place = min(max(bisect_right(self.tokens, tokens) - 1, 0), max(len(slopes) - 1, 0))
-            return self.ms[place] + (slopes[place] * (tokens - self.tokens[place]) if slopes else 0.0)
-        value = self.ms[0] + tokens * 0.0
-        before = 0.0
-        for place, slope in enumerate(slopes):
-            above = tokens - self.tokens[place]
-            value = value + (slope - before) * (above.clamp(min=0) if place else above)
+            right = bisect_right(self.tokens, tokens)
+            if right in (0, len(self.tokens)):
+                return self.ms[max(right - 1, 0)]
+            return self.ms[right - 1] + self._slope(right - 1) * (tokens - self.tokens[right - 1])
+        within = tokens.clamp(min=self.tokens[0], max=self.tokens[-1])
+        value, before = self.ms[0] + within * 0.0, 0.0
+        for place in range(len(self.tokens) - 1):
+            slope = self._slope(place)
+            value = value + (slope - before) * (within - self.tokens[place]).clamp(min=0)
             before = slope
         return value
 
@@ -51,13 +51,13 @@ class Curve:
             return self
         tokens, ms = zip(*sorted(more.items()), strict=True)
         line = Curve(tokens, ms, (0.0,) * len(ms))
-        more_at = [line.at(min(max(count, tokens[0]), tokens[-1])) for count in self.tokens]
-        values = (value + max(extra, -0.5 * value) for value, extra in zip(self.ms, more_at, strict=True))
+        values = (value + max(line.at(count), -0.5 * value) for count, value in zip(self.tokens, self.ms, strict=True))
         return Curve(self.tokens, tuple(values), self.error)
 
-    def _slopes(self) -> list[float]:
-        points = list(zip(self.tokens, self.ms, strict=True))
-        return [(high - low) / (right - left) for (left, low), (right, high) in itertools.pairwise(points)]
+    def _slope(self, place: int) -> float:
+        """Milliseconds of one token more, between two measured points."""
+        step = self.tokens[place + 1] - self.tokens[place]
+        return (self.ms[place + 1] - self.ms[place]) / step
 
 
 @dataclass(frozen=True)
@@ -154,28 +154,45 @@ class ProfileFile:
     profiles: tuple[Profile, ...]
 
 
+MOST_MS = 1e9
+MOST_POINTS = 1000
+MOST_NAMES = 1000
+MOST_LETTERS = 200
+
+
 def profile_problems(profile: Profile) -> list[str]:
     """What is wrong with a profile that was read from a file; empty for one that was measured."""
-    place, problems = f"profile of {profile.model or '?'}, batch {profile.batch}", []
+    problems = []
     for name in ("attention", "sized_attention", "mlp", "last"):
         curve: Curve | None = getattr(profile, name)
         if curve is None:
             continue
-        if not curve.tokens or not len(curve.tokens) == len(curve.ms) == len(curve.error):
-            problems.append(f"{place}: {name}: tokens, ms and error are not of one length.")
+        if not 1 <= len(curve.tokens) <= MOST_POINTS or not len(curve.tokens) == len(curve.ms) == len(curve.error):
+            problems.append(f"{name}: tokens, ms and error are not of one length, 1 to {MOST_POINTS}.")
         elif any(right <= left for left, right in itertools.pairwise(curve.tokens)):
-            problems.append(f"{place}: {name}: its tokens do not ascend.")
-        elif not all(math.isfinite(value) and value >= 0 for value in curve.ms):
-            problems.append(f"{place}: {name}: its ms are not all finite and positive.")
-    times = [
-        profile.fixed,
-        profile.dense_ms,
-        *(
-            value
-            for time in (*profile.verbs, *profile.scores)
-            for value in (time.fixed, time.per_before, time.per_kept, time.per_pair)
-        ),
-    ]
-    if not all(map(math.isfinite, times)) or profile.dense_ms <= 0 or profile.batch < 1:
-        problems.append(f"{place}: a time is not finite, or dense_ms or batch is not positive.")
-    return [f"{problem} Possible: what prunesearch profile wrote. Profile again." for problem in problems]
+            problems.append(f"{name}: its tokens do not ascend.")
+        elif not 1 <= curve.tokens[0] <= curve.tokens[-1] <= MOST_MS or not all(map(_is_time, curve.ms + curve.error)):
+            problems.append(f"{name}: a number is not within its bounds: tokens from 1, ms and error from 0.")
+    times = (*profile.verbs, *profile.scores)
+    for time in times[:MOST_NAMES]:
+        if not all(map(_is_time, (time.fixed, time.per_before, time.per_kept, time.per_pair, time.error))):
+            problems.append(f"{time.name[:MOST_LETTERS]}: a time is not within 0 to {MOST_MS:g} ms.")
+    if len(times) > MOST_NAMES or any(
+        len({one.name for one in kind}) < len(kind) for kind in (profile.verbs, profile.scores)
+    ):
+        problems.append("a verb or a score is there twice, or there are too many.")
+    if not _is_time(profile.fixed) or not _is_time(profile.dense_ms) or profile.dense_ms < 1e-6:
+        problems.append(f"fixed or dense_ms is not within 0 to {MOST_MS:g} ms.")
+    if not 1 <= profile.batch <= 65_536 or not 0 <= profile.threads <= 1024:
+        problems.append("batch is not within 1 to 65536, or threads not within 0 to 1024.")
+    if not all(-1 <= miss <= MOST_MS for miss in profile.check[:MOST_NAMES]):
+        problems.append("check has something else than shares.")
+    texts = (profile.model, profile.device, profile.runtime, profile.precision, *itertools.chain(*profile.versions))
+    if any(len(text) > MOST_LETTERS for text in texts):
+        problems.append(f"a text is longer than {MOST_LETTERS} letters.")
+    place = f"profile of {profile.model[:MOST_LETTERS] or '?'}, batch {min(profile.batch, 10**6)}"
+    return [f"{place}: {problem} Possible: what prunesearch profile wrote. Profile again." for problem in problems]
+
+
+def _is_time(value: float) -> bool:
+    return 0 <= value <= MOST_MS  # false for NaN

@@ -23,14 +23,17 @@ TIMED = ("latency_ms", "throughput")
 
 
 def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
-    """The study with the profile of its file, or with that which was measured when the stored study began."""
+    """The study with the profile of its file, or with that which was measured when the stored study began.
+
+    A stored study has one profile for ever: with other settings it is refused before anything is measured.
+    """
     config = with_profile(config)
     if config.device is None or config.device.table is not None:
         return config
     stored = stored_config(url, config.name)
-    if stored is None or stored.device is None or replace(stored.device, table=None) != config.device:
+    if stored is None or stored.device is None:
         return config
-    return replace(config, device=stored.device)
+    return replace(config, device=replace(config.device, table=stored.device.table))
 
 
 def with_measured_profile(config: StudyConfig, folder: Path) -> StudyConfig:

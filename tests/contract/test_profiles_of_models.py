@@ -204,6 +204,16 @@ def test_a_device_without_a_profile_is_measured_once(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_other_settings_of_the_device_are_refused_before_measuring(tmp_path: Path) -> None:
+    config = study()
+    fake_search.run_study(config, tmp_path / "fake", evaluate=EVALUATE)
+    asked = replace(config, device=DeviceConfig(batch=8, seconds=86_400))
+    with pytest.raises(StudyError, match="device.batch: absent -> 8"):
+        fake_search.run_study(asked, tmp_path / "fake", evaluate=EVALUATE)
+    longer = replace(config, device=DeviceConfig(seconds=86_400), stop=replace(config.stop, trials=9))
+    fake_search.run_study(longer, tmp_path / "fake", evaluate=EVALUATE)  # how long was measured does not matter
+
+
 def test_another_profile_cannot_continue_a_study(tmp_path: Path) -> None:
     config = study()
     fake_search.run_study(config, tmp_path / "fake", evaluate=EVALUATE)

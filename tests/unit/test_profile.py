@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +27,9 @@ SHAPE = ModelShape(
 PROFILE = fake_profile(SHAPE)
 
 
-def test_a_curve_is_linear_between_its_points_and_beyond_them() -> None:
+def test_a_curve_is_linear_between_its_points_and_flat_beyond_them() -> None:
     curve = Curve((10, 20, 40), (1.0, 3.0, 4.0), (0.0, 0.0, 0.0))
-    values = {0: -1.0, 10: 1.0, 15: 2.0, 20: 3.0, 30: 3.5, 40: 4.0, 60: 5.0}
+    values = {0: 1.0, 10: 1.0, 15: 2.0, 20: 3.0, 30: 3.5, 40: 4.0, 60: 4.0}
     for tokens, expected in values.items():
         assert curve.at(tokens) == pytest.approx(expected)
     many = curve.at(torch.tensor(list(values), dtype=torch.float64))
@@ -98,8 +99,26 @@ def test_profiles_survive_their_file(tmp_path: Path) -> None:
         (lambda content: content.update(profiles=[]), "it has no profile"),
         (lambda content: content["profiles"][0]["mlp"].update(tokens=[1, 2]), "not of one length"),
         (lambda content: content["profiles"][0]["mlp"].update(tokens=[4, 3, 2, 1]), "do not ascend"),
-        (lambda content: content["profiles"][0]["mlp"].update(ms=[1, 1, 1, -1]), "not all finite and positive"),
+        (lambda content: content["profiles"][0]["mlp"].update(ms=[1, 1, 1, -1]), "ms and error from 0"),
+        (lambda content: content["profiles"][0]["mlp"].update(ms=[1, 1, 1, 1e308]), "ms and error from 0"),
+        (lambda content: content["profiles"][0]["mlp"].update(error=[0, 0, 0, math.nan]), "ms and error from 0"),
+        (lambda content: content["profiles"][0]["mlp"].update(tokens=[-4, 3, 7, 9]), "tokens from 1"),
+        (lambda content: content["profiles"][0]["mlp"].update(tokens=[1, 3, 7, 10**400]), "tokens from 1"),
+        (
+            lambda content: content["profiles"][0]["mlp"].update(
+                tokens=list(range(1, 5000)), ms=[1.0] * 4999, error=[0.0] * 4999
+            ),
+            "1 to 1000",
+        ),
         (lambda content: content["profiles"][0].update(dense_ms=0.0), "dense_ms"),
+        (lambda content: content["profiles"][0].update(fixed=-1.0), "fixed or dense_ms"),
+        (lambda content: content["profiles"][0].update(fixed=math.nan), "fixed or dense_ms"),
+        (lambda content: content["profiles"][0]["verbs"][0].update(per_before=-0.1), "fuse: a time is not within"),
+        (lambda content: content["profiles"][0]["verbs"].append(content["profiles"][0]["verbs"][0]), "there twice"),
+        (lambda content: content["profiles"][0].update(check=[math.nan]), "check has something else"),
+        (lambda content: content["profiles"][0].update(batch=10**30), "batch is not within"),
+        (lambda content: content["profiles"][0].update(threads=-7), "threads not within"),
+        (lambda content: content["profiles"][0].update(device="x" * 1000), "longer than 200 letters"),
         (lambda content: content["profiles"][0].update(batch="many"), "batch"),
         (lambda content: content["profiles"][0].update(speed=1), "speed"),
         (lambda content: content.update(version=2), "version"),
