@@ -288,6 +288,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
     from prunesearch.report.plot import check_format
     from prunesearch.report.plot_profile import plot_profile
+    from prunesearch.search.target_device import words_of
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)
@@ -295,18 +296,18 @@ def _profile(parsed: argparse.Namespace) -> int:
         check_format(parsed.plot)
     study = load_study(parsed.model, parsed.set) if Path(parsed.model).suffix in (".yaml", ".yml") else None
     model = ModelConfig(parsed.model) if study is None else study.model
+    verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
     profiles = []
     for profile in measure_profiles(
         model,
-        space=None if study is None else study.space,
         batches=parsed.batch,
         runtime=parsed.runtime,
         device=parsed.device,
         threads=parsed.threads,
         precision=parsed.precision,
         seconds=parsed.seconds,
-        verbs=parsed.verb_name or None,
-        scores=parsed.score or None,
+        verbs=parsed.verb_name or verbs,
+        scores=parsed.score or scores,
         say=_say,
     ):
         profiles.append(profile)

@@ -81,6 +81,8 @@ class Target:
 
 RuntimeName = Literal["torch", "compile", "onnxruntime", "openvino"]
 Precision = Literal["float32", "bfloat16", "float16"]
+IN_ANY_PRECISION: tuple[RuntimeName, ...] = ("torch", "compile")
+"""Runtimes that are profiled in other precisions than float32 too."""
 
 
 @dataclass(frozen=True)

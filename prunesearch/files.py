@@ -195,7 +195,8 @@ def load_profiles(path: str | Path) -> tuple[Profile, ...]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        problem = f"cannot be read as JSON: {error}. Possible: what prunesearch profile -o wrote. Correct the path."
+        why = error.strerror if isinstance(error, OSError) else f"cannot be read as JSON: {error}"
+        problem = f"{why}. Possible: what prunesearch profile -o wrote. Correct the path."
         raise FileError(str(path), [problem]) from None
     found = read(ProfileFile, content, str(path)).profiles
     problems = [problem for profile in found for problem in profile_problems(profile)]

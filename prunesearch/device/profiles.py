@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from prunesearch.config import ModelConfig, SpaceConfig
+from prunesearch.config import IN_ANY_PRECISION, ModelConfig
 from prunesearch.device.measure import measure_profile
 from prunesearch.device.runtimes import DTYPES, Settings, runtime_of
 from prunesearch.errors import DeviceError
@@ -18,14 +18,12 @@ from prunesearch.evaluate.machine import find_device, versions
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.profile import Profile
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import blocks_of
 from prunesearch.tokens import REDUCERS, SCORERS
 
 
 def measure_profiles(
     model: ModelConfig,
     *,
-    space: SpaceConfig | None = None,
     batches: Sequence[int] = (1, 16),
     runtime: str = "torch",
     device: str = "auto",
@@ -38,8 +36,8 @@ def measure_profiles(
 ) -> Iterator[Profile]:
     """Measure what the parts of a model take on this machine; yields a profile for each batch size.
 
-    Weights are not loaded: time does not depend on them. space: only its verbs and scores are measured. verbs, scores:
-    only these. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
+    Weights are not loaded: time does not depend on them. verbs, scores: only these; all that fit the
+    model when None. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
     Raises DeviceError, ModelError, UnknownNameError, ResourceError.
     """
     engine, target = runtime_of(runtime), find_device(device)
@@ -49,11 +47,8 @@ def measure_profiles(
         if device != "auto":
             raise DeviceError(f"runtime {runtime}: it runs on the CPU here, not on {target}. Write --device cpu.")
         target = torch.device("cpu")
-    if precision != "float32" and not engine.on_gpu:
+    if precision != "float32" and runtime not in IN_ANY_PRECISION:
         raise DeviceError(f"runtime {runtime}: {precision} is not measured. Possible: float32. Leave --precision out.")
-    if space is not None:
-        verbs = verbs or list(dict.fromkeys(verb for block in blocks_of(space) for verb in block.reduce))
-        scores = scores or list(dict.fromkeys(score for block in blocks_of(space) for score in block.score))
     for registry, names in ((REDUCERS, verbs), (SCORERS, scores)):
         for name in names or ():
             registry[name]  # raises for an unknown name

@@ -6,10 +6,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from prunesearch.config import StudyConfig
+from prunesearch.config import IN_ANY_PRECISION, StudyConfig
+from prunesearch.errors import UserError
 from prunesearch.evaluate.metrics import METRICS
+from prunesearch.evaluate.shapes import model_shape
 from prunesearch.files import save_profiles, with_profile
+from prunesearch.presets import find_schedule
 from prunesearch.profile import profile_problems
+from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.study.reader import stored_config
@@ -46,9 +50,11 @@ def with_measured_profile(config: StudyConfig, folder: Path) -> StudyConfig:
         return config
     from prunesearch.device.profiles import measure_profiles
 
+    verbs, scores = words_of(config, model_shape(config.model))
     (profile,) = measure_profiles(
         config.model,
-        space=config.space,
+        verbs=verbs,
+        scores=scores,
         batches=(device.batch or BATCH,),
         runtime=device.runtime or "torch",
         threads=device.threads,
@@ -58,6 +64,20 @@ def with_measured_profile(config: StudyConfig, folder: Path) -> StudyConfig:
     )
     save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
+
+
+def words_of(config: StudyConfig, shape: ModelShape) -> tuple[list[str], list[str]]:
+    """The verbs and the scores that candidates of a study may have: those of its space and of its start schedules."""
+    verbs: list[str] = []
+    scores: list[str] = []
+    for block in blocks_of(config.space):
+        verbs += block.reduce
+        scores += block.score
+    for name in config.space.start_from:
+        for stage in () if name == WORD else find_schedule(name, shape).stages:
+            verbs.append(stage.reduce)
+            scores.append(stage.score)
+    return list(dict.fromkeys(verbs)), [name for name in dict.fromkeys(scores) if name != "none"]
 
 
 def needing_profile(config: StudyConfig) -> list[str]:
@@ -92,7 +112,13 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
         ]
     profile = device.table
     if profile is None:
-        return []
+        runtime, precision = device.runtime or "torch", device.precision or "float32"
+        if precision == "float32" or runtime in IN_ANY_PRECISION:
+            return []
+        return [
+            f"device.precision: {precision} is not measured in {runtime}. Possible: float32; others with "
+            f"{' and '.join(IN_ANY_PRECISION)}. Change one of them."
+        ]
     problems = [f"device.table: {problem}" for problem in profile_problems(profile)]
     if problems:
         return problems
@@ -102,17 +128,20 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
             f"{profile.shape.patch_tokens} patch tokens, not of {config.model.name} as the study has it. Possible: a "
             f"profile of this model at this image size. Profile it: prunesearch profile STUDY.yaml."
         ]
-    verbs = {time.name for time in profile.verbs}
-    scores = {time.name for time in profile.scores} | {"none"}
-    missing = {
-        **{name: "--verb" for block in blocks_of(config.space) for name in block.reduce if name not in verbs},
-        **{name: "--score" for block in blocks_of(config.space) for name in block.score if name not in scores},
-    }
-    return [
-        f"device.profile: {name} was not measured. Possible: {', '.join(sorted(verbs | scores))}. Profile again with "
-        f"{flag} {name}, or leave it out of the space."
-        for name, flag in missing.items()
-    ]
+    try:
+        verbs, scores = words_of(config, shape)
+    except UserError:  # a start schedule that is not there is told elsewhere
+        return []
+    problems = []
+    for flag, names, times in (("--verb", verbs, profile.verbs), ("--score", scores, profile.scores)):
+        known = [time.name for time in times]
+        problems += [
+            f"device.profile: {name} was not measured. Possible: {', '.join(known) or 'none'}. Profile the study, or "
+            f"again with {flag} {name}, or leave it out of the space and the start schedules."
+            for name in names
+            if name not in known
+        ]
+    return problems
 
 
 def timing_notes(config: StudyConfig) -> list[str]:
