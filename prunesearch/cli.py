@@ -868,8 +868,12 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--seconds", type=_seconds, default=60.0, metavar="S", help="of measuring, for all batches; default 60"
     )
-    profile.add_argument("--verb", dest="verb_name", action="append", default=[], metavar="NAME", help="this verb only")
-    profile.add_argument("--score", action="append", default=[], metavar="NAME", help="this score only")
+    profile.add_argument(
+        "--verb", dest="verb_name", action="append", default=[], metavar="NAME", help="this verb only; may be repeated"
+    )
+    profile.add_argument(
+        "--score", action="append", default=[], metavar="NAME", help="this score only; may be repeated"
+    )
     profile.add_argument(
         "--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file"
     )

@@ -132,6 +132,8 @@ def _unknown(name: str, records: Sequence[Record]) -> str:
     dense, rung, known = dense_record(records), highest_rung(records), _known(records)
     if name in known:
         return f"its value is {known[name]:g}, of which there is no share"
+    if dense is not None and dense.state == "failed":
+        return "the evaluation of the dense model failed"
     if dense is None or dense.at(rung) is None:
         return f"the dense model has no result at rung {rung} yet" if rung else "the dense model has no result yet"
     return f"this study did not measure {name} of the dense model"

@@ -37,6 +37,7 @@ DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6)))
 GENTLE = 0.9
 """Keep ratio of the stages by which the time of a stage inside a model is found."""
 CHECKS = 2
+FEWEST_TOKENS = 4
 SECOND_LOOK = 0.3
 """Share of the time for points where curves bend."""
 Key = tuple[Any, ...]
@@ -73,10 +74,16 @@ def measure_profile(
     """
     shape = shape_of(model)
     verbs = [name for name in REDUCERS if REDUCERS[name].holds == shape.holds] if verbs is None else list(verbs)
-    fitting = _fitting_scores(shape)
+    fitting = fitting_scores(shape)
     scores = fitting if scores is None else [score for score in scores if score in fitting]
-    if not scores and any(REDUCERS[verb].ranks for verb in verbs):
-        scores = [usual_score(shape, fitting)]
+    if shape.patch_tokens < FEWEST_TOKENS:
+        raise DeviceError(
+            f"model: it has {shape.patch_tokens} patch tokens. Possible: from {FEWEST_TOKENS}; with fewer there is "
+            f"nothing to measure. Take larger images."
+        )
+    learned_alone = not shape.holds and all(SCORERS[score].part is not None for score in scores)
+    if learned_alone and any(REDUCERS[verb].ranks for verb in verbs):
+        scores = [*scores, usual_score(shape, fitting)]
     score = usual_score(shape, scores)
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
@@ -87,7 +94,7 @@ def measure_profile(
         work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
         checks = _checks(shape, verbs, score)
         work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
-        say(f"measuring {len(work)} parts for up to {seconds:.0f} s")
+        say(f"measuring {len(work)} parts for up to {seconds:.3g} s")
         first = _times(work, seconds * (1 - SECOND_LOOK), wait)
         bends = _bends(first, shape)
         if bends:
@@ -214,7 +221,8 @@ def _bends(times: Mapping[Key, Measured], shape: ModelShape) -> list[int]:
     return sorted(tokens - shape.prefix_tokens for tokens in found - known)
 
 
-def _fitting_scores(shape: ModelShape) -> list[str]:
+def fitting_scores(shape: ModelShape) -> list[str]:
+    """The scores that models of this kind take."""
     return [
         name
         for name, entry in SCORERS.items()
@@ -224,7 +232,8 @@ def _fitting_scores(shape: ModelShape) -> list[str]:
 
 def usual_score(shape: ModelShape, scores: Sequence[str]) -> str:
     """The score, among those that are measured, that stages have when the time of a verb is found."""
-    return DEFAULT_SCORE if DEFAULT_SCORE in scores else next(iter(scores), "none")
+    plain = [name for name in scores if SCORERS[name].part is None]  # verbs without a masked form cannot follow others
+    return DEFAULT_SCORE if DEFAULT_SCORE in plain else next(iter(plain or scores), "none")
 
 
 def _stage(verb: str, block: int, shape: ModelShape, keep: float, score: str) -> Stage:

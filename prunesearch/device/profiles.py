@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from prunesearch.config import IN_ANY_PRECISION, ModelConfig
-from prunesearch.device.measure import measure_profile
+from prunesearch.device.measure import fitting_scores, measure_profile
 from prunesearch.device.runtimes import DTYPES, Settings, runtime_of
 from prunesearch.errors import DeviceError
 from prunesearch.evaluate.build import build_model
@@ -52,7 +52,9 @@ def measure_profiles(
     for registry, names in ((REDUCERS, verbs), (SCORERS, scores)):
         for name in names or ():
             registry[name]  # raises for an unknown name
-    _check_fit(model_shape(model), verbs or ())
+    _check_fit(model_shape(model), verbs or (), scores or ())
+    if threads is not None and threads > _cores():
+        raise DeviceError(f"threads: {threads}. Possible: 1 to {_cores()}, the cores of this process. Lower it.")
     settings = Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
     built = build_model(ModelConfig(model.name, False, None, model.image_size, model.num_classes, model.options))
     built = built.to(target, DTYPES[precision]).eval()
@@ -72,8 +74,12 @@ def measure_profiles(
         )
 
 
-def _check_fit(shape: ModelShape, verbs: Sequence[str]) -> None:
-    """Raise DeviceError for a verb that models of this kind do not take."""
+def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> None:
+    """Raise DeviceError for a verb or a score that models of this kind do not take."""
+    fitting = fitting_scores(shape)
+    for name in scores:
+        if name not in fitting:
+            raise DeviceError(f"score {name}: this model does not take it. Possible: {', '.join(fitting)}. Name those.")
     possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
     for name in verbs:
         if name not in possible:

@@ -77,7 +77,7 @@ def run_study(
     for note in timing_notes(config):
         logger.warning("%s", note)
     if config.device is not None and config.device.table is None:
-        config = with_measured_profile(config, folder)
+        config = with_measured_profile(config, folder, url)
         check_study(config, starts=not has_study(url, config.name), problems=problems)
     with Interrupt() as interrupt, ExitStack() as stack:
         if make_workers is None:

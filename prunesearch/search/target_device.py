@@ -40,8 +40,10 @@ def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     return replace(config, device=replace(config.device, table=stored.device.table))
 
 
-def with_measured_profile(config: StudyConfig, folder: Path) -> StudyConfig:
+def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyConfig:
     """The study with a profile; one that has none is measured on this machine now, and written to its folder.
+
+    If another driver has stored the study meanwhile, its profile is taken.
 
     Raises DeviceError, ModelError and ResourceError.
     """
@@ -62,6 +64,9 @@ def with_measured_profile(config: StudyConfig, folder: Path) -> StudyConfig:
         seconds=device.seconds,
         say=logger.warning,
     )
+    stored = with_known_profile(config, url)
+    if stored.device is not None and stored.device.table is not None:
+        return stored
     save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
 

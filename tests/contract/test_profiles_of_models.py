@@ -87,6 +87,17 @@ def test_runtimes_measure_the_same_parts(runtime: str) -> None:
     assert found.attention is not None and all(value > 0 for value in found.attention.ms)
 
 
+def test_a_learned_score_alone_is_measured_beside_a_plain_one() -> None:
+    """drop_or_merge has no masked form, so its stages need a score that does not learn."""
+    found = profiled(small_model(), scores=["predictor"], verbs=["drop", "drop_or_merge"])
+    assert [time.name for time in found.scores] == ["predictor", "class_attention"]
+
+
+def test_a_model_of_one_patch_is_refused() -> None:
+    with pytest.raises(DeviceError, match="it has 1 patch tokens"):
+        profiled(small_model(img_size=4))
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     model = small_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -126,6 +137,8 @@ def test_the_command_measures_says_and_writes(tmp_path: Path, capsys: pytest.Cap
         (["--seconds", "nan"], "--seconds nan: possible: above 0"),
         (["--verb", "dropp"], 'Did you mean "drop"'),
         (["--score", "class_attentio"], 'Did you mean "class_attention"'),
+        (["--threads", "100000"], "threads: 100000. Possible: 1 to "),
+        (["--verb", "hold"], "verb hold: this model does not take it. Possible: squeeze"),
         (["--device", "gpu"], "'gpu' is not available"),
         (["--plot", "picture.doc"], "picture.doc"),
     ],
