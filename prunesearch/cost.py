@@ -145,14 +145,16 @@ def cost_of_counts(
     mlp_tokens: list[Count] = []
     left = [shape.patch_tokens, *after]
     arriving = [shape.patch_tokens] * len(left) if shape.holds else left
-    position, sized = 0, False
+    # the place of the first step that gives tokens sizes, which attention then adds to its logits
+    sizes = (place for place, step in enumerate(steps) if table.knows_sizes and gives_sizes(step))
+    position, first_sized, sized = 0, next(sizes, len(steps)), False
     for block in range(shape.depth):
         for place, counts, tokens in (("pre", arriving, attention_tokens), ("mid", left, mlp_tokens)):
             while position < len(steps) and (steps[position].stage.block, steps[position].stage.at) == (block, place):
                 position += 1
             tokens.append(counts[position] + prefix)
             if place == "pre":
-                sized = any(gives_sizes(step) for step in steps[:position])
+                sized = position > first_sized
         cost = cost + table.block(shape, attention_tokens[-1], mlp_tokens[-1], sized)
     for index, step in enumerate(steps):
         scored = tokens_scored(step, arriving[index], attention_tokens)

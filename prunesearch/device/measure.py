@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from prunesearch.config import DEFAULT_SCORE
 from prunesearch.cost import total_cost
-from prunesearch.device.runtimes import Run, Runtime, Settings, prepare, threads_set, wait_for
+from prunesearch.device.runtimes import Run, Runtime, Settings, prepare, threads_set
 from prunesearch.device.timing import Measured, in_turns
 from prunesearch.errors import DeviceError, ScheduleError
+from prunesearch.evaluate.speed import synchronise
 from prunesearch.models import apply_schedule, input_size, parts_of, shape_of
 from prunesearch.models.parts import Part, example, sharing_copy
 from prunesearch.profile import Curve, Profile, StageTime
@@ -88,7 +90,7 @@ def measure_profile(
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
     look = _Look(model, shape, images, runtime, settings)
-    wait = wait_for(settings.device)
+    wait = partial(synchronise, settings.device)
     with threads_set(settings):
         say(f"making {runtime.name} ready for batch {batch}")
         work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)

@@ -83,15 +83,6 @@ def prepare(parts: Sequence[Part], runtime: Runtime, settings: Settings) -> list
     return [run for part in parts for run in runtime.prepare(part.modules, [part.inputs], part.tokens_axis, settings)]
 
 
-def wait_for(device: torch.device) -> Callable[[], None]:
-    """A call that returns when the device has finished."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
-
-
 @contextmanager
 def threads_set(settings: Settings) -> Iterator[None]:
     """PyTorch's CPU threads as in the settings, and no gradients."""

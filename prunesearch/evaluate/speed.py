@@ -50,11 +50,11 @@ def _repeat(model: nn.Module, batches: Sequence[Tensor], seconds: float, at_leas
     end = time.perf_counter() + seconds
     while len(times) < at_least or time.perf_counter() < end:
         images = batches[len(times) % len(batches)]
-        _wait(images.device)
+        synchronise(images.device)
         start = time.perf_counter()
         with autocast(images.device, amp):
             model(images)
-        _wait(images.device)
+        synchronise(images.device)
         times.append(time.perf_counter() - start)
     return times
 
@@ -72,12 +72,12 @@ def peak_memory(model: nn.Module, images: Tensor, amp: bool) -> int:
     if device.type == "cuda":
         with autocast(device, amp):
             model(images)  # libraries allocate their workspaces at the first call
-        _wait(device)
+        synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         with autocast(device, amp):
             model(images)
-        _wait(device)
+        synchronise(device)
         return weights + images.nbytes + torch.cuda.max_memory_allocated(device) - before
     with _LiveTensors(known=(*model.parameters(), *model.buffers(), images)) as live:
         model(images)
@@ -108,7 +108,8 @@ class _LiveTensors(TorchDispatchMode):
         return result
 
 
-def _wait(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Return when the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
