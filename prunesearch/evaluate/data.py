@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image, fromarray
 from timm.data import ImageDataset, create_dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
 from prunesearch.config import DataConfig
@@ -24,6 +24,7 @@ from prunesearch.errors import DataError
 from prunesearch.evaluate.class_order import class_of_folders, in_order, listed_classes, natural_key
 from prunesearch.evaluate.digits import HELD_OUT, PARTS, TRAINING, load_digits
 from prunesearch.evaluate.images import ImageInput, ImageSet, Unreadable, collate, image_input, refuse_unreadable
+from prunesearch.evaluate.loading import load
 from prunesearch.evaluate.picture_files import (
     FolderPictures,
     PictureFiles,
@@ -187,8 +188,8 @@ def unreadable_headers(
 
 def _in_batches(source: Dataset[Any], loaders: int, collate: Callable[[list[Any]], Any]) -> Iterator[Any]:
     count = len(source)  # type: ignore[arg-type]
-    workers = loaders if count >= FEW_IMAGES else 0
-    return iter(DataLoader(source, batch_size=64, num_workers=workers, collate_fn=collate))
+    batches = BatchSampler(range(count), batch_size=64, drop_last=False)
+    return load(source, batches, collate, loaders if count >= FEW_IMAGES else 0)
 
 
 def _labels_alone(items: list[Any]) -> tuple[list[int], list[Unreadable]]:

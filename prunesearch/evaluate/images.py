@@ -17,11 +17,12 @@ from PIL.Image import Image
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision.transforms import InterpolationMode
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
+from prunesearch.evaluate.loading import load
 from prunesearch.evaluate.pixels import grey_or_rgb
 from prunesearch.evaluate.sections import channel_problems
 from prunesearch.models import input_size
@@ -122,8 +123,7 @@ class ImageSet:
         if self.in_memory:
             batches = ((*self.source[batch], []) for batch in indices)
         else:
-            order: Any = (batch.tolist() for batch in indices)
-            batches = DataLoader(self.source, batch_sampler=order, num_workers=self.loaders, collate_fn=collate)
+            batches = load(self.source, (batch.tolist() for batch in indices), collate, self.loaders)
         for images, labels, bad in batches:
             for one in bad:
                 if one.index not in self.unreadable:

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from prunesearch.config import DataConfig
 from prunesearch.errors import DataError
@@ -18,6 +18,7 @@ from prunesearch.evaluate import data
 from prunesearch.evaluate.data import DATASETS, Opened, open_data
 from prunesearch.evaluate.digits import load_digits
 from prunesearch.evaluate.images import image_input
+from prunesearch.evaluate.loading import load
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's readers do not close files
@@ -159,6 +160,32 @@ def test_loading_processes_give_the_same_images(folder: Path):
     for ours, theirs in zip(here.batches(order, CPU), elsewhere.batches(order, CPU), strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
+
+
+class Numbers(Dataset):
+    """Says of each item whether the process that reads it is a copy of one that has set `copied`."""
+
+    copied = False
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> bool:
+        return Numbers.copied
+
+
+def test_loading_processes_are_no_copies_of_this_one(monkeypatch: pytest.MonkeyPatch):
+    """A fork of a process with threads has their locks as they were, perhaps held for ever."""
+    monkeypatch.setattr(Numbers, "copied", True)
+    assert list(load(Numbers(), [[0, 1]], list, loaders=1)) == [[False, False]]
+    assert list(load(Numbers(), [[0, 1]], list, loaders=0)) == [[True, True]]
+
+
+def test_a_data_set_that_cannot_be_sent_is_refused():
+    source = Numbers()
+    source.transform = lambda item: item
+    with pytest.raises(DataError, match=r"data\.loaders: .*lambda.*Write loaders: 0"):
+        load(source, [[0]], list, loaders=1)
 
 
 class Stream(IterableDataset):

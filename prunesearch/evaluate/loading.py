@@ -1,0 +1,52 @@
+"""Load the items of a data set in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import BaseContext
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from prunesearch.errors import DataError
+
+
+def load(
+    source: Dataset[Any], batches: Iterable[list[int]], collate: Callable[[list[Any]], Any], loaders: int
+) -> Iterator[Any]:
+    """For each list of indices what `collate` makes of its items, decoded by `loaders` processes (0: by this one).
+
+    Raises DataError when the data set cannot be sent to other processes.
+    """
+    context = _context() if loaders else None
+    loader = DataLoader(
+        source,
+        batch_sampler=batches,
+        num_workers=loaders,
+        collate_fn=collate,
+        multiprocessing_context=context,
+    )
+    try:
+        with warnings.catch_warnings():  # PyTorch warns before it raises, and advises to fork
+            warnings.filterwarnings("ignore", message="Got pickle error")
+            return iter(loader)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"data.loaders: the data set cannot be sent to the {loaders} processes that decode images ({error}). "
+            f"Possible: a class and functions that a module has by name, without open files. Write loaders: 0 under "
+            f"data, or keep what cannot be sent out of the data set."
+        ) from error
+
+
+def _context() -> BaseContext:
+    """How the processes start. They are not forked from this one, which has threads: a fork copies their locks as they
+    are, and shares the offsets of open files."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # the server imports this once; each process would take seconds for it
+    context.set_forkserver_preload(["prunesearch.evaluate.data"])
+    return context
