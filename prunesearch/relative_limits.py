@@ -25,6 +25,7 @@ from prunesearch.evaluate.limits import (
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.front import highest_rung
 from prunesearch.record import Record
+from prunesearch.registry import did_you_mean
 
 
 def dense_record(records: Iterable[Record]) -> Record | None:
@@ -67,7 +68,11 @@ def asked_limits(asked: WrittenLimits, config: StudyConfig, records: Sequence[Re
         if refused is not None:
             raise StudyError(f"bound on {name}: {refused}")
         if limit.drop_at_most is not None and goal_of(name, config.objectives) is None:
-            raise StudyError(f"bound on {name}: {_unregistered(name)}. Possible: an objective. Bound one.")
+            possible = [*METRICS, *(objective.metric for objective in config.objectives)]
+            raise StudyError(
+                f"bound on {name}: {_unregistered(name)}. Possible: an objective of this study, or a metric of "
+                f"prunesearch.{did_you_mean(name, possible)} Bound one."
+            )
         if is_relative(limit) and name not in dense:
             known = ", ".join(sorted(dense)) or "none yet"
             raise StudyError(
@@ -140,4 +145,6 @@ def _unknown(name: str, records: Sequence[Record]) -> str:
 
 
 def _unregistered(name: str) -> str:
-    return f"{name} is a metric of a plug-in that is not imported here, so that nothing says which way of it is better"
+    return (
+        f"nothing says which way of {name} is better: no metric of prunesearch or of an imported plug-in has this name"
+    )

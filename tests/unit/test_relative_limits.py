@@ -548,6 +548,7 @@ def test_export_takes_the_cheapest_within_a_drop(
             ["--fastest-within", "top5=1"],
             "relative to the dense model, but this study did not measure top5",
         ),
+        (["--fastest-within", "topp1=1"], 'a metric of prunesearch. Did you mean "top1"? Bound one.'),
         (["--fastest-within", "top1"], "--fastest-within top1: possible: metric=number from 0. Write for example"),
         (["--fastest-within", "top1=1%"], "--fastest-within top1=1%: possible: metric=number from 0."),
         (["--fastest-within", "top1=-1"], "--fastest-within top1=-1: possible: metric=number from 0."),
@@ -589,8 +590,8 @@ def test_a_metric_of_a_plug_in_that_is_not_imported_is_not_judged_in_silence() -
     evaluation = Evaluation(DENSE, "complete", metrics=(("top1", 1.0), ("gmacs", 1.0), ("theirs", 5.0)))
     found = [replace(evaluated(0, 1.0, origin="dense"), evaluations=(evaluation,))]
     (line,) = limit_lines(config, found)
-    assert "theirs at most 1 worse than dense (not judged, as theirs is a metric of a plug-in" in line
+    assert "theirs at most 1 worse than dense (not judged, as nothing says which way of theirs is better" in line
     shares = replace(config, limits=(("theirs", Limit(at_most="50%")),))  # needs no direction
     assert limit_lines(shares, found) == ["theirs at most 50 % = 2.5"]
-    with pytest.raises(StudyError, match="plug-in that is not imported here"):
+    with pytest.raises(StudyError, match="no metric of prunesearch or of an imported plug-in has this name"):
         asked(config.limits, found)
