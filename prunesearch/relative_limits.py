@@ -146,5 +146,5 @@ def _unknown(name: str, records: Sequence[Record]) -> str:
 
 def _unregistered(name: str) -> str:
     return (
-        f"nothing says which way of {name} is better: no metric of prunesearch or of an imported plug-in has this name"
+        f"nothing says which way of {name} is better: no metric of prunesearch or an imported plug-in has this name"
     )

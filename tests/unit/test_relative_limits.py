@@ -593,5 +593,5 @@ def test_a_metric_of_a_plug_in_that_is_not_imported_is_not_judged_in_silence() -
     assert "theirs at most 1 worse than dense (not judged, as nothing says which way of theirs is better" in line
     shares = replace(config, limits=(("theirs", Limit(at_most="50%")),))  # needs no direction
     assert limit_lines(shares, found) == ["theirs at most 50 % = 2.5"]
-    with pytest.raises(StudyError, match="no metric of prunesearch or of an imported plug-in has this name"):
+    with pytest.raises(StudyError, match="no metric of prunesearch or an imported plug-in has this name"):
         asked(config.limits, found)
