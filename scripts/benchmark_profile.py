@@ -5,17 +5,25 @@
 Each row profiles a model, then measures the dense model and SCHEDULES random schedules whole, in turns. The schedules
 cost 50 to 80 % of the dense model's MACs. What is compared is the speed-up over the dense model, so that the present
 speed of the machine divides out. Weights are random, because time does not depend on them.
+
+Every row is kept in a JSON file beside the page, schedule by schedule. Rows that are there already are not measured
+again, so that the page can be made in several sittings; --again measures them anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+
+import torch
 
 from prunesearch.config import ModelConfig
 from prunesearch.cost import estimate_cost, total_cost
@@ -41,12 +49,26 @@ VERBS = ("drop", "fuse", "squeeze", "merge")
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of the table: predicted and measured speed-ups of the same schedules."""
+    """One cell of the table: predicted and measured speed-ups of the same schedules.
 
-    profile: Profile
+    uncertain: standard errors of the measured speed-ups, as shares.
+    """
+
+    model: str
+    batch: int
+    runtime: str
+    threads: int
+    versions: dict[str, str]
+    dense_ms: float
+    schedules: list[str]
     predicted: list[float]
     measured: list[float]
-    dense_ms: float
+    uncertain: list[float]
+
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        """What is measured."""
+        return self.model, self.batch, self.runtime, self.threads
 
     @property
     def errors(self) -> list[float]:
@@ -62,19 +84,30 @@ def main() -> None:
     parser.add_argument("--runtimes", nargs="+", default=["torch", "onnxruntime", "openvino"])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each profile, and again for the schedules")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--again", action="store_true", help="measure rows that the JSON file has already")
+    parser.add_argument("--out", type=Path, required=True, help="the page; the rows are in a JSON file beside it")
     parsed = parser.parse_args()
-    rows = []
     warnings.simplefilter("ignore")  # random weights of learned parts
-    for name in parsed.models:
-        for batch in parsed.batches:
-            for runtime in parsed.runtimes:
-                rows.append(measure(name, batch, runtime, parsed.threads, parsed.seconds))
-                print(line(rows[-1]), flush=True)
-                parsed.out.write_text(page(rows, parsed))
+    kept = parsed.out.with_suffix(".json")
+    found = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
+    rows = {row.key: row for row in found}
+    threads = parsed.threads or usual_threads()
+    for name, batch, runtime in itertools.product(parsed.models, parsed.batches, parsed.runtimes):
+        if (name, batch, runtime, threads) in rows and not parsed.again:
+            continue
+        row = measure(name, batch, runtime, threads, parsed.seconds)
+        rows[row.key] = row
+        print(line(row), *details(row), sep="\n", flush=True)
+        kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
+    parsed.out.write_text(page(list(rows.values()), parsed.seconds))
 
 
-def measure(name: str, batch: int, runtime: str, threads: int | None, seconds: float) -> Row:
+def usual_threads() -> int:
+    """The threads that PyTorch takes by itself."""
+    return torch.get_num_threads()
+
+
+def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -> Row:
     """Profile a model, then measure schedules of it whole."""
     config = ModelConfig(name)
     (profile,) = measure_profiles(
@@ -98,11 +131,18 @@ def measure(name: str, batch: int, runtime: str, threads: int | None, seconds: f
         runs = prepare([Part((one,), (images,)) for one in models], runtime_of(runtime), settings)
         found = in_turns(dict(enumerate(runs)), seconds)
     dense, predicted = found[0].seconds, total_cost(profile.shape, Schedule(), profile)
+    others = range(1, len(schedules))
     return Row(
-        profile,
-        [predicted / total_cost(profile.shape, schedule, profile) for schedule in schedules[1:]],
-        [dense / found[index].seconds for index in range(1, len(schedules))],
+        name,
+        batch,
+        runtime,
+        threads,
+        dict(profile.versions),
         1e3 * dense,
+        [str(schedule) for schedule in schedules[1:]],
+        [predicted / total_cost(profile.shape, schedule, profile) for schedule in schedules[1:]],
+        [dense / found[index].seconds for index in others],
+        [math.hypot(found[0].error, found[index].error) for index in others],
     )
 
 
@@ -146,42 +186,55 @@ def stage(verb: str, block: int, shape: ModelShape, keep: float, score: str) -> 
 
 def line(row: Row) -> str:
     """One line of the table."""
-    profile = row.profile
-    tau = kendall_tau(list(zip(row.predicted, row.measured, strict=True)))
     low, high = min(row.measured), max(row.measured)
     return (
-        f"| {profile.model} | {profile.batch} | {profile.runtime} | {row.dense_ms:.1f} | {low:.2f} to {high:.2f} | "
-        f"{median(row.errors):.1%} | {max(row.errors):.1%} | {'' if tau is None else f'{tau:.2f}'} |"
+        f"| {row.model} | {row.batch} | {row.runtime} | {row.dense_ms:.1f} | {low:.2f} to {high:.2f} | "
+        f"{median(row.errors):.1%} | {max(row.errors):.1%} | {tau(row)} |"
     )
 
 
-def page(rows: Sequence[Row], parsed: argparse.Namespace) -> str:
+def tau(row: Row) -> str:
+    """Kendall's tau of the two orders."""
+    value = kendall_tau(list(zip(row.predicted, row.measured, strict=True)))
+    return "" if value is None else f"{value:.2f}"
+
+
+def details(row: Row) -> list[str]:
+    """One line for each schedule."""
+    rows = zip(row.predicted, row.measured, row.uncertain, row.schedules, strict=True)
+    return [
+        f"    {guess:.3f} predicted, {truth:.3f} measured (+- {error:.1%}): {text}"
+        for guess, truth, error, text in rows
+    ]
+
+
+def page(rows: Sequence[Row], seconds: float) -> str:
     """The page, in Markdown."""
-    first = rows[0].profile
-    versions = dict(pair for row in rows for pair in row.profile.versions)
-    threads = "" if parsed.threads is None else f" --threads {parsed.threads}"
-    command = (
-        f"python scripts/benchmark_profile.py --models {' '.join(parsed.models)} --batches "
-        f"{' '.join(map(str, parsed.batches))} --runtimes {' '.join(parsed.runtimes)}{threads} "
-        f"--seconds {parsed.seconds:g} --out benchmarks/profile.md"
-    )
+    versions = {name: version for row in rows for name, version in row.versions.items()}
+    groups = [[row for row in rows if row.threads == threads] for threads in sorted({row.threads for row in rows})]
     low, high = SHARES
-    machine = f"{processor(find_device('cpu'))}, {first.threads} thread{'s' * (first.threads != 1)}"
     return f"""# Predicted and measured speed-ups
 
-For each model, batch size and runtime: a profile ({parsed.seconds:.0f} s of measuring), and {SCHEDULES} random
-schedules (seed {SEED}) of {", ".join(VERBS)}, which cost {low:.0%} to {high:.0%} of the dense
-model's MACs, measured whole, in turns with the dense model. Compared is the speed-up over the dense model, because the
-speed of a shared machine drifts between the profile and the measurement. tau: Kendall's, of the two orders.
+For each model, batch size and runtime: a profile ({seconds:.0f} s of measuring), and {SCHEDULES} random schedules
+(seed {SEED}) of {", ".join(VERBS)}, which cost {low:.0%} to {high:.0%} of the dense model's
+MACs, measured whole, in turns with the dense model. A model with a feature map has its own verb, hold. Compared is the
+speed-up over the dense model, because the speed of a shared machine drifts between the profile and the measurement.
+tau: Kendall's, of the two orders. Goals: a median error of 6 % at most, tau 0.9 at least.
 
-{machine}, float32, {", ".join(map(" ".join, versions.items()))}.
-Random weights.
+{processor(find_device("cpu"))}, float32, {", ".join(map(" ".join, versions.items()))}. Random weights.
+{"".join(map(table, groups))}
+Schedule by schedule: [profile.json](profile.json). Made with `scripts/benchmark_profile.py`, rows in several sittings.
+"""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows of one number of threads."""
+    return f"""
+{rows[0].threads} thread{"s" * (rows[0].threads != 1)}:
 
 | model | batch | runtime | dense, ms | measured speed-ups | median error | largest error | tau |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(map(line, rows))}
-
-Made with `{command}`.
 """
 
 
