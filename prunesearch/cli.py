@@ -367,8 +367,11 @@ def _cost_in_words(schedule: Schedule, cost: Cost) -> str:
     if not schedule.is_adaptive:
         return f"{cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end"
     if schedule.target_gmacs is not None:
-        return f"{schedule.target_gmacs:.5g} GMACs on average, which its thresholds are trained for"
-    return f"at most {cost.gmacs:.5g} GMACs; with thresholds it depends on the images"
+        return f"{schedule.target} on average, which its thresholds are trained for"
+    most = f"at most {cost.gmacs:.5g} GMACs"
+    if schedule.target is not None:
+        return f"{most}; its thresholds are trained for {schedule.target} on average"
+    return f"{most}; with thresholds it depends on the images"
 
 
 def _status(parsed: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prunesearch.errors import UserError
-from prunesearch.profile import Profile
+from prunesearch.profile import MOST_MS, Profile
 from prunesearch.recipes import RecipeName, expanded
 
 DEFAULT_SCORE = "class_attention"
@@ -31,6 +31,8 @@ MODULE_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 MOST_BLOCKS = 1000
 MOST_TOKENS = 1_000_000
 MOST_GMACS = 1e6
+TARGETS = {"target_gmacs": "GMACs", "target_predicted_latency_ms": "ms"}
+"""Fields that say what images shall cost on average, each with its unit. A schedule or a space has at most one."""
 MOST_IMAGES = 10**12
 MOST_VALUES = 200
 """Most values of one parameter of a search."""
@@ -248,6 +250,13 @@ class SpaceConfig:
         high=MOST_GMACS,
         most=MOST_VALUES,
     )
+    target_predicted_latency_ms: tuple[float, ...] | ThresholdRange | None = _field(
+        "the same in milliseconds: of a batch on the device, by its profile, mean over images",
+        None,
+        above=0,
+        high=MOST_MS,
+        most=MOST_VALUES,
+    )
     same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold", "tokens"], ...] = (
         _field("choices that all stages of a schedule share", (), most=MOST_NAMES)
     )
@@ -258,6 +267,11 @@ class SpaceConfig:
         (),
         most=MOST_NAMES,
     )
+
+    @property
+    def targets(self) -> dict[str, tuple[float, ...] | ThresholdRange]:
+        """The targets that are given, by field; a space has at most one."""
+        return {field: values for field in TARGETS if (values := getattr(self, field)) is not None}
 
 
 @dataclass(frozen=True)
@@ -343,9 +357,9 @@ class FinetuneConfig:
     ratio_weight: float = _field(
         "weight of the loss that holds a predictor to its stage's keep (DynamicViT)", 2.0, low=0, high=LARGEST
     )
-    budget_weight: float = _field("weight of the loss that holds thresholds to target_gmacs", 10.0, low=0, high=LARGEST)
+    budget_weight: float = _field("weight of the loss that holds thresholds to their target", 10.0, low=0, high=LARGEST)
     budget_loss: Literal["absolute", "squared", "absolute_gmacs"] = _field(
-        "distance from target_gmacs: as a share of the dense model's cost, its square (LTMP), or in GMACs (AS-ViT)",
+        "distance from the target: as a share of the dense model's cost, its square (LTMP), or in GMACs (AS-ViT) or ms",
         "absolute",
     )
     distill_tokens_weight: float = _field(
@@ -358,7 +372,7 @@ class FinetuneConfig:
         "that distance: mean squared (DynamicViT), or KL divergence of the softmax over channels (TPS)", "squared"
     )
     calibration_images: int = _field(
-        "training images on which thresholds are moved onto target_gmacs after training; 0 = leave them as trained",
+        "training images on which thresholds are moved onto their target after training; 0 = leave them as trained",
         1024,
         low=0,
         high=MOST_IMAGES,

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from prunesearch.profile import Count
+from prunesearch.errors import DeviceError
+from prunesearch.profile import Count, Profile
 from prunesearch.schedule import Schedule, Step, options_of, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
@@ -124,6 +125,34 @@ def total_cost(shape: ModelShape, schedule: Schedule, table: CostTable = MACS) -
     profile does not have.
     """
     return _of_schedule(shape, schedule, table)[0] / table.per_unit
+
+
+class CostTarget(NamedTuple):
+    """What images shall cost on average: an amount in the unit of a table."""
+
+    amount: float
+    table: CostTable
+
+
+def target_field(table: CostTable) -> str:
+    """The field of a schedule or a space that has a target in the unit of this table."""
+    return f"target_{table.metric}"
+
+
+def target_of(schedule: Schedule, profile: Profile | None) -> CostTarget | None:
+    """What the thresholds of a schedule are trained towards, if it says so. Raises DeviceError without a profile that
+    it needs."""
+    target = schedule.target
+    if target is None:
+        return None
+    for table in (MACS,) if profile is None else (MACS, profile):
+        if target_field(table) == target.field:
+            return CostTarget(target.amount, table)
+    raise DeviceError(
+        f"{target.field}: there is no profile of a device to predict {target} by. Possible: a profile of `prunesearch "
+        f"profile`: in a study device: {{profile: FILE.json}}, to evaluate a schedule file --study FOLDER, in Python "
+        f"Task(profile=...) or finetune(profile=...). Give it, or write target_gmacs in place of it."
+    )
 
 
 def _of_schedule(shape: ModelShape, schedule: Schedule, table: CostTable) -> tuple[Any, list[int], list[int]]:

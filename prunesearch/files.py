@@ -25,6 +25,7 @@ from prunesearch.config import (
     MOST_GMACS,
     MOST_NAMES,
     MOST_TOKENS,
+    TARGETS,
     Options,
     StudyConfig,
     as_options,
@@ -34,7 +35,7 @@ from prunesearch.config import (
 from prunesearch.errors import FileError, UserError
 from prunesearch.plugins import import_plugins, missing_plugins
 from prunesearch.printable import printable
-from prunesearch.profile import Profile, ProfileFile, profile_problems
+from prunesearch.profile import MOST_MS, Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
@@ -60,6 +61,9 @@ class ScheduleFile:
     target_gmacs: float | None = bounded(
         "mean GMACs of an image, towards which thresholds are trained", None, above=0, high=MOST_GMACS
     )
+    target_predicted_latency_ms: float | None = bounded(
+        "the same in milliseconds of a batch, by a device's profile", None, above=0, high=MOST_MS
+    )
     model: Mapping[str, Any] | None = None
     data: Mapping[str, Any] | None = None
     weights: str | None = None
@@ -70,7 +74,8 @@ class ScheduleFile:
     @property
     def schedule(self) -> Schedule:
         """The schedule alone. A file writes options at their default; here they are left out."""
-        return without_defaults(Schedule(self.stages, self.target_gmacs))
+        targets = {field: getattr(self, field) for field in TARGETS}
+        return without_defaults(Schedule(self.stages, **targets))
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,8 @@ def save_schedule(schedule: Schedule, path: str | Path, **about: Any) -> None:
 def schedule_text(schedule: Schedule, name: str, **about: Any) -> str:
     """The text of a schedule file with this name. about: as for `save_schedule`."""
     stages = tuple(replace(stage, options=as_options(options_of(stage))) for stage in schedule.stages)
-    mapping = to_mapping(ScheduleFile(1, stages, schedule.target_gmacs, **about))
+    targets = {field: getattr(schedule, field) for field in TARGETS}
+    mapping = to_mapping(ScheduleFile(1, stages, **targets, **about))
     mapping["stages"] = [_Row(to_mapping(stage, defaults=True)) for stage in stages]
     return _yaml_text(mapping, header=SCHEDULE_HEADER.format(name=printable(name)))
 

@@ -30,7 +30,8 @@ class Curve:
     error: tuple[float, ...]
 
     def at(self, tokens: Count) -> Count:
-        """Milliseconds at a number of tokens. Tensors give tensors, and gradients pass through."""
+        """Milliseconds at a number of tokens. Tensors give tensors, and gradients pass through: the slope between two
+        measured points, so none on the flat part of a stair."""
         if isinstance(tokens, (int, float)):
             right = bisect_right(self.tokens, tokens)
             if right in (0, len(self.tokens)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from prunesearch.config import (
     DEFAULT_SCORE,
@@ -14,12 +14,14 @@ from prunesearch.config import (
     MOST_GMACS,
     MOST_NAMES,
     MOST_TOKENS,
+    TARGETS,
     Options,
     Scalar,
     as_options,
     bounded,
 )
 from prunesearch.errors import ScheduleError
+from prunesearch.profile import MOST_MS
 from prunesearch.registry import did_you_mean
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
@@ -91,30 +93,56 @@ class Stage:
         return f"block {self.block} {self.at}: {self.reduce} to {amount}{score}"
 
 
+class MeanCost(NamedTuple):
+    """What images shall cost on average. field: that which says so. unit: of the amount."""
+
+    field: str
+    amount: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.amount:.5g} {self.unit}"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Stages in the order they run: by block, `pre` before `mid`, else as given. Empty is the dense model.
 
-    target_gmacs: mean cost of an image, in GMACs, towards which thresholds are trained and calibrated.
-    Raises ScheduleError when it is given and no stage has a threshold.
+    target_gmacs, target_predicted_latency_ms: mean cost of an image towards which thresholds are trained and
+    calibrated, in GMACs, or in milliseconds of a batch of such images by a device's profile.
+    Raises ScheduleError when both are given, or one and no stage has a threshold.
     """
 
     stages: tuple[Stage, ...] = bounded("in any order", (), most=MOST_BLOCKS)
     target_gmacs: float | None = bounded("mean GMACs of an image", None, above=0, high=MOST_GMACS)
+    target_predicted_latency_ms: float | None = bounded("mean over images", None, above=0, high=MOST_MS)
 
     def __post_init__(self) -> None:
         ordered = sorted(self.stages, key=lambda stage: (stage.block, PLACES.index(stage.at)))  # stable
         object.__setattr__(self, "stages", tuple(ordered))
-        if self.target_gmacs is not None and not (_is_number(self.target_gmacs) and self.target_gmacs > 0):
-            raise ScheduleError("schedule", [f"target_gmacs is {self.target_gmacs!r}; possible: GMACs above 0."])
-        if self.target_gmacs is not None and not self.is_adaptive:
-            raise ScheduleError(
-                "schedule",
-                [
-                    "target_gmacs is given, but no stage has a threshold that could move towards it. "
-                    "Possible: thresholds. Leave it out, or give a stage a threshold."
-                ],
-            )
+        problems = []
+        given = [field for field in TARGETS if getattr(self, field) is not None]
+        if len(given) > 1:
+            problems.append(f"{' and '.join(given)} are given; possible: one target. Leave the other out.")
+        for field in given:
+            amount = getattr(self, field)
+            if not (_is_number(amount) and amount > 0):
+                problems.append(f"{field} is {amount!r}; possible: {TARGETS[field]} above 0.")
+            if not self.is_adaptive:
+                problems.append(
+                    f"{field} is given, but no stage has a threshold that could move towards it. "
+                    f"Possible: thresholds. Leave it out, or give a stage a threshold."
+                )
+        if problems:
+            raise ScheduleError("schedule", problems)
+
+    @property
+    def target(self) -> MeanCost | None:
+        """The mean cost towards which thresholds are trained, if there is one."""
+        for field, unit in TARGETS.items():
+            if (amount := getattr(self, field)) is not None:
+                return MeanCost(field, amount, unit)
+        return None
 
     @property
     def is_adaptive(self) -> bool:
@@ -133,7 +161,7 @@ class Schedule:
         )
 
     def __str__(self) -> str:
-        target = "" if self.target_gmacs is None else f" towards {self.target_gmacs:g} GMACs"
+        target = "" if self.target is None else f" towards {self.target}"
         return ("; ".join(map(str, self.stages)) or "dense") + target
 
 
@@ -240,7 +268,8 @@ def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
         if not any(earlier.is_adaptive for earlier in (*stages, stage)):
             stage = replace(stage, keep=None, tokens=step.kept)
         stages.append(stage)
-    return Schedule(tuple(stages), schedule.target_gmacs if any(stage.is_adaptive for stage in stages) else None)
+    is_adaptive = any(stage.is_adaptive for stage in stages)
+    return replace(schedule, stages=tuple(stages)) if is_adaptive else Schedule(tuple(stages))
 
 
 def count_of(stage: Stage, present: int) -> int:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from prunesearch.cost import CostTable, target_of
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import predict
 from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.models import schedule_of, shape_of, steps_of, threshold_of, threshold_unit
+from prunesearch.profile import Profile
 from prunesearch.schedule import Stage
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
@@ -26,17 +28,25 @@ SUBSET_SEED = 0
 
 
 def calibrate(
-    model: nn.Module, images: ImageSet, count: int, batch_size: int, device: torch.device, amp: bool
+    model: nn.Module,
+    images: ImageSet,
+    count: int,
+    batch_size: int,
+    device: torch.device,
+    amp: bool,
+    profile: Profile | None = None,
 ) -> float:
     """Shift every threshold, in place, until the mean cost of `count` images is the schedule's target.
 
     All thresholds shift by the same number of typical scores. For a lower cost, thresholds on scores go up and those on
     the cosine of pairs go down. Returns by how much the mean then misses the target, as a fraction of it; no shift may
-    reach the target.
+    reach the target. profile: of the device, for a target in milliseconds; without it that raises DeviceError.
     """
     schedule, shape = schedule_of(model), shape_of(model)
-    assert schedule is not None and schedule.target_gmacs is not None
-    target = 1e9 * schedule.target_gmacs
+    found = None if schedule is None else target_of(schedule, profile)
+    assert found is not None, "only thresholds with a target are calibrated"
+    amount, table = found
+    target = table.per_unit * amount
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(SUBSET_SEED))[:count]
     start = [
         (parameter, parameter.detach().clone(), _step_size(step.stage, shape))
@@ -48,18 +58,17 @@ def calibrate(
     def miss(shift: float) -> float:
         for parameter, value, size in start:
             parameter.copy_(value + shift * size)
-        return mean_macs(model, images, chosen, shape, batch_size, device, amp) / target - 1
+        return mean_cost(model, images, chosen, shape, batch_size, device, amp, table) / target - 1
 
     shift = _root(miss)
     missed = miss(shift)
     if abs(missed) > 0.02:
-        logger.warning(
-            "the thresholds reach %.4g GMACs, not the target of %.4g", (1 + missed) * target / 1e9, target / 1e9
-        )
+        reached = (1 + missed) * target / table.per_unit
+        logger.warning("the thresholds reach %.4g %s, not the target of %.4g", reached, table.unit, amount)
     return missed
 
 
-def mean_macs(
+def mean_cost(
     model: nn.Module,
     images: ImageSet,
     chosen: Tensor,
@@ -67,10 +76,11 @@ def mean_macs(
     batch_size: int,
     device: torch.device,
     amp: bool,
+    table: CostTable,
 ) -> float:
-    """Mean MACs of the images with the indices `chosen`, each by its own token counts."""
+    """Mean cost of the images with the indices `chosen`, each by its own token counts."""
     logits, _, counts = predict(model, images, batch_size, device, amp, indices=chosen)
-    return cost_by_counts(counts, steps_of(model), shape, len(logits)).mean().item()
+    return cost_by_counts(counts, steps_of(model), shape, len(logits), table).mean().item()
 
 
 def _step_size(stage: Stage, shape: ModelShape) -> float:

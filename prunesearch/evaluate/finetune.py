@@ -27,6 +27,7 @@ from prunesearch.evaluate.predict import autocast, half_precision
 from prunesearch.evaluate.schedule_loss import ScheduleLoss, learns_decisions
 from prunesearch.files import write_atomically
 from prunesearch.models import PARTS, schedule_of, shape_of, steps_of, threshold_of, threshold_unit, trace
+from prunesearch.profile import Profile
 
 
 class DenseOutput(NamedTuple):
@@ -83,6 +84,7 @@ def finetune(
     device: torch.device,
     seed: int,
     progress: Progress,
+    profile: Profile | None = None,
 ) -> None:
     """Train `model` in place until `progress` has reached `budget`. Images and seconds of earlier calls count.
 
@@ -90,6 +92,8 @@ def finetune(
     whole cosine over the rest of the budget. The last batch is cut so that exactly `budget.images` images are seen;
     unreadable images count. When nothing learns (freeze_backbone: 1 and a schedule without learned parts), the model
     does not change and no image is read. Raises LossNotFinite, and DataError when too many images cannot be read.
+
+    profile: of the device, for a schedule whose target is in milliseconds; without it that raises DeviceError.
     """
     if budget.images is None and budget.seconds is None:
         raise UserError(
@@ -100,7 +104,7 @@ def finetune(
     if not parameter_groups(model, config):
         logger.info("nothing learns with this schedule and freeze_backbone: 1; the model stays as it is")
         return
-    schedule_loss = ScheduleLoss(model, config) if learns_decisions(model) else None
+    schedule_loss = ScheduleLoss(model, config, profile) if learns_decisions(model) else None
     earlier = replace(progress)
 
     def losses(batch: Batch) -> Iterator[Tensor]:
@@ -193,7 +197,7 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
     freeze_backbone: 1 the model's own parameters.
     """
     schedule = schedule_of(model)
-    moves = schedule is not None and schedule.target_gmacs is not None
+    moves = schedule is not None and schedule.target is not None
     thresholds = {
         id(parameter): config.threshold_learning_rate * threshold_unit(step.stage, shape_of(model))
         for step in steps_of(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.config import MeasureConfig, ModelConfig, Target
-from prunesearch.cost import MACS, CostTable, cost_of_counts
+from prunesearch.cost import MACS, CostTable, cost_of_counts, target_of
 from prunesearch.errors import DataError
 from prunesearch.evaluate.build import parameter_count
 from prunesearch.evaluate.images import ImageSet
@@ -120,8 +120,8 @@ def gmacs_p95(subject: Subject) -> float:
 
 def target_miss(subject: Subject) -> float:
     """Percent of the target, above or below."""
-    target = subject.schedule.target_gmacs
-    return 0.0 if target is None else 100 * abs(subject.costs().mean().item() / target - 1)
+    target = target_of(subject.schedule, subject.target.profile)
+    return 0.0 if target is None else 100 * abs(subject.costs(target.table).mean().item() / target.amount - 1)
 
 
 def parameters(model: ModelConfig, schedule: Schedule) -> float:

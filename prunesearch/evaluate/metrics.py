@@ -164,7 +164,7 @@ for _entry in (
         "target_miss",
         unit="%",
         goal="minimize",
-        summary="by how much gmacs misses the schedule's target_gmacs; 0 without",
+        summary="by how much the mean cost of images misses the target of the schedule; 0 without",
         measure=Named("prunesearch.evaluate.measures:target_miss"),
     ),
     Metric(

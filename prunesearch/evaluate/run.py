@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prunesearch.config import DataConfig, ModelConfig, Target
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import estimate_cost, target_of
 from prunesearch.errors import PruneSearchError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.calibrate import calibrate
@@ -133,7 +133,12 @@ def _data_notes(found: _Findings) -> tuple[str, ...]:
 
 def _run(task: Task, found: _Findings) -> None:
     import_plugins(task.plugins)
-    wanted = (*task.metrics, "target_miss") if task.schedule.target_gmacs is not None else task.metrics
+    calibrates = task.finetune.calibration_images > 0 and task.weights is None
+    # thresholds that stay where they are need no profile, although they were trained by one
+    stays = task.budget.images == 0 and not calibrates
+    is_known = task.profile is not None or task.schedule.target_predicted_latency_ms is None
+    target = None if stays and not is_known else target_of(task.schedule, task.profile)
+    wanted = task.metrics if target is None else (*task.metrics, "target_miss")
     metrics = [METRICS[name] for name in dict.fromkeys(wanted)]
     if task.threads is not None:
         torch.set_num_threads(task.threads)
@@ -165,11 +170,10 @@ def _run(task: Task, found: _Findings) -> None:
             teacher = _teacher(task, train, device, distills_tokens(model, task.finetune))
         _seed(task.seed)
         with found.phase("train"), reproducible(device):
-            finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress)
-    calibrates = task.schedule.target_gmacs is not None and task.finetune.calibration_images > 0
-    if calibrates and task.weights is None:
+            finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress, task.profile)
+    if target is not None and calibrates:
         with found.phase("calibrate"):
-            calibrate(model, train, task.finetune.calibration_images, batch_size, device, amp)
+            calibrate(model, train, task.finetune.calibration_images, batch_size, device, amp, task.profile)
     if task.schedule.is_adaptive:
         found.schedule = schedule_of(model)
     if task.budget.images != 0:

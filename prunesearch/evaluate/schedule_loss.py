@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.config import FinetuneConfig
-from prunesearch.cost import MACS, CostTable, cost_of_counts, estimate_cost
+from prunesearch.cost import MACS, CostTable, cost_of_counts, target_of
 from prunesearch.models import PlannedStep, Trace, schedule_of, shape_of, steps_of
+from prunesearch.profile import Profile
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
 
@@ -33,23 +34,27 @@ def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
 
 
 class ScheduleLoss:
-    """The loss terms of one model, called with each batch's trace."""
+    """The loss terms of one model, called with each batch's trace.
 
-    def __init__(self, model: nn.Module, config: FinetuneConfig) -> None:
+    profile: of the device, for a schedule whose target is in milliseconds; without it that raises DeviceError.
+    """
+
+    def __init__(self, model: nn.Module, config: FinetuneConfig, profile: Profile | None = None) -> None:
         self._config, self._shape, self._steps = config, shape_of(model), steps_of(model)
         schedule = schedule_of(model)
-        self._target = None if schedule is None else schedule.target_gmacs
-        self._dense_macs = estimate_cost(self._shape).macs
+        self._target = None if schedule is None else target_of(schedule, profile)
 
     def __call__(self, trace: Trace, dense_patches_BnC: Tensor | None) -> Tensor:
         """Weighted sum of the terms. dense_patches_BnC: final normalised patch tokens of the dense model, or None."""
         config = self._config
         loss = config.ratio_weight * ratio_loss(trace, self._steps, self._shape)
         if self._target is not None:
-            share = macs_of_images(trace, self._steps, self._shape).mean() / self._dense_macs
-            miss = share - 1e9 * self._target / self._dense_macs
+            amount, table = self._target
+            dense, _, _ = cost_of_counts(self._shape, [], [], table)
+            share = costs_of_images(trace, self._steps, self._shape, table).mean() / dense
+            miss = share - table.per_unit * amount / dense
             if config.budget_loss == "absolute_gmacs":
-                miss = miss * (self._dense_macs / 1e9)
+                miss = miss * (dense / table.per_unit)
             loss = loss + config.budget_weight * (miss.square() if config.budget_loss == "squared" else miss.abs())
         if dense_patches_BnC is not None:
             distance = token_loss(trace, dense_patches_BnC, config.distill_tokens_loss)
@@ -90,9 +95,9 @@ def token_loss(trace: Trace, dense_patches_BnC: Tensor, kind: Literal["squared",
     return (distance_Bn * kept_Bn).sum() / kept_Bn.sum()
 
 
-def macs_of_images(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape) -> Tensor:
-    """MACs of each image, (B,), by its own counts. In training they carry gradients to the decisions."""
-    return cost_by_counts(trace.counts, steps, shape, trace.logits.shape[0])
+def costs_of_images(trace: Trace, steps: Sequence[PlannedStep], shape: ModelShape, table: CostTable = MACS) -> Tensor:
+    """Cost of each image, (B,), by its own counts. In training they carry gradients to the decisions."""
+    return cost_by_counts(trace.counts, steps, shape, trace.logits.shape[0], table)
 
 
 def cost_by_counts(

@@ -193,8 +193,10 @@ def measure_again(
     """Evaluate the dense model and an exported schedule without training; returns (dense, pruned).
 
     Model and data are those given, else the study's, else the file's. The pruned model uses the weights of the file,
-    whose path is relative to `folder`. plugins: modules to import besides those of the study. Raises UserErrors when
-    model or data are given nowhere or do not fit, RunError when an evaluation fails.
+    whose path is relative to `folder`. Without weights, thresholds with a target are calibrated. The profile of the
+    study predicts latency if the model is the study's. plugins: modules to import besides those of the study. Raises
+    UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there is none;
+    RunError when an evaluation fails.
     """
     from prunesearch.evaluate.inputs import check_inputs
     from prunesearch.evaluate.run import evaluate
@@ -205,6 +207,7 @@ def measure_again(
     import_plugins(all_plugins(study.plugins if study else (), plugins))
     check_inputs(model, data, device, keep=True)
     results = []
+    profile = study.target.profile if study is not None and study.model == model else None
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(
             uid="evaluate",
@@ -217,6 +220,7 @@ def measure_again(
             device=device,
             weights=with_weights,
             plugins=all_plugins(study.plugins if study else (), plugins),
+            profile=profile,
         )
         result = evaluate(task, raise_user_errors=True)
         if result.status != "complete":

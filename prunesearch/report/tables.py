@@ -48,7 +48,7 @@ def short(schedule: Schedule) -> str:
     alike = groupby(schedule.stages, key=lambda stage: _what(stage, unsaid=("none", DEFAULT_SCORE, shared)))
     stages = " · ".join(f"{', '.join(str(stage.block) for stage in group)} {what}" for what, group in alike)
     score = "" if shared == DEFAULT_SCORE else f" ({shared})"
-    target = "" if schedule.target_gmacs is None else f", towards {schedule.target_gmacs:.3g} GMACs"
+    target = "" if schedule.target is None else f", towards {schedule.target.amount:.3g} {schedule.target.unit}"
     return printable(stages + score + target)
 
 

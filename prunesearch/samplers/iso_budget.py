@@ -105,10 +105,10 @@ def budget_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     budget = budget_of(config)
     if budget is None:
         return []
-    if config.space.target_gmacs is not None or any("threshold" in block.amount for block in blocks_of(config.space)):
+    if config.space.targets or any("threshold" in block.amount for block in blocks_of(config.space)):
         return [
             "budget: given, but the space has thresholds, whose cost is known only after training. Possible: keep "
-            "ratios; for thresholds space.target_gmacs. Leave out the one or the other."
+            "ratios; for thresholds a target in the space. Leave out the one or the other."
         ]
     name, problems = budget.metric, []
     written = bound_in_words(budget.written, budget.amount)

@@ -77,8 +77,8 @@ def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
         for word in (f"reduce {stage.reduce}", f"score {stage.score}", f"at {stage.at}"):
             found[word] = found.get(word, 0.0) + amount
     found |= {f"after {block}": share for block, share in enumerate(present)}
-    if schedule.target_gmacs is not None:
-        found["target"] = schedule.target_gmacs
+    if schedule.target is not None:
+        found[schedule.target.field] = schedule.target.amount
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunesearch.config import IN_ANY_PRECISION, StudyConfig
+from prunesearch.cost import MACS, target_field
 from prunesearch.errors import UserError
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.shapes import model_shape
@@ -16,6 +17,7 @@ from prunesearch.profile import profile_problems
 from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
+from prunesearch.space.problems import target_range_problems
 from prunesearch.study.reader import stored_config
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,19 @@ def needing_profile(config: StudyConfig) -> list[str]:
     return [name for name in names if name in METRICS and METRICS[name].needs_profile]
 
 
+def targets_needing_profile(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """Where a study has a target of thresholds that is predicted by a profile."""
+    fields = {f"space.{field}": field for field in config.space.targets}
+    for index, name in enumerate(config.space.start_from):
+        try:
+            target = None if name == WORD else find_schedule(name, shape).target
+        except UserError:  # one that is not there is told elsewhere
+            continue
+        if target is not None:
+            fields[f"space.start_from[{index}].{target.field}"] = target.field
+    return [place for place, field in fields.items() if field != target_field(MACS)]
+
+
 def without_predictions(config: StudyConfig) -> StudyConfig:
     """The study without limits and a budget that need a profile, for checks before there is one."""
     needing = needing_profile(config)
@@ -104,7 +119,7 @@ def without_predictions(config: StudyConfig) -> StudyConfig:
 
 def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     """Mistakes in the `device` section of a study. Its space must be without mistakes."""
-    needing, device = needing_profile(config), config.device
+    needing, device = needing_profile(config) + targets_needing_profile(config, shape), config.device
     if device is None:
         return [
             f"device: absent, but {', '.join(needing)} is predicted by a profile of a device. Possible: a file of "
@@ -112,8 +127,8 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
         ] * bool(needing)
     if not needing:
         return [
-            "device: no objective, limit, budget or metric is predicted by it. Possible: predicted_latency_ms. Name it "
-            "in one of them, or leave device out."
+            "device: no objective, limit, budget, metric or target is predicted by it. Possible: predicted_latency_ms. "
+            "Name it in one of them, or leave device out."
         ]
     profile = device.table
     if profile is None:
@@ -133,11 +148,11 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
             f"{profile.shape.patch_tokens} patch tokens, not of {config.model.name} as the study has it. Possible: a "
             f"profile of this model at this image size. Profile it: prunesearch profile STUDY.yaml."
         ]
+    problems = target_range_problems(config.space, shape, profile)
     try:
         verbs, scores = words_of(config, shape)
     except UserError:  # a start schedule that is not there is told elsewhere
-        return []
-    problems = []
+        return problems
     for flag, names, times in (("--verb", verbs, profile.verbs), ("--score", scores, profile.scores)):
         known = [time.name for time in times]
         problems += [

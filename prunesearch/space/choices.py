@@ -80,8 +80,8 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
         return None
     by_block = {stage.block: stage for stage in schedule.stages}
     parameters: dict[str, Value] = {}
-    if schedule.target_gmacs is not None:
-        parameters["target_gmacs"] = schedule.target_gmacs
+    if schedule.target is not None:
+        parameters[schedule.target.field] = schedule.target.amount
     for block in blocks_of(space):
         stage = by_block.get(block.block)
         if stage is None:
@@ -179,8 +179,9 @@ def uid_of(schedule: Schedule, shape: ModelShape) -> str:
         else (stage.block, stage.at, stage.score, stage.keep, stage.threshold, stage.reduce, stage.options)
         for stage in written.stages
     ]
-    if written.target_gmacs is not None:
-        stages.append(written.target_gmacs)
+    target = written.target
+    if target is not None:  # GMACs stand without their name, as they did when there was no other target
+        stages.append(target.amount if written.target_gmacs is not None else (target.field, target.amount))
     return blake2b(repr(stages).encode(), digest_size=6).hexdigest()
 
 
@@ -248,9 +249,7 @@ def _fields(space: SpaceConfig) -> dict[str, Values]:
         if any(REDUCERS[verb].ranks for verb in block.reduce):
             given["score"] = block.score
         fields |= {_name(field, block, space): values for field, values in given.items() if values is not None}
-    if space.target_gmacs is not None:
-        fields["target_gmacs"] = space.target_gmacs
-    return fields
+    return fields | space.targets
 
 
 def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
@@ -288,8 +287,8 @@ def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
         if stage.keep != 1.0:
             stages.append(stage)
     adaptive = any(stage.is_adaptive for stage in stages)
-    target = float(value("target_gmacs")) if adaptive and "target_gmacs" in fields else None
-    return Schedule(tuple(stages), target)
+    targets = {field: float(value(field)) for field in space.targets} if adaptive else {}
+    return Schedule(tuple(stages), **targets)
 
 
 def takes_threshold(score: str, reduce: str) -> bool:

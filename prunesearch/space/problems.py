@@ -9,7 +9,7 @@ from functools import partial
 from typing import cast
 
 from prunesearch.config import LARGEST, MOST_VALUES, BlockSpace, Range, SpaceConfig, ThresholdRange
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import MACS, CostTable, target_field, total_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import PLACES, Place, Schedule, Stage, resolve
@@ -210,20 +210,29 @@ def _unread(space: SpaceConfig) -> list[str]:
 
 
 def _target_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
-    target = space.target_gmacs
-    if target is None:
-        return []
+    if len(space.targets) > 1:
+        return [f"space: {' and '.join(space.targets)} are given. Possible: one target. Leave the other out."]
     if not any("threshold" in block.amount for block in blocks_of(space)):
         return [
-            "space.target_gmacs: no stage can have a threshold that would move towards it. Possible: amount: "
-            "[threshold]. Leave it out, or add threshold to amount."
+            f"space.{field}: no stage can have a threshold that would move towards it. Possible: amount: "
+            f"[threshold]. Leave it out, or add threshold to amount."
+            for field in space.targets
         ]
-    dense = estimate_cost(shape).gmacs
-    problems = _threshold_problems("space.target_gmacs", target, 0.0, dense, "the dense model's cost")
+    return target_range_problems(space, shape, MACS)
+
+
+def target_range_problems(space: SpaceConfig, shape: ModelShape, table: CostTable) -> list[str]:
+    """Targets in the unit of a table that no schedule can have, because they are above the dense model's cost."""
+    field = target_field(table)
+    target = space.targets.get(field)
+    if target is None:
+        return []
+    dense = total_cost(shape, Schedule(), table)
+    problems = _threshold_problems(f"space.{field}", target, 0.0, dense, "the dense model's cost")
     for value in target if isinstance(target, tuple) else (target.low, target.high):
         if not 0 < value <= dense:
             problems.append(
-                f"space.target_gmacs: {value:g}; possible: above 0, up to the dense model's {dense:.4g}. Correct it."
+                f"space.{field}: {value:g}; possible: above 0, up to the dense model's {dense:.4g}. Correct it."
             )
     return problems
 

@@ -21,7 +21,7 @@ from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.evaluate import evaluate, model_shape
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.images import image_input
-from prunesearch.evaluate.schedule_loss import macs_of_images, ratio_loss, token_loss
+from prunesearch.evaluate.schedule_loss import costs_of_images, ratio_loss, token_loss
 from prunesearch.evaluate.task import Task
 from prunesearch.models import (
     apply_schedule,
@@ -132,7 +132,7 @@ def test_masked_and_gathered_agree_and_count_what_stays(layout: str) -> None:
     assert torch.equal(gathered.patches_BnC, patches_of(model, features)) and gathered.present_Bn is None
     assert [count.tolist() for count in masked.counts] == [[step.kept] * 3 for step in resolve(HOLDS, shape)]
     assert gathered.counts == ()
-    macs = macs_of_images(masked, steps_of(model), shape)
+    macs = costs_of_images(masked, steps_of(model), shape)
     assert macs.tolist() == [estimate_cost(shape, HOLDS).macs] * 3
 
 

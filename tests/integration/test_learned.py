@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_profiles import fake_profile, stairs_profile
 
 from prunesearch.config import Budget, DataConfig, FinetuneConfig, ModelConfig
-from prunesearch.cost import estimate_cost
+from prunesearch.cost import MACS, estimate_cost, target_field, total_cost
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
 from prunesearch.evaluate.finetune import parameter_groups
@@ -21,7 +22,9 @@ from prunesearch.schedule import Schedule, Stage
 
 MODEL = ModelConfig("vit_digits_patch1_8", pretrained=True)
 DATA = DataConfig(train_images=256, val_images=200)
-DENSE = estimate_cost(model_shape(MODEL)).gmacs
+SHAPE = model_shape(MODEL)
+DENSE = estimate_cost(SHAPE).gmacs
+PROFILES = {"fake": fake_profile(SHAPE), "stairs": stairs_profile(SHAPE)}
 ADAPTIVE = (
     Stage(2, at="pre", score="head_weighted_class_attention", threshold=0.0),
     Stage(4, threshold=0.95, reduce="merge"),
@@ -37,20 +40,25 @@ def one_thread():
 
 def run(schedule: Schedule, images: int = 0, **changes) -> Evaluation:
     settings = FinetuneConfig(learning_rate=1e-3, batch_size=64, calibration_images=256)
-    task = Task("x", MODEL, DATA, schedule, Budget(images=images), ("top1", "gmacs", "gmacs_p95"), settings)
+    metrics = ("top1", "gmacs", "gmacs_p95") + ("predicted_latency_ms",) * (changes.get("profile") is not None)
+    task = Task("x", MODEL, DATA, schedule, Budget(images=images), metrics, settings)
     result = evaluate(replace(task, **changes))
     assert result.status == "complete", result.traceback
     return result
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8])
-def test_thresholds_are_calibrated_onto_their_target(share: float) -> None:
-    result = run(Schedule(ADAPTIVE, target_gmacs=share * DENSE))
-    assert result.value("gmacs") == pytest.approx(share * DENSE, rel=0.02)
-    assert result.value("target_miss") < 2
+@pytest.mark.parametrize(("profile", "share"), [(None, 0.5), (None, 0.8), ("fake", 0.65), ("stairs", 0.65)])
+def test_thresholds_are_calibrated_onto_their_target(profile: str | None, share: float) -> None:
+    device = None if profile is None else PROFILES[profile]
+    table = device or MACS
+    amount = share * total_cost(SHAPE, Schedule(), table)
+    result = run(Schedule(ADAPTIVE, **{target_field(table): amount}), profile=device)
+    reached, spread = result.value(table.metric), dict(result.spread)[table.metric]
+    assert reached == pytest.approx(amount, rel=0.02)
+    assert result.value("target_miss") == pytest.approx(100 * abs(reached / amount - 1))
     assert result.value("gmacs_p95") > result.value("gmacs")
-    assert dict(result.spread)["gmacs"] > 0
-    assert result.schedule.target_gmacs == share * DENSE
+    assert spread > 0
+    assert result.schedule.target == (target_field(table), amount, table.unit)
     assert all(
         after.threshold > before.threshold if before.score != "none" else after.threshold < before.threshold
         for before, after in zip(ADAPTIVE, result.schedule.stages, strict=True)
@@ -58,13 +66,20 @@ def test_thresholds_are_calibrated_onto_their_target(share: float) -> None:
     assert from_mapping(Evaluation, to_mapping(result), "here").schedule == result.schedule
 
 
-def test_training_alone_moves_thresholds_towards_the_target_and_the_schedule_says_where_they_are() -> None:
+@pytest.mark.parametrize("profile", [None, "stairs"])
+def test_training_alone_moves_thresholds_towards_the_target_and_the_schedule_says_where_they_are(
+    profile: str | None,
+) -> None:
+    device = None if profile is None else PROFILES[profile]
+    table = device or MACS
+    dense = total_cost(SHAPE, Schedule(), table)
+    target = {target_field(table): 0.5 * dense}
     config = FinetuneConfig(batch_size=32, threshold_learning_rate=0.1, calibration_images=0)
     stages = (Stage(2, at="pre", score="head_weighted_class_attention", threshold=0.0),)
-    before = run(Schedule(stages, target_gmacs=0.5 * DENSE), finetune=config)
-    after = run(Schedule(stages, target_gmacs=0.5 * DENSE), images=512, finetune=config)
-    assert before.value("gmacs") > 0.95 * DENSE
-    assert after.value("gmacs") < 0.8 * DENSE
+    before = run(Schedule(stages, **target), finetune=config, profile=device)
+    after = run(Schedule(stages, **target), images=512, finetune=config, profile=device)
+    assert before.value(table.metric) > 0.95 * dense
+    assert after.value(table.metric) < 0.8 * dense
     assert after.schedule.stages[0].threshold > 0.001
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from prunesearch.profile import Curve, Profile, StageTime
 from prunesearch.shape import ModelShape
 
@@ -14,7 +16,7 @@ def fake_profile(shape: ModelShape, model: str = "some_vit", batch: int = 1) -> 
     half = tokens // 2
     stairs = Curve((1, half, half + 1, tokens), (0.5, 0.5, 1.0, 1.0), (0.0,) * 4)
     verbs = ("fuse", "squeeze", "absorb", "merge", "drop_or_merge", "drop")
-    scores = ("class_attention", "key_norm", "random", "attention_received")
+    scores = ("class_attention", "head_weighted_class_attention", "key_norm", "random", "attention_received")
     return Profile(
         model=model,
         shape=shape,
@@ -31,4 +33,22 @@ def fake_profile(shape: ModelShape, model: str = "some_vit", batch: int = 1) -> 
         last=Curve((1, tokens), (0.3, 0.3), (0.0, 0.0)),
         threads=2,
         check=(0.02, -0.01),
+    )
+
+
+def stairs_profile(shape: ModelShape, width: int = 16) -> Profile:
+    """Attention and MLP 1 ms more for each `width` tokens begun, and nothing else that depends on tokens."""
+    tokens = shape.patch_tokens + shape.prefix_tokens
+    ends = [(first, min(first + width - 1, tokens)) for first in range(1, tokens + 1, width)]
+    points = {place: float(step) for step, both in enumerate(ends, 1) for place in both}
+    stairs = Curve(tuple(points), tuple(points.values()), (0.0,) * len(points))
+    plain = fake_profile(shape)
+    return replace(
+        plain,
+        attention=stairs,
+        sized_attention=stairs,
+        mlp=stairs,
+        verbs=tuple(StageTime(verb.name, 0.05) for verb in plain.verbs),
+        scores=tuple(StageTime(score.name, 0.05) for score in plain.scores),
+        dense_ms=2.0 + shape.depth * 2.0 * len(ends) + 0.3,
     )

@@ -72,9 +72,16 @@ def test_short(stages: list[Stage], text: str) -> None:
     assert short(Schedule(tuple(stages))) == text
 
 
-def test_thresholds_and_their_target_are_said() -> None:
-    schedule = Schedule((Stage(2, threshold=0.00213), Stage(4, threshold=0.9, reduce="merge")), target_gmacs=0.00641)
-    assert short(schedule) == "2 drop > 0.0021 · 4 merge > 0.9, towards 0.00641 GMACs"
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ({"target_gmacs": 0.00641}, "0.00641 GMACs"),
+        ({"target_predicted_latency_ms": 12.345}, "12.3 ms"),
+    ],
+)
+def test_thresholds_and_their_target_are_said(target: dict[str, float], text: str) -> None:
+    schedule = Schedule((Stage(2, threshold=0.00213), Stage(4, threshold=0.9, reduce="merge")), **target)
+    assert short(schedule) == f"2 drop > 0.0021 · 4 merge > 0.9, towards {text}"
 
 
 def test_stages_that_share_a_score_name_it_once() -> None:

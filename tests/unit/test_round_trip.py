@@ -20,7 +20,7 @@ import fake_search
 import pytest
 
 from prunesearch.cli import main
-from prunesearch.config import FinetuneConfig, SpaceConfig, StopConfig, StudyConfig
+from prunesearch.config import TARGETS, FinetuneConfig, SpaceConfig, StopConfig, StudyConfig
 from prunesearch.errors import FileError, UserError
 from prunesearch.evaluate.sensitivity import Sensitivities
 from prunesearch.evaluate.task import Evaluation, Task
@@ -127,8 +127,8 @@ def instances(kind: type, field: dataclasses.Field[Any]) -> Iterator[Any]:
             yield dataclasses.replace(base, **changes)
         except UserError:  # a field that excludes another, or a shorthand
             adaptive = (Stage(0, threshold=0.5),)
-            if kind is Schedule and field.name == "target_gmacs":
-                yield Schedule(adaptive, value)
+            if kind is Schedule and field.name in TARGETS:
+                yield Schedule(adaptive, **{field.name: value})
     if kind is Stage and field.name == "options":
         yield from (
             Stage(1, keep=0.5, score=name, options=tuple(entry.options.items())) for name, entry in SCORERS.items()

@@ -19,6 +19,7 @@ from fake_search import EVALUATED, SHAPE, SPACE, records, run, small_study, stud
 from optuna.distributions import FloatDistribution
 
 from prunesearch.config import (
+    TARGETS,
     Limit,
     Objective,
     Range,
@@ -147,14 +148,15 @@ def test_the_space_is_complete_and_exact_in_every_proposal() -> None:
             assert study.draw(8) != parameters, name
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", OPTUNAS)
-def test_thresholds_are_looked_at_as_ratios(name: str) -> None:
+def test_thresholds_are_looked_at_as_ratios(name: str, target: str) -> None:
     space = SpaceConfig(
         blocks=(2, 4),
         amount=("threshold", "none"),
         threshold=ThresholdRange(1e-4, 1.0, log=True),
         score=("key_norm",),
-        target_gmacs=(0.005, 0.007, 0.01),
+        **{target: (0.005, 0.007, 0.01)},
     )
     candidates = []
     for _ in range(2):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fake_search import SHAPE, SPACE
 
-from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
+from prunesearch.config import TARGETS, BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.space.choices import (
@@ -41,6 +41,14 @@ SPACES = {
         amount=("threshold", "none"),
         threshold=ThresholdRange(1e-3, 0.05, log=True),
         target_gmacs=ThresholdRange(0.004, 0.01),
+    ),
+    "adaptive in ms": replace(
+        SPACE,
+        reduce=("drop", "merge"),
+        amount=("threshold", "none"),
+        threshold=(0.01, 0.02),
+        merge_threshold=(0.8, 0.9),
+        target_predicted_latency_ms=(4.0, 6.0, 7.5),
     ),
     "shared amount": replace(
         SPACE,
@@ -124,12 +132,13 @@ def test_parameters_without_effect_are_at_their_first_choice() -> None:
     }
 
 
-def test_a_stage_that_goes_takes_its_threshold_and_the_target_along() -> None:
-    space = SPACES["adaptive"]
+@pytest.mark.parametrize("field", TARGETS)
+def test_a_stage_that_goes_takes_its_threshold_and_the_target_along(field: str) -> None:
+    space = replace(SPACES["adaptive"], **{**dict.fromkeys(TARGETS), field: ThresholdRange(0.004, 0.01)})
     none: dict[str, Any] = {f"block{block}.amount": "none" for block in range(1, 6)}
-    assert schedule_from({**none, "block2.threshold": 0.02, "target_gmacs": 0.009}, space, SHAPE) == Schedule()
+    assert schedule_from({**none, "block2.threshold": 0.02, field: 0.009}, space, SHAPE) == Schedule()
     one = schedule_from({**none, "block2.amount": "threshold", "block2.threshold": 0.02}, space, SHAPE)
-    assert one == Schedule((Stage(2, threshold=0.02),), target_gmacs=0.004)
+    assert one == Schedule((Stage(2, threshold=0.02),), **{field: 0.004})
     parameters = parameters_of(one, space)
     assert parameters is not None and parameters["block3.threshold"] == 0.001  # the first choice
 
@@ -243,6 +252,20 @@ def test_a_finite_space_can_be_counted() -> None:
         ({"threshold": ThresholdRange(0.2, 0.1)}, "space.threshold: low 0.2 is above high 0.1"),
         ({"threshold": ThresholdRange(0.0, 0.1, log=True)}, "low is 0; possible with log: above 0"),
         ({"target_gmacs": (0.005,)}, "space.target_gmacs: no stage can have a threshold"),
+        (
+            {"target_predicted_latency_ms": ThresholdRange(3, 5)},
+            "space.target_predicted_latency_ms: no stage can have a threshold",
+        ),
+        (
+            {
+                "amount": ("threshold",),
+                "threshold": (0.1,),
+                "reduce": ("drop",),
+                "target_gmacs": (0.005,),
+                "target_predicted_latency_ms": (3.0,),
+            },
+            "space: target_gmacs and target_predicted_latency_ms are given. Possible: one target",
+        ),
         (
             {"amount": ("threshold",), "threshold": (0.1,), "reduce": ("drop",), "target_gmacs": (5.0,)},
             "space.target_gmacs: 5; possible: above 0, up to the dense model's 0.01",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fake_search import SHAPE, SPACE, study
 
-from prunesearch.config import IsoBudget, Limit, SpaceConfig, StudyConfig, ThresholdRange
+from prunesearch.config import TARGETS, IsoBudget, Limit, SpaceConfig, StudyConfig, ThresholdRange
 from prunesearch.cost import estimate_cost
 from prunesearch.front import hypervolume
 from prunesearch.samplers import SAMPLERS, ProposerSettings, token_gp
@@ -87,9 +87,10 @@ def test_a_schedule_is_what_it_does_to_the_tokens() -> None:
     assert early["reduce drop"] == early["at mid"] == pytest.approx(math.log(2))
     counted = features(Schedule((Stage(2, keep=None, tokens=32),)), SHAPE)
     assert counted == early  # 64 patch tokens, so that both are the same schedule
-    adaptive = Schedule((Stage(2, score="key_norm", keep=None, threshold=0.01),), target_gmacs=0.006)
-    assert features(adaptive, SHAPE)["threshold 2 drop"] == pytest.approx(-math.log(0.01))
-    assert features(adaptive, SHAPE)["target"] == 0.006
+    for target in TARGETS:
+        adaptive = Schedule((Stage(2, score="key_norm", keep=None, threshold=0.01),), **{target: 0.006})
+        assert features(adaptive, SHAPE)["threshold 2 drop"] == pytest.approx(-math.log(0.01))
+        assert features(adaptive, SHAPE)[target] == 0.006
 
 
 def test_the_same_results_give_the_same_proposal_however_it_was_asked_before() -> None:
