@@ -253,7 +253,7 @@ def _check_inputs(config: StudyConfig) -> int:
 
 def _sensitivity(parsed: argparse.Namespace) -> int:
     from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
-    from prunesearch.report.plot import check_format
+    from prunesearch.report.plot import check_plot
     from prunesearch.report.plot_sensitivity import plot_sensitivity
     from prunesearch.report.sensitivity_tables import predicted_table, sensitivity_table
     from prunesearch.search.problems import check_study
@@ -263,7 +263,7 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
     for path in (parsed.output, parsed.plot):
         _check_output(path)
     if parsed.plot is not None:
-        check_format(parsed.plot)
+        check_plot(parsed.plot)
     with _naming_lines(parsed.file, parsed.set, config.name):
         check_study(config)
     found = measure_sensitivities(config, parsed.images or IMAGES)
@@ -286,14 +286,14 @@ def _sensitivity(parsed: argparse.Namespace) -> int:
 
 def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
-    from prunesearch.report.plot import check_format
+    from prunesearch.report.plot import check_plot
     from prunesearch.report.plot_profile import plot_profile
     from prunesearch.search.target_device import words_of
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)
     if parsed.plot is not None:
-        check_format(parsed.plot)
+        check_plot(parsed.plot)
     study = load_study(parsed.model, parsed.set) if Path(parsed.model).suffix in (".yaml", ".yml") else None
     model = ModelConfig(parsed.model) if study is None else study.model
     verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
@@ -393,10 +393,12 @@ def _status(parsed: argparse.Namespace) -> int:
 def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, comparable_siblings, front, front_rows, nothing_within, sibling_rows
     from prunesearch.relative_limits import asked_limits, limit_lines, limits_of
-    from prunesearch.report.plot import plot_front
+    from prunesearch.report.plot import check_plot, plot_front
     from prunesearch.report.tables import front_csv, front_table, siblings_table
 
     _check_output(parsed.plot)
+    if parsed.plot is not None:
+        check_plot(parsed.plot)
     reader = _open(parsed)
     config, records, objectives = reader.config, _records(reader), reader.config.objectives
     asked = asked_limits(_drops(parsed.within), config, records)

@@ -9,6 +9,7 @@
     │   ├── DataError         a data set that cannot be opened or does not fit the model
     │   ├── StudyError        a study that cannot be opened or continued, or cannot answer a question
     │   ├── DeviceError       a device profile, runtime or exported file that cannot be made or does not fit
+    │   ├── MissingLibraryError  a library that an extra of prunesearch brings is not installed
     │   └── ResourceError     more workers, CPUs or GPUs asked for than there are
     └── RunError              the run itself failed (nothing feasible, storage lost, ...); exits 1
 
@@ -69,6 +70,10 @@ class StudyError(UserError):
 
 class DeviceError(UserError):
     """A device profile, a runtime or an exported file that cannot be made, or does not fit."""
+
+
+class MissingLibraryError(UserError, ImportError):
+    """A library that an extra of prunesearch brings is not installed. Some imports raise it: an ImportError too."""
 
 
 class ResourceError(UserError):

@@ -49,8 +49,9 @@ MOVED = {
     "search.tune": "tune.trainable",
     "search.tune_results": "tune.results",
     "search.verdict": "evaluate.outcome",
-    "search.vocabulary": "study.vocabulary",
+    "search.vocabulary": "space.vocabulary",
     "search.workers": "workers.protocol",
+    "study.vocabulary": "space.vocabulary",
     "tokens.masked": "models.masked_step",
     "tokens.regroup": "models.step",
 }

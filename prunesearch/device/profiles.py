@@ -38,7 +38,7 @@ def measure_profiles(
 
     Weights are not loaded: time does not depend on them. verbs, scores: only these; all that fit the
     model when None. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
-    Raises DeviceError, ModelError, UnknownNameError, ResourceError.
+    Raises DeviceError, MissingLibraryError, ModelError, UnknownNameError, ResourceError.
     """
     engine, target = runtime_of(runtime), find_device(device)
     if precision not in DTYPES:

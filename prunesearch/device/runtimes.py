@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.errors import DeviceError
+from prunesearch.extras import missing, need, version_of
 from prunesearch.models.parts import Part
 
 Run = Callable[[], object]
@@ -38,41 +38,33 @@ class Runtime:
     """A registered runtime.
 
     prepare: (modules, inputs, tokens_axis, settings) -> for each set of inputs a call that runs the modules in turn.
-    packages: what must be installed; extra: the extra of prunesearch that brings it. on_gpu: it can run on a GPU here.
+    libraries: what must be installed, the one that runs the model first. extra: of pyproject.toml, which brings them.
+    on_gpu: it can run on a GPU here.
     """
 
     name: str
     summary: str
     prepare: Callable[[Sequence[nn.Module], Sequence[tuple[Tensor, ...]], Any, Settings], list[Run]]
-    packages: tuple[str, ...] = ("torch",)
+    libraries: tuple[str, ...] = ("torch",)
     extra: str = ""
     on_gpu: bool = False
 
     @property
     def version(self) -> str:
-        """Of the package that runs the model. Raises DeviceError when it is not installed."""
-        for package in self.packages:
-            try:
-                metadata.version(package)
-            except metadata.PackageNotFoundError:
-                raise DeviceError(
-                    f"runtime {self.name}: {package} is not installed. Possible: "
-                    f"{', '.join(name for name, other in RUNTIMES.items() if other.is_there)}. Install it with "
-                    f"pip install 'prunesearch[{self.extra}]'."
-                ) from None
-        return metadata.version(self.packages[0])
+        """Of the library that runs the model."""
+        return version_of(self.libraries[0])
 
     @property
     def is_there(self) -> bool:
-        """Whether its packages are installed."""
-        return all(_is_installed(package) for package in self.packages)
+        """Whether its libraries are installed."""
+        return not missing(self.libraries)
 
 
 def runtime_of(name: str) -> Runtime:
-    """The runtime of this name. Raises DeviceError for an unknown one, and for one that is not installed."""
+    """The runtime of this name. DeviceError for an unknown one, MissingLibraryError for one not installed."""
     if name not in RUNTIMES:
         raise DeviceError(f"runtime: {name!r} is unknown. Possible: {', '.join(RUNTIMES)}. Write one of them.")
-    RUNTIMES[name].version  # noqa: B018  (raises)
+    need(f"runtime {name}", RUNTIMES[name].extra, *RUNTIMES[name].libraries)
     return RUNTIMES[name]
 
 
@@ -202,22 +194,14 @@ def _in_turn(runs: Sequence[Run]) -> Run:
     return lambda: next(turn)()
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True),
         Runtime("compile", "PyTorch, torch.compile", _compiled, on_gpu=True),
         Runtime(
-            "onnxruntime", "ONNX Runtime", _onnxruntime, packages=("onnxruntime", "onnx", "onnxscript"), extra="onnx"
+            "onnxruntime", "ONNX Runtime", _onnxruntime, libraries=("onnxruntime", "onnx", "onnxscript"), extra="onnx"
         ),
-        Runtime("openvino", "OpenVINO", _openvino, packages=("openvino", "onnx", "onnxscript"), extra="openvino"),
+        Runtime("openvino", "OpenVINO", _openvino, libraries=("openvino", "onnx", "onnxscript"), extra="openvino"),
     )
 }

@@ -34,6 +34,7 @@ from prunesearch.evaluate.picture_files import (
 )
 from prunesearch.evaluate.sections import source_problems
 from prunesearch.evaluate.task import Split
+from prunesearch.extras import need
 from prunesearch.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ DATASETS: Registry[Callable[[DataConfig, Split], Opened]] = Registry("data set")
 
 @DATASETS.register("digits")
 def open_digits(config: DataConfig, split: Split) -> Opened:
-    """scikit-learn's handwritten digits; they need no root."""
+    """scikit-learn's handwritten digits; they need no root. Raises MissingLibraryError without it."""
+    need("data digits", "search", "sklearn")
     return Opened(_Digits(_digits_split(config, split)), tuple("0123456789"), is_shipped=True)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeAlias
 
 from prunesearch.errors import UserError
+from prunesearch.extras import need, version_of
 from prunesearch.files import refuse_no_file
 from prunesearch.registry import Named
 
@@ -59,8 +59,7 @@ class Runtime:
     @property
     def version(self) -> str:
         """The title with the installed version."""
-        found = str(Named(f"{self.libraries[-1]}:__version__").function)
-        return f"{self.title} {found.split('-')[0]}"
+        return f"{self.title} {version_of(self.libraries[-1])}"
 
 
 ONNX_RUNTIME = Runtime(
@@ -122,21 +121,12 @@ def check_target(runtime: Runtime, path: Path) -> None:
         )
     for suffix in (runtime.suffix, *runtime.other_suffixes):
         refuse_no_file(path.with_suffix(suffix))
-    _check_libraries(runtime, runtime.libraries, path)
+    need(str(path), runtime.extra, *runtime.libraries)
 
 
 def check_readable(runtime: Runtime, path: Path) -> None:
-    """Raise UserError when the libraries that read a file of the runtime are not installed."""
-    _check_libraries(runtime, runtime.reads_with, path)
-
-
-def _check_libraries(runtime: Runtime, libraries: Sequence[str], path: Path) -> None:
-    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"{path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. Possible: the "
-            f"libraries of the extra {runtime.extra!r}. Run pip install 'prunesearch[{runtime.extra}]'."
-        )
+    """Raise MissingLibraryError when the libraries that read a file of the runtime are not installed."""
+    need(str(path), runtime.extra, *runtime.reads_with)
 
 
 @contextmanager

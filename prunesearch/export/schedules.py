@@ -20,7 +20,7 @@ from prunesearch.record import Record
 from prunesearch.schedule import Schedule
 from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet
 from prunesearch.search.tasks import candidate_task
-from prunesearch.study.vocabulary import Vocabulary, learns, written_out
+from prunesearch.space.vocabulary import Vocabulary, learns, written_out
 from prunesearch.workers.serial import SerialWorkers
 
 COMPARED = ("top1", "gmacs", "throughput")

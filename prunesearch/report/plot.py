@@ -17,6 +17,7 @@ from prunesearch.config import Objective
 from prunesearch.confirmation import confirmation_of
 from prunesearch.errors import StudyError, UserError
 from prunesearch.evaluate.limits import Limits
+from prunesearch.extras import need
 from prunesearch.front import comparable, comparable_siblings, front, values_of
 from prunesearch.record import Record, Sibling
 from prunesearch.report.tables import evenly, unit_of
@@ -117,17 +118,17 @@ def plot_front(
     """Plot the complete candidates, the front, the dense model, the start schedules and the dense siblings.
 
     The y axis is the first objective to maximize (else the first objective). Each other objective has its own panel. A
-    single objective is plotted over the trial numbers. Raises StudyError when no candidate is complete, UserError for
-    an unknown suffix.
+    single objective is plotted over the trial numbers. Raises StudyError when no candidate is complete, and as
+    `check_plot`.
 
     path: .png (1600 x 1000 pixels), .pdf or .svg.
     """
+    check_plot(path)
     from matplotlib import rc_context
 
     goals = [objective.goal for objective in objectives]
     quality = objectives[goals.index("maximize") if "maximize" in goals else 0]
     costs: list[Objective | None] = [objective for objective in objectives if objective is not quality] or [None]
-    check_format(path)
     shown = comparable(records, objectives)
     if not shown:
         raise StudyError("plot: no candidate is complete. Possible: a study with one. Run the search longer.")
@@ -139,10 +140,11 @@ def plot_front(
         figure.savefig(path)
 
 
-def check_format(path: str | Path) -> None:
-    """Raise UserError when the suffix is not .png, .pdf or .svg."""
+def check_plot(path: str | Path) -> None:
+    """Raise UserError when the suffix is not .png, .pdf or .svg, MissingLibraryError without matplotlib."""
     if Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"plot {path}: its suffix says no format. Possible: .png, .pdf, .svg. Give it one of them.")
+    need(f"plot {path}", "plot", "matplotlib")
 
 
 # --- panels ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunesearch.profile import Curve, Profile
-from prunesearch.report.plot import BLUE, GREEN, GREY, INK, ORANGE, check_format, quiet
+from prunesearch.report.plot import BLUE, GREEN, GREY, INK, ORANGE, check_plot, quiet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,12 +22,12 @@ CURVES = (
 def plot_profile(profiles: Sequence[Profile], path: str | Path) -> None:
     """Plot one row for each batch size: left the time of one block against tokens, right that of each verb and score.
 
-    path: .png, .pdf or .svg. Raises UserError for an unknown suffix.
+    path: .png, .pdf or .svg. Raises as `check_plot`.
     """
+    check_plot(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    check_format(path)
     figure = Figure(figsize=(11, 0.6 + 3.6 * len(profiles)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(profiles), 2, squeeze=False, width_ratios=(1.5, 1))

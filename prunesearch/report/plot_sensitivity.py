@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunesearch.evaluate.sensitivity import Sensitivities
-from prunesearch.report.plot import GREY, INK, check_format, quiet
+from prunesearch.report.plot import GREY, INK, check_plot, quiet
 from prunesearch.report.sensitivity_tables import LEAST, Line, best_lines, keeps_of, left_out
 
 if TYPE_CHECKING:
@@ -21,16 +21,15 @@ COLUMNS = 3
 def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
     """Plot one panel per verb, with one line per keep ratio over the blocks.
 
-    If the space has several scores or places, the least harmful ones at each block are plotted. Raises UserError for an
-    unknown suffix.
+    If the space has several scores or places, the least harmful ones at each block are plotted. Raises as `check_plot`.
 
     path: .png, .pdf or .svg.
     """
+    check_plot(path)
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    check_format(path)
     lines, keeps = best_lines(found), keeps_of(found)
     verbs = list(dict.fromkeys(line.reduce for line in lines))
     shades = colormaps["viridis"](np.linspace(0.88, 0.02, len(keeps)))

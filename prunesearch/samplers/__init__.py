@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from prunesearch.extras import need
 from prunesearch.samplers.proposer import SAMPLERS, Handover, Proposer, ProposerSettings, Sampler
 
 __all__ = ["SAMPLERS", "Handover", "Proposer", "ProposerSettings", "Sampler", "from_optuna"]
@@ -22,6 +23,7 @@ def from_optuna(class_name: str, startup: str | None = None, **options: Any) -> 
     """
 
     def make(settings: ProposerSettings) -> Proposer:
+        need(f"sampler {settings.sampler.name}", "search", "optuna", "scipy")
         import optuna
 
         from prunesearch.samplers.optuna_samplers import ModelStudy
@@ -33,6 +35,7 @@ def from_optuna(class_name: str, startup: str | None = None, **options: Any) -> 
 
 
 def _token_gp(settings: ProposerSettings) -> Proposer:
+    need(f"sampler {settings.sampler.name}", "search", "scipy", "sklearn")
     from prunesearch.samplers.token_gp import TokenModel
 
     return TokenModel(settings)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import RunError
 from prunesearch.evaluate.shapes import model_shape
+from prunesearch.extras import need
 from prunesearch.relative_limits import dense_problem, dense_record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
@@ -30,10 +31,10 @@ from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.siblings import measure_siblings, take_up_siblings, unmeasured
 from prunesearch.search.state import SearchState
 from prunesearch.search.target_device import timing_notes, with_known_profile, with_measured_profile
+from prunesearch.space.vocabulary import vocabulary_of
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
 from prunesearch.study.team import NoTeam, Team, outboxes_of
-from prunesearch.study.vocabulary import vocabulary_of
 from prunesearch.workers.child import ChildWorker
 from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
 from prunesearch.workers.serial import SerialWorkers
@@ -182,6 +183,7 @@ def _start_workers(outbox: Path, config: StudyConfig, folder: Path, evaluate: st
         if config.plugins or config.workers.timeout is not None:  # needs a process that can be killed
             return ChildWorker(config.workers, folder, outbox, evaluate)
         return SerialWorkers(config.workers, outbox, evaluate)
+    need("workers.kind: ray", "search", "ray")
     from prunesearch.workers.ray_pool import RayWorkers
 
     return RayWorkers(config.workers, folder, outbox, evaluate)

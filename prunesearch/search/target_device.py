@@ -18,7 +18,6 @@ from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.space.problems import target_range_problems
-from prunesearch.study.reader import stored_config
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,8 @@ def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     config = with_profile(config)
     if config.device is None or config.device.table is not None:
         return config
+    from prunesearch.study.reader import stored_config
+
     stored = stored_config(url, config.name)
     if stored is None or stored.device is None:
         return config
@@ -47,7 +48,7 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
 
     If another driver has stored the study meanwhile, its profile is taken.
 
-    Raises DeviceError, ModelError and ResourceError.
+    Raises DeviceError, MissingLibraryError, ModelError and ResourceError.
     """
     device = config.device
     if device is None or device.table is not None:

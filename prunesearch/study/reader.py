@@ -17,6 +17,7 @@ from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record, Sibling, State
 from prunesearch.schedule import Schedule
+from prunesearch.space.vocabulary import Vocabulary
 from prunesearch.strict import from_mapping
 from prunesearch.study import rows
 from prunesearch.study.distributions import quiet_optuna
@@ -29,7 +30,6 @@ from prunesearch.study.storage import (
     storage_errors,
     storage_url,
 )
-from prunesearch.study.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

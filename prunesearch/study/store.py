@@ -48,6 +48,7 @@ from prunesearch.record import Record, Sibling, with_evaluation
 from prunesearch.relative_limits import limits_at
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import parameters_of
+from prunesearch.space.vocabulary import Vocabulary, refuse_other_defaults
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.study import rows
 from prunesearch.study.differences import refuse_other_settings
@@ -75,7 +76,6 @@ from prunesearch.study.storage import (
     shown,
     storage_errors,
 )
-from prunesearch.study.vocabulary import Vocabulary, refuse_other_defaults
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Import results of Ray Tune into a study. Reads the files that Tune wrote; Ray is not needed."""
+"""Import results of Ray Tune into a study. Reads the files that Tune wrote; Ray is not started."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from prunesearch.search.problems import start_schedules
 from prunesearch.search.recovery import begin
 from prunesearch.search.tasks import task_of
 from prunesearch.space.choices import Value, uid_of
+from prunesearch.space.vocabulary import vocabulary_of
 from prunesearch.strict import from_mapping
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.store import Store
-from prunesearch.study.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 FLOORS = [
-    "errors", "printable", "moved", "registry", "recipes", "plugins", "shape", "profile", "config", "tokens",
+    "errors", "printable", "moved", "registry", "extras", "recipes", "plugins", "shape", "profile", "config", "tokens",
     "schedule", "strict", "yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate",
     "device", "record", "confirmation", "front", "relative_limits", "workers", "study", "samplers", "search", "tune",
     "replay", "report", "export", "cli", "__main__",
