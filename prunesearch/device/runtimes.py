@@ -39,6 +39,8 @@ class Runtime:
 
     prepare: (modules, inputs, tokens_axis, settings) -> for each set of inputs a call that runs the modules in turn.
     packages: what must be installed; extra: the extra of prunesearch that brings it. on_gpu: it can run on a GPU here.
+    counts_may_differ: it can run a model in which images have different numbers of tokens; files and graphs have fixed
+    ones.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Runtime:
     packages: tuple[str, ...] = ("torch",)
     extra: str = ""
     on_gpu: bool = False
+    counts_may_differ: bool = False
 
     @property
     def version(self) -> str:
@@ -213,7 +216,7 @@ def _is_installed(package: str) -> bool:
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True),
+        Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True, counts_may_differ=True),
         Runtime("compile", "PyTorch, torch.compile", _compiled, on_gpu=True),
         Runtime(
             "onnxruntime", "ONNX Runtime", _onnxruntime, packages=("onnxruntime", "onnx", "onnxscript"), extra="onnx"

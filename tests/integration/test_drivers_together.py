@@ -146,7 +146,10 @@ def test_no_name_in_a_database_leads_out_of_the_outbox(
         place.mkdir(parents=True)
         (place / "package.json").write_text("{}")
     before, name = sorted(victim.rglob("*")), name.format(victim)
-    url, config = f"sqlite:///{folder / 'study.db'}", replace(fake_search.study(3), confirm=ConfirmConfig(seeds=1))
+    url, config = (
+        f"sqlite:///{folder / 'study.db'}",
+        replace(fake_search.study(3), confirm=ConfirmConfig(1, speed_seconds=0)),
+    )
     folder.mkdir()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "submitted", 2)
