@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
 from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfig
+from prunesearch.confirmation import speed_row
 from prunesearch.cost import Cost, estimate_cost, total_cost
-from prunesearch.errors import DeviceError, FileError, PruneSearchError, StudyError, UserError
+from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.evaluate.siblings import find_siblings
 from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
-from prunesearch.export.schedules import COMPARED, export, measure_again
+from prunesearch.export.schedules import COMPARED, SPEED_SECONDS, TIMED, export, measure_again, time_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
 from prunesearch.files import (
     ScheduleFile,
@@ -51,6 +52,7 @@ from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
 from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import printable
+from prunesearch.profile import refuse_other_shape
 from prunesearch.report.profile_words import profile_lines, summary
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import combinations, dimensions
@@ -165,9 +167,23 @@ def _search(config: StudyConfig, folder: Path, parsed: argparse.Namespace, searc
     where = shown(parsed.storage) if parsed.storage else str(folder)
     with LiveReport(config, where, console=_console(), plain=parsed.no_progress) as report:
         done = run_study(config, folder, storage=parsed.storage, on_event=report, search=search)
+    if config.confirm.seeds:
+        _show_speeds(folder, parsed.storage, config.name)
     if done.complete:
         _print(f"Next: prunesearch front {_again(parsed, folder, config.name)}")
     return INTERRUPTED if done.reason in ("interrupted", "cancelled") else 0
+
+
+def _show_speeds(folder: Path, storage: str | None, name: str) -> None:
+    """Print how fast the schedules of a study are that were timed at its end, if any were."""
+    from prunesearch.report.tables import speeds_table
+    from prunesearch.study.reader import open_study_readonly
+
+    reader = open_study_readonly(folder, storage=storage, name=name)
+    table = speeds_table(reader.records())
+    reader.close()
+    if table is not None:
+        _console().print(table)
 
 
 def _check(parsed: argparse.Namespace) -> int:
@@ -348,11 +364,7 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
 
 def _predicted(profile: Profile, shape: ModelShape, schedule: Schedule) -> str:
     """What a profile predicts for a schedule, as text. Raises DeviceError for a profile of another model."""
-    if profile.shape != shape:
-        raise DeviceError(
-            f"--profile: it is of {profile.model} with {profile.shape.patch_tokens} patch tokens, not of this model. "
-            f"Possible: a profile of the same model at the same size. Make one with prunesearch profile."
-        )
+    refuse_other_shape(profile, shape)
     dense, ms = total_cost(shape, Schedule(), profile), total_cost(shape, schedule, profile)
     most = "at most " if schedule.is_adaptive else ""
     where = f"batch {profile.batch} in {profile.runtime} on {profile.device}"
@@ -628,11 +640,15 @@ def _freeze(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from prunesearch.report.tables import comparison_table
+    from prunesearch.report.speed_tables import speed_table
+    from prunesearch.report.tables import comparison_table, short
 
     study = _study_in(parsed.study_folder)
     file, plugins = _load_trusted(parsed, parsed.file, study)
-    metrics = tuple(parsed.metric) or COMPARED
+    profiles = load_profiles(parsed.profile) if parsed.profile is not None else ()
+    if not parsed.speed:
+        _refuse_flags(parsed, ("profile", "seconds"), "nothing is timed in turns", "--speed")
+    metrics = tuple(parsed.metric) or tuple(name for name in COMPARED if not (parsed.speed and name in TIMED))
     for name in metrics:
         METRICS[name]  # raises for an unknown name before anything is loaded
     model, data = _sources(parsed, file, study)
@@ -646,10 +662,29 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         device=parsed.device,
         plugins=plugins,
     )
+    speeds = []
+    if parsed.speed:
+        known = study.target.profile if study is not None else None
+        for profile in profiles or (known,):
+            speeds += time_again(
+                file,
+                parsed.file.parent,
+                study=study,
+                model=model,
+                data=data,
+                profile=profile,
+                seconds=parsed.seconds or SPEED_SECONDS,
+                device=parsed.device,
+                plugins=plugins,
+            )
     if parsed.json:
-        print(json.dumps({"dense": dict(dense.metrics), "pruned": dict(pruned.metrics)}, indent=2))
-    else:
-        _console().print(comparison_table(dense, pruned))
+        rows = {"speed": [speed_row(speed) for speed in speeds if speed.name]} if parsed.speed else {}
+        print(json.dumps({"dense": dict(dense.metrics), "pruned": dict(pruned.metrics), **rows}, indent=2))
+        return 0
+    _console().print(comparison_table(dense, pruned))
+    for dense_speed, speed in zip(speeds[::2], speeds[1::2], strict=True):
+        named = [("", "dense", "dense", dense_speed), ("", "pruned", short(file.schedule), speed)]
+        _console().print(speed_table(named))
     return 0
 
 
@@ -927,6 +962,11 @@ def _parser() -> argparse.ArgumentParser:
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
     _source_arguments(again)
     again.add_argument("--metric", action="append", default=[], metavar="NAME", help="default top1, gmacs, throughput")
+    again.add_argument("--speed", action="store_true", help="time it in turns with the dense model, as a ratio")
+    text = "with --speed: time it as this was measured, and say what it predicts; default the study's profile"
+    again.add_argument("--profile", type=Path, metavar="FILE.json", help=text)
+    text = f"with --speed: of timing, for each profile; default {SPEED_SECONDS:g}"
+    again.add_argument("--seconds", type=_seconds, metavar="S", help=text)
     again.add_argument("--json", action="store_true", help="as JSON")
 
     fix = verb("freeze", _freeze, "turn the thresholds of a schedule file into fixed counts")

@@ -499,6 +499,12 @@ class ConfirmConfig:
         low=0,
         high=1000,
     )
+    speed_seconds: float = _field(
+        "seconds in which the front, the start schedules and the dense model are timed in turns then, alone; 0 = not",
+        30.0,
+        low=0,
+        high=86_400,
+    )
 
 
 NAME_BYTES = 200

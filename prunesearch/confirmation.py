@@ -1,4 +1,4 @@
-"""Confirmations: metrics of candidates that were trained again with fresh seeds.
+"""What is measured of candidates at the end: metrics after training with fresh seeds, and speeds as plain values.
 
 The search's own value is biased upwards, because it was selected as the best of many noisy ones.
 """
@@ -12,7 +12,9 @@ from typing import Any
 
 from prunesearch.config import Objective
 from prunesearch.evaluate import METRICS
+from prunesearch.evaluate.task import Speed
 from prunesearch.record import Record
+from prunesearch.strict import to_mapping
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,22 @@ def confirmation_row(record: Record) -> dict[str, Any]:
         "metrics": {name: round(value, 6) for name, value in again.mean.items()},
         "spread": {name: round(value, 6) for name, value in again.spread.items()},
     }
+
+
+def speed_row(speed: Speed) -> dict[str, Any]:
+    """A measured speed as plain values for JSON and YAML; `x_dense` is how many times as fast as the dense model."""
+    if speed.ratio is None or speed.conditions is None:
+        return {"problem": speed.problem}
+    numbers = {
+        "x_dense": speed.ratio,
+        "low": speed.low,
+        "high": speed.high,
+        "predicted_x_dense": speed.predicted,
+        "ms": speed.ms,
+        "dense_ms": speed.dense_ms,
+    }
+    rounded = {name: float(f"{value:.5g}") for name, value in numbers.items() if value is not None}
+    return {**rounded, **to_mapping(speed.conditions)}
 
 
 def measured_objectives(objectives: Iterable[Objective]) -> list[Objective]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from prunesearch.config import Objective
-from prunesearch.confirmation import confirmation_row
+from prunesearch.confirmation import confirmation_row, speed_row
 from prunesearch.errors import StudyError
 from prunesearch.evaluate.limits import Limits, total_excess
 from prunesearch.evaluate.task import Evaluation
@@ -241,6 +241,7 @@ def front_rows(records: Sequence[Record], objectives: Sequence[Objective]) -> li
                 "schedule": to_mapping(record.outcome),
                 **({"data_notes": list(evaluation.data_notes)} if evaluation and evaluation.data_notes else {}),
                 **({"again": confirmation_row(record)} if record.confirmations else {}),
+                **({"speed": speed_row(record.speed)} if record.speed else {}),
             }
         )
     return rows

@@ -147,6 +147,15 @@ class Profile:
         )
 
 
+def refuse_other_shape(profile: Profile, shape: ModelShape) -> None:
+    """Raise DeviceError for a profile, given by --profile, of another model than the one of this shape."""
+    if profile.shape != shape:
+        raise DeviceError(
+            f"--profile: it is of {profile.model} with {profile.shape.patch_tokens} patch tokens, not of this model. "
+            f"Possible: a profile of the same model at the same size. Make one with prunesearch profile."
+        )
+
+
 @dataclass(frozen=True)
 class ProfileFile:
     """Profiles of one model on one device, one for each batch size."""

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from prunesearch.config import ModelConfig, Objective
-from prunesearch.evaluate.task import Evaluation
+from prunesearch.evaluate.task import Evaluation, Speed
 from prunesearch.schedule import Schedule
 from prunesearch.space.choices import Value
 
 SENSITIVITY = "start: sensitivity"
 """Origin of start schedules that were predicted from sensitivities."""
+SPEED = "speed"
+"""Speeds of a study are stored as a confirmation of this name; see `search.speed`."""
 State = Literal["running", "paused", "complete", "failed"]
 """paused: evaluated at a lower rung and not promoted yet. complete: evaluated at the highest rung."""
 
@@ -29,7 +31,7 @@ class Record:
     seed: the seed of its tasks. evaluations: the finished ones, one per rung, lowest rung first.
     orders: for each evaluation, how many the study had before it. rung: the rung that runs, else the last finished.
     parameters: the sampler's values. owner: the driver that runs or last ran it.
-    confirmations: evaluations with fresh seeds.
+    confirmations: evaluations with fresh seeds. speed: how many times as fast as the dense model, timed in turns.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Record:
     parameters: Mapping[str, Value] | None = None
     owner: str = ""
     confirmations: tuple[Evaluation, ...] = ()
+    speed: Speed | None = None
 
     @property
     def evaluation(self) -> Evaluation | None:

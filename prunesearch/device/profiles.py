@@ -11,7 +11,7 @@ import torch
 
 from prunesearch.config import IN_ANY_PRECISION, ModelConfig
 from prunesearch.device.measure import fitting_scores, measure_profile
-from prunesearch.device.runtimes import DTYPES, Settings, runtime_of
+from prunesearch.device.runtimes import DTYPES, Runtime, Settings, runtime_of
 from prunesearch.errors import DeviceError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import find_device, versions
@@ -40,24 +40,13 @@ def measure_profiles(
     model when None. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
     Raises DeviceError, MissingLibraryError, ModelError, UnknownNameError, ResourceError.
     """
-    engine, target = runtime_of(runtime), find_device(device)
-    if precision not in DTYPES:
-        raise DeviceError(f"precision: {precision!r}. Possible: {', '.join(DTYPES)}. Write one of them.")
-    if target.type != "cpu" and not engine.on_gpu:
-        if device != "auto":
-            raise DeviceError(f"runtime {runtime}: it runs on the CPU here, not on {target}. Write --device cpu.")
-        target = torch.device("cpu")
-    if precision != "float32" and runtime not in IN_ANY_PRECISION:
-        raise DeviceError(f"runtime {runtime}: {precision} is not measured. Possible: float32. Leave --precision out.")
+    engine, settings = engine_and_settings(runtime, device, threads, precision)
     for registry, names in ((REDUCERS, verbs), (SCORERS, scores)):
         for name in names or ():
             registry[name]  # raises for an unknown name
     _check_fit(model_shape(model), verbs or (), scores or ())
-    if threads is not None and threads > _cores():
-        raise DeviceError(f"threads: {threads}. Possible: 1 to {_cores()}, the cores of this process. Lower it.")
-    settings = Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
     built = build_model(ModelConfig(model.name, False, None, model.image_size, model.num_classes, model.options))
-    built = built.to(target, DTYPES[precision]).eval()
+    built = built.to(settings.device, DTYPES[precision]).eval()
     for batch in batches:
         yield measure_profile(
             built,
@@ -69,9 +58,30 @@ def measure_profiles(
             verbs=verbs,
             scores=scores,
             versions=(*versions(), (runtime, engine.version)) if runtime != "torch" else versions(),
-            device=processor(target),
+            device=processor(settings.device),
             say=say,
         )
+
+
+def engine_and_settings(
+    runtime: str, device: str = "auto", threads: int | None = None, precision: str = "float32"
+) -> tuple[Runtime, Settings]:
+    """The runtime, and how models run in it on this machine; arguments as of `measure_profiles`.
+
+    Raises DeviceError for what this machine or the runtime cannot do, ResourceError for an unknown device.
+    """
+    engine, target = runtime_of(runtime), find_device(device)
+    if precision not in DTYPES:
+        raise DeviceError(f"precision: {precision!r}. Possible: {', '.join(DTYPES)}. Write one of them.")
+    if target.type != "cpu" and not engine.on_gpu:
+        if device != "auto":
+            raise DeviceError(f"runtime {runtime}: it runs on the CPU here, not on {target}. Write --device cpu.")
+        target = torch.device("cpu")
+    if precision != "float32" and runtime not in IN_ANY_PRECISION:
+        raise DeviceError(f"runtime {runtime}: {precision} is not measured. Possible: float32. Leave --precision out.")
+    if threads is not None and threads > _cores():
+        raise DeviceError(f"threads: {threads}. Possible: 1 to {_cores()}, the cores of this process. Lower it.")
+    return engine, Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
 
 
 def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> None:

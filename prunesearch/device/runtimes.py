@@ -39,7 +39,8 @@ class Runtime:
 
     prepare: (modules, inputs, tokens_axis, settings) -> for each set of inputs a call that runs the modules in turn.
     libraries: what must be installed, the one that runs the model first. extra: of pyproject.toml, which brings them.
-    on_gpu: it can run on a GPU here.
+    on_gpu: it can run on a GPU here. counts_may_differ: it can run a model in which images have different numbers of
+    tokens; files and graphs have fixed ones.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Runtime:
     libraries: tuple[str, ...] = ("torch",)
     extra: str = ""
     on_gpu: bool = False
+    counts_may_differ: bool = False
 
     @property
     def version(self) -> str:
@@ -197,7 +199,7 @@ def _in_turn(runs: Sequence[Run]) -> Run:
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True),
+        Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True, counts_may_differ=True),
         Runtime("compile", "PyTorch, torch.compile", _compiled, on_gpu=True),
         Runtime(
             "onnxruntime", "ONNX Runtime", _onnxruntime, libraries=("onnxruntime", "onnx", "onnxscript"), extra="onnx"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -35,6 +36,19 @@ class Measured:
     error: float
 
 
+class Ratio(NamedTuple):
+    """How many times as fast as the work that it is compared with: median, first and third quartile over rounds.
+
+    seconds: of this piece, median over rounds. rounds: how many.
+    """
+
+    median: float
+    low: float
+    high: float
+    seconds: float
+    rounds: int
+
+
 def in_turns(
     work: Mapping[Key, Callable[[], object]], seconds: float, wait: Callable[[], None] = lambda: None, seed: int = 0
 ) -> dict[Key, Measured]:
@@ -43,24 +57,56 @@ def in_turns(
     work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
     before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take.
     """
+    rounds = _rounds({name: (run,) for name, run in work.items()}, seconds, wait, seed, LONG)
+    values, errors = _estimates(rounds)
+    return {name: Measured(value, error) for name, value, error in zip(work, values, errors, strict=True)}
+
+
+def ratios_in_turns(
+    work: Mapping[Key, Sequence[Callable[[], object]]],
+    base: Key,
+    seconds: float,
+    wait: Callable[[], None] = lambda: None,
+    seed: int = 0,
+) -> dict[Key, Ratio]:
+    """How many times as fast as the piece `base` every piece of work is, itself included.
+
+    Pieces of one round are compared with each other only, so that drift of the machine divides out. Rounds, times and
+    the end are those of `in_turns`, but long pieces are in every round too.
+
+    work: for each piece its calls, as many for all. A round makes one of them: the first round the first one, and so
+    on. The same place must hold the same input for all pieces.
+    """
+    times_RP = np.asarray(_rounds(work, seconds, wait, seed, math.inf))
+    names = list(work)
+    ratio_RP = times_RP[:, [names.index(base)]] / times_RP
+    low_P, median_P, high_P = np.quantile(ratio_RP, [0.25, 0.5, 0.75], axis=0).tolist()
+    columns = zip(median_P, low_P, high_P, np.median(times_RP, axis=0).tolist(), strict=True)
+    return {name: Ratio(*column, len(times_RP)) for name, column in zip(names, columns, strict=True)}
+
+
+def _rounds(
+    work: Mapping[Key, Sequence[Callable[[], object]]], seconds: float, wait: Callable[[], None], seed: int, long: float
+) -> list[list[float]]:
+    """Seconds of every piece in each round; NaN where it was not visited, see `LONG`."""
     names, order = list(work), random.Random(seed)
-    single = {name: _single(work[name], wait) for name in names}
+    single = {name: _single(work[name][0], wait) for name in names}
     visit = min(max(seconds / (ROUNDS * len(names)), VISITS[0]), VISITS[1])
     repeats = {name: max(1, round(visit / single[name])) for name in names}
     end = time.perf_counter() + seconds
     rounds: list[list[float]] = []
     while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
-        now = [name for name in names if len(rounds) < FEWEST_ROUNDS or single[name] < LONG]
+        now = [name for name in names if len(rounds) < FEWEST_ROUNDS or single[name] < long]
         if not now:
             break
         seen = dict.fromkeys(names, np.nan)
         for name in order.sample(now, len(now)):
-            seen[name] = _visit(work[name], repeats[name], wait)
+            runs = work[name]
+            seen[name] = _visit(runs[len(rounds) % len(runs)], repeats[name], wait)
         rounds.append([seen[name] for name in names])
         if len(rounds) >= FEWEST_ROUNDS and max(_estimates(rounds)[1]) < ENOUGH_ERROR:
             break
-    values, errors = _estimates(rounds)
-    return {name: Measured(value, error) for name, value, error in zip(names, values, errors, strict=True)}
+    return rounds
 
 
 def _single(run: Callable[[], object], wait: Callable[[], None]) -> float:

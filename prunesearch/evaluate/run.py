@@ -9,7 +9,7 @@ import random
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -44,7 +44,7 @@ from prunesearch.evaluate.predict import autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import distills_tokens
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
-from prunesearch.evaluate.task import Cause, Evaluation, SupernetWork, Task
+from prunesearch.evaluate.task import Cause, Evaluation, Speed, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
 from prunesearch.plugins import import_plugins
 from prunesearch.schedule import Schedule
@@ -57,7 +57,7 @@ class MetricNotFinite(Exception):
 
 
 @dataclass
-class _Findings:
+class Findings:
     """What is known of an evaluation so far. A failed Evaluation reports it too."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -71,6 +71,7 @@ class _Findings:
     data: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     train: ImageSet | None = None
+    speeds: tuple[Speed, ...] = ()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -82,16 +83,24 @@ class _Findings:
 
 
 def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
-    """Run one task. Errors are not raised: they are returned as a failed Evaluation.
+    """Evaluate a schedule, or train shared weights; see `carried_out`.
 
-    raise_user_errors: raise UserErrors, for callers that show them to the user. The process keeps weights, decoded
-    images and the dense model's logits for the next task.
+    The process keeps weights, decoded images and the dense model's logits for the next task.
     """
-    found = _Findings()
+    return carried_out(task, _run, raise_user_errors=raise_user_errors)
+
+
+def carried_out(task: Task, work: Callable[[Task, Findings], None], *, raise_user_errors: bool = False) -> Evaluation:
+    """Run one task by a function that notes what it finds. Errors are not raised: they are returned as a failed
+    Evaluation.
+
+    raise_user_errors: raise UserErrors, for callers that show them to the user.
+    """
+    found = Findings()
     cause: Cause | None = None
     error = trace = ""
     try:
-        _run(task, found)
+        work(task, found)
     except Exception as problem:
         if raise_user_errors and isinstance(problem, UserError):
             raise
@@ -120,10 +129,11 @@ def evaluate(task: Task, *, raise_user_errors: bool = False) -> Evaluation:
         start=task.start,
         schedule=found.schedule,
         data_notes=_data_notes(found),
+        speeds=found.speeds,
     )
 
 
-def _data_notes(found: _Findings) -> tuple[str, ...]:
+def _data_notes(found: Findings) -> tuple[str, ...]:
     """Messages about images that were left out: when they were opened, and while this task decoded them."""
     if found.train is None or not found.train.unreadable:
         return found.notes
@@ -131,7 +141,7 @@ def _data_notes(found: _Findings) -> tuple[str, ...]:
     return (*found.notes, unreadable_note("train", bad, len(found.train)))
 
 
-def _run(task: Task, found: _Findings) -> None:
+def _run(task: Task, found: Findings) -> None:
     import_plugins(task.plugins)
     calibrates = task.finetune.calibration_images > 0 and task.weights is None
     # thresholds that stay where they are need no profile, although they were trained by one
@@ -205,7 +215,7 @@ def _run(task: Task, found: _Findings) -> None:
             found.tokens = subject.tokens
 
 
-def _train_shared(task: Task, work: SupernetWork, device: torch.device, found: _Findings) -> None:
+def _train_shared(task: Task, work: SupernetWork, device: torch.device, found: Findings) -> None:
     with found.phase("load"):
         model = build_model(task.model, device)
         train, _ = open_data(task.data, model)

@@ -7,7 +7,7 @@ Both hold names and numbers only. They can be pickled, and converted to JSON and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from prunesearch.config import (
     Budget,
@@ -16,6 +16,8 @@ from prunesearch.config import (
     MeasureConfig,
     ModelConfig,
     Options,
+    Precision,
+    RuntimeName,
     SpaceConfig,
     Target,
 )
@@ -46,6 +48,84 @@ class SupernetWork:
 
 
 @dataclass(frozen=True)
+class ToTime:
+    """A schedule to be timed. name: of its result.
+
+    weights, start: as in `Task`. They matter with thresholds only, where they decide how many tokens an image keeps.
+    """
+
+    name: str
+    schedule: Schedule
+    weights: str | None = None
+    start: str | None = None
+
+
+@dataclass(frozen=True)
+class TimingWork:
+    """Schedules to be timed whole, in turns with the dense model; see `device.whole_models`.
+
+    seconds: of measuring. batch: images in a batch. precision: as in a profile; None: as in an evaluation, with mixed
+    precision if `Task.finetune` says so. Threads are those of the task; all cores when it gives none.
+    """
+
+    schedules: tuple[ToTime, ...]
+    seconds: float
+    batch: int
+    runtime: RuntimeName = "torch"
+    precision: Precision | None = None
+
+
+def timing_work(
+    schedules: tuple[ToTime, ...], seconds: float, measure: MeasureConfig, profile: Profile | None
+) -> TimingWork:
+    """How schedules are timed: as the profile was measured; without one in eager PyTorch, as throughput is."""
+    if profile is None:
+        return TimingWork(schedules, seconds, measure.speed_batch_size)
+    runtime, precision = cast("RuntimeName", profile.runtime), cast("Precision", profile.precision)
+    return TimingWork(schedules, seconds, profile.batch, runtime, precision)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Where and how schedules were timed, for people. threads: 0 on a GPU. rounds: how often each was measured.
+
+    profiled: the device of the profile, if it is another one.
+    """
+
+    runtime: str
+    batch: int
+    device: str
+    threads: int
+    precision: str
+    rounds: int
+    profiled: str = ""
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        return f"batch {self.batch} in {self.runtime} on {self.device}{threads}, {self.precision}, {self.rounds} rounds"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast as the dense model a schedule is, measured in turns with it.
+
+    name: as in `ToTime`; "" for the dense model. ratio, low, high: median and quartiles over rounds. ms: of a batch,
+    median. predicted: the ratio that the profile gives; None without one. problem: why it was not timed; then there are
+    no numbers.
+    """
+
+    name: str
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ms: float | None = None
+    dense_ms: float | None = None
+    predicted: float | None = None
+    conditions: Conditions | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Task:
     """Everything that one evaluation needs. Equal tasks give equal numbers on the same machine.
 
@@ -53,6 +133,7 @@ class Task:
     weights: safetensors file of the model with this schedule, as exported. It replaces the model's own weights.
     start: safetensors file of dense weights to start from instead of the model's own. `agreement` and distillation
     still compare with the original model.
+    timing: time these schedules and evaluate nothing.
     supernet: train shared weights and evaluate nothing. Finished weights go to `<save_to>.safetensors`, unfinished ones
     with their progress to `<save_to>.state`.
     rung, attempt: index of the budget among the study's rungs, and how often this task was tried before.
@@ -93,6 +174,7 @@ class Task:
     parameters: Options = ()
     plugins: tuple[str, ...] = ()
     profile: Profile | None = None
+    timing: TimingWork | None = None
 
     @property
     def target(self) -> Target:
@@ -111,6 +193,7 @@ class Evaluation:
     "calibrate", "measure"). versions: of python, torch, timm, prunesearch, and "data": counts and hashes.
     checkpoint: path without suffix of the weights that were written, or None. start: as in the task. schedule: the
     schedule with its learned thresholds; None without thresholds. data_notes: messages about images left out.
+    speeds: of `Task.timing`.
     """
 
     uid: str
@@ -132,6 +215,7 @@ class Evaluation:
     start: str | None = None
     schedule: Schedule | None = None
     data_notes: tuple[str, ...] = ()
+    speeds: tuple[Speed, ...] = ()
 
     def value(self, metric: str) -> float:
         """The value of one metric; KeyError when it was not measured."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunesearch.device.timing import ratios_in_turns
 from prunesearch.errors import ModelError, RunError
 from prunesearch.evaluate.images import ImageSet
-from prunesearch.evaluate.speed import FEWEST_REPETITIONS
 from prunesearch.export.runtimes import Run
 
 CHECK_BATCH = 32
@@ -48,7 +48,7 @@ class Check(NamedTuple):
 
 
 class SpeedRatio(NamedTuple):
-    """How many times as fast as the dense model: median, first and third quartile of pairs of batches.
+    """How many times as fast as the dense model: median, first and third quartile of rounds.
 
     dense, pruned: seconds of a batch, medians. batch_size: images in it.
     """
@@ -109,25 +109,13 @@ def refuse_difference(check: Check, half: bool, what: str) -> None:
 
 
 def time_side_by_side(dense: Run, pruned: Run, batches: Sequence[np.ndarray], seconds: float) -> SpeedRatio:
-    """Time both files in turns for `seconds`, with at least FEWEST_REPETITIONS pairs, after two passes of each.
-
-    batches: (B, C, H, W) each, used in turn. In every second pair the pruned model goes first.
-    """
-    for run in (dense, pruned) * 2:
-        run(batches[0])
-    pairs: list[tuple[float, float]] = []
-    end = time.perf_counter() + seconds
-    while len(pairs) < FEWEST_REPETITIONS or time.perf_counter() < end:
-        images = batches[len(pairs) % len(batches)]
-        if len(pairs) % 2 == 0:
-            dense_seconds, pruned_seconds = _seconds(dense, images), _seconds(pruned, images)
-        else:
-            pruned_seconds, dense_seconds = _seconds(pruned, images), _seconds(dense, images)
-        pairs.append((dense_seconds, pruned_seconds))
-    times = np.array(pairs)
-    low, median, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75)).tolist()
-    dense_median, pruned_median = np.median(times, axis=0).tolist()
-    return SpeedRatio(median, low, high, dense_median, pruned_median, len(batches[0]))
+    """Time both files in turns, as `ratios_in_turns` says. batches: (B, C, H, W) each, used in turn."""
+    work = {
+        is_dense: [partial(run, images) for images in batches] for is_dense, run in ((True, dense), (False, pruned))
+    }
+    found = ratios_in_turns(work, True, seconds)
+    ratio = found[False]
+    return SpeedRatio(ratio.median, ratio.low, ratio.high, found[True].seconds, ratio.seconds, len(batches[0]))
 
 
 def top1(run: Run, images: ImageSet, batch_size: int) -> float:
@@ -136,9 +124,3 @@ def top1(run: Run, images: ImageSet, batch_size: int) -> float:
     for batch, labels in images.batches(torch.arange(len(images)).split(batch_size), torch.device("cpu")):
         right += int((run(batch.numpy()).argmax(axis=1) == labels.numpy()).sum())
     return 100 * right / len(images)
-
-
-def _seconds(run: Run, images: np.ndarray) -> float:
-    start = time.perf_counter()
-    run(images)
-    return time.perf_counter() - start

@@ -10,12 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
-from prunesearch.confirmation import confirmation_row
-from prunesearch.errors import RunError, StudyError, UserError
-from prunesearch.evaluate import Evaluation, Task
+from prunesearch.confirmation import confirmation_row, speed_row
+from prunesearch.errors import DeviceError, RunError, StudyError, UserError
+from prunesearch.evaluate import Evaluation, Task, model_shape
+from prunesearch.evaluate.task import Speed, ToTime, timing_work
 from prunesearch.export.sources import model_and_data, needed
 from prunesearch.files import ScheduleFile, save_schedule, to_mapping
 from prunesearch.plugins import all_plugins, import_plugins, missing_plugins
+from prunesearch.profile import Profile, refuse_other_shape
 from prunesearch.record import Record
 from prunesearch.schedule import Schedule
 from prunesearch.search.shared_weights import SupernetTrained, prepare_supernet
@@ -24,6 +26,9 @@ from prunesearch.space.vocabulary import Vocabulary, learns, written_out
 from prunesearch.workers.serial import SerialWorkers
 
 COMPARED = ("top1", "gmacs", "throughput")
+TIMED = ("throughput",)
+"""Those of COMPARED that `time_again` measures better."""
+SPEED_SECONDS = 10.0
 NO_VOCABULARY = Vocabulary()
 
 
@@ -78,6 +83,7 @@ def export(
             "device": evaluation.device,
             **({"data_notes": list(evaluation.data_notes)} if evaluation.data_notes else {}),
             **({"again": confirmation_row(record)} if record.confirmations else {}),
+            **({"speed": speed_row(record.speed)} if record.speed else {}),
         },
         made_by={
             "study": config.name,
@@ -227,3 +233,48 @@ def measure_again(
             raise RunError(f"the evaluation failed ({result.cause}): {result.error}\n{result.traceback}".rstrip())
         results.append(result)
     return results[0], results[1]
+
+
+def time_again(
+    file: ScheduleFile,
+    folder: Path,
+    *,
+    study: StudyConfig | None = None,
+    model: ModelConfig,
+    data: DataConfig,
+    profile: Profile | None = None,
+    seconds: float = SPEED_SECONDS,
+    device: str = "auto",
+    plugins: Sequence[str] = (),
+) -> list[Speed]:
+    """Time the schedule of a file in turns with its dense model; returns the speed of the dense model, then its own.
+
+    profile: the schedule is timed as this was measured; without one in eager PyTorch, as throughput is. seconds: of
+    measuring. Other arguments, and errors, as of `measure_again`. Raises DeviceError for a profile of another model,
+    and for a machine, runtime or schedule that cannot be timed so.
+    """
+    from prunesearch.device.whole_models import evaluate
+
+    if profile is not None:
+        refuse_other_shape(profile, model_shape(model))
+    weights = None if file.weights is None else str(folder / file.weights)
+    measure = study.measure if study else MeasureConfig()
+    task = Task(
+        uid="speed",
+        model=model,
+        data=data,
+        schedule=Schedule(),
+        budget=Budget(images=0),
+        device=device,
+        threads=None if profile is None else profile.threads or None,
+        plugins=all_plugins(study.plugins if study else (), plugins),
+        profile=profile,
+        timing=timing_work((ToTime("pruned", file.schedule, weights),), seconds, measure, profile),
+    )
+    found = evaluate(task, raise_user_errors=True)
+    if found.status != "complete":
+        raise RunError(f"the timing failed ({found.cause}): {found.error}\n{found.traceback}".rstrip())
+    dense, pruned = found.speeds
+    if pruned.problem:
+        raise DeviceError(f"{pruned.problem}. Possible: another runtime or profile. Choose one.")
+    return [dense, pruned]

@@ -35,10 +35,12 @@ from prunesearch.search.events import (
     Started,
     Stopping,
     Submitted,
+    Timing,
     Waiting,
 )
 from prunesearch.search.shared_weights import SupernetTrained
 from prunesearch.search.siblings import SiblingMeasured
+from prunesearch.search.speed import Timed
 
 ROWS = 8
 """Most rows of the front in the live view."""
@@ -118,6 +120,13 @@ class Progress:
             self.note = (
                 f"measured again: {event.done} of {event.total}, trial {event.record.number} {self._again(event)}"
             )
+        elif isinstance(event, Timed):
+            timed = sum(speed.ratio is not None for speed in event.evaluation.speeds)
+            self.note = f"timed in turns: {timed} models, the dense one among them"
+            if event.evaluation.status == "failed":
+                self.note = f"not timed ({event.evaluation.cause}): {first_line(event.evaluation)}"
+        elif isinstance(event, Timing):
+            self.note = "timing schedules in turns with the dense model, on one worker; the others are closed"
         elif isinstance(event, Stopping):
             waits = f"; {event.running} running are waited for" if event.running else ""
             self.note = f"stopping: {event.why}{waits}"

@@ -6,8 +6,9 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,7 +18,7 @@ from rich.text import Text
 from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
 from prunesearch.confirmation import confirmation_of, mean_drop, measured_objectives
 from prunesearch.evaluate import METRICS
-from prunesearch.evaluate.task import Evaluation
+from prunesearch.evaluate.task import Evaluation, Speed
 from prunesearch.front import (
     Evaluated,
     dense_of,
@@ -33,6 +34,7 @@ from prunesearch.printable import printable
 from prunesearch.record import Record, Sibling
 from prunesearch.relative_limits import limit_lines, limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, warnings
+from prunesearch.report.speed_tables import MEASURED, PREDICTED, briefly, measured, predicted, speed_notes, speed_table
 from prunesearch.schedule import Schedule, Stage
 
 
@@ -111,6 +113,11 @@ def front_table(
         _add_metric(table, name, dense)
         if name in again:
             table.add_column("again", justify="right", no_wrap=True)
+    speeds = [record.speed for record in found if record.speed is not None]
+    predicts = any(map(predicted, speeds))
+    if speeds:
+        for heading in [PREDICTED] * predicts + [MEASURED]:
+            table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
     one_line = most is not None  # with a limit on rows each row has one line
     table.add_column("schedule", overflow="fold")
@@ -127,6 +134,7 @@ def front_table(
                 row.append(change(name, value, values_of(dense)[name]))
             if name in again:
                 row.append(_again(record, name, places[name]))
+        row += _speed_cells(record, speeds, predicts)
         # no_wrap on the cell, not the column: rich would shrink all other columns before a no_wrap one
         schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
         table.add_row(*row, Text(printable(record.origin.removeprefix("start: "))), schedule)
@@ -136,11 +144,13 @@ def front_table(
         for name in names:
             cells += [f"{values[name]:.{places[name]}f}", ""]
             cells += [_again(dense, name, places[name])] if name in again else []
+        cells += _speed_cells(dense, speeds, predicts)
         table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
     notes = ["* the knee: what export takes when nothing else is asked"] if bend in shown else []
     if title is None:
         notes += data_lines(records)
         notes += _again_notes(found, objectives, dense)
+        notes += speed_notes(speeds, "± half their interquartile range")
     if title is None and any(record.rung_done != highest_rung(records) for record in records if record.evaluations):
         there = [record for record in records if values_of(record) and record.rung_done == highest_rung(records)]
         notes.append(f"compared at rung {highest_rung(records)}, where {len(there)} of {len(records)} candidates are")
@@ -203,6 +213,23 @@ def _again(record: Record, metric: str, places: int) -> str:
     return f"{again.mean[metric]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
 
 
+def _speed_cells(record: Record, speeds: Sequence[Speed], predicts: bool) -> list[str]:
+    """The cells of a record for its predicted and measured speed, if the table has such columns."""
+    return [predicted(record.speed)] * predicts + [briefly(record.speed)] * bool(speeds)
+
+
+def speeds_table(records: Sequence[Record]) -> Table | None:
+    """A table of all schedules of a study that were timed, the dense model first; None when none was."""
+    timed = [record for record in records if record.speed is not None]
+    timed.sort(key=lambda record: (record.origin != "dense", record.number))
+    rows = [
+        (f"{record.number}", record.origin.removeprefix("start: "), short(record.outcome), record.speed)
+        for record in timed
+        if record.speed is not None
+    ]
+    return speed_table(rows) if rows else None
+
+
 def _again_notes(found: Sequence[Record], objectives: Sequence[Objective], dense: Record | None) -> list[str]:
     """A note that explains the "again" columns, and the mean difference to the search's own values."""
     summaries = [again for record in found if (again := confirmation_of(record)) is not None]
@@ -258,6 +285,14 @@ def status_view(records: Sequence[Record], config: StudyConfig, siblings: Sequen
     among = f" {compared(records, config)}" if several else ""
     hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
     lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
+    timed = [
+        (record.speed.ratio, record) for record in found if record.speed and record.speed.ratio and record is not dense
+    ]
+    if timed:
+        _, fastest = max(timed, key=lambda pair: pair[0])
+        assert fastest.speed is not None
+        where = f"{measured(fastest.speed)} x dense, {printable(str(fastest.speed.conditions))}"
+        lines.append(("fastest", f"trial {fastest.number}: {where}"))
     lines += [("limit", line) for line in map(printable, limit_lines(config, records))]
     if siblings:
         lines.append(("siblings", siblings_line(siblings, config.objectives)))
@@ -316,7 +351,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
 
 
 def front_csv(found: Sequence[Record], objectives: Sequence[Objective], siblings: Sequence[Sibling] = ()) -> str:
-    """Records as CSV: trial, uid, origin, metrics, confirmations, training images, tokens per block, schedule.
+    """Records as CSV: trial, uid, origin, metrics, confirmations, speed, training images, tokens per block, schedule.
 
     siblings: of the study. They come last, without trial and schedule, with the origin "dense sibling: NAME".
     """
@@ -326,6 +361,10 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective], siblings
     fresh = list(dict.fromkeys(name for row in rows for name in row.get("again", {}).get("metrics", ())))
     columns = [f"{name}_{what}" for name in fresh for what in ("again", "again_spread")]
     columns += ["again_split", "again_seeds"] if fresh else []
+    timed = [
+        name for name in ("x_dense", "low", "high", "predicted_x_dense") if any(name in _speed(row) for row in rows)
+    ]
+    columns += [f"speed_{name}" for name in timed]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     header = ["trial", "uid", "origin", *names, *columns, "finetuned_images", "tokens", "schedule"]
@@ -336,8 +375,14 @@ def front_csv(found: Sequence[Record], objectives: Sequence[Objective], siblings
         tokens, again = " ".join(map(str, row["tokens"])), row.get("again", {})
         means = [again.get(what, {}).get(name, "") for name in fresh for what in ("metrics", "spread")]
         means += [again.get(what, "") for what in ("split", "seeds")] if fresh else []
+        means += [_speed(row).get(name, "") for name in timed]
         writer.writerow([*about, *metrics, *means, row["finetuned_images"], tokens, schedule])
     return text.getvalue()
+
+
+def _speed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The measured speed in a row for JSON; empty when there is none."""
+    return row.get("speed", {})
 
 
 def _what(stage: Stage, unsaid: Collection[str]) -> str:

@@ -21,7 +21,7 @@ from prunesearch.evaluate.shapes import model_shape
 from prunesearch.extras import need
 from prunesearch.relative_limits import dense_problem, dense_record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
-from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Waiting
+from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Timing, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
 from prunesearch.search.others import NoOthers, OtherDrivers, Others
@@ -29,6 +29,7 @@ from prunesearch.search.problems import check_study, start_schedules
 from prunesearch.search.recovery import Recovery
 from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.siblings import measure_siblings, take_up_siblings, unmeasured
+from prunesearch.search.speed import take_up_speeds, time_schedules
 from prunesearch.search.state import SearchState
 from prunesearch.search.target_device import timing_notes, with_known_profile, with_measured_profile
 from prunesearch.space.vocabulary import vocabulary_of
@@ -36,7 +37,7 @@ from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
 from prunesearch.study.team import NoTeam, Team, outboxes_of
 from prunesearch.workers.child import ChildWorker
-from prunesearch.workers.protocol import EVALUATE, NoWorkers, Workers
+from prunesearch.workers.protocol import EVALUATE, TIME, LateWorkers, NoWorkers, Workers
 from prunesearch.workers.serial import SerialWorkers
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run_study(
     make_workers: Callable[[StudyConfig, Path, str], Workers] | None = None,
     lease: float | None = None,
     search: bool = True,
+    timer: str = TIME,
 ) -> Done:
     """Search until `config.stop` is reached, Ctrl-C (or SIGTERM) is received, or no candidate is left.
 
@@ -62,7 +64,8 @@ def run_study(
     SQLite file in the folder. Several drivers may run a study in the same database, each with its own folder, or all
     with one folder on a shared disk. evaluate: "module:function" of Task -> Evaluation. make_workers: called with
     (config, folder, evaluate) in place of what `config.workers` describes. lease: seconds without a sign of life after
-    which another driver counts as dead. search: False only confirms the front.
+    which another driver counts as dead. search: False only confirms the front. timer: as `evaluate`, for the task that
+    times schedules after the confirmation.
 
     Raises UserErrors before anything runs, RunError when every candidate fails, the storage is lost or the disk is
     full.
@@ -115,11 +118,13 @@ def run_study(
         if never_judged is not None:  # an earlier run ended with it
             raise RunError(never_judged)
         take_up_siblings(config, left, store, folder)
+        take_up_speeds(config, folder, left, store)
         take_up_confirmations(config, folder, left, store)
         workers: Workers = NoWorkers()
+        pool = stack.enter_context(ExitStack())
+        make = make_workers or partial(_start_workers, outbox)
         if (search and (run.has_work() or unmeasured(store))) or missing(config, folder, store.records()):
-            make = make_workers or partial(_start_workers, outbox)
-            workers = stack.enter_context(closing(make(config, folder, evaluate)))
+            workers = pool.enter_context(closing(make(config, folder, evaluate)))
         interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
         is_stopped = partial(_is_interrupted, interrupt)
         try:
@@ -134,6 +139,18 @@ def run_study(
             if search:
                 measure_siblings(config, folder, outbox, store, workers, team, on_event, is_stopped, after=True)
             confirm(config, folder, outbox, store, workers, team, on_event, is_stopped)
+            if config.confirm.seeds and not is_stopped():
+                pool.close()  # nothing else of this driver may run while schedules are timed
+
+                def begin_timing() -> Workers:
+                    on_event(Timing())
+                    one = replace(config, workers=replace(config.workers, count=1))
+                    workers = make(one, folder, timer)
+                    interrupt.listen()  # Ray has installed its own signal handlers again
+                    return workers
+
+                timers = stack.enter_context(closing(LateWorkers(begin_timing)))
+                time_schedules(config, folder, outbox, store, timers, team, on_event, is_stopped)
             done = replace(done, seconds=run.seconds())
         if interrupt.count and done.reason not in STOPPED_BY_HAND:
             done = replace(done, reason="interrupted")

@@ -10,6 +10,7 @@ from prunesearch.record import Record
 from prunesearch.search.confirm import Confirmed
 from prunesearch.search.shared_weights import SupernetTrained
 from prunesearch.search.siblings import SiblingMeasured
+from prunesearch.search.speed import Timed
 
 Reason = Literal["trials", "hours", "exhausted", "hopeless", "dense", "disk", "interrupted", "cancelled"]
 """Why a search ended.
@@ -95,6 +96,11 @@ class Waiting:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """A worker starts that times schedules in turns with the dense model. The others of this driver are closed."""
+
+
+@dataclass(frozen=True)
 class Stopping:
     """No further candidates are submitted. running: how many are waited for. why: text to show."""
 
@@ -128,5 +134,7 @@ Event = (
     | Waiting
     | Stopping
     | Confirmed
+    | Timing
+    | Timed
     | Done
 )

@@ -42,8 +42,8 @@ class Recovery:
         """
         found = []
         for path, task, evaluation in delivered(outbox, self.store.alone, self.folder):
-            if any(one is not None for one in (task.confirms, task.supernet, task.sibling)):  # recovered elsewhere
-                continue
+            if any(one is not None for one in (task.confirms, task.supernet, task.sibling, task.timing)):
+                continue  # recovered elsewhere
             try:
                 record = self._record_of(task, evaluation)
             except Exception as error:  # a bad file must not stop the search

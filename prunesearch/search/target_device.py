@@ -173,5 +173,6 @@ def timing_notes(config: StudyConfig) -> list[str]:
     return [
         f"{', '.join(deciding)} is measured for each candidate, while several workers share a machine and slow each "
         f"other down: neighbours on the front may differ by noise alone. Write predicted_latency_ms and a device "
-        f"section instead, which adds up what the parts of the model take. confirm measures the front alone at the end."
+        f"section instead, which adds up what the parts of the model take. confirm times the front at the end, in "
+        f"turns with the dense model."
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from prunesearch.config import ModelConfig, StudyConfig
 from prunesearch.errors import FileError, RunError, StudyError
 from prunesearch.evaluate.outcome import check_evaluation
 from prunesearch.evaluate.task import Evaluation
-from prunesearch.record import Record, Sibling, State
+from prunesearch.record import SPEED, Record, Sibling, State
 from prunesearch.schedule import Schedule
 from prunesearch.space.vocabulary import Vocabulary
 from prunesearch.strict import from_mapping
@@ -92,9 +92,9 @@ class StudyReader:
             if isinstance(record, str):
                 unreadable[trial.number] = record
             else:
-                records.setdefault(record.uid, replace(record, confirmations=confirmations_of(attributes, record.uid)))
+                records.setdefault(record.uid, record)
         self._leave_out(unreadable)
-        return list(records.values())
+        return measured_beside(records.values(), attributes)
 
     def siblings(self) -> list[Sibling]:
         """The dense siblings of the study, in its order; those without an evaluation are not measured yet."""
@@ -315,6 +315,19 @@ def confirmations_of(attributes: Mapping[str, Any], uid: str) -> tuple[Evaluatio
             except FileError as error:
                 logger.warning("%s; it is left out", error)
     return tuple(found[index] for index in sorted(found))
+
+
+def measured_beside(records: Iterable[Record], attributes: Mapping[str, Any]) -> list[Record]:
+    """The records with what was measured of them beside the search: confirmations and speeds."""
+    speeds = {speed.name: speed for one in confirmations_of(attributes, SPEED)[:1] for speed in one.speeds}
+    return [
+        replace(
+            record,
+            confirmations=confirmations_of(attributes, record.uid),
+            speed=speeds.get(record.uid if record.schedule.stages else ""),
+        )
+        for record in records
+    ]
 
 
 def siblings_of(attributes: Mapping[str, Any]) -> list[Sibling]:

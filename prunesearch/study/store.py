@@ -63,6 +63,7 @@ from prunesearch.study.reader import (
     candidates_of,
     confirmations_of,
     first_number,
+    measured_beside,
     read_record,
     read_trials,
     rung_keys,
@@ -132,7 +133,7 @@ class Store(StudyReader):
         self._refresh()
         attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
         known = sorted((record for _, record in self._seen.values()), key=lambda record: record.number)
-        return [replace(record, confirmations=confirmations_of(attributes, record.uid)) for record in known]
+        return measured_beside(known, attributes)
 
     def poll(self) -> list[Record]:
         """Candidates that are new or changed since the last `poll` (or since the study was opened), by number."""
@@ -332,6 +333,11 @@ class Store(StudyReader):
             return True
 
         return self._change(swap)
+
+    def confirmed(self, uid: str) -> list[str]:
+        """Uids of the tasks whose results are stored as confirmations of a candidate."""
+        attributes = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id))
+        return [one.uid for one in confirmations_of(attributes, uid)]
 
     def claims(self) -> dict[str, Claim]:
         """The claims of confirmations that run or have failed: uid of the task -> claim."""

@@ -18,6 +18,7 @@ from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Cause, Evaluation, Task
 
 EVALUATE = "prunesearch.evaluate:evaluate"
+TIME = "prunesearch.device.whole_models:evaluate"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,29 @@ class NoWorkers:
         return None
 
 
+class LateWorkers:
+    """One worker that `make` starts when it gets its first task: others may time theirs on this machine before."""
+
+    count = 1
+    description = "not started yet"
+
+    def __init__(self, make: Callable[[], Workers]) -> None:
+        self._make = make
+        self._workers: Workers | None = None
+
+    def submit(self, task: Task) -> None:
+        if self._workers is None:
+            self._workers = self._make()
+        self._workers.submit(task)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        return [] if self._workers is None else self._workers.wait(seconds)
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+
 def refuse_many(config: WorkersConfig) -> None:
     """Raise ResourceError when several workers of kind serial are asked for."""
     if config.count not in (None, 1):
@@ -79,11 +103,12 @@ def refuse_many(config: WorkersConfig) -> None:
 
 
 def took_too_long(task: Task, since: float, timeout: float | None) -> Lost | None:
-    """`Lost` when a task has run for more than `timeout` seconds, else None. Training shared weights has no timeout.
+    """`Lost` when a task has run for more than `timeout` seconds, else None. Candidates have a timeout, other tasks
+    have none: training shared weights and timing.
 
     since: when it began, as `time.monotonic()`.
     """
-    if timeout is None or task.supernet is not None or time.monotonic() - since <= timeout:
+    if timeout is None or (task.supernet or task.timing) is not None or time.monotonic() - since <= timeout:
         return None
     return Lost("timeout", f"no result after {timeout:g} s")
 

@@ -222,7 +222,7 @@ def test_a_good_confirmation_is_read_beside_a_bad_one(folder: Path) -> None:
 @pytest.mark.parametrize("text", [*TEXTS.values(), '{"uid": "UID", "status": 5}', '{"owner": "../x"}'])
 def test_what_cannot_be_read_of_confirming_is_made_again(folder: Path, text: str) -> None:
     """A damaged confirmation counts as missing, and a damaged claim keeps nobody from it."""
-    config = replace(CONFIG, confirm=ConfirmConfig(seeds=1))
+    config = replace(CONFIG, confirm=ConfirmConfig(1, speed_seconds=0))
 
     def confirmations() -> list[str]:
         run_study(config, folder, evaluate="test_drivers_together:evaluate", search=False)

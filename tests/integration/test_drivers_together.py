@@ -15,12 +15,13 @@ from driving import fake_search  # first, because it adds the unit tests to the 
 from dying import STEPS, Killed, die_at
 
 from prunesearch.config import ConfirmConfig, StudyConfig
-from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.evaluate.task import Evaluation, Speed, Task
 from prunesearch.files import write_atomically
 from prunesearch.record import Record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Started
+from prunesearch.search.speed import time_schedules, wanted
 from prunesearch.study.lock import Place
 from prunesearch.study.reader import open_study_readonly
 from prunesearch.study.store import Store, open_store
@@ -51,6 +52,15 @@ def evaluate(task: Task) -> Evaluation:
     found = fake_search.evaluate(replace(task, uid=task.uid.partition(".")[0]))
     fake_search.EVALUATED[-1] = f"{task.uid} {task.rung}"
     return replace(found, uid=task.uid)
+
+
+def timer(task: Task) -> Evaluation:
+    """Times that are made up; their `host` says which thread made them."""
+    during(task)
+    fake_search.EVALUATED.append(task.uid)
+    assert task.timing is not None
+    speeds = (Speed("", 1.0, 1.0, 1.0, 2.0, 2.0), *(Speed(one.name, 2.0, 1.9, 2.1) for one in task.timing.schedules))
+    return Evaluation(task.uid, "complete", speeds=speeds, host=threading.current_thread().name)
 
 
 def search(config: StudyConfig, folder: Path, url: str, lease: float = 0.2) -> list[Event]:
@@ -146,7 +156,10 @@ def test_no_name_in_a_database_leads_out_of_the_outbox(
         place.mkdir(parents=True)
         (place / "package.json").write_text("{}")
     before, name = sorted(victim.rglob("*")), name.format(victim)
-    url, config = f"sqlite:///{folder / 'study.db'}", replace(fake_search.study(3), confirm=ConfirmConfig(seeds=1))
+    url, config = (
+        f"sqlite:///{folder / 'study.db'}",
+        replace(fake_search.study(3), confirm=ConfirmConfig(1, speed_seconds=0)),
+    )
     folder.mkdir()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, "submitted", 2)
@@ -225,6 +238,10 @@ class Driver:
         workers = SerialWorkers(self.config.workers, self.outbox, evaluate)
         confirm(self.config, self.folder, self.outbox, self.store, workers, self.team)
 
+    def time(self) -> None:
+        workers = SerialWorkers(self.config.workers, self.outbox, "test_drivers_together:timer")
+        time_schedules(self.config, self.folder, self.outbox, self.store, workers, self.team)
+
     def close(self) -> None:
         self.team.close()
         self.store.close()
@@ -295,6 +312,37 @@ def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Drive
     assert slow.store.confirm(one.record.uid, one.index, evaluate(one.task))
     thread.join()
     assert Counter(fake_search.EVALUATED).most_common(1)[0][1] == 1
+
+
+def test_one_driver_times_the_schedules_and_the_others_wait_for_it(
+    searched: Callable[[str], Driver], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drivers = [searched(name) for name in ("one", "two", "three")]
+    monkeypatch.setattr("test_drivers_together.during", lambda task: time.sleep(0.2))
+    threads = [threading.Thread(target=driver.time) for driver in drivers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fake_search.EVALUATED) == 1 and drivers[0].store.claims() == {}
+    speeds = [record.speed for record in read(url) if record.speed is not None]
+    assert {speed.ratio for speed in speeds} == {1.0, 2.0}
+    assert all(not undelivered(driver.folder) for driver in drivers)
+
+
+def test_the_timing_of_a_dead_driver_is_adopted_or_made_by_another(searched: Callable[[str], Driver], url: str) -> None:
+    for name, finished in (("dead", True), ("deader", False)):
+        dead, other = searched(name), searched(f"after {name}")
+        config = replace(dead.config, confirm=ConfirmConfig(2, 1.0 + finished))  # another task than the one before
+        dead.config = other.config = config
+        (one,) = wanted(config, dead.folder, dead.store.records())
+        assert dead.store.claim(one.of, one.index, one.task.uid, None)
+        if finished:
+            evaluate_into(dead.outbox, timer, one.task)
+        dead.team.close()
+        other.time()
+        assert fake_search.EVALUATED.count(one.task.uid) == 1 and other.store.confirmed(one.of) == [one.task.uid]
+        assert not undelivered(dead.folder)
 
 
 def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[[str], Driver]) -> None:

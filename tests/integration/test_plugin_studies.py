@@ -145,7 +145,10 @@ def test_looking_imports_nothing(verb: str, folder: Path, tmp_path: Path, capsys
 
 TRUSTING = {
     "resume": (["resume", "STUDY", "--trials", "5", "--no-progress"], "continuing (5 of 5 done"),
-    "confirm": (["confirm", "STUDY", "--seeds", "1", "--no-progress"], "continuing (5 of 5 done"),
+    "confirm": (
+        ["confirm", "STUDY", "--seeds", "1", "--set", "confirm.speed_seconds=0", "--no-progress"],
+        "continuing (5 of 5 done",
+    ),
     "evaluate": (["evaluate", "FILE", "--metric", "their_images", "--metric", "their_cost"], "their_cost (tokens)"),
     "evaluate --study": (["evaluate", "FILE", "--study", "STUDY", "--metric", "top1", "--json"], '"pruned"'),
     "freeze": (["freeze", "FILE", "-o", "TMP/frozen.yaml"], None),

@@ -7,12 +7,17 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import fake_search
 import pytest
+from fake_profiles import fake_profile
 
 from prunesearch.cli import main
-from prunesearch.files import load_schedule
+from prunesearch.cost import total_cost
+from prunesearch.files import load_schedule, save_profiles
+from prunesearch.schedule import Schedule
 from prunesearch.tokens import SCORERS
 
 STUDY = """
@@ -160,11 +165,44 @@ def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_confirm_measures_the_front_again(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = out(capsys, "confirm", str(study), "--seeds", "1")
+    said = out(capsys, "confirm", str(study), "--seeds", "1", "--set", "confirm.speed_seconds=0.1")
     assert re.search(r"measured again: 1 of \d+, trial \d+ top1 [\d.]+ \(in the search [\d.]+\)", said)
     rows = json.loads(out(capsys, "front", str(study), "--json"))
     assert rows and all(row["again"]["seeds"] == 1 for row in rows)
     assert "trained and measured anew, 1 seed" in " ".join(out(capsys, "front", str(study)).split())
+    assert re.search(r"timed in turns: \d+ models", said) and re.search(r" \d\.\d\d \(\d\.\d\d to \d\.\d\d\)", said)
+    assert all(row["speed"]["low"] <= row["speed"]["x_dense"] <= row["speed"]["high"] for row in rows)
+    assert "x dense" in out(capsys, "front", str(study)) and "fastest" in out(capsys, "status", str(study))
+    again = out(capsys, "confirm", str(study), "--seeds", "1", "--set", "confirm.speed_seconds=0.1")
+    assert "timed in turns:" not in again and re.search(r"\(\d\.\d\d to \d\.\d\d\)", again)  # it is stored
+
+
+def test_evaluate_times_a_schedule_beside_its_dense_model(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "best.yaml").write_text(
+        "version: 1\nmodel: {name: vit_digits_patch1_8, pretrained: true}\ndata: {name: digits, val_images: 60}\n"
+        "stages: [{block: 1, keep: 0.5}]\n"
+    )
+    profile = replace(fake_profile(fake_search.SHAPE, batch=4), threads=1)
+    save_profiles([profile], tmp_path / "profile.json")
+    command = ["evaluate", str(tmp_path / "best.yaml"), "--metric", "gmacs", "--speed", "--seconds", "0.1"]
+    text = out(capsys, *command)
+    assert re.search(r"pruned +\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", text) and "predicted" not in text
+    assert "batch 64 in torch" in " ".join(text.split())
+    text = out(capsys, *command, "--profile", str(tmp_path / "profile.json"))
+    dense, pruned = (
+        total_cost(profile.shape, one, profile) for one in (Schedule(), load_schedule(tmp_path / "best.yaml"))
+    )
+    assert "batch 4 in torch" in " ".join(text.split()) and re.search(rf"pruned +{dense / pruned:.2f} ", text)
+    (row,) = json.loads(out(capsys, *command, "--study", str(study), "--json"))["speed"]
+    assert row["low"] <= row["x_dense"] <= row["high"] and row["ms"] > 0 and "predicted_x_dense" not in row
+    other = replace(profile, shape=replace(profile.shape, patch_tokens=9))
+    save_profiles([other], tmp_path / "other.json")
+    assert "9 patch tokens" in mistake(capsys, *command, "--profile", str(tmp_path / "other.json"))
+    assert "--profile, --seconds: nothing is timed in turns" in mistake(
+        capsys, *[one for one in command if one != "--speed"], "--profile", str(tmp_path / "profile.json")
+    )
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:

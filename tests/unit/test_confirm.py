@@ -133,7 +133,7 @@ def test_what_fails_is_tried_again_next_time(tmp_path: Path) -> None:
 
 
 def test_a_search_ends_with_it_and_continues_with_what_is_missing(tmp_path: Path) -> None:
-    config, url = replace(study(12), confirm=ConfirmConfig(seeds=1)), f"journal:{tmp_path / 'study.log'}"
+    config, url = replace(study(12), confirm=ConfirmConfig(1, speed_seconds=0)), f"journal:{tmp_path / 'study.log'}"
 
     def search(config: StudyConfig, **how: bool) -> list[Event]:
         events: list[Event] = []
@@ -145,7 +145,7 @@ def test_a_search_ends_with_it_and_continues_with_what_is_missing(tmp_path: Path
     first = len(TASKS)
     assert first == 12 + sum(isinstance(event, Confirmed) for event in events)
     assert not any(isinstance(event, Confirmed) for event in search(config)) and len(TASKS) == first
-    more = replace(config, confirm=ConfirmConfig(seeds=2), stop=replace(config.stop, trials=20))
+    more = replace(config, confirm=ConfirmConfig(2, speed_seconds=0), stop=replace(config.stop, trials=20))
     events = search(more, search=False)
     assert len(records(tmp_path)) == 12 and isinstance(events[-1], Done)
     assert len(TASKS) - first == sum(isinstance(event, Confirmed) for event in events) == first - 12

@@ -325,7 +325,7 @@ def test_the_front_and_promotions_wait_for_the_dense_model() -> None:
 def test_only_the_front_within_is_confirmed(tmp_path: Path) -> None:
     found = [evaluated(0, 100.0, origin="dense"), evaluated(1, 85.0, gmacs=0.009), evaluated(2, 60.0, gmacs=0.005)]
     for limits, expected in (((), [DENSE, "u2", "u1"]), (TWENTY_POINTS, [DENSE, "u1"])):
-        config = study(limits=limits, confirm=ConfirmConfig(seeds=1))
+        config = study(limits=limits, confirm=ConfirmConfig(1, speed_seconds=0))
         assert [one.record.uid for one in wanted(config, tmp_path, found)] == expected
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from prunesearch.device import timing
 from prunesearch.device.measure import non_negative_fit
-from prunesearch.device.timing import FEWEST_ROUNDS, in_turns
+from prunesearch.device.timing import FEWEST_ROUNDS, in_turns, ratios_in_turns
 
 
 class Machine:
@@ -53,6 +53,42 @@ def test_what_takes_long_is_visited_a_few_times_only(monkeypatch: pytest.MonkeyP
     parts = {name: machine.work(name, 0.03) for name in "abcd"}
     in_turns({"whole": machine.work("whole", 1.0), **parts}, seconds=30.0)
     assert machine.calls.count("whole") == 3 + 2 * FEWEST_ROUNDS and machine.calls.count("a") > 50
+
+
+def test_ratios_are_of_one_round_so_that_drift_divides_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine becomes slower from round to round, by far more than the models differ."""
+    machine = Machine(monkeypatch)
+    machine.slow = lambda: 2.0 ** (machine.now / 40) * (1 + machine.random.random() / 10)
+    work = {name: [machine.work(name, seconds)] for name, seconds in (("dense", 0.6), ("a", 0.4), ("b", 0.6))}
+    found = ratios_in_turns(work, "dense", seconds=60.0)
+    assert found["dense"][:3] == (1.0, 1.0, 1.0)
+    assert found["a"].median == pytest.approx(1.5, rel=0.1) and found["b"].median == pytest.approx(1.0, rel=0.1)
+    for ratio in found.values():
+        assert ratio.low <= ratio.median <= ratio.high and ratio.rounds > FEWEST_ROUNDS  # though they take long
+    assert machine.calls.count("dense") == 3 + 2 * found["dense"].rounds  # three calls size it up
+
+
+def test_the_spread_of_ratios_is_that_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    times = {"dense": 2.0, "a": 1.0}
+
+    def run(name: str) -> None:
+        machine.now += times[name] * (next(slow) if name == "a" else 1.0)
+
+    rounds = [(1.0, slower) for slower in (1.0, 2.0, 0.5, 4.0, 1.0)]  # a call to warm up, and the one that counts
+    slow = iter([1.0, 1.0, 1.0, *sum(rounds, ())])  # three calls size it up
+    work = {name: [lambda name=name: run(name)] for name in times}
+    ratio = ratios_in_turns(work, "dense", seconds=0.1)["a"]
+    assert (ratio.low, ratio.median, ratio.high, ratio.rounds) == (1.0, 2.0, 2.0, 5) and ratio.seconds == 1.0
+
+
+def test_models_of_one_round_run_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    work = {name: [machine.work(f"{name}{place}", 1.0) for place in range(3)] for name in ("dense", "a")}
+    ratios_in_turns(work, "dense", seconds=0.1)
+    visits = machine.calls[-2 * 2 * FEWEST_ROUNDS :: 2]
+    rounds = [sorted(visits[start : start + 2]) for start in range(0, len(visits), 2)]
+    assert rounds == [[f"a{place}", f"dense{place}"] for place in (0, 1, 2, 0, 1)]
 
 
 def test_measuring_ends_early_when_all_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:
