@@ -89,10 +89,11 @@ def measure_profile(
     score = usual_score(shape, scores)
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
-    look = _Look(model, shape, images, runtime, settings)
+    look = _Look(model, shape, images, runtime, settings, say)
     wait = partial(synchronise, settings.device)
     with threads_set(settings):
-        say(f"making {runtime.name} ready for batch {batch}")
+        slow = f"; {runtime.readying} for each part, and is not counted" if runtime.readying else ""
+        say(f"making {runtime.name} ready for batch {batch}{slow}")
         work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
         checks = _checks(shape, verbs, score)
         work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
@@ -129,9 +130,15 @@ class _Look:
     """Makes the parts of one model ready to run."""
 
     def __init__(
-        self, model: nn.Module, shape: ModelShape, images: Tensor, runtime: Runtime, settings: Settings
+        self,
+        model: nn.Module,
+        shape: ModelShape,
+        images: Tensor,
+        runtime: Runtime,
+        settings: Settings,
+        say: Callable[[str], None],
     ) -> None:
-        self.model, self.shape, self.images = model, shape, images
+        self.model, self.shape, self.images, self.say = model, shape, images, say
         self.runtime, self.settings, self.parts = runtime, settings, parts_of(model)
         self.piece = self.parts.piece_of(model)
         self.piece_shape = shape_of(self.piece)
@@ -183,6 +190,8 @@ class _Look:
         }
 
     def _prepared(self, parts: Sequence[Part], what: str) -> list[Run]:
+        if self.runtime.readying:
+            self.say(f"making {what} ready")
         try:
             return prepare(parts, self.runtime, self.settings)
         except Exception as error:  # exporters and compilers raise anything

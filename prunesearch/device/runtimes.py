@@ -22,6 +22,8 @@ from prunesearch.models.parts import Part
 
 Run = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_GRAPHS = 10_000
+"""Graphs of the same code, such as the forward pass of a verb, in one process; PyTorch's own limits are 8 and 256."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Runtime:
     prepare: (modules, inputs, tokens_axis, settings) -> for each set of inputs a call that runs the modules in turn.
     libraries: what must be installed, the one that runs the model first. extra: of pyproject.toml, which brings them.
     on_gpu: it can run on a GPU here. counts_may_differ: it can run a model in which images have different numbers of
-    tokens; files and graphs have fixed ones.
+    tokens; files and graphs have fixed ones. readying: what making one part ready takes, in words, where it takes long.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Runtime:
     extra: str = ""
     on_gpu: bool = False
     counts_may_differ: bool = False
+    readying: str = ""
 
     @property
     def version(self) -> str:
@@ -98,12 +101,20 @@ def _eager(
 def _compiled(
     modules: Sequence[nn.Module], inputs: Sequence[tuple[Tensor, ...]], tokens_axis: Any, settings: Settings
 ) -> list[Run]:
-    # one block is like another: the first chain alone is compiled, once for all numbers of tokens
-    compiled = torch.compile(modules[0], dynamic=bool(tokens_axis) or None)
+    # One block is like another: the first chain alone is compiled, once for all numbers of tokens. All other sizes are
+    # fixed, or PyTorch would make them variable at the second part that runs the same code.
+    # fullgraph and the high limits: PyTorch would otherwise run a part uncompiled after a break in its graph, or when
+    # several parts have compiled the same code.
+    compiled = torch.compile(modules[0], dynamic=False, fullgraph=True)
     runs = []
-    for given in inputs:
-        compiled(*given)
-        runs.append(_bound(compiled, given))
+    limits = {"cache_size_limit": MOST_GRAPHS, "accumulated_cache_size_limit": MOST_GRAPHS}
+    with _quiet(), torch._dynamo.config.patch(**limits):
+        for given in inputs:
+            for place, axis in tokens_axis:
+                if place < len(given):
+                    torch._dynamo.maybe_mark_dynamic(given[place], axis)
+            compiled(*given)
+            runs.append(_bound(compiled, given))
     return runs
 
 
@@ -159,7 +170,7 @@ def _exported(module: nn.Module, given: tuple[Tensor, ...], tokens_axis: Any) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports its steps, and deprecations inside PyTorch, which do not concern the user."""
+    """Exporter and compiler report their steps, and deprecations inside PyTorch, which do not concern the user."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -200,7 +211,9 @@ RUNTIMES = {
     runtime.name: runtime
     for runtime in (
         Runtime("torch", "PyTorch, operator by operator", _eager, on_gpu=True, counts_may_differ=True),
-        Runtime("compile", "PyTorch, torch.compile", _compiled, on_gpu=True),
+        Runtime(
+            "compile", "PyTorch, torch.compile", _compiled, on_gpu=True, readying="compiling takes seconds to a minute"
+        ),
         Runtime(
             "onnxruntime", "ONNX Runtime", _onnxruntime, libraries=("onnxruntime", "onnx", "onnxscript"), extra="onnx"
         ),

@@ -27,6 +27,51 @@ LAYOUTS: dict[str, dict] = {
     "drop_path": dict(drop_path_rate=0.2, proj_drop_rate=0.1),
 }
 
+LARGEST = {"merged": "max"}
+CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
+    "squeeze, drop_or_merge at pre": (
+        "class",
+        (
+            Stage(0, score="class_attention", keep=0.7, reduce="squeeze"),
+            Stage(1, at="pre", score="value_weighted", keep=0.7, reduce="drop_or_merge"),
+        ),
+    ),
+    "two that merge, sizes in the attention": (
+        "registers",
+        (
+            Stage(0, score="attention_received", keep=0.7, reduce="absorb"),
+            Stage(1, at="pre", score="none", keep=0.6, reduce="merge"),
+        ),
+    ),
+    "scores follow the tokens": (
+        "avg",
+        (
+            Stage(0, score="attention_received", keep=0.8, reduce="absorb", options=LARGEST),
+            Stage(0, score="attention_received", keep=0.8, reduce="fuse", options=LARGEST),
+            Stage(1, at="pre", score="head_weighted_class_attention", keep=0.8),
+        ),
+    ),
+    "no class token, attention pooling": (
+        "map",
+        (
+            Stage(0, score="none", keep=0.7, reduce="merge"),
+            Stage(1, at="pre", score="key_norm", keep=0.7, reduce="drop"),
+        ),
+    ),
+    "scores without attention": (
+        "avg_no_class",
+        (
+            Stage(0, at="pre", score="random", keep=0.7, reduce="squeeze"),
+            Stage(1, at="pre", score="predictor", keep=0.7, reduce="fuse"),
+        ),
+    ),
+    "pool after merge": (
+        "distilled",
+        (Stage(0, score="none", keep=0.7, reduce="merge"), Stage(1, at="pre", score="none", tokens=8, reduce="pool")),
+    ),
+}
+"""Layout and stages. Together: every score and every verb, both places."""
+
 
 def small_model(layout: str = "class", **options: object) -> VisionTransformer:
     """A ViT of 4 blocks and 36 patch tokens with random parameters, in eval mode."""
