@@ -107,7 +107,7 @@ def _compiled(
     # several parts have compiled the same code.
     compiled = torch.compile(modules[0], dynamic=False, fullgraph=True)
     runs = []
-    limits = {"cache_size_limit": MOST_GRAPHS, "accumulated_cache_size_limit": MOST_GRAPHS}
+    limits: dict[str, Any] = {"cache_size_limit": MOST_GRAPHS, "accumulated_cache_size_limit": MOST_GRAPHS}
     with _quiet(), torch._dynamo.config.patch(**limits):
         for given in inputs:
             for place, axis in tokens_axis:
