@@ -145,6 +145,4 @@ def _unknown(name: str, records: Sequence[Record]) -> str:
 
 
 def _unregistered(name: str) -> str:
-    return (
-        f"nothing says which way of {name} is better: no metric of prunesearch or an imported plug-in has this name"
-    )
+    return f"nothing says which way of {name} is better: no metric of prunesearch or an imported plug-in has this name"
