@@ -17,7 +17,7 @@ MEASURED, PREDICTED = "measured\nx dense", "predicted\nx dense"
 
 def measured(speed: Speed | None) -> str:
     """A measured speed as text, such as "1.52 (1.50 to 1.55)"; "" when there is none."""
-    if speed is None or speed.ratio is None:
+    if speed is None or speed.ratio is None or speed.low is None or speed.high is None:
         return ""
     return f"{speed.ratio:.2f} ({speed.low:.2f} to {speed.high:.2f})" if speed.name else f"{speed.ratio:.2f}"
 

@@ -286,7 +286,9 @@ def status_view(records: Sequence[Record], config: StudyConfig, siblings: Sequen
     hypervolume = "" if volume is None else f", hypervolume {volume:.4f}"
     lines.append(("front", f"{len(found)} candidates{among}{hypervolume}"))
     timed = [
-        (record.speed.ratio, record) for record in found if record.speed and record.speed.ratio and record is not dense
+        (record.speed.ratio, record)
+        for record in found
+        if record.speed and record.speed.ratio and record.speed.conditions and record is not dense
     ]
     if timed:
         _, fastest = max(timed, key=lambda pair: pair[0])

@@ -177,7 +177,7 @@ def tuples_in(kind: Any) -> bool:
 
 READ_BACK = {
     "Evaluation", "Sensitivities", "Effect", "Predicted", "Task", "SupernetWork", "AbsoluteLimit", "Profile", "Curve",
-    "StageTime", "ModelShape",
+    "StageTime", "ModelShape", "TimingWork", "ToTime", "Speed", "Conditions",
 }  # fmt: skip
 """Not written by users. They hold measured values, which must never be refused."""
 WRITTEN = [(kind, field) for kind, field in FIELDS if kind.__name__ not in READ_BACK]
