@@ -48,9 +48,9 @@ class TokenState(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weight of each token that stays, 1, and its sum with the weights of those that join it."""
+    """The weight of each token by itself, 1; and of each that stays, with the weights of those that join it."""
 
-    own_BK1: Tensor
+    own_Bn1: Tensor
     sum_BK1: Tensor
 
 
@@ -116,7 +116,9 @@ def take_step(
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to the features of tokens. Keeps the dtype."""
-    parts, _ = _regrouped(values_BnC, grouping._replace(ordered_BnC=None))
+    if grouping.ordered_BnC is not None:
+        grouping = grouping._replace(ordered_BnC=_ordered(values_BnC, grouping))
+    parts, _ = _regrouped(values_BnC, grouping)
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
@@ -128,37 +130,66 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     channels, kept = values_BnC.shape[-1], grouping.kept_BK.shape[1]
     if grouping.guests_BG is None:
         return (gather(values_BnC, grouping.kept_BK),), None
-    weight_BG = grouping.guest_weight_BG
-    ordered_BnC = grouping.ordered_BnC
-    if ordered_BnC is None:
-        ordered_BnC = gather(values_BnC, torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1))
-    kept_BKC, guests_BGC = ordered_BnC[:, :kept], ordered_BnC[:, kept:].float()
+    weight_BG, ordered_BnC = grouping.guest_weight_BG, grouping.ordered_BnC
     if grouping.host_BG is None:
+        ordered_BnC = _ordered(values_BnC, grouping) if ordered_BnC is None else ordered_BnC
+        kept_BKC, guests_BGC = ordered_BnC[:, :kept], ordered_BnC[:, kept:].float()
         extra_B1C = guests_BGC.sum(dim=1, keepdim=True) if weight_BG is None else weight_BG[:, None] @ guests_BGC
         return (kept_BKC, extra_B1C.to(values_BnC.dtype)), None
     # one more channel of ones, so that weights add up with the features
-    sum_BnD = F.pad(ordered_BnC.float(), (0, 1), value=1.0)
-    guests_BGD = sum_BnD[:, kept:] if weight_BG is None else sum_BnD[:, kept:] * weight_BG[..., None]
-    sum_BKD = _joined(sum_BnD[:, :kept], grouping.host_BG, guests_BGD)
+    own_BnD = F.pad((values_BnC if ordered_BnC is None else ordered_BnC).float(), (0, 1), value=1.0)
+    guests_BGD = _guests(own_BnD, grouping)
+    sum_BKD = _joined(own_BnD, grouping, guests_BGD if weight_BG is None else guests_BGD * weight_BG[..., None])
     mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
-    return (mean_BKC.to(values_BnC.dtype),), Weights(sum_BnD[:, :kept, channels:], sum_BKD[..., channels:])
+    return (mean_BKC.to(values_BnC.dtype),), Weights(own_BnD[..., channels:], sum_BKD[..., channels:])
 
 
-def _joined(hosts_BKD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bool = False) -> Tensor:
-    """Each host plus the sum of its guests, (B, K, D); or the largest of them.
+def _ordered(values_BnC: Tensor, grouping: Grouping) -> Tensor:
+    """The values of the kept tokens and then of the guests."""
+    assert grouping.guests_BG is not None
+    return gather(values_BnC, torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1))
+
+
+def _in_order(values_BnD: Tensor, grouping: Grouping) -> Tensor:
+    """The values of all tokens in the order that host_BG counts."""
+    return values_BnD if grouping.ordered_BnC is None else _ordered(values_BnD, grouping)
+
+
+def _guests(own_BnD: Tensor, grouping: Grouping) -> Tensor:
+    """The values of the guests, (B, G, D), from those of all tokens in the order that host_BG counts."""
+    assert grouping.guests_BG is not None
+    if grouping.ordered_BnC is None:
+        return gather(own_BnD, grouping.guests_BG)
+    return own_BnD[:, grouping.kept_BK.shape[1] :]
+
+
+def _joined(own_BnD: Tensor, grouping: Grouping, guests_BGD: Tensor, largest: bool = False) -> Tensor:
+    """The value of each kept token plus those of its guests, (B, K, D); or the largest of them.
+
+    own_BnD: of all tokens in the order that host_BG counts. In image order guests join before the kept tokens are
+    gathered, because that needs no search for the hosts among the kept tokens.
+    """
+    assert grouping.host_BG is not None
+    if grouping.ordered_BnC is None:
+        return gather(_scattered(own_BnD, grouping.host_BG, guests_BGD, largest), grouping.kept_BK)
+    return _scattered(own_BnD[:, : grouping.kept_BK.shape[1]], grouping.host_BG, guests_BGD, largest)
+
+
+def _scattered(own_BnD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bool) -> Tensor:
+    """The value of each token plus those of its guests, or the largest of them.
 
     An ONNX graph has a product with a one-hot matrix here, because not all runtimes can scatter with a reduction.
     """
     if not torch.onnx.is_in_onnx_export():
         host_BGD = host_BG[..., None].expand_as(guests_BGD)
         if largest:
-            return hosts_BKD.scatter_reduce(1, host_BGD, guests_BGD, "amax")
-        return hosts_BKD.scatter_add(1, host_BGD, guests_BGD)
-    joins_BKG = host_BG[:, None] == torch.arange(hosts_BKD.shape[1], device=host_BG.device)[:, None]
+            return own_BnD.scatter_reduce(1, host_BGD, guests_BGD, "amax")
+        return own_BnD.scatter_add(1, host_BGD, guests_BGD)
+    joins_BnG = host_BG[:, None] == torch.arange(own_BnD.shape[1], device=host_BG.device)[:, None]
     if largest:
-        own_or_guest_BKGD = torch.where(joins_BKG[..., None], guests_BGD[:, None], hosts_BKD[:, :, None])
-        return torch.maximum(hosts_BKD, own_or_guest_BKGD.amax(dim=2))
-    return hosts_BKD + joins_BKG.to(guests_BGD.dtype) @ guests_BGD
+        own_or_guest_BnGD = torch.where(joins_BnG[..., None], guests_BGD[:, None], own_BnD[:, :, None])
+        return torch.maximum(own_BnD, own_or_guest_BnGD.amax(dim=2))
+    return own_BnD + joins_BnG.to(guests_BGD.dtype) @ guests_BGD
 
 
 def _first_sizes(grouping: Grouping, weights: Weights) -> Tensor:
@@ -168,33 +199,31 @@ def _first_sizes(grouping: Grouping, weights: Weights) -> Tensor:
         return weights.sum_BK1[..., 0]
     share_BG = grouping.size_share_BG
     share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
-    return _joined(weights.own_BK1, grouping.host_BG, share_BG[..., None])[..., 0]
+    return _joined(weights.own_Bn1, grouping, share_BG[..., None])[..., 0]
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to amounts, which add up where tokens join (sizes; attention received)."""
-    kept_BK = amount_Bn.gather(1, grouping.kept_BK)
     if grouping.guests_BG is None:
-        return kept_BK
-    guests_BG = amount_Bn.gather(1, grouping.guests_BG)
+        return amount_Bn.gather(1, grouping.kept_BK)
+    own_Bn1 = _in_order(amount_Bn[..., None], grouping)
+    guests_BG1 = _guests(own_Bn1, grouping)
     if grouping.size_share_BG is not None:
-        guests_BG = guests_BG * grouping.size_share_BG
+        guests_BG1 = guests_BG1 * grouping.size_share_BG[..., None]
     if grouping.host_BG is None:
-        return torch.cat([kept_BK, guests_BG.sum(dim=1, keepdim=True)], dim=1)
-    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None])[..., 0]
+        return torch.cat([amount_Bn.gather(1, grouping.kept_BK), guests_BG1.sum(dim=1)], dim=1)
+    return _joined(own_Bn1, grouping, guests_BG1)[..., 0]
 
 
 def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     """Apply a grouping to non-negative amounts; where tokens join, the largest of them stays."""
-    kept_BK = amount_Bn.gather(1, grouping.kept_BK)
     if grouping.guests_BG is None:
-        return kept_BK
-    guests_BG = amount_Bn.gather(1, grouping.guests_BG)
-    if grouping.guest_weight_BG is not None:
-        guests_BG = guests_BG * (grouping.guest_weight_BG > 0)  # weight 0: dropped
+        return amount_Bn.gather(1, grouping.kept_BK)
+    own_Bn1 = _in_order(amount_Bn[..., None], grouping)
+    guests_BG1 = _guests(own_Bn1, grouping)
     if grouping.host_BG is None:
-        return torch.cat([kept_BK, guests_BG.amax(dim=1, keepdim=True)], dim=1)
-    return _joined(kept_BK[..., None], grouping.host_BG, guests_BG[..., None], largest=True)[..., 0]
+        return torch.cat([amount_Bn.gather(1, grouping.kept_BK), guests_BG1.amax(dim=1)], dim=1)
+    return _joined(own_Bn1, grouping, guests_BG1, largest=True)[..., 0]
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -52,11 +52,19 @@ def head_weights_BHn(attended: Attended) -> Tensor:
     return norm_BHn / norm_BHn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def norm_over_heads(vector_BHnD: Tensor) -> Tensor:
+    """Norm of each token's vector, all heads concatenated, (B, n).
+
+    In timm's layout the concatenation is a view, and a norm over the last dimension is fast in every layout.
+    """
+    return torch.linalg.vector_norm(vector_BHnD.transpose(1, 2).flatten(2), dim=-1)
+
+
 def value_weighted(scene: ScoreInput) -> Tensor:
     """Class attention summed over heads, times the norm of the token's value vector; sums to 1 over patch tokens."""
     attended = scene.attended
     assert attended is not None
     value_BHnD = attended.value_BHND[:, :, attended.prefix_tokens :].float()
-    norm_Bn = value_BHnD.square().sum(dim=(1, 3)).sqrt()  # over all heads concatenated
+    norm_Bn = norm_over_heads(value_BHnD)
     score_Bn = _patch_attention_BHn(attended).sum(dim=1) * norm_Bn  # empty slots get no attention
     return score_Bn / score_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

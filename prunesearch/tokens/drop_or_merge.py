@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from prunesearch.tokens.inputs import Grouping, ReduceInput
-from prunesearch.tokens.merge import merge
-from prunesearch.tokens.select import top_k
+from prunesearch.tokens.merge import closest_pairs
+from prunesearch.tokens.select import ascending, ranked
 
 
 def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:
@@ -16,16 +16,10 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     and 6e-5 with fine-tuning, for 197 tokens and the score value_weighted. parity: see `merge`.
     """
     assert scene.scores_Bn is not None
-    kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
-    merged = merge(scene, proportional_attention=proportional_attention, parity=parity)
-    assert isinstance(merged, Grouping) and merged.guests_BG is not None
+    order_Bn = ranked(scene.scores_Bn)[1]
+    pairs = closest_pairs(scene, parity)
     alike_B1 = scene.scores_Bn.var(dim=1, keepdim=True) < variance
-    # a guest of weight and size 0 is dropped, whatever its host
-    share_BG = alike_B1.expand_as(guests_BG)
-    return Grouping(
-        torch.where(alike_B1, merged.kept_BK, kept_BK),
-        torch.where(alike_B1, merged.guests_BG, guests_BG),
-        merged.host_BG,
-        guest_weight_BG=share_BG if merged.guest_weight_BG is None else merged.guest_weight_BG * share_BG,
-        size_share_BG=share_BG,
-    )
+    kept_BK = torch.where(alike_B1, pairs.others_BK, order_Bn[:, : scene.kept])
+    guests_BG = torch.where(alike_B1, pairs.guests_BG, order_Bn[:, scene.kept :])
+    host_BG = torch.where(alike_B1, pairs.host_BG, guests_BG)  # a guest that is its own host is dropped
+    return Grouping(ascending(kept_BK)[0], guests_BG, host_BG, guest_weight_BG=pairs.weight_BG)

@@ -88,14 +88,16 @@ class Grouping(NamedTuple):
     """Output of a reducer: which tokens stay, and which of the others (guests) join which of them (hosts).
 
     kept_BK: indices of the tokens that stay, ascending (image order). guests_BG: indices of the others; None when they
-    are dropped. host_BG: for each guest, the place of its host among the kept. guest_weight_BG: fp32, or a mask; 1 when
-    None.
+    are dropped. host_BG: for each guest, the index of its host. A guest that is its own host is dropped.
+    guest_weight_BG: fp32; 1 when None.
 
-    Token j of the result is a mean: of x[kept[j]], with weight 1, and of x[guests[g]] for the guests with host[g] == j,
-    with guest_weight[g]. With host_BG None, one token is appended: the sum of guest_weight[g] * x[guests[g]].
+    Token j of the result is a mean: of x[kept[j]], with weight 1, and of x[guests[g]] for the guests with
+    host[g] == kept[j], with guest_weight[g]. With host_BG None, one token is appended: the sum of
+    guest_weight[g] * x[guests[g]].
 
     size_share_BG: how much of a guest's size goes to its host; all of it when None.
-    ordered_BnC: the features of the kept tokens and then of the guests, from verbs that have them already.
+    ordered_BnC: the features of the kept tokens and then of the guests, from verbs that have them already. host_BG is
+    then the index of the host among them, which is its place among the kept.
     """
 
     kept_BK: Tensor

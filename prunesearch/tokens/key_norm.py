@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunesearch.tokens.class_attention import norm_over_heads
 from prunesearch.tokens.inputs import ScoreInput
 
 
@@ -16,7 +17,7 @@ def key_norm(scene: ScoreInput) -> Tensor:
     attended = scene.attended
     assert attended is not None
     key_BHnD = attended.key_BHND[:, :, attended.prefix_tokens :].float()
-    norm_Bn = key_BHnD.square().sum(dim=(1, 3)).sqrt()
+    norm_Bn = norm_over_heads(key_BHnD)
     if attended.present_Bn is not None:
         norm_Bn = norm_Bn * attended.present_Bn
     return norm_Bn / norm_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
-from prunesearch.tokens.select import ascending, best, places_among, ranked, straight_through
+from prunesearch.tokens.select import ascending, best, ranked, straight_through
+
+
+class Pairs(NamedTuple):
+    """Guests, the host of each and its weight against the host's (None is 1); and all other tokens, in any order."""
+
+    others_BK: Tensor
+    guests_BG: Tensor
+    host_BG: Tensor
+    weight_BG: Tensor | None
 
 
 def _first_guest(parity: str, prefix_tokens: int) -> int:
@@ -62,6 +74,12 @@ def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> G
     parity: "patches" counts places among the patch tokens. "all" counts them among all tokens, as the released code
     does. With an even number of prefix tokens, 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """
+    pairs = closest_pairs(scene, parity)
+    return Grouping(ascending(pairs.others_BK)[0], pairs.guests_BG, pairs.host_BG, guest_weight_BG=pairs.weight_BG)
+
+
+def closest_pairs(scene: ReduceInput, parity: str) -> Pairs:
+    """The pairs that `merge` joins so that `scene.kept` tokens stay."""
     keys_BnD, size_Bn = scene.keys_BnD, scene.size_Bn
     assert keys_BnD is not None
     tokens = keys_BnD.shape[1]
@@ -73,9 +91,7 @@ def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> G
     best_Bn = F.pad(best_BA[..., None], (first, 1 - first, 0, 1), value=-torch.inf).flatten(1)[:, :tokens]
     order_Bn = ranked(best_Bn)[1]
     guests_BG, others_BK = order_Bn[:, : tokens - scene.kept], order_Bn[:, tokens - scene.kept :]
-    kept_BK = ascending(others_BK)[0]
-    hosts_BG = partner_BA.gather(1, guests_BG // 2) * 2
-    hosts_BG = hosts_BG if first == 1 else hosts_BG + 1
-    host_BG = places_among(kept_BK, hosts_BG)
-    weight_BG = None if size_Bn is None else size_Bn.gather(1, guests_BG) / size_Bn.gather(1, hosts_BG)
-    return Grouping(kept_BK, guests_BG, host_BG, guest_weight_BG=weight_BG)
+    host_BG = partner_BA.gather(1, guests_BG // 2) * 2
+    host_BG = host_BG if first == 1 else host_BG + 1
+    weight_BG = None if size_Bn is None else size_Bn.gather(1, guests_BG) / size_Bn.gather(1, host_BG)
+    return Pairs(others_BK, guests_BG, host_BG, weight_BG)

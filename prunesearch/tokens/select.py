@@ -44,13 +44,6 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
 
 
-def places_among(kept_BK: Tensor, these_BG: Tensor) -> Tensor:
-    """The place of each of `these` among the kept tokens, which ascend and contain it."""
-    if not torch.onnx.is_in_onnx_export():
-        return torch.searchsorted(kept_BK, these_BG)
-    return (kept_BK[:, None] < these_BG[..., None]).sum(dim=-1)  # ONNX has no search
-
-
 def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
     """1 for the kept_B best of the present tokens of each image. No gradients."""
     ranked_Bn = scores_Bn.detach().masked_fill(present_Bn == 0, -torch.inf)

@@ -200,7 +200,8 @@ def by_hand(grouping: Grouping, before: Evidence, rule: str, image: int) -> list
     scores, result = before.scores_Bn[image].tolist(), []
     guests = [] if grouping.guests_BG is None else grouping.guests_BG[image].tolist()
     for place, kept in enumerate(grouping.kept_BK[image].tolist()):
-        hosted = [] if grouping.host_BG is None else (grouping.host_BG[image] == place).nonzero()[:, 0].tolist()
+        host = kept if grouping.ordered_BnC is None else place
+        hosted = [] if grouping.host_BG is None else (grouping.host_BG[image] == host).nonzero()[:, 0].tolist()
         shares = [1.0 if grouping.size_share_BG is None else grouping.size_share_BG[image, g].item() for g in hosted]
         parts = [scores[guests[g]] for g in hosted]
         summed = scores[kept] + sum(share * part for share, part in zip(shares, parts, strict=True))
@@ -226,6 +227,31 @@ def test_the_largest_part_is_the_same_masked_and_gathered(verb: str) -> None:
     model = apply_schedule(small_model("registers"), Schedule(stages))
     gathered, masked = (trace(model, images(4), masked=mode) for mode in (False, True))
     torch.testing.assert_close(masked.logits, gathered.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_drop_or_merge_merges_one_image_and_drops_in_the_other(sized: bool, largest: bool) -> None:
+    """In one batch. Tokens, sizes and the evidence of later stages are those of the verb that each image needs."""
+    shape, generator = shape_of(small_model()), torch.Generator().manual_seed(0)
+    x, scores, keys = (torch.rand(of, generator=generator) for of in ((2, 37, 32), (2, 36), (2, 36, 8)))
+    scores[0] = 0.5 + 0.001 * scores[0]
+    size = torch.randint(1, 4, (2, 36), generator=generator).float()
+    later = (Evidence(scores.flip(1), takes_largest=largest), Evidence(None, keys.flip(1)))
+
+    def after(verb: str, score: str, **options: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (step,) = resolve(Schedule((Stage(1, score=score, keep=0.6, reduce=verb, options=options),)), shape)
+        state, (first, second) = take_step(step, TokenState(x, size if sized else None), 1, own, later)
+        sizes = torch.ones(2, step.after) if state.size_Bn is None else state.size_Bn
+        assert first.scores_Bn is not None and second.keys_BnD is not None
+        return state.tokens_BNC, sizes, first.scores_Bn, second.keys_BnD
+
+    own = Evidence(scores, keys)
+    either = after("drop_or_merge", "value_weighted", variance=1e-4)
+    merged, dropped = after("merge", "none"), after("drop", "value_weighted")
+    for ours, of_merge, of_drop in zip(either, merged, dropped, strict=True):
+        assert torch.equal(ours[0], of_merge[0]) and torch.equal(ours[1], of_drop[1])
+        assert not torch.equal(of_merge[0], of_drop[0]) and not torch.equal(of_merge[1], of_drop[1])
 
 
 # --- presets -----------------------------------------------------------------------------------------------------

@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunesearch import Schedule, Stage, apply_schedule
 from prunesearch.tokens import SCORERS
 
-VERBS = {"drop": 7, "fuse": 9, "squeeze": 19, "absorb": 20, "merge": 21, "drop_or_merge": 38}
+VERBS = {"drop": 7, "fuse": 9, "squeeze": 19, "absorb": 20, "merge": 20, "drop_or_merge": 34}
 """Kernels of a stage with this verb and class_attention (merge without a score; drop_or_merge with value_weighted)."""
 SCORES = {
     "class_attention": 7,
     "head_weighted_class_attention": 12,
-    "value_weighted": 14,
+    "value_weighted": 12,
     "attention_received": 9,
-    "key_norm": 10,
+    "key_norm": 8,
     "predictor": 16,
     "random": 24,
 }
