@@ -36,12 +36,17 @@ class Measured:
 
 
 def in_turns(
-    work: Mapping[Key, Callable[[], object]], seconds: float, wait: Callable[[], None] = lambda: None, seed: int = 0
+    work: Mapping[Key, Callable[[], object]],
+    seconds: float,
+    wait: Callable[[], None] = lambda: None,
+    seed: int = 0,
+    long: float = LONG,
 ) -> dict[Key, Measured]:
     """Measure every piece of work once in each round, in random order, until `seconds` are over or all are certain.
 
     work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
-    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take.
+    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
+    what takes longer than `long` seconds.
     """
     names, order = list(work), random.Random(seed)
     single = {name: _single(work[name], wait) for name in names}
@@ -50,7 +55,7 @@ def in_turns(
     end = time.perf_counter() + seconds
     rounds: list[list[float]] = []
     while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
-        now = [name for name in names if len(rounds) < FEWEST_ROUNDS or single[name] < LONG]
+        now = [name for name in names if len(rounds) < FEWEST_ROUNDS or single[name] < long]
         if not now:
             break
         seen = dict.fromkeys(names, np.nan)
