@@ -13,59 +13,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from official import official_evit, official_tome
 
 from prunesearch import Schedule, Stage, apply_schedule, shape_of
 from prunesearch.presets import load_preset
-
-
-def official_tome(folder: Path, dense: torch.nn.Module, rate: int | list[int]) -> torch.nn.Module:
-    """A copy of the dense model with the authors' patch applied."""
-    sys.path.insert(0, str(folder))
-    import tome
-
-    model = timm.create_model("deit_small_patch16_224")
-    model.load_state_dict(dense.state_dict())
-    tome.patch.timm(model)
-    model.r = rate
-    return model.eval()
-
-
-def official_evit(folder: Path, dense: torch.nn.Module, keep: float, fuse: bool) -> torch.nn.Module:
-    """The authors' model with the dense weights.
-
-    Their code is for timm 0.4, so the names that it imports are added to timm here.
-    """
-    import timm.layers
-    import timm.models
-
-    sys.modules.setdefault("timm.models.layers", timm.layers)
-    lent = types.ModuleType("timm.models.helpers")
-    lent.build_model_with_cfg = timm.models.build_model_with_cfg  # type: ignore[attr-defined]
-    lent.named_apply = timm.models.named_apply  # type: ignore[attr-defined]
-    lent.adapt_input_conv = timm.models.adapt_input_conv  # type: ignore[attr-defined]
-    sys.modules["timm.models.helpers"] = lent
-    lent = types.ModuleType("timm.models.registry")
-    lent.register_model = lambda function: function  # type: ignore[attr-defined]
-    sys.modules["timm.models.registry"] = lent
-    lent = types.ModuleType("torchprofile")  # imported by their code, but not used here
-    lent.profile_macs = None  # type: ignore[attr-defined]
-    sys.modules.setdefault("torchprofile", lent)
-    sys.path.insert(0, str(folder))
-    from evit import EViT
-
-    rates = [keep if block in (3, 6, 9) else 1.0 for block in range(12)]
-    model = EViT(embed_dim=384, num_heads=6, keep_rate=rates, fuse_token=fuse)
-    model.load_state_dict(dense.state_dict())
-    return model.eval()
 
 
 def ours(dense: torch.nn.Module, schedule: Schedule) -> torch.nn.Module:

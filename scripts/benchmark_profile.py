@@ -19,7 +19,7 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +30,7 @@ from prunesearch.cost import estimate_cost, total_cost
 from prunesearch.device.measure import usual_score
 from prunesearch.device.profiles import measure_profiles, processor
 from prunesearch.device.runtimes import Settings, prepare, runtime_of, threads_set
-from prunesearch.device.timing import in_turns
+from prunesearch.device.timing import Measured, in_turns
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import find_device
@@ -120,16 +120,7 @@ def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -
         verbs=verbs_of(config),
     )
     schedules = [Schedule(), *random_schedules(profile)]
-    model = build_model(config).eval()
-    images = example(batch, *input_size(model), like=next(model.parameters()).detach())
-    models = [
-        apply_schedule(sharing_copy(model), schedule, untrained=True).eval() if schedule.stages else model
-        for schedule in schedules
-    ]
-    settings = Settings(find_device("cpu"), profile.threads)
-    with threads_set(settings):
-        runs = prepare([Part((one,), (images,)) for one in models], runtime_of(runtime), settings)
-        found = in_turns(dict(enumerate(runs)), seconds)
+    found = time_whole(config, schedules, batch, runtime, profile.threads, seconds)
     dense, predicted = found[0].seconds, total_cost(profile.shape, Schedule(), profile)
     others = range(1, len(schedules))
     return Row(
@@ -144,6 +135,23 @@ def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -
         [dense / found[index].seconds for index in others],
         [math.hypot(found[0].error, found[index].error) for index in others],
     )
+
+
+def time_whole(
+    config: ModelConfig, schedules: Sequence[Schedule], batch: int, runtime: str, threads: int, seconds: float
+) -> list[Measured]:
+    """Time whole models on the CPU in turns, one with each schedule. Weights are random."""
+    model = build_model(replace(config, pretrained=False, checkpoint=None)).eval()
+    images = example(batch, *input_size(model), like=next(model.parameters()).detach())
+    models = [
+        apply_schedule(sharing_copy(model), schedule, untrained=True).eval() if schedule.stages else model
+        for schedule in schedules
+    ]
+    settings = Settings(find_device("cpu"), threads)
+    with threads_set(settings):
+        runs = prepare([Part((one,), (images,)) for one in models], runtime_of(runtime), settings)
+        found = in_turns(dict(enumerate(runs)), seconds)
+    return [found[index] for index in range(len(schedules))]
 
 
 def verbs_of(config: ModelConfig) -> list[str] | None:

@@ -50,12 +50,17 @@ class Ratio(NamedTuple):
 
 
 def in_turns(
-    work: Mapping[Key, Callable[[], object]], seconds: float, wait: Callable[[], None] = lambda: None, seed: int = 0
+    work: Mapping[Key, Callable[[], object]],
+    seconds: float,
+    wait: Callable[[], None] = lambda: None,
+    seed: int = 0,
+    long: float = LONG,
 ) -> dict[Key, Measured]:
     """Measure every piece of work once in each round, in random order, until `seconds` are over or all are certain.
 
     work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
-    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take.
+    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
+    what takes longer than `long` seconds.
     """
     rounds = _rounds({name: (run,) for name, run in work.items()}, seconds, wait, seed, LONG)
     values, errors = _estimates(rounds)

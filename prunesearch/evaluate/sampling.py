@@ -14,7 +14,7 @@ from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError, StudyError
 from prunesearch.evaluate.limits import Limits, is_within
 from prunesearch.evaluate.shapes import model_shape
-from prunesearch.schedule import Schedule
+from prunesearch.schedule import Schedule, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import (
     Choice,
@@ -51,7 +51,10 @@ def draw_schedule(
         parameters = anything(choices, generator)
         try:
             schedule = _thinned(schedule_from(parameters, unbounded, shape), space, generator)
-            if schedule is not None and is_within(limits, target, schedule):
+            if schedule is None:
+                continue
+            resolve(schedule, shape)  # without some stages other counts arrive, from which a verb may not get as low
+            if is_within(limits, target, schedule):
                 return schedule
         except ScheduleError:
             pass  # these values do not fit together

@@ -53,6 +53,8 @@ def test_what_takes_long_is_visited_a_few_times_only(monkeypatch: pytest.MonkeyP
     parts = {name: machine.work(name, 0.03) for name in "abcd"}
     in_turns({"whole": machine.work("whole", 1.0), **parts}, seconds=30.0)
     assert machine.calls.count("whole") == 3 + 2 * FEWEST_ROUNDS and machine.calls.count("a") > 50
+    in_turns({name: machine.work(name, 1.0) for name in ("again", "another")}, seconds=60.0, long=2.0)
+    assert machine.calls.count("again") > 3 + 2 * FEWEST_ROUNDS
 
 
 def test_ratios_are_of_one_round_so_that_drift_divides_out(monkeypatch: pytest.MonkeyPatch) -> None:

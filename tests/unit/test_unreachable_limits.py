@@ -57,6 +57,13 @@ def test_the_least_and_the_greatest_value_are_the_borders(space: str, metric: st
         assert f"limits.{metric}: {said}" in problem and "Possible: " in problem
 
 
+def test_a_space_whose_verb_cannot_always_keep_so_few_with_fewer_stages_is_checked() -> None:
+    """Merging at most halves, so what a stage may keep depends on those before it; `max_stages` leaves some out."""
+    keep = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    space = SpaceConfig(blocks=(1, 2, 3, 4, 5, 6), keep=keep, reduce=("drop", "merge"), max_stages=4)
+    assert study_problems(limited(space, "gmacs", Limit(at_most="60%"))) == []
+
+
 def test_what_only_images_tell_is_left_to_the_search() -> None:
     thresholds = SpaceConfig(blocks=(1, 3), amount=("threshold",), threshold=ThresholdRange(0.1, 1.0))
     assert study_problems(limited(thresholds, "gmacs", Limit(at_most=1e-6))) == []
