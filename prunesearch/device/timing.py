@@ -62,7 +62,7 @@ def in_turns(
     before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
     what takes longer than `long` seconds.
     """
-    rounds = _rounds({name: (run,) for name, run in work.items()}, seconds, wait, seed, LONG)
+    rounds = _rounds({name: (run,) for name, run in work.items()}, seconds, wait, seed, long)
     values, errors = _estimates(rounds)
     return {name: Measured(value, error) for name, value, error in zip(work, values, errors, strict=True)}
 
