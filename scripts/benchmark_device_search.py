@@ -392,8 +392,8 @@ def section(result: Result) -> str:
 - The profiles' own checks (whole schedules against their predictions): idle {_shares(idle.check)};
   under load {_shares(loaded.check)}.
 - Searches: {seconds}.
-- The front of a search by the profile that was made under load is {words}. It need not be: candidates whose predictions
-  are close change places, and those near the limit fall on its other side.
+- The front of a search by the profile that was made under load is {words}
+  It need not be the same: candidates whose predictions are close change places, and some are then beyond the limit.
 
 | front, idle | agreement, % | top-1, % | predicted, ms | predicted speed-up | measured speed-up | error |
 |---|---|---|---|---|---|---|
