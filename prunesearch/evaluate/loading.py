@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import BaseContext
+from pickle import PicklingError
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -33,7 +33,7 @@ def load(
         with warnings.catch_warnings():  # PyTorch warns before it raises, and advises to fork
             warnings.filterwarnings("ignore", message="Got pickle error")
             return iter(loader)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
+    except (PicklingError, AttributeError, TypeError) as error:
         raise DataError(
             f"data.loaders: the data set cannot be sent to the {loaders} processes that decode images ({error}). "
             f"Possible: a class and functions that a module has by name, without open files. Write loaders: 0 under "

@@ -122,7 +122,7 @@ def run_study(
         take_up_confirmations(config, folder, left, store)
         workers: Workers = NoWorkers()
         pool = stack.enter_context(ExitStack())
-        make = make_workers or partial(_start_workers, outbox)
+        make = make_workers or (lambda *given: _start_workers(outbox, *given))
         if (search and (run.has_work() or unmeasured(store))) or missing(config, folder, store.records()):
             workers = pool.enter_context(closing(make(config, folder, evaluate)))
         interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers

