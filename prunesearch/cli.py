@@ -406,7 +406,7 @@ def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, comparable_siblings, front, front_rows, nothing_within, sibling_rows
     from prunesearch.relative_limits import asked_limits, limit_lines, limits_of
     from prunesearch.report.plot import check_plot, plot_front
-    from prunesearch.report.tables import front_csv, front_table, siblings_table
+    from prunesearch.report.tables import front_csv, front_table, siblings_table, speeds_table
 
     _check_output(parsed.plot)
     if parsed.plot is not None:
@@ -431,6 +431,9 @@ def _front(parsed: argparse.Namespace) -> int:
         _console().print(front_table(found, objectives, records))
         _print(*(f"limit: {line}" for line in limit_lines(config, records)))
         _print(*(f"within: {name} {limit}" for name, limit in asked))
+        speeds = speeds_table(records)
+        if speeds is not None:
+            _console().print(speeds)
     if siblings and not (parsed.json or parsed.csv):
         _console().print(siblings_table(siblings, found, objectives, records))
     if not (found or parsed.json or parsed.csv):

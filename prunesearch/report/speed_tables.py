@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
@@ -11,22 +11,12 @@ from rich.text import Text
 from prunesearch.evaluate.task import Speed
 from prunesearch.printable import printable
 
-MEASURED, PREDICTED = "measured\nx dense", "predicted\nx dense"
-"""Headings of columns."""
-
 
 def measured(speed: Speed | None) -> str:
     """A measured speed as text, such as "1.52 (1.50 to 1.55)"; "" when there is none."""
     if speed is None or speed.ratio is None or speed.low is None or speed.high is None:
         return ""
     return f"{speed.ratio:.2f} ({speed.low:.2f} to {speed.high:.2f})" if speed.name else f"{speed.ratio:.2f}"
-
-
-def briefly(speed: Speed | None) -> str:
-    """A measured speed with half the interquartile range, such as "1.52 ± 0.03"; "" when there is none."""
-    if speed is None or speed.ratio is None or speed.low is None or speed.high is None:
-        return ""
-    return f"{speed.ratio:.2f} ± {(speed.high - speed.low) / 2:.2f}" if speed.name else f"{speed.ratio:.2f}"
 
 
 def predicted(speed: Speed | None) -> str:
@@ -43,27 +33,26 @@ def speed_table(rows: Sequence[tuple[str, str, str, Speed]]) -> Table:
         table.add_column("trial", justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
     if predicts:
-        table.add_column(PREDICTED, justify="right", no_wrap=True)
-    table.add_column(MEASURED, justify="right", no_wrap=True)
+        table.add_column("predicted\nx dense", justify="right", no_wrap=True)
+    table.add_column("measured\nx dense", justify="right", no_wrap=True)
     table.add_column("ms of\na batch", justify="right", no_wrap=True)
     table.add_column("schedule", overflow="fold")
     for trial, origin, schedule, speed in rows:
         cells = [Text(trial)] * has_trials + [Text(printable(origin))] + [Text(predicted(speed))] * predicts
         ms = "" if speed.ms is None else f"{speed.ms:.4g}"
         table.add_row(*cells, measured(speed) or "not timed", ms, Text(printable(schedule)))
-    table.caption = Text("\n".join(speed_notes(speeds)))
+    table.caption = Text("\n".join(_notes(speeds)))
     return table
 
 
-def speed_notes(speeds: Iterable[Speed], spread: str = "(quartiles)") -> list[str]:
-    """What the columns mean, where they were measured, and what was not timed. spread: what stands beside a ratio."""
-    speeds = list(speeds)
+def _notes(speeds: Sequence[Speed]) -> list[str]:
+    """What the columns mean, where they were measured, and what was not timed."""
     conditions = next((speed.conditions for speed in speeds if speed.conditions is not None), None)
     if conditions is None:
         return []
     notes = [
-        f"x dense: how many times as fast as the dense model, timed in turns with it; median of the rounds' ratios "
-        f"{spread}; {printable(str(conditions))}"
+        "x dense: how many times as fast as the dense model, timed in turns with it; median of the rounds' ratios "
+        f"(quartiles); {printable(str(conditions))}"
     ]
     if conditions.profiled and any(map(predicted, speeds)):
         notes.append(f"predicted: for another device than this one, {printable(conditions.profiled)}")

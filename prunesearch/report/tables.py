@@ -18,7 +18,7 @@ from rich.text import Text
 from prunesearch.config import DEFAULT_SCORE, Objective, StudyConfig
 from prunesearch.confirmation import confirmation_of, mean_drop, measured_objectives
 from prunesearch.evaluate import METRICS
-from prunesearch.evaluate.task import Evaluation, Speed
+from prunesearch.evaluate.task import Evaluation
 from prunesearch.front import (
     Evaluated,
     dense_of,
@@ -34,7 +34,7 @@ from prunesearch.printable import printable
 from prunesearch.record import Record, Sibling
 from prunesearch.relative_limits import limit_lines, limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, warnings
-from prunesearch.report.speed_tables import MEASURED, PREDICTED, briefly, measured, predicted, speed_notes, speed_table
+from prunesearch.report.speed_tables import measured, speed_table
 from prunesearch.schedule import Schedule, Stage
 
 
@@ -113,11 +113,6 @@ def front_table(
         _add_metric(table, name, dense)
         if name in again:
             table.add_column("again", justify="right", no_wrap=True)
-    speeds = [record.speed for record in found if record.speed is not None]
-    predicts = any(map(predicted, speeds))
-    if speeds:
-        for heading in [PREDICTED] * predicts + [MEASURED]:
-            table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("origin", overflow="fold", max_width=20)
     one_line = most is not None  # with a limit on rows each row has one line
     table.add_column("schedule", overflow="fold")
@@ -134,7 +129,6 @@ def front_table(
                 row.append(change(name, value, values_of(dense)[name]))
             if name in again:
                 row.append(_again(record, name, places[name]))
-        row += _speed_cells(record, speeds, predicts)
         # no_wrap on the cell, not the column: rich would shrink all other columns before a no_wrap one
         schedule = Text(short(record.outcome), no_wrap=one_line, overflow="ellipsis" if one_line else "fold")
         table.add_row(*row, Text(printable(record.origin.removeprefix("start: "))), schedule)
@@ -144,13 +138,11 @@ def front_table(
         for name in names:
             cells += [f"{values[name]:.{places[name]}f}", ""]
             cells += [_again(dense, name, places[name])] if name in again else []
-        cells += _speed_cells(dense, speeds, predicts)
         table.add_row(f"{dense.number} ", *cells, "dense", "for comparison", style="dim")
     notes = ["* the knee: what export takes when nothing else is asked"] if bend in shown else []
     if title is None:
         notes += data_lines(records)
         notes += _again_notes(found, objectives, dense)
-        notes += speed_notes(speeds, "± half their interquartile range")
     if title is None and any(record.rung_done != highest_rung(records) for record in records if record.evaluations):
         there = [record for record in records if values_of(record) and record.rung_done == highest_rung(records)]
         notes.append(f"compared at rung {highest_rung(records)}, where {len(there)} of {len(records)} candidates are")
@@ -211,11 +203,6 @@ def _again(record: Record, metric: str, places: int) -> str:
         return ""
     spread = again.spread.get(metric)
     return f"{again.mean[metric]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
-
-
-def _speed_cells(record: Record, speeds: Sequence[Speed], predicts: bool) -> list[str]:
-    """The cells of a record for its predicted and measured speed, if the table has such columns."""
-    return [predicted(record.speed)] * predicts + [briefly(record.speed)] * bool(speeds)
 
 
 def speeds_table(records: Sequence[Record]) -> Table | None:
