@@ -252,7 +252,7 @@ def timed(
     config = load_study(study.file, study.sets).model
 
     def measure() -> list[float]:
-        found = time_whole(
+        (found,) = time_whole(
             config, [Schedule(), *schedules], study.batch, parsed.runtime, profile.threads, parsed.seconds
         )
         return [1e3 * one.seconds for one in found]

@@ -21,6 +21,8 @@ ROUNDS = 25
 FEWEST_ROUNDS = 5
 LONG = 0.5
 """What takes longer than this many seconds is visited in the first FEWEST_ROUNDS rounds only."""
+WARM = 0.25
+"""What takes longer than this many seconds is not run once more before a visit: caches fill in a small part of it."""
 ENOUGH_ERROR = 0.005
 """Measuring ends early when the standard error of every piece is below this share of its time."""
 QUIET = 0.25
@@ -107,7 +109,7 @@ def _rounds(
         seen = dict.fromkeys(names, np.nan)
         for name in order.sample(now, len(now)):
             runs = work[name]
-            seen[name] = _visit(runs[len(rounds) % len(runs)], repeats[name], wait)
+            seen[name] = _visit(runs[len(rounds) % len(runs)], repeats[name], wait, warms_up=single[name] < WARM)
         rounds.append([seen[name] for name in names])
         if len(rounds) >= FEWEST_ROUNDS and max(_estimates(rounds)[1]) < ENOUGH_ERROR:
             break
@@ -117,12 +119,13 @@ def _rounds(
 def _single(run: Callable[[], object], wait: Callable[[], None]) -> float:
     """Seconds of one call. The first call warms up and does not count."""
     run()
-    first = _visit(run, 1, wait)
+    first = _visit(run, 1, wait, warms_up=False)
     return max(first if first > LONG else min(first, *(_visit(run, 1, wait) for _ in range(2))), 1e-7)
 
 
-def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None]) -> float:
-    run()  # a piece shall not pay for caches and memory that the one before it has filled
+def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None], warms_up: bool = True) -> float:
+    if warms_up:
+        run()  # a piece shall not pay for caches and memory that the one before it has filled
     wait()
     start = time.perf_counter()
     for _ in range(repeats):
