@@ -13,7 +13,7 @@ import numpy as np
 
 Key = TypeVar("Key", bound=Hashable)
 
-VISITS = (0.002, 0.008)
+VISITS = (0.002, 0.04)
 """Seconds of a visit to a short piece, at least and at most: it is repeated for so long. Longer is fairer, as other
 work on the machine then slows all pieces alike; shorter gives more rounds."""
 ROUNDS = 25
