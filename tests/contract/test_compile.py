@@ -87,6 +87,7 @@ def test_one_graph_serves_all_batches(layout: str) -> None:
     assert_one_graph(*pruned(layout), backend="eager")
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_batches_that_were_not_marked() -> None:
     """`dynamic=True` alone."""
     model, x = pruned("two that merge, sizes in the attention")
