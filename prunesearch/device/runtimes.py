@@ -111,8 +111,7 @@ def _compiled(
     with _quiet(), torch._dynamo.config.patch(**limits):
         for given in inputs:
             for place, axis in tokens_axis:
-                if place < len(given):
-                    torch._dynamo.maybe_mark_dynamic(given[place], axis)
+                torch._dynamo.maybe_mark_dynamic(given[place], axis)
             compiled(*given)
             runs.append(_bound(compiled, given))
     return runs

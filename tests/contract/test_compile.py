@@ -35,7 +35,7 @@ pytestmark = [
 BATCHES = (2, 3, 5)
 LAYOUTS = (*CASES, "swin", "convnext")
 """The cases of ViTs, which cover their layouts, every score and every verb, and the two families with a feature map."""
-EXPORTED = ("two that merge, sizes in the attention", "scores without attention", "swin", "convnext")
+SAMPLE = ("two that merge, sizes in the attention", "scores without attention", "swin", "convnext")
 """Class token and registers, no class token and average pool, and the feature maps."""
 
 
@@ -87,6 +87,7 @@ def test_one_graph_serves_all_batches(layout: str) -> None:
     assert_one_graph(*pruned(layout), backend="eager")
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_batches_that_were_not_marked() -> None:
     """`dynamic=True` alone."""
     model, x = pruned("two that merge, sizes in the attention")
@@ -120,11 +121,10 @@ def test_one_graph_for_every_score_and_verb(score: str, verb: str, at: str) -> N
 @compiles
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dynamic"), [*((layout, True) for layout in LAYOUTS), *((layout, False) for layout in SAMPLE)]
+)
 def test_compiled_code_gives_the_same_logits(layout: str, dynamic: bool) -> None:
-    if not dynamic and layout not in EXPORTED:
-        pytest.skip("a fixed batch is compiled for a sample of the layouts")
     assert_one_graph(*pruned(layout), backend="inductor", dynamic=dynamic)
 
 
@@ -139,7 +139,7 @@ def exported_for_any_batch(model: nn.Module, x: Tensor, file: Path) -> Callable[
 @compiles
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", EXPORTED)
+@pytest.mark.parametrize("layout", SAMPLE)
 def test_a_package_compiled_ahead_gives_the_same_logits(layout: str, tmp_path: Path) -> None:
     model, x = pruned(layout)
     run = exported_for_any_batch(model, x, tmp_path / "model.pt2")
