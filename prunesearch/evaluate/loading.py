@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import BaseContext
@@ -28,6 +30,7 @@ def load(
         num_workers=loaders,
         collate_fn=collate,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_parent if loaders else None,
     )
     try:
         with warnings.catch_warnings():  # PyTorch warns before it raises, and advises to fork
@@ -39,6 +42,21 @@ def load(
             f"Possible: a class and functions that a module has by name, without open files. Write loaders: 0 under "
             f"data, or keep what cannot be sent out of the data set."
         ) from error
+
+
+def _end_with_parent(loader: int) -> None:
+    """End this loading process when the process that asked for it has ended, even by a kill.
+
+    PyTorch watches the process that forked this one. That is the fork server, which lives as long as its children do.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it runs in a loading process"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _context() -> BaseContext:
