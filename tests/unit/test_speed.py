@@ -300,11 +300,21 @@ def test_images_come_from_the_whole_set(batch: int, batches: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"threads": 10_000}, "threads: 10000. Possible: 1 to"), ({"device": "gpu"}, "'gpu' is not available")],
+    [
+        ({"threads": 10_000, "profile": fake_profile(SHAPE, batch=8)}, "measured with 10000 threads. Possible here: 1"),
+        ({"device": "gpu"}, "'gpu' is not available"),
+    ],
 )
 def test_what_this_machine_cannot_do_fails(changes: dict[str, Any], said: str) -> None:
     found = whole_models.evaluate(task(ToTime("a", Schedule((Stage(2, keep=0.5),))), **changes))
     assert found.status == "failed" and said in found.error and found.speeds == ()
+
+
+def test_a_study_that_reserves_more_cores_than_there_are_is_timed_on_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_models, "ratios_in_turns", counted([]))
+    monkeypatch.setattr(whole_models, "cores", lambda: 1)
+    found = whole_models.evaluate(task(ToTime("a", Schedule((Stage(2, keep=0.5),))), threads=4))
+    assert [speed.conditions and speed.conditions.threads for speed in found.speeds] == [1, 1], found.error
 
 
 # --- where it is shown -------------------------------------------------------------------------------------------
