@@ -208,6 +208,25 @@ input()
         parent.communicate()
 
 
+def test_loading_processes_do_not_run_the_script_again(tmp_path: Path):
+    """Even without `if __name__ == "__main__"`, which nobody needs for a call of evaluate()."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+print("here")
+from prunesearch.evaluate.loading import load
+print(list(load([5], [[0]], list, loaders=1)))
+""")
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert ran.stdout == "here\n[[5]]\n", ran.stderr
+
+
+def test_what_the_main_module_defines_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Numbers, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Numbers", Numbers, raising=False)
+    with pytest.raises(DataError, match=r"data\.loaders: .*__main__.*Write loaders: 0"):
+        load(Numbers(), [[0]], list, loaders=1)
+
+
 def test_a_data_set_that_cannot_be_sent_is_refused():
     source = Numbers()
     source.transform = lambda item: item
