@@ -31,6 +31,8 @@ def load(
         with warnings.catch_warnings(), _main_hidden():
             # PyTorch warns before it raises, and advises to fork
             warnings.filterwarnings("ignore", message="Got pickle error")
+            # two processes share one core well enough; leaving this context makes Python forget that it has warned
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
             return iter(
                 DataLoader(
                     source,

@@ -227,6 +227,12 @@ def test_what_the_main_module_defines_is_refused(monkeypatch: pytest.MonkeyPatch
         load(Numbers(), [[0]], list, loaders=1)
 
 
+def test_more_loading_processes_than_cores_are_no_warning(monkeypatch: pytest.MonkeyPatch):
+    """The default is 2, and it would be said for every epoch."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert list(load([5], [[0], [0]], list, loaders=2)) == [[5], [5]]
+
+
 def test_a_data_set_that_cannot_be_sent_is_refused():
     source = Numbers()
     source.transform = lambda item: item
