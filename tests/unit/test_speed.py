@@ -39,6 +39,8 @@ from prunesearch.search.confirm import Confirmed
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Timing
 from prunesearch.search.speed import Timed, wanted
+from prunesearch.strict import to_mapping
+from prunesearch.study.reader import confirmations_of
 from prunesearch.study.store import Store
 
 CONDITIONS = Conditions("torch", 64, "some CPU", 1, "float32", rounds=9)
@@ -360,6 +362,17 @@ def test_a_profile_of_another_device_and_what_was_not_timed_are_said(timed: list
     ]
     text = " ".join(shown(speeds_table(found)).split())
     assert "predicted: for another device than this one, a small board" in text and "not timed: it is odd" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("field", ["ratio", "low", "ms", "predicted"])
+def test_stored_speeds_that_cannot_be_are_left_out(field: str, value: float, caplog: pytest.LogCaptureFixture) -> None:
+    good = Evaluation("speed-1", "complete", speeds=(Speed("u1", 1.5, 1.4, 1.6, 2.0, 3.0, 1.4, CONDITIONS),))
+    stored = to_mapping(good)
+    assert confirmations_of({"confirm:speed:0": stored}, SPEED) == (good,)
+    damaged = {**stored, "speeds": [{**stored["speeds"][0], field: value}]}
+    assert confirmations_of({"confirm:speed:0": damaged}, SPEED) == ()
+    assert f"speeds[0].{field}" in caplog.text
 
 
 def test_rows_for_other_programs_and_exports_have_it(timed: list[Record], tmp_path: Path) -> None:
