@@ -79,9 +79,9 @@ def engine_and_settings(
         target = torch.device("cpu")
     if precision != "float32" and runtime not in IN_ANY_PRECISION:
         raise DeviceError(f"runtime {runtime}: {precision} is not measured. Possible: float32. Leave --precision out.")
-    if threads is not None and threads > _cores():
-        raise DeviceError(f"threads: {threads}. Possible: 1 to {_cores()}, the cores of this process. Lower it.")
-    return engine, Settings(target, (threads or _cores()) if target.type == "cpu" else 0, precision)
+    if threads is not None and threads > cores():
+        raise DeviceError(f"threads: {threads}. Possible: 1 to {cores()}, the cores of this process. Lower it.")
+    return engine, Settings(target, (threads or cores()) if target.type == "cpu" else 0, precision)
 
 
 def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> None:
@@ -107,6 +107,6 @@ def processor(device: torch.device) -> str:
         return platform.processor() or platform.machine() or device.type
 
 
-def _cores() -> int:
+def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

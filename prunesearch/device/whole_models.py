@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.cost import total_cost
-from prunesearch.device.profiles import engine_and_settings, processor
+from prunesearch.device.profiles import cores, engine_and_settings, processor
 from prunesearch.device.runtimes import DTYPES, Run, Runtime, Settings, threads_set
 from prunesearch.device.timing import Ratio, ratios_in_turns
 from prunesearch.errors import DeviceError
@@ -50,7 +50,7 @@ def _time(task: Task, found: Findings) -> None:
     import_plugins(task.plugins)
     work = task.timing
     assert work is not None, "the task times schedules"
-    engine, settings = engine_and_settings(work.runtime, task.device, task.threads, work.precision or "float32")
+    engine, settings = engine_and_settings(work.runtime, task.device, _threads(task), work.precision or "float32")
     amp = work.precision is None and task.finetune.amp
     with found.phase("load"):
         dtype = DTYPES[settings.precision]
@@ -131,6 +131,19 @@ def chosen_batches(images: ImageSet, batch: int, device: torch.device) -> list[T
     distinct = min(count, len(images))
     chosen = (torch.arange(distinct) * len(images) // distinct)[torch.arange(count) % distinct]
     return [pixels for pixels, _ in images.batches(chosen.split(batch), device)]
+
+
+def _threads(task: Task) -> int | None:
+    """CPU threads, as of `Task`. Without a profile no more than there are cores: a study may reserve more of them than
+    this machine has. Raises DeviceError when the profile was measured with more."""
+    if task.threads is None or task.threads <= cores():
+        return task.threads
+    if task.profile is None:
+        return cores()
+    raise DeviceError(
+        f"the profile was measured with {task.threads} threads. Possible here: 1 to {cores()}, the cores of this "
+        f"process. Time the schedules on a machine that has as many, or with a profile of this one."
+    )
 
 
 def _problem(one: ToTime, engine: Runtime) -> str:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from pickle import PicklingError
+from types import ModuleType
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -22,23 +27,55 @@ def load(
     Raises DataError when the data set cannot be sent to other processes.
     """
     context = _context() if loaders else None
-    loader = DataLoader(
-        source,
-        batch_sampler=batches,
-        num_workers=loaders,
-        collate_fn=collate,
-        multiprocessing_context=context,
-    )
     try:
-        with warnings.catch_warnings():  # PyTorch warns before it raises, and advises to fork
+        with warnings.catch_warnings(), _main_hidden():
+            # PyTorch warns before it raises, and advises to fork
             warnings.filterwarnings("ignore", message="Got pickle error")
-            return iter(loader)
+            # two processes share one core well enough; leaving this context makes Python forget that it has warned
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            return iter(
+                DataLoader(
+                    source,
+                    batch_sampler=batches,
+                    num_workers=loaders,
+                    collate_fn=collate,
+                    multiprocessing_context=context,
+                    worker_init_fn=_end_with_parent if loaders else None,
+                )
+            )
     except (PicklingError, AttributeError, TypeError) as error:
         raise DataError(
             f"data.loaders: the data set cannot be sent to the {loaders} processes that decode images ({error}). "
             f"Possible: a class and functions that a module has by name, without open files. Write loaders: 0 under "
             f"data, or keep what cannot be sent out of the data set."
         ) from error
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Processes that start here do not import the main module: a script without `if __name__ == "__main__"` would run
+    anew in each of them. What is defined in the main module cannot be sent then."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _end_with_parent(loader: int) -> None:
+    """End this loading process when the process that asked for it has ended, even by a kill.
+
+    PyTorch watches the process that forked this one. That is the fork server, which lives as long as its children do.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "it runs in a loading process"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _context() -> BaseContext:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from prunesearch.config import (
+    LARGEST,
     Budget,
     DataConfig,
     FinetuneConfig,
@@ -20,9 +21,10 @@ from prunesearch.config import (
     RuntimeName,
     SpaceConfig,
     Target,
+    bounded,
 )
 from prunesearch.evaluate.limits import AbsoluteLimit
-from prunesearch.profile import Profile
+from prunesearch.profile import MOST_MS, Profile
 from prunesearch.schedule import Schedule
 
 Split = Literal["train", "validation", "test"]
@@ -115,12 +117,12 @@ class Speed:
     """
 
     name: str
-    ratio: float | None = None
-    low: float | None = None
-    high: float | None = None
-    ms: float | None = None
-    dense_ms: float | None = None
-    predicted: float | None = None
+    ratio: float | None = bounded("times as fast", None, above=0, high=LARGEST)
+    low: float | None = bounded("its first quartile", None, above=0, high=LARGEST)
+    high: float | None = bounded("its third quartile", None, above=0, high=LARGEST)
+    ms: float | None = bounded("milliseconds of a batch", None, above=0, high=MOST_MS)
+    dense_ms: float | None = bounded("those of the dense model", None, above=0, high=MOST_MS)
+    predicted: float | None = bounded("times as fast, by the profile", None, above=0, high=LARGEST)
     conditions: Conditions | None = None
     problem: str = ""
 

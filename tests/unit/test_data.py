@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +184,53 @@ def test_loading_processes_are_no_copies_of_this_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Numbers, "copied", True)
     assert list(load(Numbers(), [[0, 1]], list, loaders=1)) == [[False, False]]
     assert list(load(Numbers(), [[0, 1]], list, loaders=0)) == [[True, True]]
+
+
+def test_loading_processes_end_when_their_parent_is_killed():
+    """The fork server and what it has forked would keep each other alive for ever."""
+    code = """
+from itertools import repeat
+from prunesearch.evaluate.loading import load
+items = load([0], repeat([0]), list, loaders=1)
+print(next(items), flush=True)
+input()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True, start_new_session=True)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "[0]\n"
+        parent.kill()
+        assert parent.communicate(timeout=60) == ("", None)  # all that had the other end of the pipe have ended
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+
+
+def test_loading_processes_do_not_run_the_script_again(tmp_path: Path):
+    """Even without `if __name__ == "__main__"`, which nobody needs for a call of evaluate()."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+print("here")
+from prunesearch.evaluate.loading import load
+print(list(load([5], [[0]], list, loaders=1)))
+""")
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert ran.stdout == "here\n[[5]]\n", ran.stderr
+
+
+def test_what_the_main_module_defines_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Numbers, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "Numbers", Numbers, raising=False)
+    with pytest.raises(DataError, match=r"data\.loaders: .*__main__.*Write loaders: 0"):
+        load(Numbers(), [[0]], list, loaders=1)
+
+
+def test_more_loading_processes_than_cores_are_no_warning(monkeypatch: pytest.MonkeyPatch):
+    """The default is 2, and it would be said for every epoch."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert list(load([5], [[0], [0]], list, loaders=2)) == [[5], [5]]
 
 
 def test_a_data_set_that_cannot_be_sent_is_refused():

@@ -39,6 +39,8 @@ from prunesearch.search.confirm import Confirmed
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Timing
 from prunesearch.search.speed import Timed, wanted
+from prunesearch.strict import to_mapping
+from prunesearch.study.reader import confirmations_of
 from prunesearch.study.store import Store
 
 CONDITIONS = Conditions("torch", 64, "some CPU", 1, "float32", rounds=9)
@@ -300,11 +302,21 @@ def test_images_come_from_the_whole_set(batch: int, batches: int) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"threads": 10_000}, "threads: 10000. Possible: 1 to"), ({"device": "gpu"}, "'gpu' is not available")],
+    [
+        ({"threads": 10_000, "profile": fake_profile(SHAPE, batch=8)}, "measured with 10000 threads. Possible here: 1"),
+        ({"device": "gpu"}, "'gpu' is not available"),
+    ],
 )
 def test_what_this_machine_cannot_do_fails(changes: dict[str, Any], said: str) -> None:
     found = whole_models.evaluate(task(ToTime("a", Schedule((Stage(2, keep=0.5),))), **changes))
     assert found.status == "failed" and said in found.error and found.speeds == ()
+
+
+def test_a_study_that_reserves_more_cores_than_there_are_is_timed_on_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_models, "ratios_in_turns", counted([]))
+    monkeypatch.setattr(whole_models, "cores", lambda: 1)
+    found = whole_models.evaluate(task(ToTime("a", Schedule((Stage(2, keep=0.5),))), threads=4))
+    assert [speed.conditions and speed.conditions.threads for speed in found.speeds] == [1, 1], found.error
 
 
 # --- where it is shown -------------------------------------------------------------------------------------------
@@ -350,6 +362,17 @@ def test_a_profile_of_another_device_and_what_was_not_timed_are_said(timed: list
     ]
     text = " ".join(shown(speeds_table(found)).split())
     assert "predicted: for another device than this one, a small board" in text and "not timed: it is odd" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+@pytest.mark.parametrize("field", ["ratio", "low", "ms", "predicted"])
+def test_stored_speeds_that_cannot_be_are_left_out(field: str, value: float, caplog: pytest.LogCaptureFixture) -> None:
+    good = Evaluation("speed-1", "complete", speeds=(Speed("u1", 1.5, 1.4, 1.6, 2.0, 3.0, 1.4, CONDITIONS),))
+    stored = to_mapping(good)
+    assert confirmations_of({"confirm:speed:0": stored}, SPEED) == (good,)
+    damaged = {**stored, "speeds": [{**stored["speeds"][0], field: value}]}
+    assert confirmations_of({"confirm:speed:0": damaged}, SPEED) == ()
+    assert f"speeds[0].{field}" in caplog.text
 
 
 def test_rows_for_other_programs_and_exports_have_it(timed: list[Record], tmp_path: Path) -> None:
