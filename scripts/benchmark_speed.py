@@ -195,7 +195,8 @@ def main() -> None:
         for batch in parsed.batches:
             for runtime in parsed.runtimes:
                 setting = setting_of(work, runtime, batch, parsed)
-                cell = next((cell for cell in cells if cell.setting == setting), None)
+                same = (cell for cell in cells if replace(cell.setting, seconds=setting.seconds) == setting)
+                cell = next(same, None)
                 if cell is None:
                     cell = measure(work, setting, parsed)
                     cells = [*cells, cell]
