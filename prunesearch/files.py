@@ -261,7 +261,10 @@ def with_profile(config: StudyConfig) -> StudyConfig:
     asked = {name: value for name, value in asked.items() if value is not None}
     fitting = [one for one in found if all(getattr(one, name) == value for name, value in asked.items())]
     if len(fitting) != 1:
-        there = "; ".join(f"{one.runtime}, batch {one.batch}, {one.threads} threads, {one.precision}" for one in found)
+        there = "; ".join(
+            f"{one.runtime}, batch {one.batch}, {one.threads} thread{'s' * (one.threads != 1)}, {one.precision}"
+            for one in found
+        )
         wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "nothing in particular"
         problem = f"device: {len(fitting)} of its profiles fit what is asked for ({wanted}). Possible: {there}."
         raise FileError(device.profile, [f"{problem} Write device.batch and the like so that one fits."])

@@ -278,6 +278,14 @@ def test_a_profile_that_does_not_fit_is_refused(
         load_study(written(tmp_path, device))
 
 
+def test_one_thread_is_not_called_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = written(tmp_path, "{profile: one.json, batch: 8}")
+    save_profiles([replace(load_profiles("p.json")[0], threads=1)], "one.json")
+    with pytest.raises(FileError, match="batch 1, 1 thread, float32"):
+        load_study(study)
+
+
 DEEPER = replace(fake_search.SHAPE, depth=9)
 
 
