@@ -201,7 +201,9 @@ def load_profiles(path: str | Path) -> tuple[Profile, ...]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        missing = f"there is no such file (looked in {Path.cwd()})"
         why = error.strerror if isinstance(error, OSError) else f"cannot be read as JSON: {error}"
+        why = missing if isinstance(error, FileNotFoundError) else why
         problem = f"{why}. Possible: what prunesearch profile -o wrote. Correct the path."
         raise FileError(str(path), [problem]) from None
     found = read(ProfileFile, content, str(path)).profiles

@@ -266,7 +266,7 @@ def test_a_study_reads_the_profile_of_its_file(tmp_path: Path, monkeypatch: pyte
         ("{profile: p.json, batch: 8}", "0 of its profiles fit what is asked for .batch 8.. Possible: torch, batch 1"),
         ("{profile: p.json, batch: 1, runtime: openvino}", "0 of its profiles fit"),
         ("{profile: p.json, batch: 1, threads: 4}", "0 of its profiles fit"),
-        ("{profile: nowhere.json}", "nowhere.json"),
+        ("{profile: nowhere.json}", "nowhere.json: there is no such file .looked in /"),
         ("{runtime: tensorrt}", "runtime"),
     ],
 )
