@@ -201,7 +201,9 @@ def load_profiles(path: str | Path) -> tuple[Profile, ...]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        missing = f"there is no such file (looked in {Path.cwd()})"
         why = error.strerror if isinstance(error, OSError) else f"cannot be read as JSON: {error}"
+        why = missing if isinstance(error, FileNotFoundError) else why
         problem = f"{why}. Possible: what prunesearch profile -o wrote. Correct the path."
         raise FileError(str(path), [problem]) from None
     found = read(ProfileFile, content, str(path)).profiles
@@ -261,7 +263,10 @@ def with_profile(config: StudyConfig) -> StudyConfig:
     asked = {name: value for name, value in asked.items() if value is not None}
     fitting = [one for one in found if all(getattr(one, name) == value for name, value in asked.items())]
     if len(fitting) != 1:
-        there = "; ".join(f"{one.runtime}, batch {one.batch}, {one.threads} threads, {one.precision}" for one in found)
+        there = "; ".join(
+            f"{one.runtime}, batch {one.batch}, {one.threads} thread{'s' * (one.threads != 1)}, {one.precision}"
+            for one in found
+        )
         wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "nothing in particular"
         problem = f"device: {len(fitting)} of its profiles fit what is asked for ({wanted}). Possible: {there}."
         raise FileError(device.profile, [f"{problem} Write device.batch and the like so that one fits."])

@@ -35,6 +35,7 @@ _NAMES = {
     "top5": "top-5 accuracy",
     "gmacs": "cost of one image",
     "latency_ms": "latency of one image",
+    "predicted_latency_ms": "predicted time of a batch",
     "peak_memory_mb": "peak memory",
 }
 _OFFSETS: list[tuple[int, int, Literal["left", "center", "right"], Literal["bottom", "center", "top"]]] = [

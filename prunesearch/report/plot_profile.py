@@ -35,7 +35,7 @@ def plot_profile(profiles: Sequence[Profile], path: str | Path) -> None:
         _curves(left, profile)
         _stages(right, profile)
     first = profiles[0]
-    threads = f", {first.threads} threads" if first.threads else ""
+    threads = f", {first.threads} thread{'s' * (first.threads != 1)}" if first.threads else ""
     title = f"{first.model}: {first.runtime} on {first.device}{threads}, {first.precision}"
     figure.suptitle(title, x=0.014, ha="left", fontsize=13, color=INK, parse_math=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

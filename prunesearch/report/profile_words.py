@@ -59,10 +59,12 @@ def summary(profile: Profile) -> str:
 
 
 def floor_ms(profile: Profile) -> float:
-    """What the model takes with as few tokens as were measured, in milliseconds."""
-    shape = profile.shape
-    fewest = profile.mlp.tokens[0]
-    return profile.whole(shape) + shape.depth * profile.block(shape, fewest, fewest, False) + profile.end(shape, fewest)
+    """What the model takes where each of its parts is cheapest, in milliseconds: mostly with the fewest tokens that
+    were measured, but curves may also rise towards few tokens."""
+    attention = [min(curve.ms) for curve in (profile.attention, profile.sized_attention) if curve is not None]
+    block = min(profile.mlp.ms) + min(attention, default=0.0)
+    last = 0.0 if profile.last is None else min(profile.last.ms)
+    return profile.whole(profile.shape) + profile.shape.depth * block + last
 
 
 def _in_every_block(profile: Profile) -> list[str]:

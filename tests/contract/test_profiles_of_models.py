@@ -266,7 +266,7 @@ def test_a_study_reads_the_profile_of_its_file(tmp_path: Path, monkeypatch: pyte
         ("{profile: p.json, batch: 8}", "0 of its profiles fit what is asked for .batch 8.. Possible: torch, batch 1"),
         ("{profile: p.json, batch: 1, runtime: openvino}", "0 of its profiles fit"),
         ("{profile: p.json, batch: 1, threads: 4}", "0 of its profiles fit"),
-        ("{profile: nowhere.json}", "nowhere.json"),
+        ("{profile: nowhere.json}", "nowhere.json: there is no such file .looked in /"),
         ("{runtime: tensorrt}", "runtime"),
     ],
 )
@@ -276,6 +276,14 @@ def test_a_profile_that_does_not_fit_is_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileError, match=said):
         load_study(written(tmp_path, device))
+
+
+def test_one_thread_is_not_called_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = written(tmp_path, "{profile: one.json, batch: 8}")
+    save_profiles([replace(load_profiles("p.json")[0], threads=1)], "one.json")
+    with pytest.raises(FileError, match="batch 1, 1 thread, float32"):
+        load_study(study)
 
 
 DEEPER = replace(fake_search.SHAPE, depth=9)

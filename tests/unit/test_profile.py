@@ -155,6 +155,14 @@ def test_the_words_say_what_can_be_gained() -> None:
     assert lines[-1].startswith("How sure: 2 schedules that were measured whole are within 2%")
 
 
+def test_no_schedule_is_predicted_below_what_is_said_to_be_the_least() -> None:
+    """The MLP of a noisy profile is slower at few tokens than at half of them."""
+    noisy = replace(PROFILE, mlp=Curve((1, 20, 21, 41), (2.0, 2.0, 0.2, 1.0), (0.0,) * 4))
+    found = total_cost(SHAPE, Schedule((Stage(0, tokens=20),)), noisy)
+    assert floor_ms(noisy) == pytest.approx(2.0 + 4 * (0.02 + 0.2) + 0.3)
+    assert floor_ms(noisy) < found < 2.0 + 4 * (0.02 + 2.0) + 0.3
+
+
 def test_verbs_that_cost_more_than_they_save_are_named() -> None:
     dear = replace(PROFILE, verbs=(StageTime("drop", 0.01), StageTime("merge", 5.0)))
     assert any("as much as they save, or more: " in line and "merge" in line for line in profile_lines(dear))

@@ -21,7 +21,7 @@ from prunesearch.front import front
 from prunesearch.record import Record
 from prunesearch.report import LiveReport, comparison_table, front_csv, front_table, short, status_view
 from prunesearch.report.live import Progress, duration, line, seconds_left, view
-from prunesearch.report.plot import plot_front
+from prunesearch.report.plot import _axis_name, plot_front
 from prunesearch.report.tables import change, decimals, said
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.events import Done, Event, Finished, Retrying, Started, Stopping, Submitted
@@ -282,3 +282,7 @@ def test_plot_of_a_study_with_little_in_it(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no candidate is complete"):
         plot_front([failed(1)], OBJECTIVES, tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()
+
+
+def test_the_axis_of_predicted_milliseconds_has_its_unit_once() -> None:
+    assert _axis_name("predicted_latency_ms") == "predicted time of a batch (ms)"
