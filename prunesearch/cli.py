@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from prunesearch import __version__
 from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfig
 from prunesearch.confirmation import speed_row
-from prunesearch.cost import Cost, estimate_cost, total_cost
+from prunesearch.cost import Cost, doubts, estimate_cost, total_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
 from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
@@ -328,7 +328,10 @@ def _profile(parsed: argparse.Namespace) -> int:
     ):
         profiles.append(profile)
         if not parsed.json:
-            _print(*([summary(profile)] if parsed.brief else [*profile_lines(profile), ""]))
+            if parsed.brief:
+                _print(summary(profile) + (" (Rough: measure longer to rely on it.)" if doubts(profile) else ""))
+            else:
+                _print(*profile_lines(profile), *_doubts(profile), "")
         if parsed.output is not None:
             save_profiles(profiles, parsed.output)  # after each batch, so that an interrupt loses one at most
     if parsed.json:
@@ -358,8 +361,13 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     if not schedule.is_adaptive:
         print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
     for profile in () if parsed.profile is None else load_profiles(parsed.profile):
-        _print(f"  {_predicted(profile, model_shape(model), schedule)}")
+        _print(f"  {_predicted(profile, model_shape(model), schedule)}", *(f"  {text}" for text in _doubts(profile)))
     return 0
+
+
+def _doubts(profile: Profile) -> list[str]:
+    why = doubts(profile)
+    return [] if why is None else [why]
 
 
 def _predicted(profile: Profile, shape: ModelShape, schedule: Schedule) -> str:
@@ -650,8 +658,11 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     file, plugins = _load_trusted(parsed, parsed.file, study)
     profiles = load_profiles(parsed.profile) if parsed.profile is not None else ()
     if not parsed.speed:
-        _refuse_flags(parsed, ("profile", "seconds"), "nothing is timed in turns", "--speed")
+        _refuse_flags(parsed, ("seconds",), "nothing is timed in turns", "--speed")
+    given = profiles[0] if len(profiles) == 1 else None  # with several, only --speed says which one is meant
     metrics = tuple(parsed.metric) or tuple(name for name in COMPARED if not (parsed.speed and name in TIMED))
+    if given is not None and not parsed.metric:
+        metrics += ("mean_predicted_latency_ms" if file.schedule.is_adaptive else "predicted_latency_ms",)
     for name in metrics:
         METRICS[name]  # raises for an unknown name before anything is loaded
     model, data = _sources(parsed, file, study)
@@ -662,6 +673,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         model=model,
         data=data,
         metrics=metrics,
+        profile=given,
         device=parsed.device,
         plugins=plugins,
     )
@@ -966,7 +978,7 @@ def _parser() -> argparse.ArgumentParser:
     _source_arguments(again)
     again.add_argument("--metric", action="append", default=[], metavar="NAME", help="default top1, gmacs, throughput")
     again.add_argument("--speed", action="store_true", help="time it in turns with the dense model, as a ratio")
-    text = "with --speed: time it as this was measured, and say what it predicts; default the study's profile"
+    text = "say what it predicts; with --speed: time it as this was measured; default the study's profile"
     again.add_argument("--profile", type=Path, metavar="FILE.json", help=text)
     text = f"with --speed: of timing, for each profile; default {SPEED_SECONDS:g}"
     again.add_argument("--seconds", type=_seconds, metavar="S", help=text)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 from prunesearch.errors import DeviceError
@@ -23,6 +24,9 @@ from prunesearch.profile import Count, Profile
 from prunesearch.schedule import Schedule, Step, options_of, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
+
+UNSURE = 0.12
+"""Errors of a profile above this share are said as doubts."""
 
 
 class CostTable(Protocol):
@@ -211,3 +215,22 @@ def gives_sizes(step: Step) -> bool:
 
 def _constant(count: Count) -> Count:
     return count if isinstance(count, (int, float)) else count.detach()
+
+
+def doubts(profile: Profile) -> str | None:
+    """Why the numbers of a profile are not to be relied on; None when there is no such reason."""
+    curves = (profile.attention, profile.sized_attention, profile.mlp, profile.last)
+    found = {
+        "parts were measured within {} (median)": median(e for curve in curves if curve for e in curve.error),
+        "whole schedules are within {} of their parts": max(map(abs, profile.check), default=0.0),
+        "the dense model is within {} of its parts": abs(
+            total_cost(profile.shape, Schedule(), profile) / profile.dense_ms - 1
+        ),
+    }
+    said = [text.format(f"{error:.0%}") for text, error in found.items() if error > UNSURE]
+    if not said:
+        return None
+    return (
+        f"Not sure: {', '.join(said)}. Profile again for longer (--seconds), while nothing else runs on this machine, "
+        f"before you decide by it."
+    )

@@ -193,15 +193,16 @@ def measure_again(
     data: DataConfig | None = None,
     metrics: tuple[str, ...] = COMPARED,
     measure: MeasureConfig | None = None,
+    profile: Profile | None = None,
     device: str = "auto",
     plugins: Sequence[str] = (),
 ) -> tuple[Evaluation, Evaluation]:
     """Evaluate the dense model and an exported schedule without training; returns (dense, pruned).
 
     Model and data are those given, else the study's, else the file's. The pruned model uses the weights of the file,
-    whose path is relative to `folder`. Without weights, thresholds with a target are calibrated. The profile of the
-    study predicts latency if the model is the study's. plugins: modules to import besides those of the study. Raises
-    UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there is none;
+    whose path is relative to `folder`. Without weights, thresholds with a target are calibrated. profile: predicts
+    latency; that of the study, if the model is the study's, when None. plugins: modules to import besides those of the
+    study. Raises UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there is none;
     RunError when an evaluation fails.
     """
     from prunesearch.evaluate.inputs import check_inputs
@@ -213,7 +214,10 @@ def measure_again(
     import_plugins(all_plugins(study.plugins if study else (), plugins))
     check_inputs(model, data, device, keep=True)
     results = []
-    profile = study.target.profile if study is not None and study.model == model else None
+    if profile is not None:
+        refuse_other_shape(profile, model_shape(model))
+    elif study is not None and study.model == model:
+        profile = study.target.profile
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(
             uid="evaluate",

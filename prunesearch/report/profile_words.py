@@ -20,7 +20,10 @@ WORTH = 1.02
 
 
 def profile_lines(profile: Profile) -> list[str]:
-    """What can be gained, a sentence each: how it was measured, the summary, verbs in every block, how sure it is."""
+    """What can be gained, a sentence each: how it was measured, the summary, verbs in every block, how sure it is.
+
+    What `cost.doubts` says comes on top.
+    """
     threads = f", {profile.threads} thread{'s' * (profile.threads != 1)}" if profile.threads else ""
     lines = [
         f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prunesearch.config import IN_ANY_PRECISION, StudyConfig
-from prunesearch.cost import MACS, target_field
+from prunesearch.cost import MACS, doubts, target_field
 from prunesearch.errors import UserError
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.shapes import model_shape
@@ -70,6 +70,9 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
     stored = with_known_profile(config, url)
     if stored.device is not None and stored.device.table is not None:
         return stored
+    doubt = doubts(profile)
+    if doubt is not None:
+        logger.warning("device: %s", doubt)
     save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
 
@@ -166,13 +169,18 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
 
 
 def timing_notes(config: StudyConfig) -> list[str]:
-    """Why speed that is measured for each candidate is noise in this study, and what to write instead."""
+    """What to know of the times in this study: doubts about its profile, and why speed that is measured for each
+    candidate is noise, with what to write instead."""
+    table = None if config.device is None else config.device.table
+    doubt = None if table is None else doubts(table)
+    notes = [] if doubt is None else [f"device: {doubt}"]
     deciding = [name for name in config.deciding_metrics if name in TIMED]
     if not deciding or config.workers.kind == "serial" or config.workers.count == 1:
-        return []
+        return notes
     return [
+        *notes,
         f"{', '.join(deciding)} is measured for each candidate, while several workers share a machine and slow each "
         f"other down: neighbours on the front may differ by noise alone. Write predicted_latency_ms and a device "
         f"section instead, which adds up what the parts of the model take. confirm times the front at the end, in "
-        f"turns with the dense model."
+        f"turns with the dense model.",
     ]

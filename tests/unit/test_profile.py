@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_profiles import fake_profile
 
-from prunesearch.cost import MACS, estimate_cost, total_cost
+from prunesearch.cost import MACS, doubts, estimate_cost, total_cost
 from prunesearch.errors import DeviceError, FileError
 from prunesearch.files import load_profiles, save_profiles
 from prunesearch.profile import Curve, StageTime
@@ -173,3 +173,25 @@ def test_verbs_that_cost_more_than_they_save_are_named() -> None:
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
     plot_profile([PROFILE, replace(PROFILE, batch=16, attention=None, sized_attention=None)], tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def rough(curve: Curve | None) -> Curve:
+    assert curve is not None
+    return replace(curve, error=(0.3,) * len(curve.error))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {name: rough(getattr(PROFILE, name)) for name in ("attention", "sized_attention", "mlp", "last")},
+            "parts were measured within 30% (median)",
+        ),
+        ({"check": (0.02, -0.4)}, "whole schedules are within 40% of their parts"),
+        ({"dense_ms": 2 * PROFILE.dense_ms}, "the dense model is within 50% of its parts"),
+    ],
+)
+def test_a_profile_that_is_noise_says_so(change: dict[str, object], said: str) -> None:
+    assert doubts(PROFILE) is None
+    found = doubts(replace(PROFILE, **change))
+    assert found is not None and found.startswith(f"Not sure: {said}. ") and "--seconds" in found
