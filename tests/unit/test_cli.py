@@ -200,9 +200,11 @@ def test_evaluate_times_a_schedule_beside_its_dense_model(
     other = replace(profile, shape=replace(profile.shape, patch_tokens=9))
     save_profiles([other], tmp_path / "other.json")
     assert "9 patch tokens" in mistake(capsys, *command, "--profile", str(tmp_path / "other.json"))
-    assert "--profile, --seconds: nothing is timed in turns" in mistake(
-        capsys, *[one for one in command if one != "--speed"], "--profile", str(tmp_path / "profile.json")
-    )
+    alone = ["evaluate", str(tmp_path / "best.yaml"), "--profile", str(tmp_path / "profile.json")]
+    assert "--seconds: nothing is timed in turns" in mistake(capsys, *alone, "--seconds", "0.1")
+    found = json.loads(out(capsys, *alone, "--json"))
+    assert found["pruned"]["predicted_latency_ms"] == pytest.approx(pruned)
+    assert found["dense"]["predicted_latency_ms"] == pytest.approx(dense)
 
 
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
