@@ -491,14 +491,15 @@ def page(cells: Sequence[Cell], parsed: argparse.Namespace) -> str:
     first = cells[0].setting
     packages = {name: text for cell in cells for name, text in cell.setting.versions}
     threads = f", {first.threads} thread{'s' * (first.threads != 1)}" if first.threads else ""
+    seconds = " to ".join(f"{one:.0f}" for one in sorted({cell.setting.seconds for cell in cells}))
     notes = "" if parsed.notes is None else f"\n{parsed.notes.read_text(encoding='utf-8').strip()}\n"
     command = "python scripts/benchmark_speed.py " + " ".join(_said(parsed))
     sections = "\n".join(cell_lines(cell) for cell in cells)
     return f"""# How much of a cut in MACs becomes speed
 
 {first.device}{threads}, {first.precision}, {", ".join(map(" ".join, packages.items()))}.
-Random weights, on which time does not depend. All models of a table were timed in turns, {first.seconds:.0f} s for each
-table; ± is a standard error.
+Random weights, on which time does not depend. All models of a table were timed in turns, {seconds} s for each table; ± is a
+standard error.
 
 - Speed-up: over the dense model in the same runtime. MACs reduction: over the dense model's, stem and head included.
 - Efficiency: speed-up divided by MACs reduction.
