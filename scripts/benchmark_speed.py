@@ -498,8 +498,8 @@ def page(cells: Sequence[Cell], parsed: argparse.Namespace) -> str:
     return f"""# How much of a cut in MACs becomes speed
 
 {first.device}{threads}, {first.precision}, {", ".join(map(" ".join, packages.items()))}.
-Random weights, on which time does not depend. All models of a table were timed in turns, {seconds} s for each table; ± is a
-standard error.
+Random weights, on which time does not depend. All models of a table were timed in turns, {seconds} s for each table; ±
+is a standard error.
 
 - Speed-up: over the dense model in the same runtime. MACs reduction: over the dense model's, stem and head included.
 - Efficiency: speed-up divided by MACs reduction.
