@@ -29,7 +29,16 @@ from prunesearch.confirmation import speed_row
 from prunesearch.cost import Cost, doubts, estimate_cost, total_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
 from prunesearch.evaluate import METRICS, is_remote, model_problems, model_shape
-from prunesearch.evaluate.limits import WrittenLimits, bound_in_words, budget_of, computed_dense, goal_of, in_words
+from prunesearch.evaluate.limits import (
+    WrittenLimits,
+    bound_in_words,
+    budget_of,
+    computed_dense,
+    computed_limits,
+    goal_of,
+    in_words,
+    is_within,
+)
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.evaluate.siblings import find_siblings
 from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
@@ -233,6 +242,8 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
         words = _cost_in_words(schedule, estimate_cost(shape, schedule))
         if config.target.profile is not None and not schedule.is_adaptive:
             words += f", {total_cost(shape, schedule, config.target.profile):.4g} ms"
+        if schedule.stages and not is_within(computed_limits(config), config.target, schedule):
+            words += "; beyond the limits, and evaluated all the same"
         _print(f"  {origin.removeprefix('start: '):<20} {words}")
     if WORD in config.space.start_from:
         stages, _ = stages_of(config.space, shape)

@@ -124,6 +124,15 @@ def _err(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+def test_check_says_which_start_schedules_are_beyond_the_limits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY.replace("version: 1", "version: 1\nlimits: {gmacs: {at_most: 50%}}"))
+    text = out(capsys, "check", str(tmp_path / "study.yaml"))
+    (dense,), (start,) = ([line for line in text.splitlines() if name in line] for name in ("dense  ", "etps-0.7"))
+    assert "beyond the limits, and evaluated all the same" in start and "beyond" not in dense
+
+
 def test_check_reports_every_mistake_of_a_study(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(STUDY.replace("[1, 3, 5]", "[1, 3, 50]").replace("drop", "dorp").replace("agreement", "agrement"))
