@@ -202,8 +202,8 @@ def measure_again(
     Model and data are those given, else the study's, else the file's. The pruned model uses the weights of the file,
     whose path is relative to `folder`. Without weights, thresholds with a target are calibrated. profile: predicts
     latency; that of the study, if the model is the study's, when None. plugins: modules to import besides those of the
-    study. Raises UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there is none;
-    RunError when an evaluation fails.
+    study. Raises UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there
+    is none; RunError when an evaluation fails.
     """
     from prunesearch.evaluate.inputs import check_inputs
     from prunesearch.evaluate.run import evaluate
