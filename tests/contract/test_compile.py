@@ -216,9 +216,10 @@ def test_compiled_parts_are_measured() -> None:
     assert "for each part, and is not counted" in said[0] and "making mlp of a block ready" in said
 
 
-def test_without_a_compiler_profiles_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    with pytest.raises(DeviceError, match=r"cannot run dense: .*No working C\+\+ compiler"):
+def test_without_a_compiler_profiles_say_so() -> None:
+    # monkeypatch would delete the setting afterwards, which PyTorch keeps in a place of its own
+    without = torch._inductor.config.patch({"cpp.cxx": ("/nowhere/g++",)})
+    with without, pytest.raises(DeviceError, match=r"cannot run dense: .*No working C\+\+ compiler"):
         small_profile([])
 
 
