@@ -60,7 +60,7 @@ from prunesearch.files import (
 from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
 from prunesearch.presets.diffrate import load_diffrate
-from prunesearch.printable import printable
+from prunesearch.printable import counted, printable
 from prunesearch.profile import refuse_other_shape
 from prunesearch.report.profile_words import profile_lines, summary
 from prunesearch.schedule import Schedule
@@ -238,11 +238,12 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     budget = budget_of(config)
     if budget is not None:
         print(f"  {'budget':<20} {budget.metric} {bound_in_words(budget.written, budget.amount)}")
+    limits = computed_limits(config)
     for origin, schedule in start_schedules(config, shape):
         words = _cost_in_words(schedule, estimate_cost(shape, schedule))
         if config.target.profile is not None and not schedule.is_adaptive:
             words += f", {total_cost(shape, schedule, config.target.profile):.4g} ms"
-        if schedule.stages and not is_within(computed_limits(config), config.target, schedule):
+        if schedule.stages and not is_within(limits, config.target, schedule):
             words += "; beyond the limits, and evaluated all the same"
         _print(f"  {origin.removeprefix('start: '):<20} {words}")
     if WORD in config.space.start_from:
@@ -342,7 +343,7 @@ def _profile(parsed: argparse.Namespace) -> int:
             if parsed.brief:
                 _print(summary(profile) + (" (Rough: measure longer to rely on it.)" if doubts(profile) else ""))
             else:
-                _print(*profile_lines(profile), *_doubts(profile), "")
+                _print(*profile_lines(profile), *doubts(profile), "")
         if parsed.output is not None:
             save_profiles(profiles, parsed.output)  # after each batch, so that an interrupt loses one at most
     if parsed.json:
@@ -372,13 +373,8 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     if not schedule.is_adaptive:
         print(f"  tokens after each block: {', '.join(map(str, cost.tokens))}")
     for profile in () if parsed.profile is None else load_profiles(parsed.profile):
-        _print(f"  {_predicted(profile, model_shape(model), schedule)}", *(f"  {text}" for text in _doubts(profile)))
+        _print(f"  {_predicted(profile, model_shape(model), schedule)}", *(f"  {text}" for text in doubts(profile)))
     return 0
-
-
-def _doubts(profile: Profile) -> list[str]:
-    why = doubts(profile)
-    return [] if why is None else [why]
 
 
 def _predicted(profile: Profile, shape: ModelShape, schedule: Schedule) -> str:
@@ -690,8 +686,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     )
     speeds = []
     if parsed.speed:
-        known = study.target.profile if study is not None else None
-        for profile in profiles or (known,):
+        for profile in profiles or (None,):
             speeds += time_again(
                 file,
                 parsed.file.parent,
@@ -733,7 +728,7 @@ def _import_tune(parsed: argparse.Namespace) -> int:
     folder = parsed.output / config.name
     imported = import_results(parsed.results, config, folder, storage=parsed.storage)
     where = _again(parsed, folder, config.name)
-    _print(f"{imported} new candidate{'s' * (imported != 1)} -> {where}", f"Next: prunesearch front {where}")
+    _print(f"{counted(imported, 'new candidate')} -> {where}", f"Next: prunesearch front {where}")
     return 0
 
 
@@ -770,9 +765,7 @@ def _records(reader: StudyReader) -> list[Record]:
     if reader.unreadable:
         count = len(reader.unreadable)
         numbers = ", ".join(map(str, sorted(reader.unreadable)))
-        _say(
-            f"{count} trial{'s' * (count > 1)} could not be read and {'are' if count > 1 else 'is'} left out: {numbers}"
-        )
+        _say(f"{counted(count, 'trial')} could not be read and {'are' if count > 1 else 'is'} left out: {numbers}")
     return records
 
 

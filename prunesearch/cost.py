@@ -217,8 +217,8 @@ def _constant(count: Count) -> Count:
     return count if isinstance(count, (int, float)) else count.detach()
 
 
-def doubts(profile: Profile) -> str | None:
-    """Why the numbers of a profile are not to be relied on; None when there is no such reason."""
+def doubts(profile: Profile) -> list[str]:
+    """Why the numbers of a profile are not to be relied on, in one sentence; empty when there is no such reason."""
     curves = (profile.attention, profile.sized_attention, profile.mlp, profile.last)
     found = {
         "parts were measured within {} (median)": median(e for curve in curves if curve for e in curve.error),
@@ -228,9 +228,5 @@ def doubts(profile: Profile) -> str | None:
         ),
     }
     said = [text.format(f"{error:.0%}") for text, error in found.items() if error > UNSURE]
-    if not said:
-        return None
-    return (
-        f"Not sure: {', '.join(said)}. Profile again for longer (--seconds), while nothing else runs on this machine, "
-        f"before you decide by it."
-    )
+    todo = "Profile again for longer (--seconds), while nothing else runs on this machine, before you decide by it."
+    return [f"Not sure: {', '.join(said)}. {todo}"] if said else []

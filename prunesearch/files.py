@@ -34,7 +34,7 @@ from prunesearch.config import (
 )
 from prunesearch.errors import FileError, UserError
 from prunesearch.plugins import import_plugins, missing_plugins
-from prunesearch.printable import printable
+from prunesearch.printable import counted, printable
 from prunesearch.profile import MOST_MS, Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
@@ -264,8 +264,7 @@ def with_profile(config: StudyConfig) -> StudyConfig:
     fitting = [one for one in found if all(getattr(one, name) == value for name, value in asked.items())]
     if len(fitting) != 1:
         there = "; ".join(
-            f"{one.runtime}, batch {one.batch}, {one.threads} thread{'s' * (one.threads != 1)}, {one.precision}"
-            for one in found
+            f"{one.runtime}, batch {one.batch}, {counted(one.threads, 'thread')}, {one.precision}" for one in found
         )
         wanted = ", ".join(f"{name} {value}" for name, value in asked.items()) or "nothing in particular"
         problem = f"device: {len(fitting)} of its profiles fit what is asked for ({wanted}). Possible: {there}."

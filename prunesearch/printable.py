@@ -1,4 +1,4 @@
-"""Make text from files, names and other libraries harmless for a terminal."""
+"""Text for people: numbers with their noun; and names from files and other libraries, made harmless for a terminal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     lines: keep tabs and line breaks, for a table or an error of several lines. Otherwise the result is one line.
     """
     return (_CONTROL if lines else _CONTROL_OR_BREAK).sub(_escaped, text)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as "1 thread" and "3 threads"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _escaped(found: re.Match[str]) -> str:

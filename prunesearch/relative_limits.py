@@ -23,7 +23,7 @@ from prunesearch.evaluate.limits import (
     resolved_limits,
 )
 from prunesearch.evaluate.metrics import METRICS
-from prunesearch.front import highest_rung
+from prunesearch.front import front, highest_rung
 from prunesearch.record import Record
 from prunesearch.registry import did_you_mean
 
@@ -40,6 +40,12 @@ def limits_at(config: StudyConfig, dense: Record | None, rung: int) -> Limits:
     """
     computed = computed_dense(config.limits, config.target)
     return resolved_limits(config.limits, {**_recorded(dense, rung), **computed}, config.objectives)
+
+
+def front_within(config: StudyConfig, records: Sequence[Record]) -> list[Record]:
+    """The Pareto front of a study within its limits, at the rung where records are compared."""
+    limits = limits_at(config, dense_record(records), highest_rung(records))
+    return front(records, config.objectives, limits)
 
 
 def limits_of(config: StudyConfig, records: Sequence[Record]) -> Limits:

@@ -30,6 +30,7 @@ from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import versions
 from prunesearch.models import apply_schedule, input_size, shape_of
 from prunesearch.models.parts import Part, example, sharing_copy
+from prunesearch.printable import counted
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
@@ -208,7 +209,7 @@ def page(cells: list[Cell], parsed: argparse.Namespace) -> str:
         f"{' '.join(map(str, parsed.batches))} --verbs {' '.join(parsed.verbs)} --threads {parsed.threads} "
         f"--seconds {parsed.seconds:g} --out {parsed.out}"
     )
-    machine = f"{processor(torch.device('cpu'))}, {parsed.threads} thread{'s' * (parsed.threads != 1)}"
+    machine = f"{processor(torch.device('cpu'))}, {counted(parsed.threads, 'thread')}"
     return f"""# Schedules in eager PyTorch, compiled, and compiled ahead of time
 
 Each schedule has one verb at a quarter, a half and three quarters of the depth (score: class_attention), and about

@@ -35,6 +35,7 @@ from benchmark_profile import time_whole
 from prunesearch.cost import total_cost
 from prunesearch.device.profiles import processor
 from prunesearch.files import load_profiles, load_study, write_atomically
+from prunesearch.printable import counted
 from prunesearch.profile import Profile
 from prunesearch.report.tables import short
 from prunesearch.schedule import Schedule
@@ -306,7 +307,7 @@ def _sets(sets: Sequence[str]) -> list[str]:
 def page(results: Sequence[Result], parsed: argparse.Namespace) -> str:
     """The page, in Markdown."""
     packages = dict(pair for result in results for pair in result.idle.versions)
-    threads = f"{parsed.threads} thread{'s' * (parsed.threads != 1)}"
+    threads = counted(parsed.threads, "thread")
     notes = "" if parsed.notes is None else f"\n{parsed.notes.read_text(encoding='utf-8').strip()}\n"
     sections = "\n".join(section(result) for result in results)
     sets = "\n".join(f"    --set '{one}'" for one in SETS)

@@ -23,12 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
-import torch
-
 from prunesearch.config import ModelConfig
 from prunesearch.cost import estimate_cost, total_cost
 from prunesearch.device.measure import usual_score
-from prunesearch.device.profiles import measure_profiles, processor
+from prunesearch.device.profiles import cores, measure_profiles, processor
 from prunesearch.device.runtimes import Settings, prepare, runtime_of, threads_set
 from prunesearch.device.timing import Measured, in_turns
 from prunesearch.errors import ScheduleError
@@ -36,6 +34,7 @@ from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import find_device
 from prunesearch.models import apply_schedule, input_size
 from prunesearch.models.parts import Part, example, sharing_copy
+from prunesearch.printable import counted
 from prunesearch.profile import Profile
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.agreement import kendall_tau
@@ -91,7 +90,7 @@ def main() -> None:
     kept = parsed.out.with_suffix(".json")
     found = [Row(**row) for row in json.loads(kept.read_text())] if kept.exists() else []
     rows = {row.key: row for row in found}
-    threads = parsed.threads or usual_threads()
+    threads = parsed.threads or cores()
     for name, batch, runtime in itertools.product(parsed.models, parsed.batches, parsed.runtimes):
         if (name, batch, runtime, threads) in rows and not parsed.again:
             continue
@@ -100,11 +99,6 @@ def main() -> None:
         print(line(row), *details(row), sep="\n", flush=True)
         kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     parsed.out.write_text(page(list(rows.values()), parsed.seconds))
-
-
-def usual_threads() -> int:
-    """The threads that PyTorch takes by itself."""
-    return torch.get_num_threads()
 
 
 def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -> Row:
@@ -246,7 +240,7 @@ Schedule by schedule: [profile.json](profile.json). Made with `scripts/benchmark
 def table(rows: Sequence[Row]) -> str:
     """The rows of one number of threads."""
     return f"""
-{rows[0].threads} thread{"s" * (rows[0].threads != 1)}:
+{counted(rows[0].threads, "thread")}:
 
 | model | batch | runtime | dense, ms | measured speed-ups | median error | largest error | tau | again |
 |---|---|---|---|---|---|---|---|---|

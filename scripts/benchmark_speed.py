@@ -42,6 +42,7 @@ from prunesearch.files import load_schedule_file, write_atomically
 from prunesearch.models import apply_schedule, input_size
 from prunesearch.models.parts import Part, example, sharing_copy
 from prunesearch.presets import find_schedule
+from prunesearch.printable import counted
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.shape import ModelShape
 from prunesearch.strict import from_mapping, to_mapping
@@ -490,7 +491,7 @@ def page(cells: Sequence[Cell], parsed: argparse.Namespace) -> str:
     """The page, in Markdown."""
     first = cells[0].setting
     packages = {name: text for cell in cells for name, text in cell.setting.versions}
-    threads = f", {first.threads} thread{'s' * (first.threads != 1)}" if first.threads else ""
+    threads = f", {counted(first.threads, 'thread')}" if first.threads else ""
     seconds = " to ".join(f"{one:.0f}" for one in sorted({cell.setting.seconds for cell in cells}))
     notes = "" if parsed.notes is None else f"\n{parsed.notes.read_text(encoding='utf-8').strip()}\n"
     command = "python scripts/benchmark_speed.py " + " ".join(_said(parsed))

@@ -24,6 +24,7 @@ from prunesearch.config import (
     bounded,
 )
 from prunesearch.evaluate.limits import AbsoluteLimit
+from prunesearch.printable import counted
 from prunesearch.profile import MOST_MS, Profile
 from prunesearch.schedule import Schedule
 
@@ -103,7 +104,7 @@ class Conditions:
     profiled: str = ""
 
     def __str__(self) -> str:
-        threads = f", {self.threads} thread{'s' * (self.threads != 1)}" if self.threads else ""
+        threads = f", {counted(self.threads, 'thread')}" if self.threads else ""
         return f"batch {self.batch} in {self.runtime} on {self.device}{threads}, {self.precision}, {self.rounds} rounds"
 
 

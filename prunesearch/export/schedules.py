@@ -214,10 +214,7 @@ def measure_again(
     import_plugins(all_plugins(study.plugins if study else (), plugins))
     check_inputs(model, data, device, keep=True)
     results = []
-    if profile is not None:
-        refuse_other_shape(profile, model_shape(model))
-    elif study is not None and study.model == model:
-        profile = study.target.profile
+    profile = _profile_for(model, profile, study)
     for schedule, with_weights in ((Schedule(), None), (file.schedule, weights)):
         task = Task(
             uid="evaluate",
@@ -253,14 +250,13 @@ def time_again(
 ) -> list[Speed]:
     """Time the schedule of a file in turns with its dense model; returns the speed of the dense model, then its own.
 
-    profile: the schedule is timed as this was measured; without one in eager PyTorch, as throughput is. seconds: of
-    measuring. Other arguments, and errors, as of `measure_again`. Raises DeviceError for a profile of another model,
-    and for a machine, runtime or schedule that cannot be timed so.
+    profile: as of `measure_again`. The schedule is timed as this was measured; without one in eager PyTorch, as
+    throughput is. seconds: of measuring. Other arguments, and errors, as of `measure_again`. Raises DeviceError for a
+    profile of another model, and for a machine, runtime or schedule that cannot be timed so.
     """
     from prunesearch.device.whole_models import evaluate
 
-    if profile is not None:
-        refuse_other_shape(profile, model_shape(model))
+    profile = _profile_for(model, profile, study)
     weights = None if file.weights is None else str(folder / file.weights)
     measure = study.measure if study else MeasureConfig()
     task = Task(
@@ -282,3 +278,11 @@ def time_again(
     if pruned.problem:
         raise DeviceError(f"{pruned.problem}. Possible: another runtime or profile. Choose one.")
     return [dense, pruned]
+
+
+def _profile_for(model: ModelConfig, given: Profile | None, study: StudyConfig | None) -> Profile | None:
+    """The given profile, which must be of this model, or that of the study if the model is the study's."""
+    if given is not None:
+        refuse_other_shape(given, model_shape(model))
+        return given
+    return study.target.profile if study is not None and study.model == model else None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunesearch.printable import counted
 from prunesearch.profile import Curve, Profile
 from prunesearch.report.plot import BLUE, GREEN, GREY, INK, ORANGE, check_plot, quiet
 
@@ -35,7 +36,7 @@ def plot_profile(profiles: Sequence[Profile], path: str | Path) -> None:
         _curves(left, profile)
         _stages(right, profile)
     first = profiles[0]
-    threads = f", {first.threads} thread{'s' * (first.threads != 1)}" if first.threads else ""
+    threads = f", {counted(first.threads, 'thread')}" if first.threads else ""
     title = f"{first.model}: {first.runtime} on {first.device}{threads}, {first.precision}"
     figure.suptitle(title, x=0.014, ha="left", fontsize=13, color=INK, parse_math=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

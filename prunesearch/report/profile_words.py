@@ -6,6 +6,7 @@ import math
 
 from prunesearch.cost import total_cost
 from prunesearch.errors import ScheduleError
+from prunesearch.printable import counted
 from prunesearch.profile import Profile
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
@@ -24,7 +25,7 @@ def profile_lines(profile: Profile) -> list[str]:
 
     What `cost.doubts` says comes on top.
     """
-    threads = f", {profile.threads} thread{'s' * (profile.threads != 1)}" if profile.threads else ""
+    threads = f", {counted(profile.threads, 'thread')}" if profile.threads else ""
     lines = [
         f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}",
         summary(profile),

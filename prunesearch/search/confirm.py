@@ -15,16 +15,14 @@ from prunesearch.config import StudyConfig
 from prunesearch.confirmation import name_of
 from prunesearch.evaluate.outcome import check_evaluation, same_work
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.front import dense_of, front, highest_rung
+from prunesearch.front import dense_of
 from prunesearch.record import Record
-from prunesearch.relative_limits import dense_record, limits_at
+from prunesearch.relative_limits import front_within
 from prunesearch.samplers.propose import seed_of
-from prunesearch.search.once import make_each_once, release_claims
+from prunesearch.search.once import Crew, make_each_once, release_claims
 from prunesearch.search.tasks import task_of
 from prunesearch.study.store import Store
-from prunesearch.study.team import NoTeam, Team
 from prunesearch.workers.outbox import delete, delivered
-from prunesearch.workers.protocol import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -53,46 +51,25 @@ class Wanted:
         return self.record.uid
 
 
-def confirm(
-    config: StudyConfig,
-    folder: Path,
-    outbox: Path,
-    store: Store,
-    workers: Workers,
-    team: Team | NoTeam,
-    on_event: Callable[[Confirmed], None] = lambda event: None,
-    is_stopped: Callable[[], bool] = lambda: False,
-) -> None:
+def confirm(config: StudyConfig, crew: Crew, on_event: Callable[[Confirmed], None] = lambda event: None) -> None:
     """Evaluate the front and the dense model `config.confirm.seeds` times each; skip what is already stored.
 
     Failed evaluations are logged and not stored; the next call tries them again.
 
-    folder: of the study. outbox: of the workers. team: other drivers of the study. Each driver claims an evaluation
-    before it starts it. This one waits for the evaluations of the others, and takes over those of dead drivers.
-    is_stopped: when it returns True, no further evaluation starts, and the running ones are waited for.
+    Each driver claims an evaluation before it starts it. This one waits for the evaluations of the others, and takes
+    over those of dead drivers.
     """
 
     def look() -> tuple[list[Wanted], list[Wanted]]:
-        records = store.records()
-        return wanted(config, folder, records), missing(config, folder, records)
+        records = crew.store.records()
+        return wanted(config, crew.folder, records), missing(config, crew.folder, records)
 
     def say(one: Wanted, evaluation: Evaluation, done: int, total: int) -> None:
         if evaluation.status == "failed":
             logger.warning("%s: not confirmed (%s): %s", one.task.uid, evaluation.cause, evaluation.error)
         on_event(Confirmed(one.record, evaluation, done, total))
 
-    make_each_once(
-        look,
-        lambda place: _adopt(config, folder, place, store),
-        say,
-        folder=folder,
-        outbox=outbox,
-        store=store,
-        workers=workers,
-        team=team,
-        is_stopped=is_stopped,
-        waits=True,
-    )
+    make_each_once(crew, look, lambda place: _adopt(config, crew.folder, place, crew.store), say, waits=True)
 
 
 def take_up_confirmations(config: StudyConfig, folder: Path, outboxes: Iterable[Path], store: Store) -> None:
@@ -113,8 +90,7 @@ def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Wan
 
     The dense model comes first, then the front. Empty when the front has no other candidate than the dense model.
     """
-    limits = limits_at(config, dense_record(records), highest_rung(records))
-    chosen = front(records, config.objectives, limits)
+    chosen = front_within(config, records)
     dense = dense_of(records)
     if all(record is dense for record in chosen):
         return []

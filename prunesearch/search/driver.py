@@ -24,6 +24,7 @@ from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.events import Checked, Done, Event, Finished, LookingAtData, Timing, Waiting
 from prunesearch.search.interrupt import Interrupt
 from prunesearch.search.loop import STOPPED_BY_HAND, Search
+from prunesearch.search.once import Crew
 from prunesearch.search.others import NoOthers, OtherDrivers, Others
 from prunesearch.search.problems import check_study, start_schedules
 from prunesearch.search.recovery import Recovery
@@ -127,18 +128,19 @@ def run_study(
             workers = pool.enter_context(closing(make(config, folder, evaluate)))
         interrupt.listen()  # after Ray has started, because Ray installs its own signal handlers
         is_stopped = partial(_is_interrupted, interrupt)
+        crew = Crew(folder, outbox, store, workers, team, is_stopped)
         try:
             if not isinstance(workers, NoWorkers):
                 prepare_supernet(config, folder, outbox, workers, on_event, is_stopped)
                 if search:
-                    measure_siblings(config, folder, outbox, store, workers, team, on_event, is_stopped)
+                    measure_siblings(config, crew, on_event)
         except KeyboardInterrupt:
             search = False
         done = run.run(workers) if search else run.look(workers)
         if done.reason not in STOPPED_BY_HAND and not interrupt.count:
             if search:
-                measure_siblings(config, folder, outbox, store, workers, team, on_event, is_stopped, after=True)
-            confirm(config, folder, outbox, store, workers, team, on_event, is_stopped)
+                measure_siblings(config, crew, on_event, after=True)
+            confirm(config, crew, on_event)
             if config.confirm.seeds and not is_stopped():
                 pool.close()  # nothing else of this driver may run while schedules are timed
 
@@ -150,7 +152,7 @@ def run_study(
                     return workers
 
                 timers = stack.enter_context(closing(LateWorkers(begin_timing)))
-                time_schedules(config, folder, outbox, store, timers, team, on_event, is_stopped)
+                time_schedules(config, replace(crew, workers=timers), on_event)
             done = replace(done, seconds=run.seconds())
         if interrupt.count and done.reason not in STOPPED_BY_HAND:
             done = replace(done, reason="interrupted")

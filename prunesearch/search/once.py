@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -38,17 +38,28 @@ class Once(Protocol):
 One = TypeVar("One", bound=Once)
 
 
+@dataclass(frozen=True)
+class Crew:
+    """Who makes evaluations beside the search.
+
+    folder: of the study. outbox: of the workers. team: other drivers of the study. is_stopped: when it returns True, no
+    further evaluation starts, and the running ones are waited for.
+    """
+
+    folder: Path
+    outbox: Path
+    store: Store
+    workers: Workers
+    team: Team | NoTeam
+    is_stopped: Callable[[], bool] = lambda: False
+
+
 def make_each_once(
+    crew: Crew,
     look: Callable[[], tuple[Sequence[One], Sequence[One]]],
     adopt: Callable[[Path], None],
     say: Callable[[One, Evaluation, int, int], None],
     *,
-    folder: Path,
-    outbox: Path,
-    store: Store,
-    workers: Workers,
-    team: Team | NoTeam,
-    is_stopped: Callable[[], bool],
     waits: bool,
 ) -> None:
     """Make the evaluations that are missing. Each driver claims one before it starts it.
@@ -57,11 +68,10 @@ def make_each_once(
 
     look: returns all evaluations that the study should have, and those of them that are missing. adopt: stores the
     results in an outbox. say: called with each evaluation that was made, how many there are by now (failed ones
-    included), and how many there should be. folder: of the study. outbox: of the workers. team: other drivers of the
-    study. is_stopped: when it returns True, no further evaluation starts, and the running ones are waited for.
-    waits: also wait for what other living drivers have claimed.
+    included), and how many there should be. waits: also wait for what other living drivers have claimed.
     """
-    adopt(outbox)
+    store, workers, is_stopped = crew.store, crew.workers, crew.is_stopped
+    adopt(crew.outbox)
     failed_before = {(name, claim) for name, claim in store.claims().items() if claim.failed}
     failed_now: set[str] = set()
     under_way: dict[str, One] = {}
@@ -69,7 +79,7 @@ def make_each_once(
     while True:
         claims = store.claims()
         failed_now |= {name for name, claim in claims.items() if claim.failed and (name, claim) not in failed_before}
-        dead = _adopt_from_dead(claims, team, adopt, folder, store)
+        dead = _adopt_from_dead(claims, adopt, crew)
         every, missing = look()
         left = [one for one in missing if one.task.uid not in failed_now]
         for one in left:
@@ -104,7 +114,7 @@ def make_each_once(
             else:
                 failed_now.add(task.uid)
                 store.give_up(task.uid, failed=True)
-            discard(outbox, task.uid, task.rung)
+            discard(crew.outbox, task.uid, task.rung)
             done += 1
             say(one, evaluation, done, len(every))
 
@@ -116,14 +126,12 @@ def release_claims(store: Store) -> None:
             store.give_up(name, failed=False)
 
 
-def _adopt_from_dead(
-    claims: Mapping[str, Claim], team: Team | NoTeam, adopt: Callable[[Path], None], folder: Path, store: Store
-) -> set[str]:
+def _adopt_from_dead(claims: Mapping[str, Claim], adopt: Callable[[Path], None], crew: Crew) -> set[str]:
     """Store what dead drivers finished; returns the names of these drivers."""
-    others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != store.owner}
-    dead = team.dead(others) if others else set()
+    others = {claim.owner for claim in claims.values() if not claim.failed and claim.owner != crew.store.owner}
+    dead = crew.team.dead(others) if others else set()
     for owner in sorted(dead):
-        for place in outboxes_of(owner, store, folder):
+        for place in outboxes_of(owner, crew.store, crew.folder):
             adopt(place)
     return dead
 

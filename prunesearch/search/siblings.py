@@ -23,13 +23,11 @@ from prunesearch.evaluate.task import Evaluation, Task
 from prunesearch.record import Record, Sibling
 from prunesearch.samplers.propose import seed_of
 from prunesearch.schedule import Schedule
-from prunesearch.search.once import make_each_once
+from prunesearch.search.once import Crew, make_each_once
 from prunesearch.search.tasks import candidate_task
 from prunesearch.strict import to_mapping
 from prunesearch.study.store import Store
-from prunesearch.study.team import NoTeam, Team
 from prunesearch.workers.outbox import delete, delivered
-from prunesearch.workers.protocol import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -79,28 +77,23 @@ def unmeasured(store: Store) -> list[Sibling]:
 
 def measure_siblings(
     config: StudyConfig,
-    folder: Path,
-    outbox: Path,
-    store: Store,
-    workers: Workers,
-    team: Team | NoTeam,
+    crew: Crew,
     on_event: Callable[[SiblingMeasured], None] = lambda event: None,
-    is_stopped: Callable[[], bool] = lambda: False,
     *,
     after: bool = False,
 ) -> None:
     """Evaluate each sibling once; skip what is already stored, and what another living driver has claimed.
 
-    A sibling that fails is a warning; the next run tries it again. Arguments as of `confirm.confirm`.
+    A sibling that fails is a warning; the next run tries it again.
 
     after: after the search. Then only what other drivers have claimed is waited for, or taken over from dead ones.
     """
 
     def look() -> tuple[list[Wanted], list[Wanted]]:
-        every = [Wanted(sibling, sibling_task(sibling, config)) for sibling in store.siblings()]
+        every = [Wanted(sibling, sibling_task(sibling, config)) for sibling in crew.store.siblings()]
         missing = [one for one in every if one.sibling.evaluation is None]
         if after:
-            claimed = {name for name, claim in store.claims().items() if not claim.failed}
+            claimed = {name for name, claim in crew.store.claims().items() if not claim.failed}
             missing = [one for one in missing if one.of in claimed]
         return every, missing
 
@@ -110,18 +103,7 @@ def measure_siblings(
             logger.warning("dense sibling %s: not measured (%s): %s", name, cause, evaluation.error)
         on_event(SiblingMeasured(one.sibling, evaluation, done, total))
 
-    make_each_once(
-        look,
-        partial(_adopt, store, folder),
-        say,
-        folder=folder,
-        outbox=outbox,
-        store=store,
-        workers=workers,
-        team=team,
-        is_stopped=is_stopped,
-        waits=after,
-    )
+    make_each_once(crew, look, partial(_adopt, crew.store, crew.folder), say, waits=after)
 
 
 def sibling_task(sibling: Sibling, config: StudyConfig) -> Task:

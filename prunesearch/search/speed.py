@@ -1,7 +1,7 @@
 """Speed as it is measured at the end: the front and the start schedules, timed in turns with the dense model.
 
 It is one task, which `once.py` has one driver make, on a worker of its own while its other workers are closed. Its
-result is stored as confirmation 0 of UID. Another front, or other conditions, make another task.
+result is stored as confirmation 0 of `record.SPEED`. Another front, or other conditions, make another task.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ from pathlib import Path
 
 from prunesearch.config import Budget, StudyConfig
 from prunesearch.evaluate.task import Evaluation, Task, ToTime, timing_work
-from prunesearch.front import front, highest_rung
 from prunesearch.record import SPEED, Record
-from prunesearch.relative_limits import dense_record, limits_at
+from prunesearch.relative_limits import front_within
 from prunesearch.schedule import Schedule
-from prunesearch.search.once import make_each_once
+from prunesearch.search.once import Crew, make_each_once
 from prunesearch.strict import to_mapping
 from prunesearch.study.store import Store
-from prunesearch.study.team import NoTeam, Team
 from prunesearch.workers.outbox import delete, delivered
-from prunesearch.workers.protocol import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +43,16 @@ class Wanted:
     index: int = 0
 
 
-def time_schedules(
-    config: StudyConfig,
-    folder: Path,
-    outbox: Path,
-    store: Store,
-    workers: Workers,
-    team: Team | NoTeam,
-    on_event: Callable[[Timed], None] = lambda event: None,
-    is_stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Time the schedules if that is not stored yet. Arguments as of `confirm.confirm`, which goes before.
+def time_schedules(config: StudyConfig, crew: Crew, on_event: Callable[[Timed], None] = lambda event: None) -> None:
+    """Time the schedules if that is not stored yet.
 
     A failure is a warning; the next call tries again. Drivers with different settings time once each.
     """
     made: set[str] = set()
 
     def look() -> tuple[Sequence[Wanted], Sequence[Wanted]]:
-        every = wanted(config, folder, store.records())
-        return every, [one for one in every if one.task.uid not in made and one.task.uid not in store.confirmed(SPEED)]
+        every = wanted(config, crew.folder, crew.store.records())
+        return every, [one for one in every if one.task.uid not in {*made, *crew.store.confirmed(SPEED)}]
 
     def say(one: Wanted, evaluation: Evaluation, done: int, total: int) -> None:
         made.add(one.task.uid)
@@ -72,18 +60,7 @@ def time_schedules(
             logger.warning("speed: not measured (%s): %s", evaluation.cause, evaluation.error)
         on_event(Timed(evaluation))
 
-    make_each_once(
-        look,
-        partial(_adopt, config, folder, store),
-        say,
-        folder=folder,
-        outbox=outbox,
-        store=store,
-        workers=workers,
-        team=team,
-        is_stopped=is_stopped,
-        waits=True,
-    )
+    make_each_once(crew, look, partial(_adopt, config, crew.folder, crew.store), say, waits=True)
 
 
 def take_up_speeds(config: StudyConfig, folder: Path, outboxes: Iterable[Path], store: Store) -> None:
@@ -99,8 +76,7 @@ def wanted(config: StudyConfig, folder: Path, records: list[Record]) -> list[Wan
     """
     if config.confirm.speed_seconds == 0:
         return []
-    limits = limits_at(config, dense_record(records), highest_rung(records))
-    chosen = {record.uid for record in front(records, config.objectives, limits)}
+    chosen = {record.uid for record in front_within(config, records)}
     rows = [record for record in records if record.uid in chosen or (record.is_start and record.rung_done >= 0)]
     rows = [record for record in rows if record.schedule.stages and record.state != "failed"]
     if not rows:

@@ -70,8 +70,7 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
     stored = with_known_profile(config, url)
     if stored.device is not None and stored.device.table is not None:
         return stored
-    doubt = doubts(profile)
-    if doubt is not None:
+    for doubt in doubts(profile):
         logger.warning("device: %s", doubt)
     save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
@@ -172,8 +171,7 @@ def timing_notes(config: StudyConfig) -> list[str]:
     """What to know of the times in this study: doubts about its profile, and why speed that is measured for each
     candidate is noise, with what to write instead."""
     table = None if config.device is None else config.device.table
-    doubt = None if table is None else doubts(table)
-    notes = [] if doubt is None else [f"device: {doubt}"]
+    notes = [] if table is None else [f"device: {doubt}" for doubt in doubts(table)]
     deciding = [name for name in config.deciding_metrics if name in TIMED]
     if not deciding or config.workers.kind == "serial" or config.workers.count == 1:
         return notes

@@ -31,6 +31,7 @@ import ray._private.services
 from prunesearch.config import WorkersConfig
 from prunesearch.errors import ResourceError
 from prunesearch.evaluate.task import Evaluation, Task
+from prunesearch.printable import counted
 from prunesearch.workers.outbox import evaluate_into
 from prunesearch.workers.protocol import (
     EVALUATE,
@@ -285,7 +286,7 @@ def _total(nodes: list[dict[str, float]], resource: str) -> float:
 
 
 def _description(config: WorkersConfig, count: int, nodes: list[dict[str, float]]) -> str:
-    text = f"{count} Ray worker{'s' * (count > 1)}, {config.cpus_each:g} CPU each"
+    text = f"{counted(count, 'Ray worker')}, {config.cpus_each:g} CPU each"
     if config.gpus_each:
         return f"{text}, {config.gpus_each:g} GPU each"
     unused = _total(nodes, "GPU")

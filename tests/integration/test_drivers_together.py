@@ -21,6 +21,7 @@ from prunesearch.record import Record
 from prunesearch.search.confirm import confirm, missing, take_up_confirmations
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Event, Started
+from prunesearch.search.once import Crew
 from prunesearch.search.speed import time_schedules, wanted
 from prunesearch.study.lock import Place
 from prunesearch.study.reader import open_study_readonly
@@ -236,11 +237,11 @@ class Driver:
 
     def confirm(self, evaluate: str = "test_drivers_together:evaluate") -> None:
         workers = SerialWorkers(self.config.workers, self.outbox, evaluate)
-        confirm(self.config, self.folder, self.outbox, self.store, workers, self.team)
+        confirm(self.config, Crew(self.folder, self.outbox, self.store, workers, self.team))
 
     def time(self) -> None:
         workers = SerialWorkers(self.config.workers, self.outbox, "test_drivers_together:timer")
-        time_schedules(self.config, self.folder, self.outbox, self.store, workers, self.team)
+        time_schedules(self.config, Crew(self.folder, self.outbox, self.store, workers, self.team))
 
     def close(self) -> None:
         self.team.close()

@@ -26,6 +26,7 @@ from prunesearch.report.plot import plot_front
 from prunesearch.search.confirm import Confirmed, confirm, missing
 from prunesearch.search.driver import run_study
 from prunesearch.search.events import Done, Event
+from prunesearch.search.once import Crew
 from prunesearch.study.store import open_store
 from prunesearch.study.team import NoTeam
 from prunesearch.workers.protocol import Lost, Outcome
@@ -64,7 +65,7 @@ def again(config: StudyConfig, folder: Path, workers: SerialWorkers | None = Non
     store = open_store(config, f"journal:{folder / 'study.log'}")
     workers = workers or SerialWorkers(config.workers, folder / "outbox", "test_confirm:evaluate")
     try:
-        confirm(config, folder, folder / "outbox", store, workers, NoTeam(), events.append)
+        confirm(config, Crew(folder, folder / "outbox", store, workers, NoTeam()), events.append)
     finally:
         store.close()
     return events
@@ -155,7 +156,7 @@ def test_on_request_nothing_new_is_begun(tmp_path: Path) -> None:
     config = searched(tmp_path)
     store = open_store(config, f"journal:{tmp_path / 'study.log'}")
     workers = SerialWorkers(config.workers, tmp_path / "outbox", "test_confirm:evaluate")
-    confirm(config, tmp_path, tmp_path / "outbox", store, workers, NoTeam(), is_stopped=lambda: len(TASKS) >= 3)
+    confirm(config, Crew(tmp_path, tmp_path / "outbox", store, workers, NoTeam(), lambda: len(TASKS) >= 3))
     store.close()
     assert len(TASKS) == 3
 

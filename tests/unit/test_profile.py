@@ -192,6 +192,6 @@ def rough(curve: Curve | None) -> Curve:
     ],
 )
 def test_a_profile_that_is_noise_says_so(change: dict[str, object], said: str) -> None:
-    assert doubts(PROFILE) is None
-    found = doubts(replace(PROFILE, **change))
-    assert found is not None and found.startswith(f"Not sure: {said}. ") and "--seconds" in found
+    assert doubts(PROFILE) == []
+    (found,) = doubts(replace(PROFILE, **change))
+    assert found.startswith(f"Not sure: {said}. ") and "--seconds" in found
