@@ -278,8 +278,7 @@ class Store(StudyReader):
         """
         saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("starts")
         if saved is None:
-            saved = [[origin, to_mapping(schedule)] for origin, schedule in find()]
-            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "starts", saved))
+            saved = self.agree("starts", [[origin, to_mapping(schedule)] for origin, schedule in find()])
         try:
             return [(str(origin), from_mapping(Schedule, schedule, origin)) for origin, schedule in saved]
         except (FileError, TypeError, ValueError) as error:
@@ -293,12 +292,28 @@ class Store(StudyReader):
         has changed."""
         saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("vocabulary")
         now = find()
-        if saved is not None:
-            self.vocabulary = from_mapping(Vocabulary, saved, f"study {self.config.name}")
-            refuse_other_defaults(self.vocabulary, now, self.config.name)
-            return
-        self.vocabulary = now
-        self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "vocabulary", to_mapping(now)))
+        if saved is None:
+            saved = self.agree("vocabulary", to_mapping(now))
+        self.vocabulary = from_mapping(Vocabulary, saved, f"study {self.config.name}")
+        refuse_other_defaults(self.vocabulary, now, self.config.name)
+
+    def agree(self, name: str, mine: Any) -> Any:
+        """Store an attribute of the study unless it is there; returns the stored one.
+
+        Drivers that begin a study at the same moment go on with the same value: that of the first.
+        """
+        if self._database is None:
+            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, name, mine))
+            return mine
+
+        def set_if_missing(connection: sql.Connection) -> Any:
+            rows.lock_study(connection, self._study_id)
+            known = rows.study_attribute(connection, self._study_id, name)
+            if known is None:
+                rows.set_study_attribute(connection, self._study_id, name, mine)
+            return mine if known is None else known
+
+        return self._change(set_if_missing)
 
     def siblings(self) -> list[Sibling]:
         return siblings_of(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))
@@ -634,23 +649,32 @@ def open_store(
             study_id = storage.create_new_study(directions, config.name)
         except optuna.exceptions.DuplicatedStudyError:
             study_id = storage.get_study_id_from_name(config.name)
-        attributes = storage.get_study_user_attrs(study_id)
+        has_trials = storage.get_n_trials(study_id) > 0
+        attributes = storage.get_study_user_attrs(study_id)  # after the trials: another driver may begin the study now
         if "config" in attributes:
             trials, _ = read_trials(storage, study_id)
             may_mend = not _is_under_way(candidates_of(trials, first_number(attributes)), alone)
             if refuse_other_settings(config, attributes["config"], may_mend):
                 storage.set_study_user_attr(study_id, "starts", None)
                 storage.set_study_user_attr(study_id, "first", storage.get_n_trials(study_id))
-        elif storage.get_n_trials(study_id) > 0:
+            if attributes["config"] != to_mapping(config):
+                storage.set_study_user_attr(study_id, "config", to_mapping(config))
+        elif has_trials:
             raise StudyError(
                 f"study {config.name!r} in {shown(url)}: it has trials but was not made by prunesearch. "
                 f"Possible: a new name. Change name in the study file."
             )
         else:
             _describe(storage, study_id, config)
-        if attributes.get("config") != to_mapping(config):
-            storage.set_study_user_attr(study_id, "config", to_mapping(config))  # last: it marks the study as complete
-    return Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
+    store = Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
+    if "config" not in attributes:
+        stored = store.agree("config", to_mapping(config))  # last: it marks the study as complete
+        try:
+            refuse_other_settings(config, stored, may_mend=False)
+        except StudyError:
+            store.close()
+            raise
+    return store
 
 
 def _is_result_of(stored: object, task: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
 import time
@@ -32,7 +33,7 @@ from prunesearch.evaluate.task import Evaluation
 from prunesearch.record import Record
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.study.reader import open_study_readonly
-from prunesearch.study.storage import storage_url
+from prunesearch.study.storage import close_storage, open_storage, storage_url
 from prunesearch.study.store import Store, open_store
 
 LIMITED = study(limits=(("gmacs", Limit(at_most=0.01)), ("latency_ms", Limit(at_most=3.0))))
@@ -189,6 +190,63 @@ def test_somebody_elses_study_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="not made by prunesearch"):
         open_store(LIMITED, storage_url(tmp_path))
     assert len(theirs.trials) == 1
+
+
+@pytest.mark.parametrize("other", [LIMITED, replace(LIMITED, sampler=SamplerConfig(seed=9))], ids=["same", "others"])
+def test_a_study_that_another_driver_begins_meanwhile_is_shared(
+    tmp_path: Path, other: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver does all it does at the start before the n-th call of the storage, for every n."""
+    empty = tmp_path / "empty.db"
+    close_storage(open_storage(f"sqlite:///{empty}", writing=True))  # copied, because making the tables is slow
+    turn = 0
+    while _opens_while_another_begins(shutil.copy(empty, tmp_path / f"{turn}.db"), other, turn, monkeypatch):
+        turn += 1
+    assert turn >= 6
+
+
+def _opens_while_another_begins(file: Path, other: StudyConfig, turn: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Open a study; returns False when the storage was not called `turn` times, so that no other driver came."""
+    calls, opened, url = 0, [], f"sqlite:///{file}"
+
+    def open_counted(url: str, writing: bool) -> Any:
+        storage = open_storage(url, writing=writing)
+        for name in ("create_new_study", "get_study_id_from_name", "get_n_trials", "get_study_user_attrs"):
+            monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
+        for name in ("set_study_user_attr", "set_study_system_attr"):
+            monkeypatch.setattr(storage, name, counted(getattr(storage, name)))
+        return storage
+
+    def counted(call: Any) -> Any:
+        def count_and_call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == turn + 1:
+                with monkeypatch.context() as patch:
+                    patch.setattr("prunesearch.study.store.open_storage", open_storage)
+                    begin(other, "first")
+            return call(*args, **options)
+
+        return count_and_call
+
+    def begin(config: StudyConfig, owner: str) -> None:
+        try:
+            store = open_store(config, url, owner=owner, alone=False)
+        except StudyError as error:
+            assert "exists with other settings" in str(error)
+            return
+        opened.append((owner, store.starts(lambda: [(owner, Schedule())])))
+        if owner == "first":
+            assert store.begin(RECORD, {}) is not None
+        store.close()
+
+    monkeypatch.setattr("prunesearch.study.store.open_storage", open_counted)
+    begin(LIMITED, "second")
+    if other == LIMITED and turn < calls:
+        assert [owner for owner, _ in opened] == ["first", "second"] and opened[0][1] == opened[1][1]
+    else:
+        assert len(opened) == 1, "of two drivers with other settings, one is refused"
+    return turn < calls
 
 
 @pytest.mark.parametrize(
