@@ -649,8 +649,10 @@ def open_store(
             study_id = storage.create_new_study(directions, config.name)
         except optuna.exceptions.DuplicatedStudyError:
             study_id = storage.get_study_id_from_name(config.name)
-        has_trials = storage.get_n_trials(study_id) > 0
-        attributes = storage.get_study_user_attrs(study_id)  # after the trials: another driver may begin the study now
+        attributes = storage.get_study_user_attrs(study_id)
+        has_trials = "config" not in attributes and storage.get_n_trials(study_id) > 0
+        if has_trials:  # perhaps another driver has begun the study since the attributes were read
+            attributes = storage.get_study_user_attrs(study_id)
         if "config" in attributes:
             trials, _ = read_trials(storage, study_id)
             may_mend = not _is_under_way(candidates_of(trials, first_number(attributes)), alone)
