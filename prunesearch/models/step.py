@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunesearch.schedule import Stage, Step, options_of
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
-from prunesearch.tokens.select import gather
+from prunesearch.tokens.select import gather, in_onnx_export
 
 load_functions()
 
@@ -48,7 +48,7 @@ class TokenState(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The weight of each token by itself, 1; and of each that stays, with the weights of those that join it."""
+    """The weight of each token by itself, and of each that stays with the weights of those that join it."""
 
     own_Bn1: Tensor
     sum_BK1: Tensor
@@ -71,7 +71,7 @@ def gather_evidence(
     with full_precision(patches_BnC):
         if REDUCERS[stage.reduce].needs_keys:
             assert attended is not None
-            keys_BnD = attended.key_BHND[:, :, attended.prefix_tokens :].float().mean(dim=1)
+            keys_BnD = attended.key_BHND.float().mean(dim=1)[:, attended.prefix_tokens :]
         if stage.score != "none":
             entry = SCORERS[stage.score]
             scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
@@ -104,11 +104,8 @@ def take_step(
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
         else:
             parts, weights = _regrouped(patches_BnC, grouping)
-            if size_Bn is not None:
-                size_Bn = add_up(size_Bn, grouping)
-            elif entry.merges:
-                assert weights is not None
-                size_Bn = _first_sizes(grouping, weights)
+            if size_Bn is not None or entry.merges:
+                size_Bn = _sizes(size_Bn, grouping, weights)
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     return TokenState(tokens_BNC, size_Bn), later
@@ -134,14 +131,25 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     if grouping.host_BG is None:
         ordered_BnC = _ordered(values_BnC, grouping) if ordered_BnC is None else ordered_BnC
         kept_BKC, guests_BGC = ordered_BnC[:, :kept], ordered_BnC[:, kept:].float()
-        extra_B1C = guests_BGC.sum(dim=1, keepdim=True) if weight_BG is None else weight_BG[:, None] @ guests_BGC
+        if weight_BG is None:
+            extra_B1C = guests_BGC.sum(dim=1, keepdim=True)
+        else:
+            extra_B1C = torch.bmm(weight_BG[:, None], guests_BGC)
         return (kept_BKC, extra_B1C.to(values_BnC.dtype)), None
-    # one more channel of ones, so that weights add up with the features
-    own_BnD = F.pad((values_BnC if ordered_BnC is None else ordered_BnC).float(), (0, 1), value=1.0)
+    # one more channel with the weights, so that they add up with the features
+    own_BnD = _weighted((values_BnC if ordered_BnC is None else ordered_BnC).float(), grouping)
     guests_BGD = _guests(own_BnD, grouping)
     sum_BKD = _joined(own_BnD, grouping, guests_BGD if weight_BG is None else guests_BGD * weight_BG[..., None])
     mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
     return (mean_BKC.to(values_BnC.dtype),), Weights(own_BnD[..., channels:], sum_BKD[..., channels:])
+
+
+def _weighted(values_BnC: Tensor, grouping: Grouping) -> Tensor:
+    """The values times their weights, and the weights as the last channel."""
+    if grouping.weight_Bn is None:
+        return F.pad(values_BnC, (0, 1), value=1.0)
+    weight_Bn1 = grouping.weight_Bn[..., None]
+    return torch.cat([values_BnC * weight_Bn1, weight_Bn1], dim=-1)
 
 
 def _ordered(values_BnC: Tensor, grouping: Grouping) -> Tensor:
@@ -180,7 +188,7 @@ def _scattered(own_BnD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bo
 
     An ONNX graph has a product with a one-hot matrix here, because not all runtimes can scatter with a reduction.
     """
-    if not torch.onnx.is_in_onnx_export():
+    if not in_onnx_export():
         host_BGD = host_BG[..., None].expand_as(guests_BGD)
         if largest:
             return own_BnD.scatter_reduce(1, host_BGD, guests_BGD, "amax")
@@ -192,12 +200,14 @@ def _scattered(own_BnD: Tensor, host_BG: Tensor, guests_BGD: Tensor, largest: bo
     return own_BnD + joins_BnG.to(guests_BGD.dtype) @ guests_BGD
 
 
-def _first_sizes(grouping: Grouping, weights: Weights) -> Tensor:
-    """Sizes after the first step that joins tokens; all had size 1 before."""
-    assert grouping.host_BG is not None
-    if grouping.size_share_BG is grouping.guest_weight_BG:
-        return weights.sum_BK1[..., 0]
+def _sizes(size_Bn: Tensor | None, grouping: Grouping, weights: Weights | None) -> Tensor:
+    """The sizes of the new tokens. size_Bn: of the old ones; None when all are 1."""
     share_BG = grouping.size_share_BG
+    if weights is not None and grouping.weight_Bn is size_Bn and share_BG is grouping.guest_weight_BG:
+        return weights.sum_BK1[..., 0]  # the weights are the sizes
+    if size_Bn is not None:
+        return add_up(size_Bn, grouping)
+    assert weights is not None and grouping.host_BG is not None
     share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
     return _joined(weights.own_Bn1, grouping, share_BG[..., None])[..., 0]
 

@@ -46,6 +46,7 @@ from prunesearch.models.vit_shape import shape_of as shape_of
 from prunesearch.schedule import Schedule, reads_attention
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
+from prunesearch.tokens.select import in_onnx_export
 
 MOST_GROUPS = 8
 """Most groups into which a batch is split when its images have different counts; measured in benchmarks/adaptive.md."""
@@ -67,12 +68,11 @@ class Run(NamedTuple):
 class BlocksCall:
     """Passed to `blocks` in one pass, besides the tokens. The blocks set `left`, the state after them.
 
-    most_groups: most groups into which a batch is split when its images have different counts.
     Neither this nor `BlockCall` is a dataclass, because FSDP would copy it and look for tensors in it.
     """
 
-    def __init__(self, run: Run, checkpointed: bool, most_groups: int) -> None:
-        self.run, self.checkpointed, self.most_groups = run, checkpointed, most_groups
+    def __init__(self, run: Run, checkpointed: bool) -> None:
+        self.run, self.checkpointed = run, checkpointed
         self.left: TokenState | None = None
 
 
@@ -131,8 +131,10 @@ class ReducedBlock(Swapped, Block):
         state, ahead = _take_steps(
             call.run.plan.blocks[call.index].mid, call.state._replace(tokens_BNC=x), evidence, call.run
         )
-        call.left = state._replace(evidence=ahead)
-        return state.tokens_BNC + self.drop_path2(self.ls2(self.mlp(self.norm2(state.tokens_BNC))))
+        call.left, x = state._replace(evidence=ahead), state.tokens_BNC
+        del attention, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
+        call.attended = None
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class ReducedBlocks(Swapped, nn.Sequential):
@@ -147,7 +149,7 @@ class ReducedBlocks(Swapped, nn.Sequential):
         run, state = call.run, TokenState(input)
         if run.plan.counts_differ and not run.masked:
             _refuse_to_be_traced()
-            state = _run_in_groups(self, run, state, call.most_groups)
+            state = _run_in_groups(self, run, state)
         else:
             for index, block in enumerate(self):
                 if call.checkpointed:
@@ -225,7 +227,7 @@ class _Reduced(Swapped):
         plan = plan_for(self._plan, x.shape[1] - self._plan.shape.prefix_tokens)
         run = Run(plan, getattr(self, PARTS, None), self.training, self.training if masked is None else masked)
         checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        call = BlocksCall(run, checkpointed, 1 if _is_distributed(self.blocks) else MOST_GROUPS)
+        call = BlocksCall(run, checkpointed)
         check_takes_call(self.blocks, "model.blocks")
         x = self.blocks(x, call=call)
         check_was_called(call.left, "model.blocks")
@@ -427,12 +429,12 @@ def _is_distributed(blocks: nn.Module) -> bool:
     return any(kind.__module__.startswith("torch.distributed.") for kind in kinds)
 
 
-def _run_in_groups(blocks: Any, run: Run, state: TokenState, most: int) -> TokenState:
+def _run_in_groups(blocks: Any, run: Run, state: TokenState) -> TokenState:
     """Run the blocks, and split the batch after stages with thresholds into groups of images with similar counts.
 
     So images with few tokens are not padded to the largest count.
     """
-    prefix = run.plan.shape.prefix_tokens
+    prefix, most = run.plan.shape.prefix_tokens, 1 if _is_distributed(blocks) else MOST_GROUPS
     groups = [Group(None, state)]
     for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
         groups = [Group(group.places_B, _run_block(index, block, run, group.state)) for group in groups]
@@ -543,7 +545,7 @@ def _attention_mask(bias_BN: Tensor, like: Tensor) -> Tensor:
 
     Outside torch.no_grad, torch.onnx.export fails on attention whose mask has gradients. A graph has none anyway.
     """
-    bias_BN = bias_BN.detach() if torch.onnx.is_in_onnx_export() else bias_BN
+    bias_BN = bias_BN.detach() if in_onnx_export() else bias_BN
     return bias_BN[:, None, None, :].to(like.dtype)
 
 

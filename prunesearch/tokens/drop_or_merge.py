@@ -22,4 +22,4 @@ def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention
     kept_BK = torch.where(alike_B1, pairs.others_BK, order_Bn[:, : scene.kept])
     guests_BG = torch.where(alike_B1, pairs.guests_BG, order_Bn[:, scene.kept :])
     host_BG = torch.where(alike_B1, pairs.host_BG, guests_BG)  # a guest that is its own host is dropped
-    return Grouping(ascending(kept_BK)[0], guests_BG, host_BG, guest_weight_BG=pairs.weight_BG)
+    return Grouping(ascending(kept_BK)[0], guests_BG, host_BG, weight_Bn=scene.size_Bn)

@@ -95,6 +95,7 @@ class Grouping(NamedTuple):
     host[g] == kept[j], with guest_weight[g]. With host_BG None, one token is appended: the sum of
     guest_weight[g] * x[guests[g]].
 
+    weight_Bn: fp32; the weight of every token in the mean, that of x[kept[j]] too, instead of 1 and guest_weight.
     size_share_BG: how much of a guest's size goes to its host; all of it when None.
     ordered_BnC: the features of the kept tokens and then of the guests, from verbs that have them already. host_BG is
     then the index of the host among them, which is its place among the kept.
@@ -106,6 +107,7 @@ class Grouping(NamedTuple):
     guest_weight_BG: Tensor | None = None
     size_share_BG: Tensor | None = None
     ordered_BnC: Tensor | None = None
+    weight_Bn: Tensor | None = None
 
 
 class Joining(NamedTuple):

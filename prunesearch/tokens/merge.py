@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
-from prunesearch.tokens.select import ascending, best, ranked, straight_through
+from prunesearch.tokens.select import ascending, best, gather, ranked, straight_through, unit
 
 
 class Pairs(NamedTuple):
-    """Guests, the host of each and its weight against the host's (None is 1); and all other tokens, in any order."""
+    """Guests, the host of each, and all other tokens, in any order."""
 
     others_BK: Tensor
     guests_BG: Tensor
     host_BG: Tensor
-    weight_BG: Tensor | None
 
 
 def _first_guest(parity: str, prefix_tokens: int) -> int:
@@ -36,9 +35,7 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> 
     guests, hosts = slice(first, None, 2), slice(1 - first, None, 2)
     # move the present tokens to the front: odd and even places must not depend on empty slots
     order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
-    unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6).gather(
-        1, order_Bn[..., None].expand(-1, -1, keys_BnD.shape[-1])
-    )
+    unit_BnD = gather(unit(keys_BnD), order_Bn)
     there_Bn = present_Bn.detach().gather(1, order_Bn)
     cosine_BAP = unit_BnD[:, guests] @ unit_BnD[:, hosts].transpose(1, 2)
     cosine_BAP = cosine_BAP.masked_fill(there_Bn[:, None, hosts] == 0, -torch.inf)
@@ -75,17 +72,17 @@ def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> G
     does. With an even number of prefix tokens, 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """
     pairs = closest_pairs(scene, parity)
-    return Grouping(ascending(pairs.others_BK)[0], pairs.guests_BG, pairs.host_BG, guest_weight_BG=pairs.weight_BG)
+    return Grouping(ascending(pairs.others_BK)[0], pairs.guests_BG, pairs.host_BG, weight_Bn=scene.size_Bn)
 
 
 def closest_pairs(scene: ReduceInput, parity: str) -> Pairs:
     """The pairs that `merge` joins so that `scene.kept` tokens stay."""
-    keys_BnD, size_Bn = scene.keys_BnD, scene.size_Bn
+    keys_BnD = scene.keys_BnD
     assert keys_BnD is not None
     tokens = keys_BnD.shape[1]
     first = _first_guest(parity, scene.prefix_tokens)
-    unit_BnD = F.normalize(keys_BnD.float(), dim=-1, eps=1e-6)
-    cosine_BAP = unit_BnD[:, first::2] @ unit_BnD[:, 1 - first :: 2].transpose(1, 2)
+    unit_BnD = unit(keys_BnD)
+    cosine_BAP = torch.bmm(unit_BnD[:, first::2], unit_BnD[:, 1 - first :: 2].transpose(1, 2))
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     # in image order, with -inf for tokens that look for no partner, so that they rank last and stay
     best_Bn = F.pad(best_BA[..., None], (first, 1 - first, 0, 1), value=-torch.inf).flatten(1)[:, :tokens]
@@ -93,5 +90,4 @@ def closest_pairs(scene: ReduceInput, parity: str) -> Pairs:
     guests_BG, others_BK = order_Bn[:, : tokens - scene.kept], order_Bn[:, tokens - scene.kept :]
     host_BG = partner_BA.gather(1, guests_BG // 2) * 2
     host_BG = host_BG if first == 1 else host_BG + 1
-    weight_BG = None if size_Bn is None else size_Bn.gather(1, guests_BG) / size_Bn.gather(1, host_BG)
-    return Pairs(others_BK, guests_BG, host_BG, weight_BG)
+    return Pairs(others_BK, guests_BG, host_BG)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prunesearch.tokens.inputs import MaskedInput, ReduceInput
-from prunesearch.tokens.select import gather, top_k
+from prunesearch.tokens.select import gather, top_k, unit
 
 
 class Nearest(NamedTuple):
@@ -29,8 +28,8 @@ def nearest_kept(scene: ReduceInput) -> Nearest:
     assert scene.scores_Bn is not None
     kept_BK, guests_BG = top_k(scene.scores_Bn, scene.kept)
     ordered_BnC = gather(scene.patches_BnC, torch.cat([kept_BK, guests_BG], dim=1))
-    unit_BnC = F.normalize(ordered_BnC.float(), dim=-1, eps=1e-6)
-    cosine_BGK = unit_BnC[:, scene.kept :] @ unit_BnC[:, : scene.kept].transpose(1, 2)
+    unit_BnC = unit(ordered_BnC)
+    cosine_BGK = torch.bmm(unit_BnC[:, scene.kept :], unit_BnC[:, : scene.kept].transpose(1, 2))
     # the first of equal maxima, so that a guest never has two hosts
     return Nearest(kept_BK, guests_BG, ordered_BnC, *cosine_BGK.max(dim=-1))
 
@@ -43,7 +42,7 @@ def nearest_staying(scene: MaskedInput) -> tuple[Tensor, Tensor, Tensor]:
     has no other token to join is not a guest, and its cosine is 0.
     """
     assert scene.stays_Bn is not None
-    unit_BnC = F.normalize(scene.patches_BnC.float(), dim=-1, eps=1e-6)
+    unit_BnC = unit(scene.patches_BnC)
     cosine_Bnn = unit_BnC @ unit_BnC.transpose(1, 2)
     itself_nn = torch.eye(cosine_Bnn.shape[-1], dtype=torch.bool, device=cosine_Bnn.device)
     hosts_Bnn = (scene.stays_Bn[:, None] > 0) & ~itself_nn

@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def in_onnx_export() -> bool:
+    """Whether torch.onnx.export runs. PyTorch's own function is slow for what stages ask many times in a pass."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Indices of the `kept` best tokens, ascending (image order), and of the others, by descending score."""
     kept_BK, guests_BG, _ = top_k_and_rest(scores_Bn, kept)
@@ -21,7 +26,7 @@ def top_k_and_rest(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor
 
 def ranked(scores_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """The scores in descending order, and their tokens. Of equal scores, the one of the earlier token comes first."""
-    if not torch.onnx.is_in_onnx_export():
+    if not in_onnx_export():
         return scores_Bn.sort(dim=1, descending=True, stable=True)
     # ONNX has TopK instead of a stable sort, and OpenVINO's TopK returns equal values in any order. So the indices are
     # sorted again within each run of equal scores.
@@ -33,15 +38,30 @@ def ranked(scores_Bn: Tensor) -> tuple[Tensor, Tensor]:
 
 def ascending(places_Bn: Tensor) -> tuple[Tensor, Tensor]:
     """Integers that all differ, in ascending order, and where each of them was."""
-    if not torch.onnx.is_in_onnx_export():
+    if not in_onnx_export():
         return places_Bn.sort(dim=1)
     # the exporter turns a sort into a TopK whose size the graph computes, which some runtimes refuse
     return places_Bn.topk(places_Bn.shape[1], dim=1, largest=False)
 
 
 def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
-    """The values of some tokens, (B, K, C)."""
-    return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))
+    """The values of some tokens, (B, K, C).
+
+    On CPUs PyTorch's gather reads value by value, and takes ten times as long as its index_select, which copies rows
+    (benchmarks/speed.md). Elsewhere it is one kernel without the places of rows in the batch.
+    """
+    images, tokens, channels = values_BnC.shape
+    if not values_BnC.is_cpu or in_onnx_export():
+        return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
+    if images > 1:
+        places_BK = places_BK + tokens * torch.arange(images)[:, None]
+    return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(images, -1, channels)
+
+
+def unit(vectors_BnC: Tensor) -> Tensor:
+    """The vectors at length 1, in fp32. It equals F.normalize, which is much Python for so small tensors."""
+    vectors_BnC = vectors_BnC.float()
+    return vectors_BnC / torch.linalg.vector_norm(vectors_BnC, dim=-1, keepdim=True).clamp_min(1e-6)
 
 
 def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
