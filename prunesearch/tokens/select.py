@@ -47,15 +47,15 @@ def ascending(places_Bn: Tensor) -> tuple[Tensor, Tensor]:
 def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     """The values of some tokens, (B, K, C).
 
-    On CPUs PyTorch's gather reads value by value, and takes ten times as long as its index_select, which copies rows
-    (benchmarks/speed.md). Elsewhere it is one kernel without the places of rows in the batch.
+    On CPUs PyTorch's gather reads value by value, and takes ten times as long as its index_select, which copies rows.
+    OpenVINO gains too (benchmarks/speed.md). Elsewhere gather is one kernel, without the places of rows in the batch.
     """
     images, tokens, channels = values_BnC.shape
-    if not values_BnC.is_cpu or in_onnx_export():
+    if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
-    if images > 1:
-        places_BK = places_BK + tokens * torch.arange(images)[:, None]
-    return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(images, -1, channels)
+    if images != 1:
+        places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
+    return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(*places_BK.shape, channels)
 
 
 def unit(vectors_BnC: Tensor) -> Tensor:
