@@ -60,11 +60,16 @@ class PlannedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """The steps of one block. ahead: the steps at the next block's `pre` that read this block's attention."""
+    """The steps of one block.
+
+    listening: the steps that read this block's attention, of its `mid` and then of the next block's `pre`. needs_keys:
+    one of them matches tokens by their keys.
+    """
 
     pre: tuple[PlannedStep, ...] = ()
     mid: tuple[PlannedStep, ...] = ()
-    ahead: tuple[PlannedStep, ...] = ()
+    listening: tuple[PlannedStep, ...] = ()
+    needs_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,13 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     def at(block: int, place: str) -> tuple[PlannedStep, ...]:
         return tuple(step for step in planned if (step.stage.block, step.stage.at) == (block, place))
 
-    blocks = tuple(
-        BlockPlan(at(block, "pre"), at(block, "mid"), ahead=listeners(at(block + 1, "pre")))
-        for block in range(shape.depth)
-    )
+    def of(block: int) -> BlockPlan:
+        around = (*at(block, "mid"), *at(block + 1, "pre"))
+        listening = tuple(step for step in around if reads_attention(step.stage))
+        needs_keys = any(REDUCERS[step.stage.reduce].needs_keys for step in listening)
+        return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys)
+
+    blocks = tuple(map(of, range(shape.depth)))
     merging = [step.stage for step in planned if REDUCERS[step.stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
     return Plan(schedule, shape, blocks, merges=bool(merging), log_size_bias=log_size_bias)
@@ -176,11 +184,6 @@ def _misfit(key: str, here: dict[str, dict[str, torch.Size]], there: dict[str, d
     if key not in there:
         return "more patch tokens than these images have"
     return "learned parts of other shapes than it has"
-
-
-def listeners(steps: Iterable[PlannedStep]) -> tuple[PlannedStep, ...]:
-    """The steps that read an attention layer."""
-    return tuple(step for step in steps if reads_attention(step.stage))
 
 
 def threshold_unit(stage: Stage, shape: ModelShape) -> float:

@@ -66,17 +66,23 @@ def gather_evidence(
 
     part: the learned module of the scorer, or None.
     """
-    scores_Bn = keys_BnD = None
-    options = options_of(stage)
+    keys_BnD = None
+    if REDUCERS[stage.reduce].needs_keys:
+        assert attended is not None and attended.keys_BnD is not None
+        keys_BnD = attended.keys_BnD
+    if stage.score == "none":
+        return Evidence(None, keys_BnD)
+    entry, options = SCORERS[stage.score], options_of(stage)
     with full_precision(patches_BnC):
-        if REDUCERS[stage.reduce].needs_keys:
-            assert attended is not None
-            keys_BnD = attended.key_BHND.float().mean(dim=1)[:, attended.prefix_tokens :]
-        if stage.score != "none":
-            entry = SCORERS[stage.score]
-            scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
-            scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
+        scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
+        scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
     return Evidence(scores_Bn, keys_BnD, takes_largest=options.get("merged") == "max")
+
+
+def mean_keys(key_BHND: Tensor, prefix_tokens: int) -> Tensor:
+    """What verbs match patch tokens by: their keys, mean over heads, in fp32, (B, n, D)."""
+    with full_precision(key_BHND):
+        return key_BHND.float().mean(dim=1)[:, prefix_tokens:]
 
 
 def take_step(

@@ -24,14 +24,14 @@ from prunesearch.errors import ModelError
 from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import (
     PARTS,
+    BlockPlan,
     Plan,
     PlannedStep,
     StageParts,
-    listeners,
     make_plan,
     plan_for,
 )
-from prunesearch.models.step import Evidence, TokenState, gather_evidence, take_step
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
 from prunesearch.models.swap import (
     Place,
     Swapped,
@@ -79,15 +79,14 @@ class BlocksCall:
 class BlockCall:
     """Passed to a block that runs steps, and to its attention, besides the tokens.
 
-    listening: the steps that read this attention. most_gap: for `masked_softmax`, when the attention must pass
+    most_gap: for `masked_softmax`, when the attention must pass
     gradients to earlier decisions; else None. The attention sets `attended`, the block sets `left`, its state before
     the MLP.
     """
 
-    def __init__(
-        self, index: int, run: Run, state: TokenState, listening: tuple[PlannedStep, ...], most_gap: float | None
-    ) -> None:
-        self.index, self.run, self.state, self.listening, self.most_gap = index, run, state, listening, most_gap
+    def __init__(self, index: int, run: Run, state: TokenState, most_gap: float | None) -> None:
+        self.index, self.run, self.state, self.most_gap = index, run, state, most_gap
+        self.plan: BlockPlan = run.plan.blocks[index]
         self.attended: Attended | None = None
         self.left: TokenState | None = None
 
@@ -104,7 +103,7 @@ class AttendingAttention(Swapped, Attention):
         if call is None:
             return Attention.forward(self, x, attn_mask, *args, **kwargs)
         shape, present_Bn = call.run.plan.shape, call.state.present_Bn
-        x, call.attended = attend(self, x, attn_mask, shape, present_Bn, call.most_gap)
+        x, call.attended = attend(self, x, attn_mask, shape, present_Bn, call.most_gap, call.plan.needs_keys)
         return x
 
 
@@ -119,7 +118,7 @@ class ReducedBlock(Swapped, Block):
         """Tokens (B, N, C) to tokens (B, N', C)."""
         if call is None:
             return Block.forward(self, x, attn_mask, *args, **kwargs)
-        if call.listening or call.most_gap is not None:
+        if call.plan.listening or call.most_gap is not None:
             path = f"model.blocks[{call.index}].attn"
             check_takes_call(self.attn, path)
             attention = self.attn(self.norm1(x), attn_mask=attn_mask, call=call)
@@ -127,10 +126,8 @@ class ReducedBlock(Swapped, Block):
         else:
             attention = self.attn(self.norm1(x), attn_mask=attn_mask)
         x = x + self.drop_path1(self.ls1(attention))
-        evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.listening)
-        state, ahead = _take_steps(
-            call.run.plan.blocks[call.index].mid, call.state._replace(tokens_BNC=x), evidence, call.run
-        )
+        evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening)
+        state, ahead = _take_steps(call.plan.mid, call.state._replace(tokens_BNC=x), evidence, call.run)
         call.left, x = state._replace(evidence=ahead), state.tokens_BNC
         del attention, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
         call.attended = None
@@ -298,7 +295,7 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
     learning = False
     for index, (block, block_plan) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         learning = learning or any(step.decisions_learn for step in block_plan.pre)
-        listens = learning or bool(listeners(block_plan.mid) or block_plan.ahead)
+        listens = learning or bool(block_plan.listening)
         path = f"model.blocks[{index}]"
         places.append(Place(path, block, ReducedBlock, calls=listens or bool(block_plan.mid)))
         places.append(Place(f"{path}.attn", block.attn, AttendingAttention, calls=listens))
@@ -359,6 +356,7 @@ def attend(
     shape: ModelShape,
     present_Bn: Tensor | None = None,
     most_gap: float | None = None,
+    needs_keys: bool = False,
 ) -> tuple[Tensor, Attended]:
     """timm's Attention.forward that also returns what scorers read.
 
@@ -389,7 +387,9 @@ def attend(
         logits = logits if bias is None else logits + bias
         output = attention.attn_drop(logits.softmax(dim=-1)) @ value
     prefix, classes = shape.prefix_tokens, shape.class_tokens
-    attended = Attended(query, key, value, output, bias, attention.scale, prefix, classes, present_Bn)
+    # before the projection, which would push the keys out of the cache
+    keys_BnD = mean_keys(key, prefix) if needs_keys else None
+    attended = Attended(query, key, value, output, bias, attention.scale, prefix, classes, present_Bn, keys_BnD)
     x_BNC = attention.norm(output.transpose(1, 2).flatten(2))
     x_BNC = x_BNC if opening is None else x_BNC * opening
     return attention.proj_drop(attention.proj(x_BNC)), attended
@@ -458,17 +458,16 @@ def _run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenStat
     block_plan = run.plan.blocks[index]
     state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
     x = state.tokens_BNC
-    listening = listeners(block_plan.mid) + block_plan.ahead
     learning = state.present_Bn is not None and run.training
     most_gap = _most_gap(run.plan) if learning else None
     if state.bias_B11N is None:
         make_bias = _size_bias if learning else _attention_bias
         state = state._replace(bias_B11N=make_bias(state, run.plan))
     bias = state.bias_B11N
-    if not block_plan.mid and not listening and not learning:
+    if not block_plan.mid and not block_plan.listening and not learning:
         x = block(x) if bias is None else block(x, attn_mask=bias)
         return state._replace(tokens_BNC=x, evidence=())
-    call, path = BlockCall(index, run, state, listening, most_gap), f"model.blocks[{index}]"
+    call, path = BlockCall(index, run, state, most_gap), f"model.blocks[{index}]"
     check_takes_call(block, path)
     x = block(x, attn_mask=bias, call=call)
     check_was_called(call.left, path)

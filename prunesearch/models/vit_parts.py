@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.models.parts import Part, example, sharing_copy
-from prunesearch.models.step import Evidence, TokenState, take_step
+from prunesearch.models.step import Evidence, TokenState, mean_keys, take_step
 from prunesearch.models.vision_transformer import attend, shape_of
 from prunesearch.schedule import Step
 from prunesearch.shape import ModelShape
@@ -121,7 +121,7 @@ class Verb(nn.Module):
     def forward(self, x_BNC: Tensor, scores_Bn: Tensor, key_BHND: Tensor, size_Bn: Tensor) -> tuple[Tensor, ...]:
         """Tokens after the step, and their sizes if the verb merges."""
         scores = scores_Bn if self.entry.ranks else None
-        keys_BnD = key_BHND[:, :, self.prefix :].float().mean(dim=1) if self.entry.needs_keys else None
+        keys_BnD = mean_keys(key_BHND, self.prefix) if self.entry.needs_keys else None
         state = TokenState(x_BNC, size_Bn if self.entry.merges else None)
         state, _ = take_step(self.step, state, self.prefix, Evidence(scores, keys_BnD), (), self.part)
         return (state.tokens_BNC,) if state.size_Bn is None else (state.tokens_BNC, state.size_Bn)

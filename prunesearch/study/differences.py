@@ -74,7 +74,8 @@ def _brief(config: StudyConfig) -> dict[str, Any]:
     table = None if config.device is None else config.device.table
     if table is not None:
         text = f"{table.runtime} on {table.device}, batch {table.batch}, dense {table.dense_ms:.4g} ms"
-        mapping["device"]["table"] = f"{text} ({blake2b(repr(table).encode(), digest_size=4).hexdigest()})"
+        numbers = json.dumps(to_mapping(table), sort_keys=True)  # the order of its parts does not matter
+        mapping["device"]["table"] = f"{text} ({blake2b(numbers.encode(), digest_size=4).hexdigest()})"
     return mapping
 
 

@@ -17,7 +17,8 @@ class Attended(NamedTuple):
     query, key: after q/k norm. output: before the output projection.
     bias_B11N: added to the logits (log sizes of merged tokens; -inf for empty slots), or None. class_tokens: how many
     of the first prefix tokens are class and distillation tokens. present_Bn: 1 for patch tokens that are present, 0
-    for removed ones and padding; None when all are present.
+    for removed ones and padding; None when all are present. keys_BnD: the patch tokens' keys, mean over heads in fp32;
+    None unless a verb needs them.
     """
 
     query_BHND: Tensor
@@ -29,6 +30,7 @@ class Attended(NamedTuple):
     prefix_tokens: int
     class_tokens: int
     present_Bn: Tensor | None = None
+    keys_BnD: Tensor | None = None
 
 
 class ScoreInput(NamedTuple):

@@ -11,7 +11,7 @@ from small_models import images, small_model
 from torch import Tensor
 
 from prunesearch.models import apply_schedule, shape_of, trace
-from prunesearch.models.step import Evidence, TokenState, gather_evidence, take_step
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
 from prunesearch.presets import load_preset, presets
 from prunesearch.schedule import Schedule, Stage, canonical, options_of, resolve
 from prunesearch.tokens import REDUCERS, SCORERS, Attended, Grouping
@@ -172,7 +172,7 @@ def test_the_score_of_a_token_is_the_sum_or_the_largest_of_its_parts(verb: str, 
     model, x = small_model(), torch.randn(2, 1 + 36, 32)
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2, 4, 37, 8, generator=generator)
-    attended = Attended(q, k, v, v, None, 8**-0.5, 1, 1)
+    attended = Attended(q, k, v, v, None, 8**-0.5, 1, 1, keys_BnD=mean_keys(k, 1))
     (step,) = resolve(Schedule((stage_of(verb),)), shape_of(model))
     own = gather_evidence(step.stage, x[:, 1:], attended, False)
     second = Stage(1, score="attention_received", keep=0.5, options={"merged": rule})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import pairs
 
-from prunesearch.models.step import TokenState, add_up, gather_evidence, regroup, take_step
+from prunesearch.models.step import TokenState, add_up, gather_evidence, mean_keys, regroup, take_step
 from prunesearch.registry import Named
 from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
@@ -34,7 +34,8 @@ def attended(class_tokens: int = 1, bias: bool = False) -> Attended:
     q, k, v = torch.randn(3, 2, 4, PREFIX + PATCHES, 4, generator=torch.Generator().manual_seed(0))
     bias_B11N = torch.rand(2, 1, 1, PREFIX + PATCHES) if bias else None
     attention = (q * 0.5 @ k.transpose(-2, -1) + (0 if bias_B11N is None else bias_B11N)).softmax(-1)
-    return Attended(q, k, v, attention @ v, bias_B11N, 0.5, PREFIX, class_tokens)
+    keys_BnD = mean_keys(k, PREFIX)
+    return Attended(q, k, v, attention @ v, bias_B11N, 0.5, PREFIX, class_tokens, keys_BnD=keys_BnD)
 
 
 def patches() -> torch.Tensor:
