@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal, NamedTuple
@@ -349,6 +350,12 @@ def unknown_words(stage: Stage) -> list[str]:
 def options_of(stage: Stage) -> dict[str, Scalar]:
     """The stage's options, completed with the defaults of its score and verb, if those are registered."""
     return {**_default_options(stage), **dict(stage.options)}
+
+
+def options_for(entry: Scorer | Reducer, stage: Stage) -> Mapping[str, Scalar]:
+    """The stage's options for one of its two functions, completed with the defaults."""
+    given = {name: value for name, value in stage.options if name in entry.options}
+    return {**entry.options, **given} if given else entry.options
 
 
 def without_defaults(schedule: Schedule) -> Schedule:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.models.step import Evidence, TokenState, equal_sizes, full_precision
-from prunesearch.schedule import Stage, Step, count_of, options_of
+from prunesearch.schedule import Stage, Step, count_of, options_for
 from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
 from prunesearch.tokens.registry import REDUCERS
 from prunesearch.tokens.select import above, best, draw
@@ -42,7 +42,6 @@ def take_masked_step(
     the score. sample: draw the decisions of learned scores at random instead of taking the best.
     """
     stage, entry = step.stage, REDUCERS[step.stage.reduce]
-    options = options_of(stage)
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     present_Bn = state.present_Bn
     with full_precision(patches_BnC):
@@ -79,7 +78,7 @@ def take_masked_step(
             prefix_tokens,
         )
         assert entry.masked is not None, "resolve refuses it"
-        joining = entry.masked(scene, **{name: options[name] for name in entry.options})
+        joining = entry.masked(scene, **options_for(entry, stage))
         if isinstance(joining, Pooled):
             patches_BnC = joining.patches_BKC.to(patches_BnC.dtype)
             if size_Bn is not None:

@@ -6,15 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunesearch.schedule import Stage, Step, options_of
+from prunesearch.schedule import Stage, Step, options_for
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
 from prunesearch.tokens.select import gather, in_onnx_export
 
 load_functions()
+_NO_CONTEXT = nullcontext()
 
 
 class Evidence(NamedTuple):
@@ -72,17 +72,17 @@ def gather_evidence(
         keys_BnD = attended.keys_BnD
     if stage.score == "none":
         return Evidence(None, keys_BnD)
-    entry, options = SCORERS[stage.score], options_of(stage)
+    entry = SCORERS[stage.score]
+    options = options_for(entry, stage)
     with full_precision(patches_BnC):
         scene = ScoreInput(patches_BnC, attended, stage.block, training, present_Bn, part)
-        scores_Bn = entry.function(scene, **{name: options[name] for name in entry.options})
+        scores_Bn = entry.function(scene, **options)
     return Evidence(scores_Bn, keys_BnD, takes_largest=options.get("merged") == "max")
 
 
 def mean_keys(key_BHND: Tensor, prefix_tokens: int) -> Tensor:
     """What verbs match patch tokens by: their keys, mean over heads, in fp32, (B, n, D)."""
-    with full_precision(key_BHND):
-        return key_BHND.float().mean(dim=1)[:, prefix_tokens:]
+    return key_BHND.float().mean(dim=1)[:, prefix_tokens:]
 
 
 def take_step(
@@ -99,12 +99,11 @@ def take_step(
     Returns the new state (without evidence), and `later` for the new tokens.
     """
     entry = REDUCERS[step.stage.reduce]
-    options = options_of(step.stage)
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     size_Bn = state.size_Bn
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
-        grouping = entry.function(scene, **{name: options[name] for name in entry.options})
+        grouping = entry.function(scene, **options_for(entry, step.stage))
         if isinstance(grouping, Pooled):
             parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
@@ -153,7 +152,7 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
 def _weighted(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """The values times their weights, and the weights as the last channel."""
     if grouping.weight_Bn is None:
-        return F.pad(values_BnC, (0, 1), value=1.0)
+        return torch.constant_pad_nd(values_BnC, (0, 1), 1.0)
     weight_Bn1 = grouping.weight_Bn[..., None]
     return torch.cat([values_BnC * weight_Bn1, weight_Bn1], dim=-1)
 
@@ -245,7 +244,7 @@ def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
     """A context without autocast: ranks, cosines and shares need fp32 (in fp16, scores that are close tie)."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_CONTEXT
 
 
 def equal_sizes(size_Bn: Tensor, count: int) -> Tensor:

@@ -79,9 +79,9 @@ class BlocksCall:
 class BlockCall:
     """Passed to a block that runs steps, and to its attention, besides the tokens.
 
-    most_gap: for `masked_softmax`, when the attention must pass
-    gradients to earlier decisions; else None. The attention sets `attended`, the block sets `left`, its state before
-    the MLP.
+    most_gap: for `masked_softmax`, when the attention must pass gradients to earlier decisions; else None.
+    The attention sets `attended`. The block sets `left`, its state before the MLP, and `ahead`, the evidence of later
+    stages.
     """
 
     def __init__(self, index: int, run: Run, state: TokenState, most_gap: float | None) -> None:
@@ -89,6 +89,7 @@ class BlockCall:
         self.plan: BlockPlan = run.plan.blocks[index]
         self.attended: Attended | None = None
         self.left: TokenState | None = None
+        self.ahead: tuple[Evidence, ...] = ()
 
 
 class AttendingAttention(Swapped, Attention):
@@ -128,7 +129,7 @@ class ReducedBlock(Swapped, Block):
         x = x + self.drop_path1(self.ls1(attention))
         evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening)
         state, ahead = _take_steps(call.plan.mid, call.state._replace(tokens_BNC=x), evidence, call.run)
-        call.left, x = state._replace(evidence=ahead), state.tokens_BNC
+        call.left, call.ahead, x = state, ahead, state.tokens_BNC
         del attention, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
         call.attended = None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -471,7 +472,7 @@ def _run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenStat
     check_takes_call(block, path)
     x = block(x, attn_mask=bias, call=call)
     check_was_called(call.left, path)
-    return call.left._replace(tokens_BNC=x)  # type: ignore[union-attr]
+    return call.left._replace(tokens_BNC=x, evidence=call.ahead)  # type: ignore[union-attr]
 
 
 def _take_steps(
@@ -535,7 +536,7 @@ def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
         return None
     if state.present_Bn is not None:
         size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
-    bias_BN = F.pad(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
+    bias_BN = torch.constant_pad_nd(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
     return _attention_mask(bias_BN, state.tokens_BNC)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInput
@@ -85,7 +84,7 @@ def closest_pairs(scene: ReduceInput, parity: str) -> Pairs:
     cosine_BAP = torch.bmm(unit_BnD[:, first::2], unit_BnD[:, 1 - first :: 2].transpose(1, 2))
     best_BA, partner_BA = cosine_BAP.max(dim=-1)
     # in image order, with -inf for tokens that look for no partner, so that they rank last and stay
-    best_Bn = F.pad(best_BA[..., None], (first, 1 - first, 0, 1), value=-torch.inf).flatten(1)[:, :tokens]
+    best_Bn = torch.constant_pad_nd(best_BA[..., None], (first, 1 - first, 0, 1), -torch.inf).flatten(1)[:, :tokens]
     order_Bn = ranked(best_Bn)[1]
     guests_BG, others_BK = order_Bn[:, : tokens - scene.kept], order_Bn[:, tokens - scene.kept :]
     host_BG = partner_BA.gather(1, guests_BG // 2) * 2
