@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +230,21 @@ def test_subclasses_are_refused() -> None:
         apply_schedule(MyVit(embed_dim=32, depth=1, num_heads=2), Schedule())
     with pytest.raises(ModelError, match="MyAttention"):
         apply_schedule(small_model(attn_layer=MyAttention), Schedule())
+
+
+def test_an_attentions_tensors_are_gone_when_the_mlp_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take as much memory as the tokens, several times."""
+    model, alive, seen = small_model(depth=2), [], []
+
+    def attend_and_note(*args: Any) -> Any:
+        x, attended = attend(*args)
+        alive.extend(map(weakref.ref, (attended.query_BHND, attended.key_BHND, attended.output_BHND)))
+        return x, attended
+
+    monkeypatch.setattr("prunesearch.models.vision_transformer.attend", attend_and_note)
+    apply_schedule(model, Schedule((Stage(0, keep=0.5), Stage(1, keep=0.5, reduce="merge", score="none"))))
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: seen.append([one() for one in alive]))
+    with torch.no_grad():
+        model(images(2))
+    assert len(seen) == 2 and len(seen[1]) == 6 and not any(one is not None for several in seen for one in several)

@@ -14,6 +14,7 @@ from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Attended, ReduceInput, Reducer, Scorer
 from prunesearch.tokens.class_attention import class_rows_BHRN, head_weights_BHn
+from prunesearch.tokens.select import gather, unit
 
 PREFIX, PATCHES = 3, 25
 SHAPE = ModelShape(
@@ -176,3 +177,24 @@ def test_evidence_of_a_later_stage_follows_the_tokens() -> None:
     (once,) = resolve(Schedule((Stage(1, tokens=10),)), SHAPE)
     direct, _ = take_step(once, TokenState(tokens), PREFIX, evidence, ())
     assert torch.equal(twice.tokens_BNC, direct.tokens_BNC)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("images", [1, 3])
+def test_rows_are_copied_as_gather_does(images: int, channels: int) -> None:
+    """With gradients, and from a slice of a larger tensor."""
+    every, places = torch.randn(images, 9, channels), torch.stack([torch.randperm(8)[:4] for _ in range(images)])
+    grads = []
+    for pick in (gather, lambda values, at: values.gather(1, at[..., None].expand(-1, -1, channels))):
+        values = every.clone().requires_grad_()
+        picked = pick(values[:, 1:], places)
+        (picked**2).sum().backward()
+        grads.append((picked.detach(), values.grad))
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_unit_vectors_are_those_of_pytorch(dtype: torch.dtype) -> None:
+    vectors = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    vectors[0, 0] = 0
+    assert torch.equal(unit(vectors), torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-6))
