@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
-from prunesearch.config import SHARE, DataConfig, Limit, ModelConfig, StudyConfig
+from prunesearch.config import SHARE, DataConfig, Limit, MeasureConfig, ModelConfig, StudyConfig
 from prunesearch.confirmation import speed_row
 from prunesearch.cost import Cost, doubts, estimate_cost, total_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
@@ -549,7 +549,9 @@ def _deploy(
         model, data = needed(model, data)
         for text in guessed_normalisation(model_and_data(file, study), (model, data)):
             _say(text)
-    measure = study.measure if study else None
+    measure = study.measure if study else MeasureConfig()
+    if study is not None and study.target.profile is not None:  # the batches that the study is about
+        measure = replace(measure, speed_batch_size=study.target.profile.batch)
     exported = deploy(file, folder, targets, model=model, data=data, half=parsed.half, measure=measure, say=_say)
     before = (file.measured or {}).get("top1")
     for (runtime, path), one in zip(targets, exported, strict=True):

@@ -8,20 +8,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
+from fake_profiles import fake_profile
 from PIL import Image
 from torch import nn
 
 from prunesearch import export_onnx, export_openvino
 from prunesearch.cli import main
-from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.config import DataConfig, MeasureConfig, ModelConfig, StudyConfig, Target
 from prunesearch.errors import FileError, ModelError, RunError, ScheduleError, UserError
-from prunesearch.evaluate import build_model
+from prunesearch.evaluate import build_model, model_shape
 from prunesearch.evaluate.data import open_validation
 from prunesearch.export import deploy, onnx_file, read_facts
 from prunesearch.export.runtimes import ONNX_RUNTIME, OPENVINO, RUNTIMES, Run
@@ -255,6 +257,23 @@ def test_a_candidate_goes_to_production(
     facts = read_facts("out/best.onnx")
     assert facts == read_facts("best.xml") and "block: 1" in facts.schedule and facts.classes == tuple("0123456789")
     assert facts.model == "vit_digits_patch1_8" and str(tmp_path) not in facts.schedule
+
+
+def test_speed_is_timed_in_the_batches_of_the_studys_device(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def note(*args: Any, measure: MeasureConfig, **options: Any) -> None:
+        seen.append(measure.speed_batch_size)
+        raise UserError("enough")
+
+    monkeypatch.setattr("prunesearch.export.deploy.deploy", note)
+    target = Target(DIGITS, fake_profile(model_shape(DIGITS), batch=3))
+    for of in (StudyConfig.target, property(lambda _: target)):
+        monkeypatch.setattr(StudyConfig, "target", of)
+        assert main(["export", str(study), "--trial", "1", "--onnx", str(tmp_path / "a.onnx")]) == 2
+    assert seen == [8, 3]
 
 
 def check_examples(said: str, study: Path) -> None:
