@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
-from prunesearch.config import SHARE, DataConfig, Limit, MeasureConfig, ModelConfig, StudyConfig
+from prunesearch.config import SHARE, DataConfig, DeviceConfig, Limit, MeasureConfig, ModelConfig, StudyConfig
 from prunesearch.confirmation import speed_row
 from prunesearch.cost import Cost, doubts, estimate_cost, total_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
@@ -322,18 +322,20 @@ def _profile(parsed: argparse.Namespace) -> int:
         _check_output(path)
     if parsed.plot is not None:
         check_plot(parsed.plot)
-    study = load_study(parsed.model, parsed.set) if Path(parsed.model).suffix in (".yaml", ".yml") else None
+    is_study = Path(parsed.model).suffix in (".yaml", ".yml")
+    study = load_study(parsed.model, parsed.set, read_profile=False) if is_study else None
     model = ModelConfig(parsed.model) if study is None else study.model
+    device = (None if study is None else study.device) or DeviceConfig()
     verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
     profiles = []
     for profile in measure_profiles(
         model,
-        batches=parsed.batch,
-        runtime=parsed.runtime,
+        batches=parsed.batch or ((1, 16) if device.batch is None else (device.batch,)),
+        runtime=parsed.runtime or device.runtime or "torch",
         device=parsed.device,
-        threads=parsed.threads,
-        precision=parsed.precision,
-        seconds=parsed.seconds,
+        threads=parsed.threads or device.threads,
+        precision=parsed.precision or device.precision or "float32",
+        seconds=parsed.seconds or device.seconds,
         verbs=parsed.verb_name or verbs,
         scores=parsed.score or scores,
         say=_say,
@@ -350,6 +352,8 @@ def _profile(parsed: argparse.Namespace) -> int:
         print(json.dumps([to_mapping(profile) for profile in profiles], indent=2))
     if parsed.output is not None:
         _print(f"Profile: {parsed.output}", file=sys.stderr)
+    elif device.profile is not None:
+        _say(f"the study reads its profile from {device.profile}; -o {shlex.quote(device.profile)} writes one there")
     if parsed.plot is not None:
         plot_profile(profiles, parsed.plot)
         _print(f"Plot: {parsed.plot}", file=sys.stderr)
@@ -917,17 +921,18 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="as JSON, with the predicted schedules")
     sensitivity.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the table to a file")
 
+    the_studys = "default that of the study's device"
     profile = verb("profile", _profile, "what the parts of a model take on this device, and what can be gained here")
     profile.add_argument("model", metavar="MODEL|STUDY.yaml", help="timm model name, or a study file")
-    profile.add_argument("--runtime", default="torch", help="torch, compile, onnxruntime or openvino; default torch")
-    profile.add_argument(
-        "--batch", type=_batches, default=(1, 16), metavar="N,N", help="images in a batch; default 1,16"
-    )
+    profile.add_argument("--runtime", help=f"torch, compile, onnxruntime or openvino; {the_studys}, or torch")
+    profile.add_argument("--batch", type=_batches, metavar="N,N", help=f"images in a batch; {the_studys}, or 1,16")
     profile.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    profile.add_argument("--threads", type=_whole("--threads", 1), metavar="N", help="CPU threads; default all cores")
-    profile.add_argument("--precision", default="float32", help="float32, bfloat16 or float16")
     profile.add_argument(
-        "--seconds", type=_seconds, default=60.0, metavar="S", help="of measuring, for all batches; default 60"
+        "--threads", type=_whole("--threads", 1), metavar="N", help=f"CPU threads; {the_studys}, or all cores"
+    )
+    profile.add_argument("--precision", help=f"float32, bfloat16 or float16; {the_studys}, or float32")
+    profile.add_argument(
+        "--seconds", type=_seconds, metavar="S", help=f"of measuring, for all batches; {the_studys}, or 60"
     )
     profile.add_argument(
         "--verb", dest="verb_name", action="append", default=[], metavar="NAME", help="this verb only; may be repeated"

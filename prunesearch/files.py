@@ -213,15 +213,19 @@ def load_profiles(path: str | Path) -> tuple[Profile, ...]:
     return found
 
 
-def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError."""
+def load_study(path: str | Path, overrides: Sequence[str] = (), *, read_profile: bool = True) -> StudyConfig:
+    """Read a study file; `overrides` such as "stop.trials=20" replace single values. Raises FileError.
+
+    read_profile: also read the device's profile, which the study names. It may not have been made yet.
+    """
     text = _read_yaml(path)
     if _has_stages(text) and "space" not in text.content:
         raise FileError(
             str(path),
             ["it is a schedule (it has stages), not a study. Possible: a file with a space. Use check or evaluate."],
         )
-    return _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
+    config = _named_well(_override_and_read(StudyConfig, text, str(path), overrides), str(path))
+    return with_profile(config) if read_profile else config
 
 
 def places_in_file(path: str | Path, overrides: Sequence[str], problems: Sequence[str]) -> list[str]:
@@ -242,7 +246,7 @@ def override_study(config: StudyConfig, overrides: Sequence[str]) -> StudyConfig
     place = f"study {config.name}"
     if config.device is not None and any(one.startswith("device.") for one in overrides):
         config = replace(config, device=replace(config.device, table=None))  # it belongs to the values before
-    return _named_well(_override_and_read(StudyConfig, Text(to_mapping(config)), place, overrides), place)
+    return with_profile(_named_well(_override_and_read(StudyConfig, Text(to_mapping(config)), place, overrides), place))
 
 
 def _named_well(config: StudyConfig, place: str) -> StudyConfig:
@@ -250,7 +254,7 @@ def _named_well(config: StudyConfig, place: str) -> StudyConfig:
     problem = study_name_problem(config.name)
     if problem is not None:
         raise FileError(place, [problem])
-    return with_profile(config)
+    return config
 
 
 def with_profile(config: StudyConfig) -> StudyConfig:

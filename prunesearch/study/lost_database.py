@@ -63,7 +63,7 @@ def refuse_lost_database(name: str, folder: Path, storage: str, knows_study: Cal
 def _name_in(path: Path) -> str | None:
     """The name in a study file; None when the file is missing or cannot be read."""
     try:
-        return load_study(path).name
+        return load_study(path, read_profile=False).name
     except FileError:
         return None
 

@@ -21,19 +21,20 @@ from small_models import small_model
 from test_feature_map import map_model
 
 from prunesearch.cli import main
-from prunesearch.config import DeviceConfig, IsoBudget, Limit, Objective, StudyConfig
+from prunesearch.config import DeviceConfig, IsoBudget, Limit, ModelConfig, Objective, StudyConfig
 from prunesearch.cost import total_cost
 from prunesearch.device.measure import measure_profile
 from prunesearch.device.profiles import measure_profiles
 from prunesearch.device.runtimes import RUNTIMES, Settings, runtime_of
 from prunesearch.errors import DeviceError, FileError, StudyError
 from prunesearch.evaluate.task import Evaluation, Task
-from prunesearch.files import load_profiles, load_study, save_profiles
+from prunesearch.files import load_profiles, load_study, save_profiles, write_yaml
 from prunesearch.models import shape_of
 from prunesearch.profile import Profile
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.problems import study_problems
 from prunesearch.search.target_device import timing_notes
+from prunesearch.strict import to_mapping
 from prunesearch.study.reader import open_study_readonly
 
 INSTALLED = [name for name, runtime in RUNTIMES.items() if name != "compile" and runtime.is_there]
@@ -125,6 +126,38 @@ def test_the_command_measures_says_and_writes(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out.count("\n") == 1
     assert main(["profile", "vit_digits_patch1_8", "--batch", "2", *few, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["batch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"batches": (8,), "runtime": "openvino", "threads": 2, "precision": "float16", "seconds": 9}),
+        (["--batch", "1,2", "--seconds", "3"], {"batches": (1, 2), "seconds": 3, "runtime": "openvino"}),
+        (["--set", "device.batch=4", "--runtime", "torch"], {"batches": (4,), "runtime": "torch"}),
+        (["--set", "device=null"], {"batches": (1, 16), "runtime": "torch", "threads": None, "seconds": 60}),
+    ],
+)
+def test_a_study_says_what_its_device_is(
+    flags: list[str],
+    expected: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The profile that the study names is made by this command, so it need not be there."""
+    monkeypatch.chdir(tmp_path)
+    device = DeviceConfig("target.json", "openvino", batch=8, threads=2, precision="float16", seconds=9)
+    write_yaml(to_mapping(replace(fake_search.study(), device=device)), Path("s.yaml"))
+    asked: list[dict[str, object]] = []
+
+    def note(model: ModelConfig, **options: object) -> list[Profile]:
+        asked.append({"model": model.name, **options})
+        return []
+
+    monkeypatch.setattr("prunesearch.device.profiles.measure_profiles", note)
+    assert main(["profile", "s.yaml", *flags]) == 0
+    assert asked[0].items() >= {"model": "vit_digits_patch1_8", **expected}.items()
+    assert ("-o target.json" in capsys.readouterr().err) == ("device=null" not in flags)
 
 
 @pytest.mark.parametrize(
