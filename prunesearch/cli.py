@@ -316,7 +316,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
     from prunesearch.report.plot import check_plot
     from prunesearch.report.plot_profile import plot_profile
-    from prunesearch.search.target_device import words_of
+    from prunesearch.search.target_device import BATCH, words_of
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)
@@ -325,12 +325,15 @@ def _profile(parsed: argparse.Namespace) -> int:
     is_study = Path(parsed.model).suffix in (".yaml", ".yml")
     study = load_study(parsed.model, parsed.set, read_profile=False) if is_study else None
     model = ModelConfig(parsed.model) if study is None else study.model
-    device = (None if study is None else study.device) or DeviceConfig()
+    device = DeviceConfig()
+    batches: tuple[int, ...] = (1, 16)
+    if study is not None and study.device is not None:  # one batch size, or the study could not tell which is meant
+        device, batches = study.device, (study.device.batch or BATCH,)
     verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
     profiles = []
     for profile in measure_profiles(
         model,
-        batches=parsed.batch or ((1, 16) if device.batch is None else (device.batch,)),
+        batches=parsed.batch or batches,
         runtime=parsed.runtime or device.runtime or "torch",
         device=parsed.device,
         threads=parsed.threads or device.threads,

@@ -53,7 +53,7 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     images, tokens, channels = values_BnC.shape
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
-    if images != 1:
+    if images != 1 or torch.jit.is_tracing():  # a traced graph also runs on other batches than it was made with
         places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
     return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(*places_BK.shape, channels)
 

@@ -134,6 +134,7 @@ def test_the_command_measures_says_and_writes(tmp_path: Path, capsys: pytest.Cap
         ([], {"batches": (8,), "runtime": "openvino", "threads": 2, "precision": "float16", "seconds": 9}),
         (["--batch", "1,2", "--seconds", "3"], {"batches": (1, 2), "seconds": 3, "runtime": "openvino"}),
         (["--set", "device.batch=4", "--runtime", "torch"], {"batches": (4,), "runtime": "torch"}),
+        (["--set", "device.batch=null"], {"batches": (16,), "runtime": "openvino"}),
         (["--set", "device=null"], {"batches": (1, 16), "runtime": "torch", "threads": None, "seconds": 60}),
     ],
 )
