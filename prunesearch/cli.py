@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunesearch import __version__
-from prunesearch.config import SHARE, DataConfig, DeviceConfig, Limit, MeasureConfig, ModelConfig, StudyConfig
+from prunesearch.config import SHARE, DataConfig, Limit, MeasureConfig, ModelConfig, StudyConfig
 from prunesearch.confirmation import speed_row
 from prunesearch.cost import Cost, doubts, estimate_cost, total_cost
 from prunesearch.errors import FileError, PruneSearchError, StudyError, UserError
@@ -316,7 +316,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
     from prunesearch.report.plot import check_plot
     from prunesearch.report.plot_profile import plot_profile
-    from prunesearch.search.target_device import BATCH, words_of
+    from prunesearch.search.target_device import measured_as, words_of
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)
@@ -325,23 +325,25 @@ def _profile(parsed: argparse.Namespace) -> int:
     is_study = Path(parsed.model).suffix in (".yaml", ".yml")
     study = load_study(parsed.model, parsed.set, read_profile=False) if is_study else None
     model = ModelConfig(parsed.model) if study is None else study.model
-    device = DeviceConfig()
-    batches: tuple[int, ...] = (1, 16)
-    if study is not None and study.device is not None:  # one batch size, or the study could not tell which is meant
-        device, batches = study.device, (study.device.batch or BATCH,)
+    device = None if study is None else study.device
+    flags = {
+        "batches": parsed.batch,
+        "runtime": parsed.runtime,
+        "threads": parsed.threads,
+        "precision": parsed.precision,
+        "seconds": parsed.seconds,
+    }
+    settings = {} if device is None else measured_as(device)
+    settings |= {name: value for name, value in flags.items() if value is not None}
     verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
     profiles = []
     for profile in measure_profiles(
         model,
-        batches=parsed.batch or batches,
-        runtime=parsed.runtime or device.runtime or "torch",
         device=parsed.device,
-        threads=parsed.threads or device.threads,
-        precision=parsed.precision or device.precision or "float32",
-        seconds=parsed.seconds or device.seconds,
         verbs=parsed.verb_name or verbs,
         scores=parsed.score or scores,
         say=_say,
+        **settings,
     ):
         profiles.append(profile)
         if not parsed.json:
@@ -355,7 +357,7 @@ def _profile(parsed: argparse.Namespace) -> int:
         print(json.dumps([to_mapping(profile) for profile in profiles], indent=2))
     if parsed.output is not None:
         _print(f"Profile: {parsed.output}", file=sys.stderr)
-    elif device.profile is not None:
+    elif device is not None and device.profile is not None:
         _say(f"the study reads its profile from {device.profile}; -o {shlex.quote(device.profile)} writes one there")
     if parsed.plot is not None:
         plot_profile(profiles, parsed.plot)

@@ -207,15 +207,15 @@ def line(row: Row) -> str:
     low, high = min(row.measured), max(row.measured)
     return (
         f"| {row.model} | {row.batch} | {row.runtime} | {row.dense_ms:.1f} | {low:.2f} to {high:.2f} | "
-        f"{median(row.errors):.1%} | {max(row.errors):.1%} | {tau(row.predicted, row.measured)} | {tau(*row.halves)} | "
-        f"{confused(row):.1%} |"
+        f"{median(row.errors):.1%} | {max(row.errors):.1%} | {tau(row.predicted, row.measured):.2f} | "
+        f"{tau(*row.halves):.2f} | {confused(row):.1%} |"
     )
 
 
-def tau(first: Sequence[float], second: Sequence[float]) -> str:
-    """Kendall's tau of two orders."""
+def tau(first: Sequence[float], second: Sequence[float]) -> float:
+    """Kendall's tau of two orders, as shown; nan when one of them is no order."""
     value = kendall_tau(list(zip(first, second, strict=True)))
-    return "" if value is None else f"{value:.2f}"
+    return math.nan if value is None else round(value, 2)
 
 
 def confused(row: Row) -> float:
@@ -263,14 +263,14 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = [f"Goals reached: {len(rows) - len(missed)} of {len(rows)}.", ""] if missed else ["All reach the goals."]
     return lines + [
         f"- missed: {row.model}, batch {row.batch}, {row.runtime}: error {median(row.errors):.1%}, tau "
-        f"{tau(row.predicted, row.measured)}; schedules in the wrong order differ by at most {confused(row):.1%}, and "
-        f"two measurements agree on the order to {tau(*row.halves)}"
+        f"{tau(row.predicted, row.measured):.2f}; schedules in the wrong order differ by at most {confused(row):.1%}, "
+        f"and two measurements agree on the order to {tau(*row.halves):.2f}"
         for row in missed
     ]
 
 
 def _reaches_goals(row: Row) -> bool:
-    return median(row.errors) <= MOST_ERROR and float(tau(row.predicted, row.measured)) >= LEAST_TAU
+    return median(row.errors) <= MOST_ERROR and tau(row.predicted, row.measured) >= LEAST_TAU
 
 
 def table(rows: Sequence[Row]) -> str:

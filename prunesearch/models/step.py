@@ -152,7 +152,7 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
 def _weighted(values_BnC: Tensor, grouping: Grouping) -> Tensor:
     """The values times their weights, and the weights as the last channel."""
     if grouping.weight_Bn is None:
-        return torch.constant_pad_nd(values_BnC, (0, 1), 1.0)
+        return torch.constant_pad_nd(values_BnC, (0, 1), 1.0)  # F.pad without its Python
     weight_Bn1 = grouping.weight_Bn[..., None]
     return torch.cat([values_BnC * weight_Bn1, weight_Bn1], dim=-1)
 

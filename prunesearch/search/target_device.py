@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from prunesearch.config import IN_ANY_PRECISION, StudyConfig
+from prunesearch.config import IN_ANY_PRECISION, DeviceConfig, StudyConfig
 from prunesearch.cost import MACS, doubts, target_field
 from prunesearch.errors import UserError
 from prunesearch.evaluate.metrics import METRICS
@@ -60,12 +61,8 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
         config.model,
         verbs=verbs,
         scores=scores,
-        batches=(device.batch or BATCH,),
-        runtime=device.runtime or "torch",
-        threads=device.threads,
-        precision=device.precision or "float32",
-        seconds=device.seconds,
         say=logger.warning,
+        **measured_as(device),
     )
     stored = with_known_profile(config, url)
     if stored.device is not None and stored.device.table is not None:
@@ -74,6 +71,13 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
         logger.warning("device: %s", doubt)
     save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
+
+
+def measured_as(device: DeviceConfig) -> dict[str, Any]:
+    """The arguments of `measure_profiles` for a study's device. It has one batch size, as its profile has."""
+    given = {name: getattr(device, name) for name in ("runtime", "threads", "precision")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return {"batches": (device.batch or BATCH,), "seconds": device.seconds, **given}
 
 
 def words_of(config: StudyConfig, shape: ModelShape) -> tuple[list[str], list[str]]:

@@ -47,8 +47,8 @@ def ascending(places_Bn: Tensor) -> tuple[Tensor, Tensor]:
 def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     """The values of some tokens, (B, K, C).
 
-    On CPUs PyTorch's gather reads value by value, while index_select copies rows, which takes a tenth of the time for
-    tokens of 384 values. OpenVINO gains too. On other devices gather is one kernel, and needs no places in the batch.
+    On CPUs PyTorch's gather reads value by value, while index_select copies whole rows; OpenVINO is alike. On other
+    devices gather is one kernel, and needs no places in the batch.
     """
     images, tokens, channels = values_BnC.shape
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):

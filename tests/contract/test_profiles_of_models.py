@@ -9,6 +9,7 @@ import json
 import warnings
 from dataclasses import replace
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_a_study_says_what_its_device_is(
     asked: list[dict[str, object]] = []
 
     def note(model: ModelConfig, **options: object) -> list[Profile]:
-        asked.append({"model": model.name, **options})
+        call = signature(measure_profiles).bind(model, **options)
+        call.apply_defaults()
+        asked.append({**call.arguments, "model": model.name})
         return []
 
     monkeypatch.setattr("prunesearch.device.profiles.measure_profiles", note)
