@@ -32,7 +32,7 @@ from prunesearch.search.shared_weights import prepare_supernet
 from prunesearch.search.siblings import measure_siblings, take_up_siblings, unmeasured
 from prunesearch.search.speed import take_up_speeds, time_schedules
 from prunesearch.search.state import SearchState
-from prunesearch.search.target_device import timing_notes, with_known_profile, with_measured_profile
+from prunesearch.search.target_device import save_profile, timing_notes, with_known_profile, with_measured_profile
 from prunesearch.space.vocabulary import vocabulary_of
 from prunesearch.study.opened import opened_study, url_and_drivers
 from prunesearch.study.reader import has_study
@@ -81,8 +81,9 @@ def run_study(
     on_event(Checked())
     for note in timing_notes(config):
         logger.warning("%s", note)
-    if config.device is not None and config.device.table is None:
-        config = with_measured_profile(config, folder, url)
+    just_measured = config.device is not None and config.device.table is None
+    if just_measured:
+        config = with_measured_profile(config)
         check_study(config, starts=not has_study(url, config.name), problems=problems)
     with Interrupt() as interrupt, ExitStack() as stack:
         if make_workers is None:
@@ -97,7 +98,11 @@ def run_study(
             on_event(Waiting(why, waited))
             return interrupt.count == 0
 
-        store, place = stack.enter_context(opened_study(config, folder, url, alone, wait_for_storage))
+        opening = opened_study(config, folder, url, alone, wait_for_storage, just_measured)
+        store, place = stack.enter_context(opening)
+        config = store.config  # it may have the profile of a driver that began the study at the same moment
+        if just_measured:
+            save_profile(config, folder)
         team: Team | NoTeam = NoTeam()
         if not alone:
             team = stack.enter_context(closing(Team(store, place, lease)))

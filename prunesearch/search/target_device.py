@@ -44,10 +44,8 @@ def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     return replace(config, device=replace(config.device, table=stored.device.table))
 
 
-def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyConfig:
-    """The study with a profile; one that has none is measured on this machine now, and written to its folder.
-
-    If another driver has stored the study meanwhile, its profile is taken.
+def with_measured_profile(config: StudyConfig) -> StudyConfig:
+    """The study with a profile; one that has none is measured on this machine now.
 
     Raises DeviceError, MissingLibraryError, ModelError and ResourceError.
     """
@@ -64,13 +62,15 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
         say=logger.warning,
         **measured_as(device),
     )
-    stored = with_known_profile(config, url)
-    if stored.device is not None and stored.device.table is not None:
-        return stored
     for doubt in doubts(profile):
         logger.warning("device: %s", doubt)
-    save_profiles([profile], folder / FILE)
     return replace(config, device=replace(device, table=profile))
+
+
+def save_profile(config: StudyConfig, folder: Path) -> None:
+    """Write the profile that a study began with to its folder."""
+    if config.device is not None and config.device.table is not None:
+        save_profiles([config.device.table], folder / FILE)
 
 
 def measured_as(device: DeviceConfig) -> dict[str, Any]:

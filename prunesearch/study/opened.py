@@ -33,10 +33,11 @@ def opened_study(
     url: str,
     alone: bool,
     on_wait: Callable[[str, float], bool] = lambda why, waited: True,
+    just_measured: bool = False,
 ) -> Iterator[tuple[Store, Place]]:
     """Create or continue a study, and close it at the end of the block.
 
-    folder: absolute. url, alone: as `url_and_drivers` gives them. on_wait: see `Patience`.
+    folder: absolute. url, alone: as `url_and_drivers` gives them. on_wait, just_measured: see `open_store`.
     Raises StudyError when another driver has locked it, its database is lost, or its stored settings differ.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,7 @@ def opened_study(
         lock = only_driver(folder, journal_file(url)) if alone else one_of_several(folder, sqlite_file(url))
         place = stack.enter_context(lock)
         refuse_lost_database(config.name, folder, shown(url), lambda: knows_study(url, config.name))
-        store = open_store(config, url, owner=place.name, alone=alone, on_wait=on_wait)
+        store = open_store(config, url, owner=place.name, alone=alone, on_wait=on_wait, just_measured=just_measured)
         stack.callback(store.close)
-        write_yaml(to_mapping(config), folder / "study.yaml", header="prunesearch study, as it was run")
+        write_yaml(to_mapping(store.config), folder / "study.yaml", header="prunesearch study, as it was run")
         yield store, place

@@ -634,13 +634,15 @@ def open_store(
     owner: str = "",
     alone: bool = True,
     on_wait: Callable[[str, float], bool] = lambda why, waited: True,
+    just_measured: bool = False,
 ) -> Store:
     """Create a study or continue it. Raises StudyError, listing the differences, when it exists with other settings.
 
     As long as no evaluation is complete, settings in MAY_MEND may differ too. Then the search starts over: the trials
     so far are ignored, and the study attribute "first" holds the number of the first trial that counts.
 
-    on_wait: see `Patience`.
+    on_wait: see `Patience`. just_measured: this driver has measured the profile of the device. If another driver began
+    the study meanwhile, its profile is taken: `config` of the returned store has it.
     """
     storage, file = open_storage(url, writing=True), file_of(url)
     directions = [optuna.study.StudyDirection[f"{objective.goal}".upper()] for objective in config.objectives]
@@ -654,6 +656,7 @@ def open_store(
         if has_trials:  # perhaps another driver has begun the study since the attributes were read
             attributes = storage.get_study_user_attrs(study_id)
         if "config" in attributes:
+            config = _with_profile_of(attributes["config"], config) if just_measured else config
             trials, _ = read_trials(storage, study_id)
             may_mend = not _is_under_way(candidates_of(trials, first_number(attributes)), alone)
             if refuse_other_settings(config, attributes["config"], may_mend):
@@ -671,12 +674,21 @@ def open_store(
     store = Store(storage, study_id, config, owner, alone, Patience(on_wait=on_wait, file=file), url)
     if "config" not in attributes:
         stored = store.agree("config", to_mapping(config))  # last: it marks the study as complete
+        store.config = _with_profile_of(stored, config) if just_measured else config
         try:
-            refuse_other_settings(config, stored, may_mend=False)
+            refuse_other_settings(store.config, stored, may_mend=False)
         except StudyError:
             store.close()
             raise
     return store
+
+
+def _with_profile_of(saved: Mapping[str, Any], config: StudyConfig) -> StudyConfig:
+    """The settings with the profile of the stored ones."""
+    stored = from_mapping(StudyConfig, saved, f"study {config.name!r}").device
+    if config.device is None or stored is None:
+        return config
+    return replace(config, device=replace(config.device, table=stored.table))
 
 
 def _is_result_of(stored: object, task: str) -> bool:

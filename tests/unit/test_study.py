@@ -13,12 +13,14 @@ from typing import Any
 
 import optuna
 import pytest
-from fake_search import SPACE, run, study
+from fake_profiles import fake_profile
+from fake_search import SHAPE, SPACE, run, study
 
 from prunesearch.config import (
     BlockSpace,
     Budget,
     DataConfig,
+    DeviceConfig,
     Limit,
     MeasureConfig,
     ModelConfig,
@@ -192,20 +194,36 @@ def test_somebody_elses_study_is_left_alone(tmp_path: Path) -> None:
     assert len(theirs.trials) == 1
 
 
-@pytest.mark.parametrize("other", [LIMITED, replace(LIMITED, sampler=SamplerConfig(seed=9))], ids=["same", "others"])
+def measured(ms: float) -> StudyConfig:
+    """A study whose driver has measured the profile of its device: what is outside the blocks takes so long."""
+    return replace(LIMITED, device=DeviceConfig(table=replace(fake_profile(SHAPE), fixed=ms)))
+
+
+@pytest.mark.parametrize(
+    ("mine", "other"),
+    [
+        (LIMITED, LIMITED),
+        (LIMITED, replace(LIMITED, sampler=SamplerConfig(seed=9))),
+        (measured(1.0), measured(1.1)),
+        (measured(1.0), replace(measured(1.1), sampler=SamplerConfig(seed=9))),
+    ],
+    ids=["same", "others", "another measurement", "another measurement and others"],
+)
 def test_a_study_that_another_driver_begins_meanwhile_is_shared(
-    tmp_path: Path, other: StudyConfig, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mine: StudyConfig, other: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another driver does all it does at the start before the n-th call of the storage, for every n."""
     empty = tmp_path / "empty.db"
     close_storage(open_storage(f"sqlite:///{empty}", writing=True))  # copied, because making the tables is slow
     turn = 0
-    while _opens_while_another_begins(shutil.copy(empty, tmp_path / f"{turn}.db"), other, turn, monkeypatch):
+    while _opens_while_another_begins(shutil.copy(empty, tmp_path / f"{turn}.db"), mine, other, turn, monkeypatch):
         turn += 1
     assert turn >= 6
 
 
-def _opens_while_another_begins(file: Path, other: StudyConfig, turn: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+def _opens_while_another_begins(
+    file: Path, mine: StudyConfig, other: StudyConfig, turn: int, monkeypatch: pytest.MonkeyPatch
+) -> bool:
     """Open a study; returns False when the storage was not called `turn` times, so that no other driver came."""
     calls, opened, url = 0, [], f"sqlite:///{file}"
 
@@ -231,18 +249,18 @@ def _opens_while_another_begins(file: Path, other: StudyConfig, turn: int, monke
 
     def begin(config: StudyConfig, owner: str) -> None:
         try:
-            store = open_store(config, url, owner=owner, alone=False)
+            store = open_store(config, url, owner=owner, alone=False, just_measured=config.device is not None)
         except StudyError as error:
             assert "exists with other settings" in str(error)
             return
-        opened.append((owner, store.starts(lambda: [(owner, Schedule())])))
+        opened.append((owner, (store.config, store.starts(lambda: [(owner, Schedule())]))))
         if owner == "first":
             assert store.begin(RECORD, {}) is not None
         store.close()
 
     monkeypatch.setattr("prunesearch.study.store.open_storage", open_counted)
-    begin(LIMITED, "second")
-    if other == LIMITED and turn < calls:
+    begin(mine, "second")
+    if other.sampler == mine.sampler and turn < calls:
         assert [owner for owner, _ in opened] == ["first", "second"] and opened[0][1] == opened[1][1]
     else:
         assert len(opened) == 1, "of two drivers with other settings, one is refused"
