@@ -1,7 +1,7 @@
 """Measure a device profile: every part of a model in turns, then what each score and verb adds, then the whole.
 
 What is measured are real parts with the model's own sizes, in the runtime that will run them. In a model they take more
-than alone, where they run from warm caches. How much more a block takes is found on all blocks together, for two
+than alone, where they run from warm caches. How much more a block takes is found on all blocks together, for three
 numbers of tokens; how much more a stage takes, on a piece of the model with and without stages.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from prunesearch.config import DEFAULT_SCORE
 from prunesearch.cost import total_cost
 from prunesearch.device.runtimes import Run, Runtime, Settings, prepare, threads_set
+from prunesearch.device.stairs import filled, places, probes, width_of
 from prunesearch.device.timing import Measured, in_turns
 from prunesearch.errors import DeviceError, ScheduleError
 from prunesearch.evaluate.speed import synchronise
@@ -98,16 +100,21 @@ def measure_profile(
         checks = _checks(shape, verbs, score)
         work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
         say(f"measuring {len(work)} parts for up to {seconds:.3g} s")
-        first = _times(work, seconds * (1 - SECOND_LOOK), wait)
-        bends = _bends(first, shape)
-        if bends:
-            anchored = look.curves(bends) | {("dense",): work[("dense",)]}
-            second = _times(anchored, seconds * SECOND_LOOK, wait)
+        alone = settings.threads == 1 and settings.device.type == "cpu"
+        clock = time.process_time if alone else None
+        first = _times(work, seconds * (1 - SECOND_LOOK), wait, clock)
+        stairs = _stairs(first, shape)
+        more = look.curves(_bends(first, shape, stairs))
+        if stairs is not None:
+            more |= look.curves(_at_stairs(stairs, first, shape), only="attention")
+        if more:
+            anchored = more | {("dense",): work[("dense",)]}
+            second = _times(anchored, seconds * SECOND_LOOK, wait, clock)
             drift = first[("dense",)].seconds / second[("dense",)].seconds
             first |= {
                 key: Measured(value.seconds * drift, value.error) for key, value in second.items() if key != ("dense",)
             }
-    found = _profile(first, shape, verbs, scores)
+    found = _profile(first, shape, verbs, scores, stairs)
     found = replace(
         found,
         model=name,
@@ -149,11 +156,13 @@ class _Look:
         found: dict[Key, Part] = {("dense",): Part((self.model,), (self.images,))}
         return self._ready(found if stem is None else found | {("stem",): stem})
 
-    def curves(self, counts: Sequence[int]) -> dict[Key, _Work]:
-        """The parts that depend on a number of tokens. counts: patch tokens."""
+    def curves(self, counts: Sequence[int], only: str | None = None) -> dict[Key, _Work]:
+        """The parts that depend on a number of tokens. counts: patch tokens. only: this curve alone."""
         tokens = [count + self.shape.prefix_tokens for count in counts]
         found: dict[Key, _Work] = {}
-        for name, parts in self.parts.curve_parts(self.model, self.images, tokens).items():
+        for name, parts in self.parts.curve_parts(self.model, self.images, tokens).items() if tokens else ():
+            if only not in (None, name):
+                continue
             runs = self._prepared(list(parts.values()), f"{name} of a block")
             rows = zip(parts.items(), runs, strict=True)
             found |= {(name, count): _Work(run, part.blocks) for (count, part), run in rows}
@@ -169,7 +178,9 @@ class _Look:
                 found[("score", name, tokens)] = self.parts.score_part(self.model, self.images, name, tokens)
         for verb in verbs:
             for step in _designs(verb, shape, usual_score(shape, scores)):
-                found[("verb", verb, step.before, step.after)] = self.parts.verb_part(self.model, self.images, step)
+                found[("verb", verb, step.before, step.after)] = self.parts.verb_part(
+                    self.model, shape, self.images, step
+                )
         return self._ready(found)
 
     def models(self, pieces: Mapping[str, Schedule], checks: Sequence[Schedule]) -> dict[Key, _Work]:
@@ -202,9 +213,11 @@ class _Look:
             ) from error
 
 
-def _times(work: Mapping[Key, _Work], seconds: float, wait: Callable[[], None]) -> dict[Key, Measured]:
+def _times(
+    work: Mapping[Key, _Work], seconds: float, wait: Callable[[], None], clock: Callable[[], float] | None
+) -> dict[Key, Measured]:
     """Seconds of one block (or of the whole) for each piece of work."""
-    found = in_turns({key: one.run for key, one in work.items()}, seconds, wait)
+    found = in_turns({key: one.run for key, one in work.items()}, seconds, wait, clock=clock)
     return {key: Measured(value.seconds / work[key].blocks, value.error) for key, value in found.items()}
 
 
@@ -216,13 +229,28 @@ def _counts(shape: ModelShape) -> list[int]:
     counts = {max(1, round(share * shape.patch_tokens)) for share in FRACTIONS}
     if shape.holds:
         counts.add(shape.patch_tokens - 1)  # holding one position costs the gathers, and none of the MLP's time goes
-    return sorted(counts)
+    else:
+        counts |= {tokens - shape.prefix_tokens for tokens in probes(shape.patch_tokens + shape.prefix_tokens)}
+    return sorted(count for count in counts if count > 0)
 
 
-def _bends(times: Mapping[Key, Measured], shape: ModelShape) -> list[int]:
-    """Patch tokens half-way between two measured points of which a curve is not straight."""
+def _stairs(times: Mapping[Key, Measured], shape: ModelShape) -> int | None:
+    """The width of the stairs of attention, see `stairs.py`; None when it has none."""
+    attention = _curve("attention", times)
+    return None if attention is None else width_of(attention, shape.patch_tokens + shape.prefix_tokens)
+
+
+def _at_stairs(width: int, times: Mapping[Key, Measured], shape: ModelShape) -> list[int]:
+    """Patch tokens at the edges of stairs that are not measured yet."""
+    known = {key[1] for key in times if key[0] == "attention"}
+    edges = places(width, shape.patch_tokens + shape.prefix_tokens)
+    return [tokens - shape.prefix_tokens for tokens in edges if tokens > shape.prefix_tokens and tokens not in known]
+
+
+def _bends(times: Mapping[Key, Measured], shape: ModelShape, stairs: int | None) -> list[int]:
+    """Patch tokens half-way between two measured points of which a curve is not straight, but for stairs."""
     found = set()
-    for name in ("attention", "mlp"):
+    for name in ("mlp",) if stairs else ("attention", "mlp"):
         points = sorted((key[1], value.seconds) for key, value in times.items() if key[0] == name)
         for (left, low), (middle, seconds), (right, high) in zip(points, points[1:], points[2:], strict=False):
             straight = low + (high - low) * (middle - left) / (right - left)
@@ -290,11 +318,18 @@ def _checks(shape: ModelShape, verbs: Sequence[str], score: str) -> list[Schedul
 # --- what follows from it ----------------------------------------------------------------------------------------
 
 
-def _profile(times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -> Profile:
+def _profile(
+    times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[str], scores: Sequence[str], stairs: int | None
+) -> Profile:
     """The profile of parts alone, with what a block takes more in the dense model than its halves take alone."""
     dense = 1e3 * times[("dense",)].seconds
     attention, sized, mlp, last = (_curve(name, times) for name in ("attention", "sized_attention", "mlp", "last"))
     assert mlp is not None
+    if attention is not None and stairs is not None:
+        attention = filled(attention, stairs)
+    if attention is not None and sized is not None:  # measured at fewer tokens: the sizes add nearly a straight line
+        rows = zip(sized.tokens, sized.ms, strict=True)
+        sized = attention.plus({tokens: ms - attention.at(tokens) for tokens, ms in rows})
     wholes = {key[1]: 1e3 * value.seconds for key, value in times.items() if key[0] == "whole"}
     if attention is not None and last is not None:
         mlp = mlp.plus({n: (ms - last.at(n)) / shape.depth - attention.at(n) - mlp.at(n) for n, ms in wholes.items()})

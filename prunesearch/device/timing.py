@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -28,6 +31,8 @@ ENOUGH_ERROR = 0.005
 QUIET = 0.25
 """A piece takes what it took in this share of its visits, the fastest ones: noise only adds time."""
 SWEEPS = 20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,18 @@ def in_turns(
     wait: Callable[[], None] = lambda: None,
     seed: int = 0,
     long: float = LONG,
+    clock: Callable[[], float] | None = None,
 ) -> dict[Key, Measured]:
     """Measure every piece of work once in each round, in random order, until `seconds` are over or all are certain.
 
     work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
-    before and after each visit. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
+    before and after each visit. clock: for work of one thread `time.process_time`, which stands still while something
+    else has the processor. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
     what takes longer than `long` seconds.
     """
-    rounds = _rounds({name: (run,) for name, run in work.items()}, seconds, wait, seed, long)
+    rounds = _rounds(
+        {name: (run,) for name, run in work.items()}, seconds, wait, seed, long, clock or time.perf_counter
+    )
     values, errors = _estimates(rounds)
     return {name: Measured(value, error) for name, value, error in zip(work, values, errors, strict=True)}
 
@@ -84,7 +93,7 @@ def ratios_in_turns(
     work: for each piece its calls, as many for all. A round makes one of them: the first round the first one, and so
     on. The same place must hold the same input for all pieces.
     """
-    times_RP = np.asarray(_rounds(work, seconds, wait, seed, math.inf))
+    times_RP = np.asarray(_rounds(work, seconds, wait, seed, math.inf, time.perf_counter))
     names = list(work)
     ratio_RP = times_RP[:, [names.index(base)]] / times_RP
     low_P, median_P, high_P = np.quantile(ratio_RP, [0.25, 0.5, 0.75], axis=0).tolist()
@@ -92,12 +101,32 @@ def ratios_in_turns(
     return {name: Ratio(*column, len(times_RP)) for name, column in zip(names, columns, strict=True)}
 
 
+@cache
+def keep_freed_memory() -> None:
+    """From now on, let this process keep the memory that it frees. Only glibc needs it; elsewhere nothing happens.
+
+    glibc returns large blocks to the system and takes them again, page by page. That is up to a tenth of a pass, in one
+    process and not in the next, more for the dense model than for a pruned one: it cannot be predicted.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _rounds(
-    work: Mapping[Key, Sequence[Callable[[], object]]], seconds: float, wait: Callable[[], None], seed: int, long: float
+    work: Mapping[Key, Sequence[Callable[[], object]]],
+    seconds: float,
+    wait: Callable[[], None],
+    seed: int,
+    long: float,
+    clock: Callable[[], float],
 ) -> list[list[float]]:
     """Seconds of every piece in each round; NaN where it was not visited, see `LONG`."""
+    keep_freed_memory()
     names, order = list(work), random.Random(seed)
-    single = {name: _single(work[name][0], wait) for name in names}
+    single = {name: _single(work[name][0], wait, clock) for name in names}
     visit = min(max(seconds / (ROUNDS * len(names)), VISITS[0]), VISITS[1])
     repeats = {name: max(1, round(visit / single[name])) for name in names}
     end = time.perf_counter() + seconds
@@ -109,29 +138,35 @@ def _rounds(
         seen = dict.fromkeys(names, np.nan)
         for name in order.sample(now, len(now)):
             runs = work[name]
-            seen[name] = _visit(runs[len(rounds) % len(runs)], repeats[name], wait, warms_up=single[name] < WARM)
+            seen[name] = _visit(runs[len(rounds) % len(runs)], repeats[name], wait, clock, warms_up=single[name] < WARM)
         rounds.append([seen[name] for name in names])
         if len(rounds) >= FEWEST_ROUNDS and max(_estimates(rounds)[1]) < ENOUGH_ERROR:
             break
     return rounds
 
 
-def _single(run: Callable[[], object], wait: Callable[[], None]) -> float:
+def _single(run: Callable[[], object], wait: Callable[[], None], clock: Callable[[], float]) -> float:
     """Seconds of one call. The first call warms up and does not count."""
     run()
-    first = _visit(run, 1, wait, warms_up=False)
-    return max(first if first > LONG else min(first, *(_visit(run, 1, wait) for _ in range(2))), 1e-7)
+    first = _visit(run, 1, wait, clock, warms_up=False)
+    return max(first if first > LONG else min(first, *(_visit(run, 1, wait, clock) for _ in range(2))), 1e-7)
 
 
-def _visit(run: Callable[[], object], repeats: int, wait: Callable[[], None], warms_up: bool = True) -> float:
+def _visit(
+    run: Callable[[], object],
+    repeats: int,
+    wait: Callable[[], None],
+    clock: Callable[[], float],
+    warms_up: bool = True,
+) -> float:
     if warms_up:
         run()  # a piece shall not pay for caches and memory that the one before it has filled
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         run()
     wait()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _estimates(rounds: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -151,7 +151,7 @@ def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, 
         parts["mlp"][tokens] = Part(mlps, (x_BNC,), blocks, ((0, 1),))
         if tokens in counts[::-SPARSE]:
             parts["sized_attention"][tokens] = Part(attentions, (x_BNC, bias_B11N), blocks, ((0, 1), (1, 3)))
-        if tokens in (counts[len(counts) // 2], counts[-1]):
+        if tokens in (counts[0], counts[len(counts) // 2], counts[-1]):
             parts["whole"][tokens] = Part(whole, (x_BNC,), 1, ((0, 1),))
         if tokens in (counts[0], counts[-1]):
             parts["last"][tokens] = Part(last, (x_BNC,), 1, ((0, 1),))
