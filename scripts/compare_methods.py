@@ -33,7 +33,7 @@ from prunesearch.errors import ScheduleError
 from prunesearch.evaluate import Evaluation, Task, build_model, evaluate, model_shape
 from prunesearch.evaluate.data import open_data
 from prunesearch.files import load_study
-from prunesearch.models.vision_transformer import attend
+from prunesearch.models.transformer import attend
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.class_attention import class_rows_BHRN

@@ -175,7 +175,7 @@ class _Look:
         for name in scores:
             for share in (1.0, 0.35):
                 tokens = round(share * shape.patch_tokens) + shape.prefix_tokens
-                found[("score", name, tokens)] = self.parts.score_part(self.model, self.images, name, tokens)
+                found[("score", name, tokens)] = self.parts.score_part(self.model, shape, self.images, name, tokens)
         for verb in verbs:
             for step in _designs(verb, shape, usual_score(shape, scores)):
                 found[("verb", verb, step.before, step.after)] = self.parts.verb_part(

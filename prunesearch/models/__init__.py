@@ -32,6 +32,7 @@ from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
 from prunesearch.models import (  # digits_vit registers its model with timm
     digits_vit,
+    eva,
     feature_map,
     map_parts,
     vision_transformer,
@@ -82,8 +83,8 @@ __all__ = [
     "trace",
 ]
 
-FAMILIES = (vision_transformer, feature_map)
-PARTS_OF = {vision_transformer: vit_parts, feature_map: map_parts}
+FAMILIES = (vision_transformer, eva, feature_map)
+PARTS_OF = {vision_transformer: vit_parts, eva: vit_parts, feature_map: map_parts}
 
 
 def apply_schedule(

@@ -90,16 +90,15 @@ def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, 
     return {"mlp": parts}
 
 
-def score_part(model: Any, images: Tensor, name: str, tokens: int) -> Part:
+def score_part(model: Any, shape: ModelShape, images: Tensor, name: str, tokens: int) -> Part:
     """A score with its default options."""
-    shape = shape_of(model)
     x_BnC = example(len(images), tokens, shape.dim, like=images)
     return Part((Score(name, shape).to(images.device).eval(),), (x_BnC,))
 
 
-def verb_part(model: Any, images: Tensor, step: Step) -> Part:
+def verb_part(model: Any, shape: ModelShape, images: Tensor, step: Step) -> Part:
     """The verb that holds, with the options of its stage."""
-    x_BnC = example(len(images), step.before, shape_of(model).dim, like=images)
+    x_BnC = example(len(images), step.before, shape.dim, like=images)
     return Part((Verb(step),), (x_BnC, x_BnC[..., 0].float().softmax(dim=1)))
 
 

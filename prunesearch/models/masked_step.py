@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunesearch.models.step import Evidence, TokenState, equal_sizes, full_precision
+from prunesearch.models.step import (
+    Evidence,
+    TokenState,
+    centre,
+    equal_sizes,
+    full_precision,
+    takes_mean,
+    weighted_mean,
+)
 from prunesearch.schedule import Stage, Step, count_of, options_for
 from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
 from prunesearch.tokens.registry import REDUCERS
@@ -48,6 +56,7 @@ def take_masked_step(
         if present_Bn is None:
             present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
         size_Bn = state.size_Bn
+        place_Bn2, options = state.place_Bn2, options_for(entry, stage)
         if entry.merges and size_Bn is None:
             size_Bn = torch.ones_like(present_Bn)
         kept_B = kept_of_each(stage, present_Bn)
@@ -78,20 +87,23 @@ def take_masked_step(
             prefix_tokens,
         )
         assert entry.masked is not None, "resolve refuses it"
-        joining = entry.masked(scene, **options_for(entry, stage))
+        joining = entry.masked(scene, **options)
         if isinstance(joining, Pooled):
             patches_BnC = joining.patches_BKC.to(patches_BnC.dtype)
             if size_Bn is not None:
                 size_Bn = equal_sizes(size_Bn * present_Bn, patches_BnC.shape[1])
+            if place_Bn2 is not None:
+                place_Bn2 = centre(place_Bn2, patches_BnC.shape[1], present_Bn.detach())
             present_Bn, later = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32), ()
         else:
+            place_Bn2 = None if place_Bn2 is None else _moved(place_Bn2, joining, takes_mean(options))
             patches_BnC = join(patches_BnC, joining)
             size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
             later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
             present_Bn = _with_fused(joining, present_Bn)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
     counts = (*state.counts, present_Bn.sum(dim=1))
-    return TokenState(tokens_BNC, size_Bn, present_Bn=present_Bn, counts=counts), later
+    return TokenState(tokens_BNC, size_Bn, present_Bn=present_Bn, counts=counts, place_Bn2=place_Bn2), later
 
 
 def compact(
@@ -115,6 +127,7 @@ def compact(
             tokens_BNC=torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BKC], dim=1),
             size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
             present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
+            place_Bn2=None if state.place_Bn2 is None else _gather(state.place_Bn2, order_BK),
         ),
         tuple(
             evidence._replace(
@@ -159,6 +172,7 @@ def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
             ),
             state.present_Bn[places_B],
             tuple(count[places_B] for count in state.counts),
+            place_Bn2=None if state.place_Bn2 is None else state.place_Bn2[places_B],
         )
         part, evidence = compact(part, prefix_tokens, part.evidence)
         own = places_B if group.places_B is None else group.places_B[places_B]
@@ -252,6 +266,20 @@ def join_largest(amount_Bn: Tensor, joining: Joining) -> Tensor:
     if joining.host_Bn is None:
         return torch.cat([amount_Bn, guests_Bn.amax(dim=1, keepdim=True)], dim=1)
     return amount_Bn.scatter_reduce(1, joining.host_Bn, guests_Bn, "amax")
+
+
+def _moved(place_Bn2: Tensor, joining: Joining, mean: bool) -> Tensor:
+    """Apply a joining to places. mean: where tokens join, their mean, weighted as their features; else the host's.
+
+    Places carry no gradients to the decisions. The token that the others form lies at their mean.
+    """
+    if joining.guest_share_Bn is None or (joining.host_Bn is not None and not mean):
+        return place_Bn2
+    share_Bn = joining.guest_share_Bn.detach()
+    if joining.host_Bn is None:
+        return torch.cat([place_Bn2, weighted_mean(place_Bn2, share_Bn)], dim=1)
+    assert joining.host_share_Bn is not None
+    return join(place_Bn2, joining._replace(guest_share_Bn=share_Bn, host_share_Bn=joining.host_share_Bn.detach()))
 
 
 def _with_fused(joining: Joining, present_Bn: Tensor) -> Tensor:

@@ -76,7 +76,8 @@ class BlockPlan:
 class Plan:
     """A schedule resolved for one number of patch tokens.
 
-    merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits.
+    merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits. leaves_places: a token
+    that stands for several may lie between the places of the image.
     """
 
     schedule: Schedule
@@ -84,6 +85,7 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     merges: bool
     log_size_bias: bool
+    leaves_places: bool = False
 
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
@@ -117,7 +119,13 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     blocks = tuple(map(of, range(shape.depth)))
     merging = [step.stage for step in planned if REDUCERS[step.stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
-    return Plan(schedule, shape, blocks, merges=bool(merging), log_size_bias=log_size_bias)
+    leaves_places = any(_leaves_places(step.stage) for step in planned)
+    return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places)
+
+
+def _leaves_places(stage: Stage) -> bool:
+    verb = REDUCERS[stage.reduce]
+    return verb.pools or verb.extra_tokens > 0 or options_of(stage).get("position") == "mean"
 
 
 def plan_for(plan: Plan, patch_tokens: int) -> Plan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from prunesearch.config import Scalar
 from prunesearch.schedule import Stage, Step, options_for
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
@@ -37,6 +39,9 @@ class TokenState(NamedTuple):
     counts: patch tokens of each image after each masked step so far, (B,) each.
     bias_B11N: what the attention of the next blocks adds to its logits. Computed when a block first needs it; a step
     makes a new state without it.
+    place_Bn2: row and column of each patch token in the image, fp32, for models whose attention reads them. A token
+    that stands for several may lie between rows. None: every token is at its own place. found: what the blocks look up
+    by it, computed when a block first needs it.
     """
 
     tokens_BNC: Tensor
@@ -45,6 +50,8 @@ class TokenState(NamedTuple):
     present_Bn: Tensor | None = None
     counts: tuple[Tensor, ...] = ()
     bias_B11N: Tensor | None = None
+    place_Bn2: Tensor | None = None
+    found: Tensor | None = None
 
 
 class Weights(NamedTuple):
@@ -100,20 +107,29 @@ def take_step(
     """
     entry = REDUCERS[step.stage.reduce]
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
-    size_Bn = state.size_Bn
+    size_Bn, place_Bn2 = state.size_Bn, state.place_Bn2
+    options = options_for(entry, step.stage)
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
-        grouping = entry.function(scene, **options_for(entry, step.stage))
+        grouping = entry.function(scene, **options)
         if isinstance(grouping, Pooled):
             parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
+            place_Bn2 = None if place_Bn2 is None else centre(place_Bn2, step.kept)
         else:
             parts, weights = _regrouped(patches_BnC, grouping)
             if size_Bn is not None or entry.merges:
                 size_Bn = _sizes(size_Bn, grouping, weights)
+            if place_Bn2 is not None:
+                place_Bn2 = _moved(place_Bn2, grouping, takes_mean(options))
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
-    return TokenState(tokens_BNC, size_Bn), later
+    return TokenState(tokens_BNC, size_Bn, place_Bn2=place_Bn2), later
+
+
+def takes_mean(options: Mapping[str, Scalar]) -> bool:
+    """Whether a verb with these options puts a token that stands for several at the mean of their places."""
+    return options.get("position") == "mean"
 
 
 def regroup(values_BnC: Tensor, grouping: Grouping) -> Tensor:
@@ -239,6 +255,32 @@ def largest_part(amount_Bn: Tensor, grouping: Grouping) -> Tensor:
     if grouping.host_BG is None:
         return torch.cat([amount_Bn.gather(1, grouping.kept_BK), guests_BG1.amax(dim=1)], dim=1)
     return _joined(own_Bn1, grouping, guests_BG1, largest=True)[..., 0]
+
+
+def _moved(place_Bn2: Tensor, grouping: Grouping, mean: bool) -> Tensor:
+    """Apply a grouping to places. mean: where tokens join, their mean, weighted as their features; else the host's.
+
+    The token that the others form lies at their mean.
+    """
+    if grouping.guests_BG is None or (grouping.host_BG is not None and not mean):
+        return gather(place_Bn2, grouping.kept_BK)
+    if grouping.host_BG is not None:
+        return regroup(place_Bn2, grouping)
+    guests_BG2, weight_BG = gather(place_Bn2, grouping.guests_BG), grouping.guest_weight_BG
+    weight_BG = torch.ones_like(guests_BG2[..., 0]) if weight_BG is None else weight_BG
+    return torch.cat([gather(place_Bn2, grouping.kept_BK), weighted_mean(guests_BG2, weight_BG)], dim=1)
+
+
+def weighted_mean(place_Bn2: Tensor, weight_Bn: Tensor) -> Tensor:
+    """The mean of places, (B, 1, 2). The corner of the image where all weights are 0."""
+    total_B1 = weight_Bn.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((weight_Bn / total_B1)[..., None] * place_Bn2).sum(dim=1, keepdim=True)
+
+
+def centre(place_Bn2: Tensor, count: int, present_Bn: Tensor | None = None) -> Tensor:
+    """Places for `count` tokens that replace all others: the mean of their places, the same for each."""
+    present_Bn = torch.ones_like(place_Bn2[..., 0]) if present_Bn is None else present_Bn
+    return weighted_mean(place_Bn2, present_Bn).expand(-1, count, -1)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -10,6 +10,9 @@ from torch import nn
 
 from prunesearch.errors import ModelError
 
+OURS: dict[type[nn.Module], type[Swapped]] = {}
+"""timm's classes and those that replace them."""
+
 
 class Swapped(nn.Module):
     """Base of the classes that replace timm's. Without a `call` they do what timm's class does.
@@ -27,6 +30,7 @@ class Swapped(nn.Module):
         if "stands_for" in vars(cls):
             ours = [kind for kind in cls.__mro__ if kind not in (*cls.stands_for.__mro__, Swapped)]
             names = {name for kind in ours for name, value in vars(kind).items() if callable(value)}
+            OURS[cls.stands_for] = cls
             cls.methods = tuple(sorted(name for name in names - {"forward"} if hasattr(cls.stands_for, name)))
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -49,6 +53,11 @@ class Place(NamedTuple):
 def timm_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has without a schedule."""
     return module.stands_for if isinstance(module, Swapped) else type(module)
+
+
+def ours(module: nn.Module) -> Any:
+    """The class that replaces a module's class. Its functions also take the module while it has timm's class."""
+    return OURS[timm_class(module)]
 
 
 def check_forwards(places: Iterable[Place]) -> None:

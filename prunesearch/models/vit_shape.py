@@ -1,13 +1,12 @@
-"""The `ModelShape` of a timm VisionTransformer, and checks that its layers are known."""
+"""The `ModelShape` of timm's ViTs, and checks that their layers are known."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,61 +16,64 @@ from prunesearch.models.swap import timm_class
 from prunesearch.shape import ModelShape
 
 
-def shape_of(model: Any) -> ModelShape:
-    """The shape for the model's own input size. Raises ModelError for blocks that are not timm's plain Block, and for
-    layers whose cost is not known."""
-    _check_blocks(model)
-    attention = model.blocks[0].attn
-    gate_macs, mlp_macs = _block_macs(model)
+class BlockShape(NamedTuple):
+    """What the blocks of a model have in common: heads, width of the attention, and MACs per token of gate and MLP."""
+
+    heads: int
+    attention_dim: int
+    gate_macs: int
+    mlp_macs: int
+
+
+def shape_from(model: Any, blocks: BlockShape, class_tokens: int, has_positions: bool = False) -> ModelShape:
+    """The shape for the model's own input size. Raises ModelError for layers whose cost is not known."""
     for name in ("norm_pre", "norm", "fc_norm", "head_drop"):
-        macs_per_token(getattr(model, name), f"model.{name}")
+        macs_per_token(getattr(model, name, None), f"model.{name}")
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
     return ModelShape(
         depth=len(model.blocks),
         dim=model.embed_dim,
-        heads=attention.num_heads,
-        attention_dim=attention.num_heads * attention.head_dim,
+        heads=blocks.heads,
+        attention_dim=blocks.attention_dim,
         patch_tokens=model.patch_embed.num_patches,
         prefix_tokens=model.num_prefix_tokens,
-        class_tokens=model.has_class_token + isinstance(model, VisionTransformerDistilled),
-        mlp_macs=mlp_macs,
+        class_tokens=class_tokens,
+        mlp_macs=blocks.mlp_macs,
         stem_macs=_stem_macs(model),
         head_macs=sum(macs_per_token(getattr(model, name, None), f"model.{name}") for name in ("head", "head_dist")),
-        gate_macs=gate_macs,
+        gate_macs=blocks.gate_macs,
         pool_macs=pool_macs,
         pool_macs_per_token=pool_macs_per_token,
         pool_macs_per_pair=pool_macs_per_pair,
+        has_positions=has_positions,
     )
 
 
-def gate_of(attention: Attention) -> nn.Linear | None:
-    """The layer that gates attention's output, or None."""
-    return getattr(attention, "gate", None)  # timm 1.0.24 does not have it yet
-
-
-def _check_blocks(model: Any) -> None:
-    if timm_class(model.blocks) is not nn.Sequential:
+def check_blocks(model: Any, container: type, blocks: Collection[type], attentions: Collection[type]) -> None:
+    """Raise ModelError unless `model.blocks` is exactly a container of blocks and attentions of these classes."""
+    if timm_class(model.blocks) is not container:
         raise ModelError(
-            f"model.blocks: {type(model.blocks).__qualname__} is not supported. Possible: the nn.Sequential that timm "
-            f"makes. Put that back."
+            f"model.blocks: {type(model.blocks).__qualname__} is not supported. Possible: the nn.{container.__name__} "
+            f"that timm makes. Put that back."
         )
     for index, block in enumerate(model.blocks):
-        for part, wanted in ((block, Block), (getattr(block, "attn", block), Attention)):
-            if timm_class(part) is not wanted:
+        for part, wanted in ((block, blocks), (getattr(block, "attn", block), attentions)):
+            if timm_class(part) not in wanted:
                 found = f"{type(part).__module__}.{type(part).__qualname__}"
+                names = " or ".join(kind.__name__ for kind in wanted)
                 raise ModelError(
-                    f"model block {index}: {found} is not supported. Possible: timm's {wanted.__name__}, exactly; "
+                    f"model block {index}: {found} is not supported. Possible: timm's {names}, exactly; "
                     f"another class may compute something else. Choose a model with plain blocks."
                 )
 
 
-def _block_macs(model: Any) -> tuple[int, int]:
-    """MACs per token of the gate and of the MLP, which must be the same in all blocks.
+def block_shape(model: Any) -> BlockShape:
+    """The shape of the blocks, which must be the same in all of them.
 
     Raises ModelError when blocks differ, or when attention's layers have other sizes than `cost.py` assumes.
     """
     first = model.blocks[0].attn
-    width = first.num_heads * first.head_dim
+    width = first.num_heads * _head_dim(first)
     for index, block in enumerate(model.blocks):
         layers = {
             name: macs_per_token(layer, f"model.blocks[{index}].{name}")
@@ -81,7 +83,7 @@ def _block_macs(model: Any) -> tuple[int, int]:
         sizes = {name: size for name, size in layers.items() if size}
         if index == 0:
             gate_of_first, mlp_of_first = gate, mlp
-        wanted = {"attn.qkv": 3 * model.embed_dim * width, "attn.proj": model.embed_dim * width}
+        wanted = {name: model.embed_dim * width * parts for name, parts in _projections(block.attn).items()}
         if sizes != wanted or (gate, mlp) != (gate_of_first, mlp_of_first):
             found = ", ".join(f"{name} {size}" for name, size in {**sizes, "attn.gate": gate, "mlp": mlp}.items())
             raise ModelError(
@@ -89,7 +91,20 @@ def _block_macs(model: Any) -> tuple[int, int]:
                 f"MACs a token: {found}. Possible: {', '.join(f'{name} {size}' for name, size in wanted.items())}, "
                 f"attn.gate {gate_of_first}, mlp {mlp_of_first}. Use a model whose blocks are alike."
             )
-    return gate_of_first, mlp_of_first
+    return BlockShape(first.num_heads, width, gate_of_first, mlp_of_first)
+
+
+def _head_dim(attention: Any) -> int:
+    if hasattr(attention, "head_dim"):
+        return int(attention.head_dim)
+    return int(attention.qkv.out_features // (3 * attention.num_heads))  # BEiT's does not keep it
+
+
+def _projections(attention: Any) -> dict[str, int]:
+    """The matrices of an attention, and how many of the width of the attention each of them makes or takes."""
+    if attention.qkv is not None:
+        return {"attn.qkv": 3, "attn.proj": 1}
+    return {"attn.q_proj": 1, "attn.k_proj": 1, "attn.v_proj": 1, "attn.proj": 1}
 
 
 def _flat_children(module: nn.Module, but: str = "", prefix: str = "") -> list[tuple[str, nn.Module]]:
@@ -114,7 +129,7 @@ def channels_of(embed: nn.Module) -> int:
 
 def _pool_macs(model: Any) -> tuple[int, int, int]:
     """MACs of an attention pooling head: a constant, per token, and per pair of tokens."""
-    pool = model.attn_pool
+    pool = getattr(model, "attn_pool", None)
     if pool is None:
         return 0, 0, 0
     layers = {name: macs_per_token(layer, f"model.attn_pool.{name}") for name, layer in pool.named_children()}

@@ -8,7 +8,7 @@ from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInpu
 from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
-def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool, position: str) -> Joining:
     """`absorb` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
@@ -22,12 +22,12 @@ def masked(scene: MaskedInput, *, proportional_attention: bool) -> Joining:
     )
 
 
-def absorb(scene: ReduceInput, *, proportional_attention: bool) -> Grouping:
+def absorb(scene: ReduceInput, *, proportional_attention: bool, position: str) -> Grouping:
     """Average each of the others into its most similar kept token (plain mean), whose size grows by cosine x size.
 
     Similarity is the cosine of block features. Negative cosines add nothing to a size. In the released code they make
     sizes negative, which have no logarithm. proportional_attention: later attention layers add log(size) to the logits
-    (models/vision_transformer.py does this).
+    (models/transformer.py does this).
     """
     near = nearest_kept(scene)
     share_BG = near.cosine_BG.clamp_min(0)

@@ -9,7 +9,9 @@ from prunesearch.tokens.merge import closest_pairs
 from prunesearch.tokens.select import ascending, ranked
 
 
-def drop_or_merge(scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str) -> Grouping:
+def drop_or_merge(
+    scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str, position: str
+) -> Grouping:
     """Merge as `merge` does where the scores are alike (their variance is below `variance`), else drop the lowest.
 
     Both remove the same number of tokens, so counts are equal for all images. variance: PPT uses 7e-5 without training

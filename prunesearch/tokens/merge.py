@@ -24,7 +24,7 @@ def _first_guest(parity: str, prefix_tokens: int) -> int:
     return 0 if parity == "all" and prefix_tokens % 2 == 0 else 1
 
 
-def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str, position: str) -> Joining:
     """`merge` for tokens that stay in their slots: among those present, by counts or a threshold on the cosine."""
     keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
     assert keys_BnD is not None and size_Bn is not None
@@ -61,12 +61,12 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str) -> 
     )
 
 
-def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str) -> Grouping:
+def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str, position: str) -> Grouping:
     """Match every second token to its most similar neighbour set and average the closest pairs, weighted by size.
 
     Bipartite matching on head-mean keys: patch tokens 1, 3, 5, ... look for a partner among 0, 2, 4, ... The pairs
     with the highest cosine merge, so at most half of the tokens go in one stage. Prefix tokens are not merged.
-    proportional_attention: later attention layers add log(size) to the logits (models/vision_transformer.py does this).
+    proportional_attention: later attention layers add log(size) to the logits (models/transformer.py does this).
     parity: "patches" counts places among the patch tokens. "all" counts them among all tokens, as the released code
     does. With an even number of prefix tokens, 0, 2, 4, ... then look for a partner among 1, 3, 5, ...
     """

@@ -12,11 +12,19 @@ from prunesearch.tokens.registry import REDUCERS, Reducer
 
 PARITIES = ("patches", "all")
 """Values of the option parity: the tokens among which places are counted. Every second token looks for a partner."""
+POSITIONS = ("host", "mean")
+"""Values of the option position: where a token that stands for several is, for attention that reads positions."""
 
 
-def _parity_no_effect(shape: ModelShape) -> tuple[str, ...]:
-    """parity has no effect after an odd number of prefix tokens: patches 1, 3, 5, ... look for a partner either way."""
-    return ("parity",) if shape.prefix_tokens % 2 else ()
+def _no_effect(shape: ModelShape) -> tuple[str, ...]:
+    """parity has no effect after an odd number of prefix tokens: patches 1, 3, 5, ... look for a partner either way.
+    position has none where attention reads no positions."""
+    parity = ("parity",) if shape.prefix_tokens % 2 else ()
+    return (*parity, *_position_no_effect(shape))
+
+
+def _position_no_effect(shape: ModelShape) -> tuple[str, ...]:
+    return () if shape.has_positions else ("position",)
 
 
 def _half(present: int) -> int:
@@ -49,7 +57,9 @@ for _entry in (
         masked=Named("prunesearch.tokens.squeeze:masked"),
         takes_threshold=True,
         macs=_similarity_macs,
-        options={"temperature": 1.0},
+        options={"temperature": 1.0, "position": "host"},
+        choices={"position": POSITIONS},
+        no_effect=_position_no_effect,
         bounds={"temperature": (0.02, 100.0)},  # below, exp(1 / temperature) comes near the largest fp32
     ),
     Reducer(
@@ -62,7 +72,9 @@ for _entry in (
         takes_threshold=True,
         merges=True,
         macs=_similarity_macs,
-        options={"proportional_attention": True},
+        options={"proportional_attention": True, "position": "host"},
+        choices={"position": POSITIONS},
+        no_effect=_position_no_effect,
     ),
     Reducer(
         "drop",
@@ -85,9 +97,9 @@ for _entry in (
         merges=True,
         fewest_kept=_half,
         macs=_matching_macs,
-        options={"proportional_attention": True, "parity": "patches"},
-        choices={"parity": PARITIES},
-        no_effect=_parity_no_effect,
+        options={"proportional_attention": True, "parity": "patches", "position": "host"},
+        choices={"parity": PARITIES, "position": POSITIONS},
+        no_effect=_no_effect,
     ),
     Reducer(
         "drop_or_merge",
@@ -99,10 +111,10 @@ for _entry in (
         merges=True,
         fewest_kept=_half,
         macs=_matching_macs,
-        options={"variance": 7e-5, "proportional_attention": True, "parity": "patches"},
-        choices={"parity": PARITIES},
+        options={"variance": 7e-5, "proportional_attention": True, "parity": "patches", "position": "host"},
+        choices={"parity": PARITIES, "position": POSITIONS},
         bounds={"variance": (0.0, 1.0)},
-        no_effect=_parity_no_effect,
+        no_effect=_no_effect,
     ),
     Reducer(
         "fuse",

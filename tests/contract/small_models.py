@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from prunesearch.schedule import Schedule, Stage
@@ -26,6 +27,39 @@ LAYOUTS: dict[str, dict] = {
     "no_pool": dict(global_pool="", num_classes=0),
     "drop_path": dict(drop_path_rate=0.2, proj_drop_rate=0.1),
 }
+
+ROTARY = dict(use_rot_pos_emb=True)
+EVA_LAYOUTS: dict[str, dict] = {
+    "eva": dict(init_values=0.1, class_token=False),
+    "eva_post_norm": dict(use_post_norm=True, global_pool="token"),
+    "eva_rotary": dict(
+        **ROTARY, ref_feat_shape=4, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, qkv_fused=False
+    ),
+    "eva_rotary_rope": dict(**ROTARY, attn_type="rope", qkv_fused=False, qk_norm=True),
+    "eva_mixed": dict(**ROTARY, rope_type="mixed", attn_type="rope", init_values=0.1, rope_grid_indexing="xy"),
+    "eva_dinov3": dict(
+        **ROTARY,
+        rope_type="dinov3",
+        attn_type="rope",
+        rope_rotate_half=True,
+        num_reg_tokens=4,
+        use_abs_pos_emb=False,
+        init_values=0.1,
+        dynamic_img_size=True,
+    ),
+    "eva_mrope": dict(**ROTARY, rope_type="mrope", rope_mrope_section=(1, 1, 2), attn_type="rope"),
+    "eva_map": dict(
+        **ROTARY,
+        attn_type="rope",
+        use_pre_transformer_norm=True,
+        global_pool="map",
+        rope_grid_indexing="xy",
+        rope_grid_offset=1.0,
+        drop_path_rate=0.2,
+    ),
+}
+"""timm's Eva: DINOv3, EVA-02, Perception Encoder and their relatives."""
+LAYOUTS |= EVA_LAYOUTS
 
 LARGEST = {"merged": "max"}
 CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
@@ -69,13 +103,27 @@ CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
         "distilled",
         (Stage(0, score="none", keep=0.7, reduce="merge"), Stage(1, at="pre", score="none", tokens=8, reduce="pool")),
     ),
+    "rotary positions of hosts": (
+        "eva_dinov3",
+        (
+            Stage(0, score="class_attention", keep=0.7, reduce="squeeze", options=(("position", "host"),)),
+            Stage(1, at="pre", score="key_norm", keep=0.7, reduce="drop"),
+        ),
+    ),
+    "rotary positions between places": (
+        "eva_mixed",
+        (
+            Stage(0, score="none", keep=0.7, reduce="merge", options=(("position", "mean"),)),
+            Stage(1, at="pre", score="attention_received", keep=0.7, reduce="fuse"),
+        ),
+    ),
 }
 """Layout and stages. Together: every score and every verb, both places."""
 
 
-def small_model(layout: str = "class", **options: object) -> VisionTransformer:
+def small_model(layout: str = "class", **options: object) -> VisionTransformer | Eva:
     """A ViT of 4 blocks and 36 patch tokens with random parameters, in eval mode."""
-    kind = VisionTransformerDistilled if layout == "distilled" else VisionTransformer
+    kind = VisionTransformerDistilled if layout == "distilled" else Eva if layout in EVA_LAYOUTS else VisionTransformer
     sizes = dict(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=10, mlp_ratio=2.0)
     model = kind(**{**sizes, **LAYOUTS[layout], **options})
     if layout == "gate":  # an option of timm's Attention that VisionTransformer does not expose

@@ -12,7 +12,7 @@ from small_models import LAYOUTS, images, pairs, small_model, two_stages
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import apply_schedule, schedule_of, trace
 from prunesearch.models.masked_step import _cuts
-from prunesearch.models.vision_transformer import masked_softmax
+from prunesearch.models.transformer import masked_softmax
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
 
@@ -228,7 +228,7 @@ def test_groups_of_a_batch_compute_what_the_padded_batch_does(monkeypatch: pytes
     apply_schedule(model, Schedule(stages))
     outcomes = []
     for most in (1, 2, 100):
-        monkeypatch.setattr("prunesearch.models.vision_transformer.MOST_GROUPS", most)
+        monkeypatch.setattr("prunesearch.models.transformer.MOST_GROUPS", most)
         with torch.no_grad():
             outcomes.append(trace(model, x))
     for outcome in outcomes[1:]:

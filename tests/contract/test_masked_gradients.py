@@ -16,7 +16,7 @@ from prunesearch.evaluate.digits import load_digits
 from prunesearch.evaluate.schedule_loss import ratio_loss
 from prunesearch.models import apply_schedule, shape_of, steps_of, trace
 from prunesearch.models.masked_step import join
-from prunesearch.models.vision_transformer import MOST_GAP, masked_softmax
+from prunesearch.models.transformer import MOST_GAP, masked_softmax
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS, MaskedInput
 
@@ -127,7 +127,7 @@ def test_predictors_of_a_trained_model_get_the_gradient_of_the_paper(
     model = digits_vit(reduce)
     ours = predictor_gradients(model)
     monkeypatch.setattr(
-        "prunesearch.models.vision_transformer.masked_softmax",
+        "prunesearch.models.transformer.masked_softmax",
         lambda logits, present, most_gap: softmax_with_policy(logits, present),
     )
     agreements = [cosine_and_norm(*pair) for pair in zip(ours, predictor_gradients(model), strict=True)]
@@ -175,7 +175,7 @@ def test_predictors_get_gradients_over_gaps_and_thresholds_do_not(
         seen.append(most_gap)
         return masked_softmax(logits, present, most_gap)
 
-    monkeypatch.setattr("prunesearch.models.vision_transformer.masked_softmax", spy)
+    monkeypatch.setattr("prunesearch.models.transformer.masked_softmax", spy)
     trace(apply_schedule(small_model(), Schedule(stages)).train(), images())
     assert set(seen) == {expected}
     logits, present = absent_above_present(5.0)
@@ -191,7 +191,7 @@ def test_sizes_of_absent_tokens_reach_the_masked_softmax(monkeypatch: pytest.Mon
         seen.append((logits.detach(), present.detach()))
         return masked_softmax(logits, present, most_gap)
 
-    monkeypatch.setattr("prunesearch.models.vision_transformer.masked_softmax", spy)
+    monkeypatch.setattr("prunesearch.models.transformer.masked_softmax", spy)
     drop = Stage(1, at="pre", score="key_norm", threshold=2.0)  # all but one
     logits = {}
     for proportional in (True, False):

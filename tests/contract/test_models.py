@@ -15,7 +15,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, V
 
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import apply_schedule, remove_schedule, schedule_of, shape_of
-from prunesearch.models.vision_transformer import attend
+from prunesearch.models.transformer import attend
 from prunesearch.schedule import Schedule, Stage, resolve
 from prunesearch.tokens import REDUCERS
 
@@ -236,12 +236,12 @@ def test_an_attentions_tensors_are_gone_when_the_mlp_runs(monkeypatch: pytest.Mo
     """They would take as much memory as the tokens, several times."""
     model, alive, seen = small_model(depth=2), [], []
 
-    def attend_and_note(*args: Any) -> Any:
-        x, attended = attend(*args)
+    def attend_and_note(*args: Any, **given: Any) -> Any:
+        x, attended = attend(*args, **given)
         alive.extend(map(weakref.ref, (attended.query_BHND, attended.key_BHND, attended.output_BHND)))
         return x, attended
 
-    monkeypatch.setattr("prunesearch.models.vision_transformer.attend", attend_and_note)
+    monkeypatch.setattr("prunesearch.models.transformer.attend", attend_and_note)
     apply_schedule(model, Schedule((Stage(0, keep=0.5), Stage(1, keep=0.5, reduce="merge", score="none"))))
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda *_: seen.append([one() for one in alive]))

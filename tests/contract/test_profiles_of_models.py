@@ -49,7 +49,9 @@ def profiled(model: torch.nn.Module, runtime: str = "torch", **names: Any) -> Pr
         return measure_profile(model, "small", 2, runtime_of(runtime), settings, 0.3, **names)
 
 
-@pytest.mark.parametrize("layout", ["class", "registers", "avg_no_class", "map", "qk_norm"])
+@pytest.mark.parametrize(
+    "layout", ["class", "registers", "avg_no_class", "map", "qk_norm", "eva_post_norm", "eva_dinov3", "eva_mixed"]
+)
 def test_every_score_and_verb_of_a_vit_is_measured(layout: str) -> None:
     model = small_model(layout)
     found = profiled(model)
@@ -83,8 +85,9 @@ def test_a_map_is_measured_as_the_rest_and_its_mlps(layout: str) -> None:
         if name != "torch"
     ],
 )
-def test_runtimes_measure_the_same_parts(runtime: str) -> None:
-    found = profiled(small_model(depth=2), runtime, verbs=["squeeze"], scores=["class_attention"])
+@pytest.mark.parametrize("layout", ["class", "eva_mixed"])
+def test_runtimes_measure_the_same_parts(runtime: str, layout: str) -> None:
+    found = profiled(small_model(layout, depth=2), runtime, verbs=["squeeze"], scores=["class_attention"])
     assert found.runtime == runtime and [time.name for time in found.verbs] == ["squeeze"]
     assert found.attention is not None and all(value > 0 for value in found.attention.ms)
 

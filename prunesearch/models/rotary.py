@@ -1,0 +1,74 @@
+"""Rotary positions that travel with their tokens. A token between the places of the image gets the angles there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def grid_places(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each patch token of an image, in its order, fp32, (n, 2)."""
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    return torch.cartesian_prod(rows, columns).float()
+
+
+def nearest_index(place_Bn2: Tensor, width: int) -> Tensor:
+    """Indices of the places of the image that are nearest, (B, n)."""
+    near_Bn2 = place_Bn2.round()
+    return (near_Bn2[..., 0] * width + near_Bn2[..., 1]).long()
+
+
+class Rotary:
+    """The rotary tables of one pass.
+
+    table: sine and cosine of the angles of each patch token of the image, in its order, (n, 2 D) for all blocks, or
+    (depth, H, n, 2 D). The angles are linear in row and column, as in all tables that timm makes. height, width: of the
+    image, in patches. between: whether tokens may lie between the places of the image.
+    """
+
+    in_attention = False
+
+    def __init__(self, table: Tensor, height: int, width: int, between: bool) -> None:
+        self.table, self.width, self.between = table, width, between
+        self.by_block = table.ndim == 4
+        self.steps = (1 if width > 1 else 0, width if height > 1 else 0)
+        self.grid_n2 = grid_places(height, width, table.device)
+
+    def found(self, place_Bn2: Tensor | None) -> Tensor | None:
+        """The rows of the table for all blocks, (B, 1, n, 2 D); or the places, when each block has its own table."""
+        if place_Bn2 is None or self.by_block:
+            return place_Bn2
+        return self._rows(self.table[None], place_Bn2)
+
+    def keywords(self, index: int, found: Tensor | None) -> dict[str, Any]:
+        """The keyword `rope` of a block, as timm gives it: with a batch where images keep different tokens."""
+        table = self.table[index] if self.by_block else self.table
+        if found is None:
+            return {"rope": table}
+        return {"rope": self._rows(table, found) if self.by_block else found}
+
+    def _rows(self, table_HnD: Tensor, place_Bn2: Tensor) -> Tensor:
+        """Sine and cosine of the angles at these places, (B, H, n, 2 D)."""
+        images, tokens, _ = place_Bn2.shape
+        index_Bn = nearest_index(place_Bn2, self.width)
+        rows = table_HnD.index_select(1, index_Bn.flatten()).unflatten(1, (images, tokens)).transpose(0, 1)
+        if not self.between:
+            return rows
+        # the angles of the nearest place, turned on by the way from there: exact at the places of the image
+        way_Bn2 = place_Bn2 - place_Bn2.round()
+        column_HD, row_HD = (self._turn(table_HnD, step) for step in self.steps)
+        angle = way_Bn2[:, None, :, :1] * row_HD[:, None] + way_Bn2[:, None, :, 1:] * column_HD[:, None]
+        sin, cos = rows.chunk(2, dim=-1)
+        more_sin, more_cos = angle.sin(), angle.cos()
+        turned = torch.cat([sin * more_cos + cos * more_sin, cos * more_cos - sin * more_sin], dim=-1)
+        return turned.to(rows.dtype)
+
+    @staticmethod
+    def _turn(table_HnD: Tensor, step: int) -> Tensor:
+        """How much the angles grow over one row or column, (H, D), fp32. step: how far that is in the table."""
+        first, second = table_HnD[:, 0].float(), table_HnD[:, step].float()
+        sin, cos = first.chunk(2, dim=-1)
+        next_sin, next_cos = second.chunk(2, dim=-1)
+        return torch.atan2(next_sin * cos - next_cos * sin, next_cos * cos + next_sin * sin)

@@ -1,0 +1,579 @@
+"""One pass of a ViT with a schedule: what its families share.
+
+The classes of the model, of each block and of its attention are swapped for subclasses. Each is called as a module,
+with a tensor, and returns a tensor, as in timm. Whatever else a step needs or returns is passed in a `call`, an object
+that hooks, FSDP and mixed precision do not change. Without a call the subclasses run timm's own code.
+
+A family has one subclass of `Reduced` for its model, of `SteppingBlock` for its block and of `AttendingAttention` for
+its attention. Letters in tensor names as in `tokens/inputs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prunesearch.errors import ModelError
+from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
+from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StageParts, plan_for
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
+from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours
+from prunesearch.models.trace import ModelCall, Trace
+from prunesearch.models.vit_shape import channels_of
+from prunesearch.schedule import reads_attention
+from prunesearch.shape import ModelShape
+from prunesearch.tokens.inputs import Attended
+from prunesearch.tokens.select import in_onnx_export
+
+MOST_GROUPS = 8
+"""Most groups into which a batch is split when its images have different counts; measured in benchmarks/adaptive.md."""
+MOST_GAP = 10.0
+"""Bound in nats on the gap between the logit of an absent key and the largest present one, in gradients to predictors.
+Gaps of 17 nats and more occur when few tokens stay. Without the bound one image would then outweigh a whole batch."""
+
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value, (B, H, N, D) each."""
+
+
+class Positions(Protocol):
+    """What the blocks of a model read by the places of its tokens, in one pass; for models whose attention does.
+
+    grid_n2: row and column of each patch token of the image, fp32. in_attention: the attention of a block adds a bias
+    of its own, so it must know the places itself once tokens have moved.
+    """
+
+    grid_n2: Tensor
+    in_attention: bool
+
+    def found(self, place_Bn2: Tensor | None) -> Tensor | None:
+        """What is looked up once for these places, until the next step. None: every token is at its own place."""
+
+    def keywords(self, index: int, found: Tensor | None) -> dict[str, Any]:
+        """The keywords with which block `index` is called."""
+
+
+class Run(NamedTuple):
+    """One forward pass. masked: tokens stay in their slots from the first learned decision on, as in training."""
+
+    plan: Plan
+    parts: nn.ModuleDict | None
+    training: bool
+    masked: bool
+    positions: Positions | None = None
+
+
+class BlockCall:
+    """Passed to a block that runs steps, and to its attention, besides the tokens.
+
+    bias_B11N: what attention adds to its logits. most_gap: for `masked_softmax`, when the attention must pass gradients
+    to earlier decisions; else None.
+    The attention sets `attended`. The block sets `left`, its state before the MLP, and `ahead`, the evidence of later
+    stages. This is no dataclass, because FSDP would copy it and look for tensors in it.
+    """
+
+    def __init__(self, index: int, run: Run, state: TokenState, most_gap: float | None) -> None:
+        self.index, self.run, self.state, self.most_gap = index, run, state, most_gap
+        self.plan: BlockPlan = run.plan.blocks[index]
+        self.attended: Attended | None = None
+        self.left: TokenState | None = None
+        self.ahead: tuple[Evidence, ...] = ()
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether the attention gets the call too."""
+        positions = self.run.positions
+        moved = positions is not None and positions.in_attention and self.state.place_Bn2 is not None
+        return moved or bool(self.plan.listening) or self.most_gap is not None
+
+
+class SteppingBlock(Swapped):
+    """A block of timm. With a call, it runs the steps of the schedule between attention and MLP.
+
+    The three functions are its own; they also take a block of timm's class in place of `self`.
+    """
+
+    def before_attention(self: Any, x_BNC: Tensor) -> Tensor:
+        """What the attention gets."""
+        return self.norm1(x_BNC)
+
+    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
+        """The tokens with what the attention returns."""
+        raise NotImplementedError
+
+    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
+        """The tokens after the MLP."""
+        raise NotImplementedError
+
+    def forward(self: Any, x: Tensor, *args: Any, call: BlockCall | None = None, **given: Any) -> Tensor:
+        """Tokens (B, N, C) to tokens (B, N', C)."""
+        if call is None:
+            return self.stands_for.forward(self, x, *args, **given)
+        if call.in_attention:
+            path = f"model.blocks[{call.index}].attn"
+            check_takes_call(self.attn, path)
+            added = self.attn(self.before_attention(x), *args, call=call, **given)
+            check_was_called(call.attended, path)
+        else:
+            added = self.attn(self.before_attention(x), *args, **given)
+        x = self.after_attention(x, added)
+        evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening)
+        state, ahead = _take_steps(call.plan.mid, call.state._replace(tokens_BNC=x), evidence, call.run)
+        call.left, call.ahead, x = state, ahead, state.tokens_BNC
+        del added, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
+        call.attended = None
+        return self.mlp_half(x)
+
+
+class AttendingAttention(Swapped):
+    """An attention of timm. With a call, it sets `call.attended` for scorers."""
+
+    def heads_of(self: Any, x_BNC: Tensor, **given: Any) -> Heads:
+        """Query, key and value, as they meet in the attention. given: the keywords of the forward."""
+        raise NotImplementedError
+
+    def bias_of(self: Any, call: BlockCall, given: Mapping[str, Any]) -> Tensor | None:
+        """What is added to the logits, (B, 1 or H, 1 or N, N)."""
+        bias: Tensor | None = given.get("attn_mask")
+        return bias
+
+    def forward(self: Any, x: Tensor, *args: Any, call: BlockCall | None = None, **given: Any) -> Tensor:
+        """Tokens (B, N, C) to what is added to them, (B, N, C)."""
+        if call is None:
+            return self.stands_for.forward(self, x, *args, **given)
+        bias, shape, present_Bn = self.bias_of(call, given), call.run.plan.shape, call.state.present_Bn
+        needs_keys = call.plan.needs_keys
+        x, call.attended = attend(self, x, bias, shape, present_Bn, call.most_gap, needs_keys, **given)
+        return x
+
+
+def attend(
+    attention: Any,
+    x_BNC: Tensor,
+    bias: Tensor | None,
+    shape: ModelShape,
+    present_Bn: Tensor | None = None,
+    most_gap: float | None = None,
+    needs_keys: bool = False,
+    **given: Any,
+) -> tuple[Tensor, Attended]:
+    """timm's attention that also returns what scorers read.
+
+    attention: of timm's class or of ours. given: the keywords of its forward.
+    With `most_gap` and `present_Bn`, attention is not fused: `masked_softmax` masks absent tokens and passes gradients
+    to `present_Bn`. `bias` must then not mask them. Otherwise attention is computed as in timm.
+    """
+    query, key, value = ours(attention).heads_of(attention, x_BNC, **given)
+    bias = None if bias is None else bias.to(query.dtype)
+    dropout = attention.attn_drop.p if attention.training else 0.0
+    if most_gap is not None and present_Bn is not None:
+        present_B11N = F.pad(present_Bn, (shape.prefix_tokens, 0), value=1.0)[:, None, None]
+        logits = ((query * attention.scale) @ key.transpose(-2, -1)).float()
+        logits = logits if bias is None else logits + bias.float()
+        output = attention.attn_drop(masked_softmax(logits, present_B11N, most_gap)).to(value.dtype) @ value
+        bias = torch.zeros_like(present_B11N, dtype=query.dtype) if bias is None else bias
+        bias = bias.masked_fill(present_B11N == 0, -torch.inf)
+    elif attention.fused_attn:
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    else:
+        logits = (query * attention.scale) @ key.transpose(-2, -1)
+        logits = logits if bias is None else logits + bias
+        output = attention.attn_drop(logits.softmax(dim=-1)) @ value
+    prefix, classes = shape.prefix_tokens, shape.class_tokens
+    # before the projection, which would push the keys out of the cache
+    keys_BnD = mean_keys(key, prefix) if needs_keys else None
+    attended = Attended(query, key, value, output, bias, attention.scale, prefix, classes, present_Bn, keys_BnD)
+    output_BNA = output.transpose(1, 2).flatten(2)
+    norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)  # not every class has them
+    output_BNA = output_BNA if norm is None else norm(output_BNA)
+    output_BNA = output_BNA if gate is None else output_BNA * gate(x_BNC).sigmoid()
+    return attention.proj_drop(attention.proj(output_BNA)), attended
+
+
+def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor, most_gap: float = MOST_GAP) -> Tensor:
+    """Softmax over the present keys and the query's own, with gradients to presence (DynamicViT, eq. 8-10).
+
+    Every token attends to itself, even an absent one, so that its row stays finite. Other absent keys get exactly 0.
+    The gradient to the presence of an absent key is proportional to exp(its logit - the largest present logit). The
+    exponent is cut at `most_gap` nats. The released code subtracts the largest logit over all keys and adds an epsilon;
+    a large logit of an absent key then makes all present ones vanish.
+    """
+    itself_NN = torch.eye(logits_BHNN.shape[-1], dtype=present_B11N.dtype, device=present_B11N.device)
+    seen_B1NN = present_B11N + (1 - present_B11N) * itself_NN
+    largest = logits_BHNN.masked_fill(seen_B1NN == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
+    weights_BHNN = (logits_BHNN - largest).clamp(max=most_gap).exp() * seen_B1NN
+    return weights_BHNN / weights_BHNN.sum(dim=-1, keepdim=True)
+
+
+class Reduced(Swapped):
+    """The forward pass of a model with a schedule."""
+
+    _plan: Plan
+
+    def stem(self: Any, x: Tensor) -> tuple[Tensor, Positions | None]:
+        """Image to the tokens that the first block gets, and what its blocks read by their places.
+
+        It also takes a model of timm's class in place of `self`.
+        """
+        raise NotImplementedError
+
+    def run_blocks(self: Any, run: Run, tokens_BNC: Tensor) -> TokenState:
+        """The tokens of the stem to the state after the last block."""
+        checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
+        return run_blocks(self.blocks, run, TokenState(tokens_BNC), checkpointed)
+
+    def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Image to normalised tokens (B, N at the end, C). Raises ModelError when images end with different counts."""
+        state = self._features(x, attn_mask, is_causal)
+        if state.present_Bn is not None:
+            raise ModelError(
+                "forward_features: these images end with different numbers of tokens, or train with tokens masked, "
+                "which a tensor alone does not show. Possible: model(images), or prunesearch.models.trace. Use those."
+            )
+        return state.tokens_BNC
+
+    def forward(
+        self: Any,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        call: ModelCall | None = None,
+    ) -> Tensor:
+        """Image to logits."""
+        check_methods(self, "model", type(self))
+        state = self._features(x, attn_mask, is_causal, None if call is None else call.masked)
+        logits = self._head(state)
+        if call is not None:
+            call.trace = Trace(logits, patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
+        return logits
+
+    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask."""
+        plan = self._plan
+        if (plan.merges and _weighs_patches(self)) or (plan.decisions_learn and _pools_over_patches(self)):
+            raise ModelError(
+                f"forward_head: this model pools over merged or masked tokens (global_pool={self.global_pool!r}), "
+                f"whose sizes are not in its input. Possible: model(images). Call the whole model."
+            )
+        return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
+
+    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Refused: feature maps need every token at its place."""
+        raise ModelError(
+            "forward_intermediates: the model carries a token schedule, and feature maps need every token in its "
+            "place. Possible: a model without one. Call remove_schedule(model) first."
+        )
+
+    def _head(self: Any, state: TokenState) -> Tensor:
+        weighs = state.size_Bn is not None and _weighs_patches(self)
+        if weighs or (state.present_Bn is not None and _pools_over_patches(self)):
+            return self.head(self.head_drop(self.fc_norm(_pool_by_size(self, state))))
+        return super().forward_head(state.tokens_BNC)  # type: ignore[misc]
+
+    def _features(
+        self: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool, masked: bool | None = None
+    ) -> TokenState:
+        if attn_mask is not None or is_causal:
+            raise ModelError(
+                "forward: attn_mask and is_causal cannot be combined with a token schedule, whose blocks see fewer and "
+                "fewer tokens. Call the model without them, or remove_schedule(model) first."
+            )
+        tokens_BNC, positions = self.stem(x)
+        plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
+        masked = self.training if masked is None else masked
+        run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
+        state = self.run_blocks(run, tokens_BNC)
+        return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
+
+    def positions(self: Any) -> Positions | None:
+        """What the blocks read by the places of the tokens, for images of the model's own size."""
+        return None
+
+    def run_from(self: Any, tokens_BNC: Tensor, first: int) -> Tensor:
+        """See `prunesearch.models.run_from`."""
+        plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
+        run, state = Run(plan, None, self.training, False, self.positions()), TokenState(tokens_BNC)
+        for index in range(first, len(self.blocks)):
+            state = run_block(index, self.blocks[index], run, state)
+        return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
+
+
+def check_plan(plan: Plan, model: Any) -> Plan:
+    """Refuse what no ViT can do. Raises ModelError."""
+    if plan.decisions_learn and not model.global_pool:
+        raise ModelError(
+            "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
+            "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
+        )
+    return plan
+
+
+def block_places(model: Any, plan: Plan) -> list[Place]:
+    """The blocks and attentions, whose classes are swapped."""
+    places, learning = [], False
+    for index, (block, block_plan) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
+        learning = learning or any(step.decisions_learn for step in block_plan.pre)
+        listens = learning or bool(block_plan.listening)
+        path = f"model.blocks[{index}]"
+        places.append(Place(path, block, ours(block), calls=listens or bool(block_plan.mid)))
+        places.append(Place(f"{path}.attn", block.attn, ours(block.attn), calls=listens))
+        learning = learning or any(step.decisions_learn for step in block_plan.mid)
+    return places
+
+
+def patches_of(model: Any, features: Tensor) -> Tensor:
+    """See `prunesearch.models.patches_of`. A model that pools over patches applies its last norm after the pooling;
+    here it is applied to each token."""
+    return model.fc_norm(features[:, model.num_prefix_tokens :])
+
+
+def patch_tokens_of(model: Any) -> int:
+    """Patch tokens of an image of the model's current size."""
+    return model.patch_embed.num_patches
+
+
+def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """See `prunesearch.models.block_inputs`."""
+    inputs: dict[int, Tensor] = {}
+
+    def keep(block: int, _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs[block] = given[0]
+
+    hooks = [model.blocks[block].register_forward_pre_hook(partial(keep, block)) for block in blocks]
+    try:
+        return model(images), inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
+    """See `prunesearch.models.run_from`."""
+    return model.run_from(tokens_BNC, first)
+
+
+def input_size(model: Any) -> tuple[int, int, int]:
+    """See `prunesearch.models.input_size`."""
+    return (channels_of(model.patch_embed), *model.patch_embed.img_size)
+
+
+def size_keywords(module: str, size: int, channels: int) -> dict[str, Any]:
+    """See `prunesearch.models.size_keywords`."""
+    return {"img_size": size}
+
+
+# --- the blocks of a pass -----------------------------------------------------------------------------------------
+
+
+def run_blocks(blocks: Iterable[nn.Module], run: Run, state: TokenState, checkpointed: bool) -> TokenState:
+    """Run all blocks with their steps. checkpointed: keep only what enters a block for the backward pass."""
+    if run.plan.counts_differ and not run.masked:
+        _refuse_to_be_traced()
+        return _run_in_groups(list(blocks), run, state)
+    for index, block in enumerate(blocks):
+        if checkpointed:
+            state = checkpoint(run_block, index, block, run, state, use_reentrant=False)
+        else:
+            state = run_block(index, block, run, state)
+    return state
+
+
+def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState:
+    """Run a block with the steps before it and inside it."""
+    block_plan, positions = run.plan.blocks[index], run.positions
+    state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
+    x = state.tokens_BNC
+    learning = state.present_Bn is not None and run.training
+    most_gap = _most_gap(run.plan) if learning else None
+    if state.bias_B11N is None:
+        make_bias = _size_bias if learning else _attention_bias
+        state = state._replace(bias_B11N=make_bias(state, run.plan))
+    keywords = {} if state.bias_B11N is None else {"attn_mask": state.bias_B11N}
+    calls = bool(block_plan.mid or block_plan.listening) or learning
+    if positions is not None:
+        if state.found is None:
+            state = state._replace(found=positions.found(state.place_Bn2))
+        keywords |= positions.keywords(index, state.found)
+        calls = calls or (positions.in_attention and state.place_Bn2 is not None)
+    if not calls:
+        return state._replace(tokens_BNC=block(x, **keywords), evidence=())
+    call, path = BlockCall(index, run, state, most_gap), f"model.blocks[{index}]"
+    check_takes_call(block, path)
+    x = block(x, call=call, **keywords)
+    check_was_called(call.left, path)
+    return call.left._replace(tokens_BNC=x, evidence=call.ahead)  # type: ignore[union-attr]
+
+
+def _refuse_to_be_traced() -> None:
+    """Raise ModelError while PyTorch records a graph, which would fix the groups of the images it was recorded with."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        raise ModelError(
+            "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
+            "or exported graph would hold the numbers of the images it was made with. Possible: fixed counts. Run "
+            "`prunesearch freeze` on the schedule file first, which turns thresholds into counts."
+        )
+
+
+def _is_distributed(blocks: Sequence[nn.Module]) -> bool:
+    """Whether a block's parameters are gathered from other processes when it is called (FSDP).
+
+    All processes must then call it equally often, so the batch is not split into groups.
+    """
+    kinds = [kind for module in blocks for kind in type(module).__mro__]
+    return any(kind.__module__.startswith("torch.distributed.") for kind in kinds)
+
+
+def _run_in_groups(blocks: Sequence[nn.Module], run: Run, state: TokenState) -> TokenState:
+    """Run the blocks, and split the batch after stages with thresholds into groups of images with similar counts.
+
+    So images with few tokens are not padded to the largest count.
+    """
+    prefix, most = run.plan.shape.prefix_tokens, 1 if _is_distributed(blocks) else MOST_GROUPS
+    groups = [Group(None, state)]
+    for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
+        groups = [Group(group.places_B, run_block(index, block, run, group.state)) for group in groups]
+        if any(step.stage.is_adaptive for step in (*block_plan.pre, *block_plan.mid)):
+            parts = most // len(groups)
+            groups = [part for group in groups for part in split_by_count(group, prefix, parts)]
+    return join_groups(groups, prefix)
+
+
+def _most_gap(plan: Plan) -> float:
+    """`MOST_GAP` when the schedule has a predictor, else 0.
+
+    Thresholds are single numbers, which the loss on the cost should control. With a gap of 10 nats the gradients of the
+    other losses dominate, and accuracy falls (AS-ViT at half the cost of the digits ViT, after four epochs: 94.7 %,
+    without a gap 96.2 %; benchmarks/masked_gradients.md).
+    """
+    return MOST_GAP if any(step.stage.learns_to_score for step in plan.steps) else 0.0
+
+
+def _take_steps(
+    steps: tuple[PlannedStep, ...], state: TokenState, evidence: tuple[Evidence, ...], run: Run
+) -> tuple[TokenState, tuple[Evidence, ...]]:
+    """Run steps in order. Those that read attention take their evidence from the front of `evidence`.
+
+    Returns the new state and the evidence that is left.
+    """
+    prefix = run.plan.shape.prefix_tokens
+    for planned in steps:
+        if run.positions is not None and state.place_Bn2 is None:
+            state = state._replace(place_Bn2=run.positions.grid_n2.expand(state.tokens_BNC.shape[0], -1, -1))
+        if reads_attention(planned.stage):
+            own, evidence = evidence[0], evidence[1:]
+        else:
+            own = _evidence(planned, state.tokens_BNC, None, state, run)
+        parts = _parts_of(planned, run)
+        part = None if parts is None else parts.reducer
+        if not (planned.counts_differ or (run.masked and planned.decisions_learn)):
+            state, evidence = take_step(planned.step, state, prefix, own, evidence, part)
+            continue
+        threshold = None if parts is None else parts.threshold
+        state, evidence = take_masked_step(
+            planned.step, state, prefix, own, evidence, part, threshold, planned.softness, sample=run.training
+        )
+        if not run.masked:
+            state, evidence = compact(state, prefix, evidence)
+    return state, evidence
+
+
+def _evidence(planned: PlannedStep, x_BNC: Tensor, attended: Attended | None, state: TokenState, run: Run) -> Evidence:
+    parts = _parts_of(planned, run)
+    part = None if parts is None else parts.scorer
+    patches_BnC = x_BNC[:, run.plan.shape.prefix_tokens :]
+    return gather_evidence(planned.stage, patches_BnC, attended, run.training, state.present_Bn, part)
+
+
+def _parts_of(planned: PlannedStep, run: Run) -> StageParts | None:
+    if run.parts is None or planned.key not in run.parts:
+        return None
+    return run.parts[planned.key]  # type: ignore[return-value]
+
+
+# --- sizes and masks ----------------------------------------------------------------------------------------------
+
+
+def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
+    """Bias on the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots. None when there is none."""
+    bias_B11N = _size_bias(state, plan)
+    if state.present_Bn is None:
+        return bias_B11N
+    empty_B11N = F.pad(state.present_Bn == 0, (plan.shape.prefix_tokens, 0))[:, None, None]
+    if bias_B11N is None:
+        bias_B11N = torch.zeros_like(empty_B11N, dtype=state.tokens_BNC.dtype)
+    return bias_B11N.masked_fill(empty_B11N, -torch.inf)
+
+
+def _size_bias(state: TokenState, plan: Plan) -> Tensor | None:
+    """Bias of ToMe's proportional attention, (B, 1, 1, N): log(size), so that a token of s patches counts as s tokens.
+
+    0 for slots of size 0. None without sizes.
+    """
+    size_Bn = state.size_Bn
+    if size_Bn is None or not plan.log_size_bias:
+        return None
+    if state.present_Bn is not None:
+        size_Bn = size_Bn.masked_fill(size_Bn == 0, 1.0)  # log(0) would make every gradient NaN
+    bias_BN = torch.constant_pad_nd(size_Bn.log(), (plan.shape.prefix_tokens, 0))  # log(1) for prefix tokens
+    return _attention_mask(bias_BN, state.tokens_BNC)
+
+
+def _attention_mask(bias_BN: Tensor, like: Tensor) -> Tensor:
+    """The bias as an attention mask, (B, 1, 1, N), in the dtype of the tokens.
+
+    Outside torch.no_grad, torch.onnx.export fails on attention whose mask has gradients. A graph has none anyway.
+    """
+    bias_BN = bias_BN.detach() if in_onnx_export() else bias_BN
+    return bias_BN[:, None, None, :].to(like.dtype)
+
+
+def _log_size(size_BN: Tensor | None, present_BN: Tensor) -> Tensor:
+    """log(size) of present tokens (0 without sizes) and -inf for empty slots.
+
+    The size of an empty slot may be 0. It is replaced first, because log(0) would make every gradient NaN.
+    """
+    empty_BN = present_BN == 0
+    bias_BN = torch.zeros_like(present_BN) if size_BN is None else size_BN.masked_fill(empty_BN, 1.0).log()
+    return bias_BN.masked_fill(empty_BN, -torch.inf)
+
+
+def _weighs_patches(model: Any) -> bool:
+    return model.global_pool in ("avg", "avgmax", "map")
+
+
+def _pools_over_patches(model: Any) -> bool:
+    return _weighs_patches(model) or model.global_pool == "max"
+
+
+def pools_prefix(model: Any) -> bool:
+    """Whether pooling also reads the prefix tokens. Eva's attention pooling does, and has no option for it."""
+    return getattr(model, "pool_include_prefix", model.global_pool == "map")
+
+
+def _pool_by_size(model: Any, state: TokenState) -> Tensor:
+    """timm's pooling, to (B, C), with each token weighted by its size and empty slots left out."""
+    prefix = model.num_prefix_tokens
+    x_BNC, size_BN, present_BN = state.tokens_BNC, state.size_Bn, state.present_Bn
+    size_BN = torch.ones_like(present_BN) if size_BN is None else size_BN  # type: ignore[arg-type]
+    present_BN = torch.ones_like(size_BN) if present_BN is None else present_BN
+    if pools_prefix(model):
+        size_BN, present_BN = F.pad(size_BN, (prefix, 0), value=1.0), F.pad(present_BN, (prefix, 0), value=1.0)
+    else:
+        x_BNC = x_BNC[:, prefix:]
+    empty_BN = present_BN == 0
+    if model.global_pool == "map":
+        bias_BN = _log_size(size_BN if model._plan.log_size_bias else None, present_BN)
+        return model.attn_pool(x_BNC, attn_mask=_attention_mask(bias_BN, x_BNC))
+    largest_BC = x_BNC.masked_fill(empty_BN[..., None], -torch.inf).amax(dim=1)
+    if model.global_pool == "max":
+        return largest_BC
+    share_BN = size_BN * present_BN
+    share_BN1 = (share_BN / share_BN.sum(dim=1, keepdim=True))[..., None]
+    mean_BC = (x_BNC * share_BN1.to(x_BNC.dtype)).sum(dim=1)
+    return mean_BC if model.global_pool == "avg" else 0.5 * (largest_BC + mean_BC)

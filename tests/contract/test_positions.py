@@ -1,0 +1,219 @@
+"""Positions travel with their tokens: against timm's own patch dropout, and between the places of the image."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_models import EVA_LAYOUTS, images, small_model
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+from torch import Tensor, nn
+
+from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from, shape_of, trace
+from prunesearch.models.rotary import Rotary
+from prunesearch.models.step import Evidence, TokenState, centre, take_step
+from prunesearch.schedule import Schedule, Stage, resolve
+from prunesearch.tokens import SCORERS, ScoreInput, Scorer
+
+pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
+
+TURNED = [layout for layout in EVA_LAYOUTS if shape_of(small_model(layout)).has_positions]
+KEPT = torch.tensor([[1, 2, 3, 7, 8, 20, 30, 31, 35], [0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 17, 29, 33, 34, 35]])
+MEAN, HOST = (("position", "mean"),), (("position", "host"),)
+JOINING = ("squeeze", "absorb", "merge", "drop_or_merge")
+
+
+class Dropout(nn.Module):
+    """timm's patch dropout, with tokens that are known."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        index = KEPT[..., None].expand(-1, -1, x.shape[-1])
+        return torch.cat([x[:, : self.prefix], x[:, self.prefix :].gather(1, index)], dim=1), KEPT
+
+
+@pytest.fixture
+def chosen() -> Iterator[str]:
+    """A score that keeps the tokens of KEPT."""
+
+    def score(scene: ScoreInput) -> Tensor:
+        return torch.zeros(scene.patches_BnC.shape[:2]).scatter(1, KEPT, 1.0)
+
+    entry = Scorer("chosen", score, summary="", source="", needs_attention=False, macs=lambda shape, tokens: 0)
+    SCORERS.add("chosen", entry)
+    yield "chosen"
+    del SCORERS._things["chosen"]
+
+
+@pytest.mark.parametrize("layout", EVA_LAYOUTS)
+def test_dropping_at_the_first_block_is_timms_patch_dropout(layout: str, chosen: str) -> None:
+    model, x = small_model(layout), images()
+    model.patch_drop = Dropout(model.num_prefix_tokens)
+    with torch.no_grad():
+        expected = model(x)
+        model.patch_drop = None
+        apply_schedule(model, Schedule((Stage(0, at="pre", score=chosen, tokens=9),)))
+        assert torch.equal(model(x), expected)
+        # a later stage that leaves the places of the image makes other angles, which are the same at those places
+        later = Stage(3, score="key_norm", keep=0.9, reduce="fuse")
+        apply_schedule(model, Schedule((Stage(0, at="pre", score=chosen, tokens=9), later)))
+        inputs = {}
+        hook = model.blocks[3].register_forward_pre_hook(lambda _, given: inputs.update(here=given[0]))
+        model(x)
+        hook.remove()
+        remove_schedule(model)
+        model.patch_drop = Dropout(model.num_prefix_tokens)
+        hook = model.blocks[3].register_forward_pre_hook(lambda _, given: inputs.update(there=given[0]))
+        model(x)
+        hook.remove()
+    torch.testing.assert_close(inputs["here"], inputs["there"], atol=1e-5, rtol=1e-5)
+
+
+def rows(positions: Rotary, place_Bn2: Tensor, index: int = 0) -> Tensor:
+    return positions.keywords(index, positions.found(place_Bn2))["rope"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("indexing", ["ij", "xy"])
+def test_between_places_are_the_angles_of_a_finer_grid(half: bool, indexing: str) -> None:
+    """Every second place of a grid of 12 x 16 is a place of 6 x 8, where the coordinates have the same scale."""
+    options = dict(in_pixels=False, ref_feat_shape=[6, 8], grid_indexing=indexing, rotate_half=half)
+    coarse = RotaryEmbeddingCat(32, feat_shape=[6, 8], **options).get_embed()
+    fine = RotaryEmbeddingCat(32, feat_shape=[12, 16], **options).get_embed()
+    positions = Rotary(coarse, 6, 8, between=True)
+    place_n2 = Rotary(fine, 12, 16, between=True).grid_n2 / 2
+    within = (place_n2[:, 0] <= 5) & (place_n2[:, 1] <= 7)
+    found = rows(positions, place_n2[within][None])[0, 0]
+    torch.testing.assert_close(found, fine[within], atol=2e-5, rtol=0)
+    assert torch.equal(rows(positions, positions.grid_n2[None])[0, 0], coarse), "exact at the places of the image"
+
+
+def test_between_places_of_dinov3() -> None:
+    """Of each three places of a grid three times as fine, the middle one is a place of the coarse grid."""
+    coarse = RotaryEmbeddingDinoV3(32, feat_shape=[4, 6]).get_embed()
+    fine = RotaryEmbeddingDinoV3(32, feat_shape=[12, 18]).get_embed()
+    positions = Rotary(coarse, 4, 6, between=True)
+    place_n2 = (Rotary(fine, 12, 18, between=True).grid_n2 - 1) / 3
+    within = (place_n2 >= 0).all(dim=1) & (place_n2[:, 0] <= 3) & (place_n2[:, 1] <= 5)
+    torch.testing.assert_close(rows(positions, place_n2[within][None])[0, 0], fine[within], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("position", ["host", "mean"])
+def test_where_joined_tokens_are(position: str) -> None:
+    """Merging with sizes: the mean of all places that a token stands for, or the place of its host."""
+    shape = shape_of(small_model("eva_mixed"))
+    stage = Stage(1, score="none", keep=0.5, reduce="merge", options=(("position", position),))
+    steps = resolve(Schedule((stage, Stage(2, score="none", keep=0.5, reduce="merge", options=stage.options))), shape)
+    generator = torch.Generator().manual_seed(0)
+    x_BNC = torch.randn(2, 36, 36, generator=generator)
+    # features: a one for each original token, so that a merged token's features say of which it is the mean
+    x_BNC[:] = torch.eye(36)
+    state = TokenState(x_BNC, place_Bn2=Rotary(torch.zeros(36, 8), 6, 6, between=True).grid_n2.expand(2, -1, -1))
+    grid_n2 = state.place_Bn2[0].clone()
+    for step in steps:
+        keys_BnD = torch.randn(2, state.tokens_BNC.shape[1], 4, generator=generator)
+        state, _ = take_step(step, state, 0, Evidence(None, keys_BnD), ())
+    mean_Bn2 = state.tokens_BNC @ grid_n2
+    assert state.size_Bn.max() >= 3
+    if position == "mean":
+        torch.testing.assert_close(state.place_Bn2, mean_Bn2)
+    else:
+        assert torch.equal(state.place_Bn2, state.place_Bn2.round())
+        assert not torch.allclose(state.place_Bn2, mean_Bn2)
+        taken = state.tokens_BNC.gather(2, (state.place_Bn2 @ torch.tensor([6.0, 1.0])).long()[..., None])
+        assert (taken > 0).all(), "a host's place is that of a token that it stands for"
+
+
+def test_pooled_tokens_are_at_the_centre() -> None:
+    place_Bn2 = torch.tensor([[[0.0, 0.0], [2.0, 4.0], [4.0, 2.0]]])
+    assert centre(place_Bn2, 2).tolist() == [[[2.0, 2.0]] * 2]
+    assert centre(place_Bn2, 1, torch.tensor([[1.0, 1.0, 0.0]])).tolist() == [[[1.0, 2.0]]]
+
+
+@pytest.mark.parametrize("verb", JOINING)
+@pytest.mark.parametrize("layout", TURNED)
+def test_both_positions_are_carried_in_every_pass(layout: str, verb: str) -> None:
+    """They differ, and an image alone, in a batch, and with its tokens in their slots gives the same."""
+    model, x, logits = small_model(layout), images(), []
+    with_class = shape_of(model).has_class_token
+    score = "none" if verb == "merge" else "class_attention" if with_class else "key_norm"
+    for options in (HOST, MEAN):
+        options = (*options, ("variance", 1.0)) if verb == "drop_or_merge" else options  # all images merge
+        stages = (
+            Stage(1, score=score, keep=0.6, reduce=verb, options=options),  # type: ignore[arg-type]
+            Stage(2, at="pre", score="predictor", keep=0.8, reduce="fuse"),
+        )
+        stages = stages[: 1 if verb == "drop_or_merge" else 2]
+        apply_schedule(model, Schedule(stages))
+        with torch.no_grad():
+            together = model(x)
+            alone = torch.cat([model(image[None]) for image in x])
+            torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+            masked = trace(model, x, masked=True).logits
+            torch.testing.assert_close(together, masked, atol=1e-4, rtol=1e-4)
+        logits.append(together)
+    assert not torch.allclose(*logits)
+
+
+@pytest.mark.parametrize("layout", ["eva_dinov3", "eva_mixed"])
+def test_thresholds_pickle_copies_and_checkpointing(layout: str) -> None:
+    model, x = small_model(layout), images(5)
+    stages = (
+        Stage(1, score="class_attention", threshold=0.02, reduce="squeeze", options=MEAN),
+        Stage(2, at="pre", score="key_norm", threshold=0.02, reduce="fuse"),
+    )
+    apply_schedule(model, Schedule(stages))
+    expected = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    alone = torch.cat([model(image[None]) for image in x])
+    torch.testing.assert_close(expected, alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(trace(model, x, masked=True).logits, expected, atol=1e-4, rtol=1e-4)
+    gradients = []
+    for checkpointing in (False, True):
+        model.train().zero_grad()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)
+        model(x).sum().backward()
+        gradients.append([value.grad.clone() for value in model.parameters() if value.grad is not None])
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("layout", EVA_LAYOUTS)
+def test_a_run_from_a_block_is_bit_equal(layout: str) -> None:
+    model, x = small_model(layout), images()
+    score = "key_norm" if not shape_of(model).has_class_token else "class_attention"
+    schedule = Schedule(
+        (Stage(2, score=score, keep=0.6, reduce="squeeze", options=MEAN), Stage(3, score=score, keep=0.5))
+    )
+    with torch.no_grad():
+        _, inputs = block_inputs(model, x, [2])
+        apply_schedule(model, schedule)
+        assert torch.equal(run_from(model, inputs[2], 2), model(x))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 40), (40, 40)])
+def test_images_of_another_size(size: tuple[int, int]) -> None:
+    """As a model that was built for that size, with the same weights."""
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    model, built = small_model("eva_dinov3"), small_model("eva_dinov3")
+    built.set_input_size(img_size=size)
+    built.eval()
+    for options in (HOST, MEAN):
+        stages = (Stage(1, keep=0.6, reduce="squeeze", options=options), Stage(2, at="pre", score="random", keep=0.7))
+        logits = [apply_schedule(one, Schedule(stages))(x) for one in (model, built)]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_patch_dropout_in_training_is_refused() -> None:
+    model = apply_schedule(small_model("eva_mixed", patch_drop_rate=0.5), Schedule((Stage(1, keep=0.5),)))
+    assert model(images()).isfinite().all()
+    with pytest.raises(Exception, match="patch_drop_rate drops patch tokens at random"):
+        model.train()(images())
