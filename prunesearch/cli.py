@@ -158,8 +158,9 @@ def _resume(parsed: argparse.Namespace) -> int:
 def _confirm(parsed: argparse.Namespace) -> int:
     reader = _open(parsed)
     reader.close()
-    seeds = parsed.seeds or reader.config.confirm.seeds or CONFIRM_SEEDS
-    config = override_study(reader.config, [*parsed.set, f"confirm.seeds={seeds}"])
+    config = override_study(reader.config, parsed.set)
+    seeds = parsed.seeds or config.confirm.seeds or CONFIRM_SEEDS
+    config = replace(config, confirm=replace(config.confirm, seeds=seeds))
     config = _with_plugins(parsed, reader.config.plugins, config)
     return _search(config, parsed.folder or parsed.output / config.name, parsed, search=False)
 
@@ -235,6 +236,12 @@ def _check_study(config: StudyConfig, deep: bool) -> int:
     for name, limit in config.limits:
         words = in_words(name, limit, dense.get(name), goal_of(name, config.objectives), "dense is measured first")
         _print(f"  {'limit':<20} {words}")
+        value = dense.get(name)
+        if isinstance(limit.at_most, (int, float)) and value is not None and limit.at_most >= value:
+            _say(
+                f"limits.{name}.at_most: {limit.at_most:g} lets everything pass, as the dense model has {value:.5g}; a "
+                f'share of that is written with %, as in "{min(limit.at_most, 80):g}%"'
+            )
     budget = budget_of(config)
     if budget is not None:
         print(f"  {'budget':<20} {budget.metric} {bound_in_words(budget.written, budget.amount)}")
@@ -498,6 +505,10 @@ def _export(parsed: argparse.Namespace) -> int:
         _export_schedule(parsed, reader, record, parsed.output or Path("best.yaml"))
     if not targets:
         return 0
+    if parsed.output is None:
+        from prunesearch.report.tables import short
+
+        _print(f"Trial {record.number}: {short(record.outcome)}")
     plugins = _trusted(parsed, reader.config.plugins, f"study {reader.config.name}")
     import_plugins(plugins)
     with TemporaryDirectory() as folder:

@@ -41,6 +41,8 @@ DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6)))
 GENTLE = 0.9
 """Keep ratio of the stages by which the time of a stage inside a model is found."""
 CHECKS = 2
+FINE = 1e-5
+"""Seconds; a clock that is coarser is not used."""
 FEWEST_TOKENS = 4
 SECOND_LOOK = 0.3
 """Share of the time for points where curves bend."""
@@ -100,8 +102,7 @@ def measure_profile(
         checks = _checks(shape, verbs, score)
         work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
         say(f"measuring {len(work)} parts for up to {seconds:.3g} s")
-        alone = settings.threads == 1 and settings.device.type == "cpu"
-        clock = time.process_time if alone else None
+        clock = _clock(settings)
         first = _times(work, seconds * (1 - SECOND_LOOK), wait, clock)
         stairs = _stairs(first, shape)
         more = look.curves(_bends(first, shape, stairs))
@@ -211,6 +212,13 @@ class _Look:
                 f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}. Possible: another "
                 f"runtime, or without this score or verb. Choose with --runtime, --verb and --score."
             ) from error
+
+
+def _clock(settings: Settings) -> Callable[[], float] | None:
+    """What counts the time. With one thread all runtimes work in the thread that calls them, and its processor time
+    does not grow while something else has the processor. On Windows it is too coarse."""
+    alone = settings.threads == 1 and settings.device.type == "cpu"
+    return time.thread_time if alone and time.get_clock_info("thread_time").resolution < FINE else None
 
 
 def _times(

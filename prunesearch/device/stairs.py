@@ -15,6 +15,11 @@ WIDTHS = (8, 16)
 """Numbers of fp32 values in a vector: AVX2, AVX-512."""
 LEAST_FALL = 0.02
 """A fall by a smaller share is taken for noise."""
+ALIKE = 0.5
+"""Stairs are narrow when the fall in the middle of a wide one is at least this share of that at its end. With AVX-512 a
+small one is there too."""
+MOST_TOKENS = 2048
+"""With more tokens a stair is a small part of the time."""
 MOST_PLACES = 6
 """So many stairs are measured at most; those between them follow from their neighbours."""
 
@@ -23,7 +28,9 @@ def probes(tokens: int) -> list[int]:
     """Where to measure to see whether a curve up to `tokens` has stairs, and how wide they are."""
     wide = max(WIDTHS)
     place = 3 * tokens // 4 // wide * wide or wide
-    return [] if place > tokens else [count for narrower in (wide // 2, 0) for count in _edges(place - narrower)]
+    if not place <= tokens <= MOST_TOKENS:
+        return []
+    return [count for before in (wide // 2, 0) for count in _edges(place - before)]
 
 
 def width_of(curve: Curve, tokens: int) -> int | None:
@@ -31,18 +38,18 @@ def width_of(curve: Curve, tokens: int) -> int | None:
     edges = probes(tokens)
     if not edges:
         return None
-    falls = [
-        curve.at(after) < (1 - LEAST_FALL) * curve.at(before)
-        for before, after in zip(edges[::2], edges[1::2], strict=True)
-    ]
-    at_half, at_whole = falls
-    return None if not at_whole else min(WIDTHS) if at_half else max(WIDTHS)
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    at_half, at_whole = (1 - curve.at(after) / curve.at(before) for before, after in pairs)
+    if at_whole < LEAST_FALL:
+        return None
+    return min(WIDTHS) if at_half > ALIKE * at_whole else max(WIDTHS)
 
 
 def places(width: int, tokens: int) -> list[int]:
     """Where to measure a curve with stairs: at both edges of some of them, the first and the last among them."""
     every = range(width, tokens + 1, width)
     step = max(1, -(-(len(every) - 1) // (MOST_PLACES - 1)))
+    step += step > 1 and step % 2  # narrow stairs are not all alike: those at the end of a wide one are a little larger
     return sorted({count for place in (*every[::-step], every[0]) for count in _edges(place)})
 
 

@@ -7,9 +7,9 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ ENOUGH_ERROR = 0.005
 QUIET = 0.25
 """A piece takes what it took in this share of its visits, the fastest ones: noise only adds time."""
 SWEEPS = 20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt."""
 
 
@@ -67,9 +67,9 @@ def in_turns(
     """Measure every piece of work once in each round, in random order, until `seconds` are over or all are certain.
 
     work: the pieces by name; each is called without arguments. wait: returns when the device has finished; called
-    before and after each visit. clock: for work of one thread `time.process_time`, which stands still while something
-    else has the processor. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave out
-    what takes longer than `long` seconds.
+    before and after each visit. clock: for work of this thread alone `time.thread_time`, which stands still while
+    something else has the processor. At least FEWEST_ROUNDS rounds are made, however long they take; later rounds leave
+    out what takes longer than `long` seconds.
     """
     rounds = _rounds(
         {name: (run,) for name, run in work.items()}, seconds, wait, seed, long, clock or time.perf_counter
@@ -101,20 +101,31 @@ def ratios_in_turns(
     return {name: Ratio(*column, len(times_RP)) for name, column in zip(names, columns, strict=True)}
 
 
-@cache
-def keep_freed_memory() -> None:
-    """From now on, let this process keep the memory that it frees. Only glibc needs it; elsewhere nothing happens.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the block, this process keeps the memory that it frees. Only glibc needs it; elsewhere nothing happens.
 
     glibc returns large blocks to the system and takes them again, page by page. That is up to a tenth of a pass, in one
-    process and not in the next, more for the dense model than for a pruned one: it cannot be predicted.
+    process and not in the next, more for the dense model than for a pruned one: it cannot be predicted. Afterwards the
+    limits are those that glibc itself comes to in a process with large blocks.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    mallopt = getattr(libc, "mallopt", None)
+    if mallopt is None:
+        yield
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_MAX, 65_536)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        libc.malloc_trim(0)  # type: ignore[union-attr]
 
 
+@freed_memory_kept()
 def _rounds(
     work: Mapping[Key, Sequence[Callable[[], object]]],
     seconds: float,
@@ -124,7 +135,6 @@ def _rounds(
     clock: Callable[[], float],
 ) -> list[list[float]]:
     """Seconds of every piece in each round; NaN where it was not visited, see `LONG`."""
-    keep_freed_memory()
     names, order = list(work), random.Random(seed)
     single = {name: _single(work[name][0], wait, clock) for name in names}
     visit = min(max(seconds / (ROUNDS * len(names)), VISITS[0]), VISITS[1])

@@ -23,7 +23,7 @@ from prunesearch.errors import ModelError
 from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StageParts, plan_for
 from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
-from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours
+from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours, timm_class
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of
 from prunesearch.schedule import reads_attention
@@ -114,7 +114,7 @@ class SteppingBlock(Swapped):
     def forward(self: Any, x: Tensor, *args: Any, call: BlockCall | None = None, **given: Any) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N', C)."""
         if call is None:
-            return self.stands_for.forward(self, x, *args, **given)
+            return timm_class(self).forward(self, x, *args, **given)
         if call.in_attention:
             path = f"model.blocks[{call.index}].attn"
             check_takes_call(self.attn, path)
@@ -146,7 +146,7 @@ class AttendingAttention(Swapped):
     def forward(self: Any, x: Tensor, *args: Any, call: BlockCall | None = None, **given: Any) -> Tensor:
         """Tokens (B, N, C) to what is added to them, (B, N, C)."""
         if call is None:
-            return self.stands_for.forward(self, x, *args, **given)
+            return timm_class(self).forward(self, x, *args, **given)
         bias, shape, present_Bn = self.bias_of(call, given), call.run.plan.shape, call.state.present_Bn
         needs_keys = call.plan.needs_keys
         x, call.attended = attend(self, x, bias, shape, present_Bn, call.most_gap, needs_keys, **given)

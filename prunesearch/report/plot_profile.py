@@ -52,7 +52,7 @@ def _curves(axis: Axes, profile: Profile) -> None:
             axis.plot(curve.tokens, curve.ms, color=colour, marker=marker, markersize=4, linewidth=1.4, label=label)
     axis.set_ylim(bottom=0)
     axis.set_xlim(left=0)
-    axis.set_xlabel("tokens", color=INK)
+    axis.set_xlabel("tokens, class token and registers included", color=INK)
     axis.set_ylabel("ms of one block", color=INK)
     axis.set_title(f"batch {profile.batch}: dense {profile.dense_ms:.3g} ms", loc="left", fontsize=11, color=INK)
     axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from prunesearch.cost import total_cost
+from prunesearch.device.stairs import width_of
 from prunesearch.errors import ScheduleError
 from prunesearch.printable import counted
 from prunesearch.profile import Profile
@@ -21,7 +22,7 @@ WORTH = 1.02
 
 
 def profile_lines(profile: Profile) -> list[str]:
-    """What can be gained, a sentence each: how it was measured, the summary, verbs in every block, how sure it is.
+    """What can be gained, a sentence each: how it was measured, the summary, verbs in every block, stairs, how sure.
 
     What `cost.doubts` says comes on top.
     """
@@ -30,6 +31,7 @@ def profile_lines(profile: Profile) -> list[str]:
         f"{profile.model} on {profile.device}{threads}, {profile.runtime}, {profile.precision}",
         summary(profile),
         *_in_every_block(profile),
+        *_stairs(profile),
     ]
     if profile.check:
         worst, count = max(map(abs, profile.check)), len(profile.check)
@@ -58,7 +60,7 @@ def summary(profile: Profile) -> str:
         parts.append(f"half the tokens from block {block} on ({verb}) give {gain:.2f} x")
     every = [gain for _, gain in _gains_in_every_block(profile)]
     if every and max(every) <= WORTH:
-        parts.append("a stage in every block costs as much as it saves, or more")
+        parts.append(f"gentle stages in every block (keep {MERGED_PER_BLOCK:.0%}) cost as much as they save, or more")
     return "; ".join(parts) + "."
 
 
@@ -76,8 +78,24 @@ def _in_every_block(profile: Profile) -> list[str]:
     gains = _gains_in_every_block(profile)
     listed = ", ".join(f"{verb} {gain:.2f} x" for verb, gain in sorted(gains, key=lambda one: -one[1]) if gain > WORTH)
     losses = ", ".join(verb for verb, gain in gains if gain <= WORTH)
-    text = [f"A stage in every block that keeps {MERGED_PER_BLOCK:.0%}: {listed}."] if listed else []
-    return text + ([f"In every block these cost as much as they save, or more: {losses}."] if losses else [])
+    stage = f"A stage in every block that keeps {MERGED_PER_BLOCK:.0%}"
+    text = [f"{stage}: {listed}."] if listed else []
+    return text + ([f"{stage} costs as much as it saves, or more: {losses}."] if losses else [])
+
+
+def _stairs(profile: Profile) -> list[str]:
+    """Which numbers of tokens are cheap, where attention has stairs."""
+    tokens = profile.shape.patch_tokens + profile.shape.prefix_tokens
+    curve = profile.attention
+    width = None if curve is None else width_of(curve, tokens)
+    if curve is None or width is None:
+        return []
+    place = tokens // width * width
+    less = 1 - curve.at(place) / curve.at(place - 1)
+    return [
+        f"Attention has stairs: {place} tokens, prefix included, take {less:.0%} less than {place - 1}. So do other "
+        f"multiples of {width}, each against one token less."
+    ]
 
 
 def _gains_in_every_block(profile: Profile) -> list[tuple[str, float]]:

@@ -83,7 +83,7 @@ def run_study(
         logger.warning("%s", note)
     just_measured = config.device is not None and config.device.table is None
     if just_measured:
-        config = with_measured_profile(config)
+        config = with_measured_profile(config, folder, url)
         check_study(config, starts=not has_study(url, config.name), problems=problems)
     with Interrupt() as interrupt, ExitStack() as stack:
         if make_workers is None:
@@ -102,7 +102,7 @@ def run_study(
         store, place = stack.enter_context(opening)
         config = store.config  # it may have the profile of a driver that began the study at the same moment
         if just_measured:
-            save_profile(config, folder)
+            save_profile(config, folder)  # again, as it may be another
         team: Team | NoTeam = NoTeam()
         if not alone:
             team = stack.enter_context(closing(Team(store, place, lease)))

@@ -19,6 +19,8 @@ from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.space.problems import target_range_problems
+from prunesearch.strict import to_mapping
+from prunesearch.study.differences import refuse_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,18 @@ def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     from prunesearch.study.reader import stored_config
 
     stored = stored_config(url, config.name)
-    if stored is None or stored.device is None:
+    if stored is None:
+        return config
+    if stored.device is None:  # refused before a profile is measured for nothing
+        refuse_other_settings(config, to_mapping(stored), may_mend=False)
         return config
     return replace(config, device=replace(config.device, table=stored.device.table))
 
 
-def with_measured_profile(config: StudyConfig) -> StudyConfig:
-    """The study with a profile; one that has none is measured on this machine now.
+def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyConfig:
+    """The study with a profile; one that has none is measured on this machine now, and written to its folder.
+
+    If another driver has stored the study meanwhile, its profile is taken.
 
     Raises DeviceError, MissingLibraryError, ModelError and ResourceError.
     """
@@ -62,13 +69,18 @@ def with_measured_profile(config: StudyConfig) -> StudyConfig:
         say=logger.warning,
         **measured_as(device),
     )
+    stored = with_known_profile(config, url)
+    if stored.device is not None and stored.device.table is not None:
+        return stored
     for doubt in doubts(profile):
         logger.warning("device: %s", doubt)
-    return replace(config, device=replace(device, table=profile))
+    config = replace(config, device=replace(device, table=profile))
+    save_profile(config, folder)
+    return config
 
 
 def save_profile(config: StudyConfig, folder: Path) -> None:
-    """Write the profile that a study began with to its folder."""
+    """Write the profile of a study to its folder."""
     if config.device is not None and config.device.table is not None:
         save_profiles([config.device.table], folder / FILE)
 
@@ -130,7 +142,8 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     if device is None:
         return [
             f"device: absent, but {', '.join(needing)} is predicted by a profile of a device. Possible: a file of "
-            f"`prunesearch profile`, or measuring here. Write device: {{profile: FILE.json}} or device: {{batch: 16}}."
+            f"`prunesearch profile`, or measuring here. Write device: {{profile: FILE.json, batch: 16}} or "
+            f"device: {{batch: 16}}."
         ] * bool(needing)
     if not needing:
         return [

@@ -58,6 +58,8 @@ def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any], may_men
     refused = [line for name, line in changed.items() if not (may_mend and _is_among(name, MAY_MEND))]
     if refused:
         lines = "\n".join(f"  - {line}" for line in refused)
+        if "device.table" in changed:
+            lines += "\n    (a profile may be another file, but with the same times: the study goes on with its own)"
         raise StudyError(
             f"{place} exists with other settings:\n{lines}\n"
             f"Possible to change in a study: {', '.join(MAY_CHANGE)}; until something is evaluated also "

@@ -165,7 +165,7 @@ def test_no_schedule_is_predicted_below_what_is_said_to_be_the_least() -> None:
 
 def test_verbs_that_cost_more_than_they_save_are_named() -> None:
     dear = replace(PROFILE, verbs=(StageTime("drop", 0.01), StageTime("merge", 5.0)))
-    assert any("as much as they save, or more: " in line and "merge" in line for line in profile_lines(dear))
+    assert any("costs as much as it saves, or more: " in line and "merge" in line for line in profile_lines(dear))
     free = replace(PROFILE, verbs=(StageTime("merge", 0.0),), sized_attention=PROFILE.attention)
     assert any(line.startswith("A stage in every block that keeps 92%: merge 1.") for line in profile_lines(free))
 

@@ -134,7 +134,7 @@ def test_schedules_hash_and_pickle_and_read_well() -> None:
     assert pickle.loads(pickle.dumps(schedule)) == schedule and hash(schedule) == hash(Schedule(schedule.stages))
     assert str(schedule) == "block 3 mid: squeeze to keep 0.7 by class_attention"
     assert str(Schedule()) == "dense"
-    assert options_of(schedule.stages[0]) == {"temperature": 2.0}
+    assert options_of(schedule.stages[0]) == {"temperature": 2.0, "position": "host"}
 
 
 def test_errors_pickle_with_their_problems() -> None:
