@@ -116,15 +116,12 @@ def page(rows: list[Row], accuracies: dict[str, list[float]], arguments: argpars
     lines = [
         "# Rotary positions of merged tokens",
         "",
-        f"ViTs of six blocks with rotary positions (timm's Eva, no absolute positions), trained on the digits for "
-        f"{arguments.epochs} epochs",
-        f"({arguments.seeds} seeds), then pruned as they come. KL from the dense model on 599 images, in nats, mean over "
-        f"seeds, keep ratios",
-        f"({', '.join(map(str, KEEPS))} in each stage) and two places of stages. host: a token that stands for several "
-        f"has the position of its",
-        "host. mean: the mean of all their positions, weighted as their features are. share: of the images, for how many "
-        "the host's is the",
-        "smaller one. wins: of the schedules, for how many.",
+        "ViTs of six blocks with rotary positions (timm's Eva, no absolute positions), trained on the digits for",
+        f"{arguments.epochs} epochs with {arguments.seeds} seeds, then pruned as they come. KL from the dense model",
+        f"on 599 images, in nats, mean over seeds, keep ratios ({', '.join(map(str, KEEPS))} in each stage) and two",
+        "choices of blocks. host: a token that stands for several has the position of its host. mean: it has the mean",
+        "of all their positions, weighted as their features are. share: of the images, for how many the host's is the",
+        "smaller KL. wins: of the schedules, for how many.",
         "",
         *(
             f"Top-1 of {table}: {', '.join(f'{value:.1f}' for value in values)} %."

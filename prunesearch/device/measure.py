@@ -38,8 +38,6 @@ BENT = 0.03
 """A curve is measured between two points when its middle is further from a straight line than this share."""
 DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6)))
 """For each verb: the patch tokens present, as a share of the model's, and the share of these that stay."""
-GENTLE = 0.9
-"""Keep ratio of the stages by which the time of a stage inside a model is found."""
 CHECKS = 2
 FINE = 1e-5
 """Seconds; a clock that is coarser is not used."""
@@ -161,7 +159,9 @@ class _Look:
         """The parts that depend on a number of tokens. counts: patch tokens. only: this curve alone."""
         tokens = [count + self.shape.prefix_tokens for count in counts]
         found: dict[Key, _Work] = {}
-        for name, parts in self.parts.curve_parts(self.model, self.images, tokens).items() if tokens else ():
+        for name, parts in (
+            self.parts.curve_parts(self.model, self.shape, self.images, tokens).items() if tokens else ()
+        ):
             if only not in (None, name):
                 continue
             runs = self._prepared(list(parts.values()), f"{name} of a block")
@@ -235,9 +235,10 @@ def _times(
 def _counts(shape: ModelShape) -> list[int]:
     """Patch tokens at which curves are measured first."""
     counts = {max(1, round(share * shape.patch_tokens)) for share in FRACTIONS}
-    if shape.holds:
-        counts.add(shape.patch_tokens - 1)  # holding one position costs the gathers, and none of the MLP's time goes
-    else:
+    if shape.holds or shape.has_positions:
+        # with one token less nearly no time goes, and positions are held or have to be followed
+        counts.add(shape.patch_tokens - 1)
+    if not shape.holds:
         counts |= {tokens - shape.prefix_tokens for tokens in probes(shape.patch_tokens + shape.prefix_tokens)}
     return sorted(count for count in counts if count > 0)
 
@@ -300,8 +301,22 @@ def _designs(verb: str, shape: ModelShape, score: str) -> list[Step]:
 
 
 def _gentle(verb: str, shape: ModelShape, score: str) -> Schedule:
-    """A schedule with a gentle stage in every block."""
-    return Schedule(tuple(_stage(verb, block, shape, GENTLE, score) for block in range(shape.depth)))
+    """A schedule with a stage in every block, to numbers of tokens at which curves are measured: the largest ones.
+
+    Between those a curve is not known well enough, as what stages take is a small difference of large times.
+    """
+    entry, present, stages = REDUCERS[verb], shape.patch_tokens, []
+    counts = [count - entry.extra_tokens for count in _counts(shape) if count < present]
+    for block in range(shape.depth):
+        most = present - entry.extra_tokens - 1
+        possible = [count for count in counts if max(entry.fewest_kept(present), 1) <= count <= most]
+        if not possible:
+            break
+        count = max(possible)
+        stage = _stage(verb, block, shape, 1.0, score)
+        stages.append(replace(stage, keep=None, tokens=count))
+        present = shape.patch_tokens if shape.holds else count + entry.extra_tokens
+    return Schedule(tuple(stages))
 
 
 def _checks(shape: ModelShape, verbs: Sequence[str], score: str) -> list[Schedule]:
@@ -401,6 +416,8 @@ def _with_time_in_models(profile: Profile, times: Mapping[Key, Measured], piece:
 
     def corrected(verb: StageTime) -> StageTime:
         schedule = _gentle(verb.name, piece, score)
+        if not schedule.stages:
+            return verb
         measured = 1e3 * (times[("piece", verb.name)].seconds - dense)
         predicted = total_cost(piece, schedule, profile) - total_cost(piece, Schedule(), profile)
         return replace(verb, fixed=max(verb.fixed + (measured - predicted) / len(schedule.stages), 0.0))

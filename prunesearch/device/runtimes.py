@@ -75,9 +75,15 @@ def runtime_of(name: str) -> Runtime:
 
 def prepare(parts: Sequence[Part], runtime: Runtime, settings: Settings) -> list[Run]:
     """A call for each part. Parts that share their modules and say which axes vary are made ready once."""
-    if all(part.tokens_axis for part in parts) and len({part.modules for part in parts}) == 1:
-        return runtime.prepare(parts[0].modules, [part.inputs for part in parts], parts[0].tokens_axis, settings)
-    return [run for part in parts for run in runtime.prepare(part.modules, [part.inputs], part.tokens_axis, settings)]
+    together: dict[object, list[int]] = {}
+    for place, part in enumerate(parts):
+        together.setdefault(part.modules if part.tokens_axis else place, []).append(place)
+    runs: dict[int, Run] = {}
+    for places in together.values():
+        first, inputs = parts[places[0]], [parts[place].inputs for place in places]
+        made = runtime.prepare(first.modules, inputs, first.tokens_axis, settings)
+        runs |= dict(zip(places, made, strict=True))
+    return [runs[place] for place in range(len(parts))]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from prunesearch.errors import ModelError, UntrainedWarning
 from prunesearch.files import load_schedule_file
 from prunesearch.models import (  # digits_vit registers its model with timm
+    beit,
     digits_vit,
     eva,
     feature_map,
@@ -83,8 +84,8 @@ __all__ = [
     "trace",
 ]
 
-FAMILIES = (vision_transformer, eva, feature_map)
-PARTS_OF = {vision_transformer: vit_parts, eva: vit_parts, feature_map: map_parts}
+FAMILIES = (vision_transformer, eva, beit, feature_map)
+PARTS_OF = {vision_transformer: vit_parts, eva: vit_parts, beit: vit_parts, feature_map: map_parts}
 
 
 def apply_schedule(

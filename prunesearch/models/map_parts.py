@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunesearch.models.feature_map import Choice, add_by_choice, choice_of
-from prunesearch.models.map_shape import STAGE, shape_of, stages_of
+from prunesearch.models.map_shape import STAGE, stages_of
 from prunesearch.models.parts import Part, example
 from prunesearch.schedule import Step
 from prunesearch.shape import ModelShape
@@ -73,9 +73,9 @@ def stem_part(model: Any, images: Tensor) -> Part | None:
     return None
 
 
-def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
+def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
     """The MLP of a block, for each number of positions that go through it. With all of them none are held."""
-    shape, stage = shape_of(model), stages_of(model)[STAGE]
+    stage = stages_of(model)[STAGE]
     blocks: Any = stage.blocks
     holding = next(name for name, entry in REDUCERS.items() if entry.holds)
     x_BnC = example(len(images), shape.patch_tokens, shape.dim, like=images)

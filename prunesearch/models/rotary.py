@@ -7,17 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def grid_places(height: int, width: int, device: torch.device) -> Tensor:
-    """Row and column of each patch token of an image, in its order, fp32, (n, 2)."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    return torch.cartesian_prod(rows, columns).float()
-
-
-def nearest_index(place_Bn2: Tensor, width: int) -> Tensor:
-    """Indices of the places of the image that are nearest, (B, n)."""
-    near_Bn2 = place_Bn2.round()
-    return (near_Bn2[..., 0] * width + near_Bn2[..., 1]).long()
+from prunesearch.models.places import grid_places, nearest_index
 
 
 class Rotary:

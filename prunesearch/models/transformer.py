@@ -138,8 +138,8 @@ class AttendingAttention(Swapped):
         """Query, key and value, as they meet in the attention. given: the keywords of the forward."""
         raise NotImplementedError
 
-    def bias_of(self: Any, call: BlockCall, given: Mapping[str, Any]) -> Tensor | None:
-        """What is added to the logits, (B, 1 or H, 1 or N, N)."""
+    def bias_of(self: Any, given: Mapping[str, Any], found: Tensor | None) -> Tensor | None:
+        """What is added to the logits, (B, 1, 1, N) or (B or 1, H, N, N). found: see `Positions`."""
         bias: Tensor | None = given.get("attn_mask")
         return bias
 
@@ -147,8 +147,8 @@ class AttendingAttention(Swapped):
         """Tokens (B, N, C) to what is added to them, (B, N, C)."""
         if call is None:
             return timm_class(self).forward(self, x, *args, **given)
-        bias, shape, present_Bn = self.bias_of(call, given), call.run.plan.shape, call.state.present_Bn
-        needs_keys = call.plan.needs_keys
+        bias, shape = self.bias_of(given, call.state.found), call.run.plan.shape
+        present_Bn, needs_keys = call.state.present_Bn, call.plan.needs_keys
         x, call.attended = attend(self, x, bias, shape, present_Bn, call.most_gap, needs_keys, **given)
         return x
 
@@ -314,16 +314,18 @@ def check_plan(plan: Plan, model: Any) -> Plan:
     return plan
 
 
-def block_places(model: Any, plan: Plan) -> list[Place]:
-    """The blocks and attentions, whose classes are swapped."""
-    places, learning = [], False
+def block_places(model: Any, plan: Plan, in_attention: bool = False) -> list[Place]:
+    """The blocks and attentions, whose classes are swapped. in_attention: see `Positions`."""
+    places, learning, moved = [], False, False
     for index, (block, block_plan) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         learning = learning or any(step.decisions_learn for step in block_plan.pre)
-        listens = learning or bool(block_plan.listening)
+        moved = moved or (in_attention and bool(block_plan.pre))
+        listens = learning or moved or bool(block_plan.listening)
         path = f"model.blocks[{index}]"
         places.append(Place(path, block, ours(block), calls=listens or bool(block_plan.mid)))
         places.append(Place(f"{path}.attn", block.attn, ours(block.attn), calls=listens))
         learning = learning or any(step.decisions_learn for step in block_plan.mid)
+        moved = moved or (in_attention and bool(block_plan.mid))
     return places
 
 

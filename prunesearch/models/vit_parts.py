@@ -1,7 +1,8 @@
 """The parts of a ViT whose time is measured one by one: stem, halves of blocks, scores, verbs, head.
 
-Blocks that read rotary positions get them as the input `rope`. It has rows for the prefix too, which are cut off, so
-that all inputs of a graph have the same number of tokens.
+Blocks that read where their tokens are get what `Positions.found` gives as the input `found`, but for the dense model.
+It has a row for each token, prefix included, so that all inputs of a graph have the same number; rows that it has not
+are cut off inside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from prunesearch.models.parts import Part, example, sharing_copy
 from prunesearch.models.step import Evidence, TokenState, mean_keys, take_step
@@ -44,58 +44,63 @@ class Stem(nn.Module):
         return tokens_BNC
 
 
-def _keywords(block: Any, rope: Tensor | None) -> dict[str, Tensor]:
-    return {} if rope is None else {"rope": rope[..., block.attn.num_prefix_tokens :, :]}
-
-
 class Blocks(nn.Module):
-    """Some blocks, one after the other."""
+    """Some blocks, one after the other. halves: what is run of them."""
 
-    def __init__(self, blocks: Iterable[Any]) -> None:
+    halves: tuple[str, ...] = ("attention", "mlp")
+
+    def __init__(self, blocks: Iterable[Any], shape: ModelShape, positions: Positions | None, pad: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.shape, self.positions, self.pad = shape, positions, pad
 
-    def forward(self, x_BNC: Tensor, rope: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, found: Tensor | None = None) -> Tensor:
         """Tokens to tokens."""
-        block: Any
-        for block in self.blocks:
-            x_BNC = block(x_BNC, **_keywords(block, rope))
+        return self.run(x_BNC, found, None)
+
+    def run(self, x_BNC: Tensor, found: Tensor | None, bias_B11N: Tensor | None) -> Tensor:
+        """Tokens to tokens. bias_B11N: what sizes of tokens add to the logits."""
+        found = None if found is None else found.narrow(_axis(found), self.pad, found.shape[_axis(found)] - self.pad)
+        for index, block in enumerate(self.blocks):
+            if "attention" in self.halves:
+                x_BNC = self._attention_half(index, block, x_BNC, found, bias_B11N)
+            if "mlp" in self.halves:
+                x_BNC = ours(block).mlp_half(block, x_BNC)
         return x_BNC
+
+    def _attention_half(
+        self, index: int, block: Any, x_BNC: Tensor, found: Tensor | None, bias_B11N: Tensor | None
+    ) -> Tensor:
+        kind, attention, positions = ours(block), block.attn, self.positions
+        given: dict[str, Any] = {} if bias_B11N is None else {"attn_mask": bias_B11N}
+        given |= {} if positions is None else positions.keywords(index, found)
+        before_BNC = kind.before_attention(block, x_BNC)
+        if positions is not None and positions.in_attention:
+            bias = ours(attention).bias_of(attention, given, found)
+            added_BNC, _ = attend(attention, before_BNC, bias, self.shape, **given)
+        else:
+            added_BNC = attention(before_BNC, **given)
+        return kind.after_attention(block, x_BNC, added_BNC)
 
 
 class Attentions(Blocks):
-    """The attention halves of some blocks, one after the other."""
+    """The attention halves of some blocks."""
 
-    def forward(self, x_BNC: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Tokens to tokens."""
-        return self.attended(x_BNC, rope)
-
-    def attended(self, x_BNC: Tensor, rope: Tensor | None, **given: Tensor) -> Tensor:
-        """Tokens to tokens. given: more keywords of the attention."""
-        block: Any
-        for block in self.blocks:
-            kind, keywords = ours(block), {**given, **_keywords(block, rope)}
-            added_BNC = block.attn(kind.before_attention(block, x_BNC), **keywords)
-            x_BNC = kind.after_attention(block, x_BNC, added_BNC)
-        return x_BNC
+    halves = ("attention",)
 
 
 class SizedAttentions(Attentions):
     """The attention halves of some blocks, when the sizes of tokens are added to the logits."""
 
-    def forward(self, x_BNC: Tensor, bias_B11N: Tensor, rope: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x_BNC: Tensor, bias_B11N: Tensor, found: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Tokens to tokens."""
-        return self.attended(x_BNC, rope, attn_mask=bias_B11N)
+        return self.run(x_BNC, found, bias_B11N)
 
 
 class Mlps(Blocks):
-    """The MLP halves of some blocks, one after the other."""
+    """The MLP halves of some blocks."""
 
-    def forward(self, x_BNC: Tensor, rope: Tensor | None = None) -> Tensor:
-        """Tokens to tokens."""
-        for block in self.blocks:
-            x_BNC = ours(block).mlp_half(block, x_BNC)
-        return x_BNC
+    halves = ("mlp",)
 
 
 class Last(nn.Module):
@@ -113,9 +118,13 @@ class Last(nn.Module):
 class Whole(Last):
     """All blocks and what follows them."""
 
-    def forward(self, x_BNC: Tensor, rope: Tensor | None = None) -> Tensor:
+    def __init__(self, model: Any, shape: ModelShape, positions: Positions | None, pad: int) -> None:
+        super().__init__(model)
+        self.blocks = Blocks(model.blocks, shape, positions, pad)
+
+    def forward(self, x_BNC: Tensor, found: Tensor | None = None) -> Tensor:
         """Tokens to logits."""
-        return super().forward(Blocks.forward(self.model, x_BNC, rope))
+        return super().forward(self.blocks(x_BNC, found))
 
 
 class Score(nn.Module):
@@ -162,29 +171,39 @@ def stem_part(model: Any, images: Tensor) -> Part:
     return Part((Stem(model),), (images,))
 
 
-def curve_parts(model: Any, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
+def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
     """The parts that depend on a number of tokens, by these numbers, prefix included.
 
     Names are those of fields of `profile.Profile`, and "whole": all blocks one after the other. Where a curve is nearly
     straight, or is a small part of the whole, fewer points are measured.
     """
-    first = range(0, max(len(model.blocks) - CHAIN + 1, 1), CHAIN)
+    positions, first = ours(model).positions(model), range(0, max(len(model.blocks) - CHAIN + 1, 1), CHAIN)
+    known = _found(positions, len(images), 1)
+    pad = shape.prefix_tokens if known is not None and known.shape[_axis(known)] == 1 else 0
     chains = [model.blocks[place : place + CHAIN] for place in first]
-    attentions, sized = tuple(map(Attentions, chains)), tuple(map(SizedAttentions, chains))
-    mlps, last, whole = tuple(map(Mlps, chains)), (Last(model),), (Whole(model),)
-    blocks, positions, prefix = len(chains[0]), ours(model).positions(model), model.num_prefix_tokens
+
+    def made() -> tuple[tuple[nn.Module, ...], ...]:
+        kinds = (Attentions, SizedAttentions, Mlps)
+        halves = (tuple(kind(chain, shape, positions, pad) for chain in chains) for kind in kinds)
+        return (*halves, (Whole(model, shape, positions, pad),))
+
+    pruned, dense = made(), made()  # the dense model looks nothing up
+    last, blocks = (Last(model),), len(chains[0])
     parts: dict[str, dict[int, Part]] = defaultdict(dict)
     for tokens in counts:
         x_BNC = example(len(images), tokens, model.embed_dim, like=images)
         bias_B11N = example(len(images), 1, 1, tokens, like=images).abs()
-        rope = _rope(positions, len(images), tokens - prefix, prefix)
-        axis = () if not rope else (rope[0].ndim - 2,)
-        parts["attention"][tokens] = Part(attentions, (x_BNC, *rope), blocks, _axes(1, *axis))
-        parts["mlp"][tokens] = Part(mlps, (x_BNC,), blocks, _axes(1))
+        is_dense = tokens == shape.patch_tokens + shape.prefix_tokens
+        attentions, sized, _, whole = dense if is_dense else pruned
+        found = None if is_dense else _found(positions, len(images), tokens - shape.prefix_tokens)
+        places = () if found is None else (_padded(found, pad),)
+        axes = () if found is None else (_axis(found),)
+        parts["attention"][tokens] = Part(attentions, (x_BNC, *places), blocks, _axes(1, *axes))
+        parts["mlp"][tokens] = Part(pruned[2], (x_BNC,), blocks, _axes(1))
         if tokens in counts[::-SPARSE]:
-            parts["sized_attention"][tokens] = Part(sized, (x_BNC, bias_B11N, *rope), blocks, _axes(1, 3, *axis))
+            parts["sized_attention"][tokens] = Part(sized, (x_BNC, bias_B11N, *places), blocks, _axes(1, 3, *axes))
         if tokens in (counts[0], counts[len(counts) // 2], counts[-1]):
-            parts["whole"][tokens] = Part(whole, (x_BNC, *rope), 1, _axes(1, *axis))
+            parts["whole"][tokens] = Part(whole, (x_BNC, *places), 1, _axes(1, *axes))
         if tokens in (counts[0], counts[-1]):
             parts["last"][tokens] = Part(last, (x_BNC,), 1, _axes(1))
     return dict(parts)
@@ -194,22 +213,31 @@ def _axes(*axes: int) -> tuple[tuple[int, int], ...]:
     return tuple(enumerate(axes))
 
 
-def _rope(positions: Positions | None, images: int, patches: int, prefix: int = 0) -> tuple[Tensor, ...]:
-    """What a block of a pruned model gets by the places of its first patch tokens, after rows for the prefix; nothing
-    if it reads no places."""
-    if positions is None:
-        return ()
-    found = positions.found(positions.grid_n2[:patches].expand(images, -1, -1))
-    return tuple(F.pad(rows, (0, 0, prefix, 0)) for rows in positions.keywords(0, found).values())
+def _axis(found: Tensor) -> int:
+    """The axis of tokens: rows of a table have one for heads before it."""
+    return 2 if found.ndim == 4 else 1
+
+
+def _found(positions: Positions | None, images: int, patches: int) -> Tensor | None:
+    """What the blocks of a pruned model look up for its first patch tokens; None if they read no places."""
+    return None if positions is None else positions.found(positions.grid_n2[:patches].expand(images, -1, -1))
+
+
+def _padded(found: Tensor, pad: int) -> Tensor:
+    """With rows for the prefix."""
+    shape = list(found.shape)
+    shape[_axis(found)] = pad
+    return torch.cat([found.new_zeros(shape), found], dim=_axis(found))
 
 
 def score_part(model: Any, shape: ModelShape, images: Tensor, name: str, tokens: int) -> Part:
     """A score with its default options, for so many tokens, prefix included."""
     attention, positions = model.blocks[0].attn, ours(model).positions(model)
     x_BNC = example(len(images), tokens, shape.dim, like=images)
-    rope = _rope(positions, len(images), tokens - shape.prefix_tokens)
-    given: Any = {"rope": rope[0]} if rope else {}
-    _, attended = attend(attention, x_BNC, None, shape, **given)
+    found = _found(positions, len(images), tokens - shape.prefix_tokens)
+    given = {} if positions is None else positions.keywords(0, found)
+    bias = ours(attention).bias_of(attention, given, found)
+    _, attended = attend(attention, x_BNC, bias, shape, **given)
     tensors = (attended.query_BHND, attended.key_BHND, attended.value_BHND, attended.output_BHND)
     return Part((Score(name, shape, attention.scale).to(images.device).eval(),), (x_BNC, *tensors))
 

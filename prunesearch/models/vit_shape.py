@@ -77,7 +77,7 @@ def block_shape(model: Any) -> BlockShape:
     for index, block in enumerate(model.blocks):
         layers = {
             name: macs_per_token(layer, f"model.blocks[{index}].{name}")
-            for name, layer in (*_flat_children(block, "attn"), *_flat_children(block.attn, prefix="attn."))
+            for name, layer in (*_flat_children(block, "attn"), *_flat_children(block.attn, "rel_pos", "attn."))
         }
         gate, mlp = layers.pop("attn.gate", 0), layers.pop("mlp")
         sizes = {name: size for name, size in layers.items() if size}

@@ -18,8 +18,8 @@ def attention_received(scene: ScoreInput, *, merged: str) -> Tensor:
     attended = scene.attended
     assert attended is not None
     logits_BHNN = (attended.query_BHND.float() * attended.scale) @ attended.key_BHND.float().transpose(-2, -1)
-    if attended.bias_B11N is not None:
-        logits_BHNN = logits_BHNN + attended.bias_B11N.float()
+    if attended.bias is not None:
+        logits_BHNN = logits_BHNN + attended.bias.float()
     attention_BNN = logits_BHNN.softmax(dim=-1).mean(dim=1)
     if attended.present_Bn is None:
         return attention_BNN.mean(dim=1)[:, attended.prefix_tokens :]

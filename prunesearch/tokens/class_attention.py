@@ -19,8 +19,8 @@ def class_rows_BHRN(attended: Attended) -> Tensor:
     # one kernel for scale and product; with beta 0 the first argument gives no values
     logits_XRN = torch.baddbmm(query_XRD[..., :1], query_XRD, key_XND.transpose(1, 2), beta=0, alpha=attended.scale)
     logits_BHRN = logits_XRN.view(*attended.key_BHND.shape[:2], *logits_XRN.shape[1:])
-    if attended.bias_B11N is not None:
-        logits_BHRN = logits_BHRN + attended.bias_B11N.float()
+    if attended.bias is not None:
+        logits_BHRN = logits_BHRN + attended.bias[:, :, : attended.class_tokens].float()  # of these rows, or of all
     return logits_BHRN.softmax(dim=-1)
 
 

@@ -15,17 +15,17 @@ class Attended(NamedTuple):
     """Tensors of one attention layer, for scorers.
 
     query, key: after q/k norm. output: before the output projection.
-    bias_B11N: added to the logits (log sizes of merged tokens; -inf for empty slots), or None. class_tokens: how many
-    of the first prefix tokens are class and distillation tokens. present_Bn: 1 for patch tokens that are present, 0
-    for removed ones and padding; None when all are present. keys_BnD: the patch tokens' keys, mean over heads in fp32;
-    None unless a verb needs them.
+    bias: added to the logits, (B, 1, 1, N): log sizes of merged tokens, -inf for empty slots; or (B or 1, H, N, N),
+    with a bias for each pair of places; or None. class_tokens: how many of the first prefix tokens are class and
+    distillation tokens. present_Bn: 1 for patch tokens that are present, 0 for removed ones and padding; None when all
+    are present. keys_BnD: the patch tokens' keys, mean over heads in fp32; None unless a verb needs them.
     """
 
     query_BHND: Tensor
     key_BHND: Tensor
     value_BHND: Tensor
     output_BHND: Tensor
-    bias_B11N: Tensor | None
+    bias: Tensor | None
     scale: float
     prefix_tokens: int
     class_tokens: int

@@ -73,7 +73,7 @@ def test_scores_are_finite_nonnegative_fp32_and_one_per_patch(score: str) -> Non
 def test_the_class_rows_are_rows_of_the_full_softmax(bias: bool, class_tokens: int) -> None:
     a = attended(class_tokens, bias)
     logits = (a.query_BHND * a.scale) @ a.key_BHND.transpose(-2, -1)
-    full = (logits if a.bias_B11N is None else logits + a.bias_B11N).softmax(dim=-1)
+    full = (logits if a.bias is None else logits + a.bias).softmax(dim=-1)
     torch.testing.assert_close(class_rows_BHRN(a), full[:, :, :class_tokens])
     received = gather_evidence(Stage(1, score="attention_received", keep=0.5), patches(), a, False).scores_Bn
     torch.testing.assert_close(received, full.mean(dim=(1, 2))[:, PREFIX:])

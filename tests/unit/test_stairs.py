@@ -127,8 +127,8 @@ def test_a_profile_has_the_stairs_of_its_attention() -> None:
 
 def fake_shape(patches: int) -> ModelShape:
     return ModelShape(
-        depth=4, dim=32, heads=4, attention_dim=32, patch_tokens=patches, prefix_tokens=1, class_tokens=1, mlp_macs=4096,
-        stem_macs=1000, head_macs=320,
+        depth=4, dim=32, heads=4, attention_dim=32, patch_tokens=patches, prefix_tokens=1, class_tokens=1,
+        mlp_macs=4096, stem_macs=1000, head_macs=320,
     )  # fmt: skip
 
 
