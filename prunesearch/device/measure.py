@@ -1,8 +1,9 @@
 """Measure a device profile: every part of a model in turns, then what each score and verb adds, then the whole.
 
-What is measured are real parts with the model's own sizes, in the runtime that will run them. In a model they take more
-than alone, where they run from warm caches. How much more a block takes is found on all blocks together, for three
-numbers of tokens; how much more a stage takes, on a piece of the model with and without stages.
+What is measured are real parts with the model's own sizes, in the runtime that will run them. In a model they take
+more than alone, where they run from warm caches. How much more a block takes is found on the whole model: dense, and
+with one stage in its first block that leaves few tokens to all others. How much more a stage takes is found on a piece
+of the model with and without stages.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.28, 0.17, 0.08)
 """Of the patch tokens: where curves are measured first."""
 BENT = 0.03
 """A curve is measured between two points when its middle is further from a straight line than this share."""
-DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6)))
+DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6, 0.25)))
 """For each verb: the patch tokens present, as a share of the model's, and the share of these that stay."""
 CHECKS = 2
 FINE = 1e-5
@@ -98,7 +99,8 @@ def measure_profile(
         say(f"making {runtime.name} ready for batch {batch}{slow}")
         work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
         checks = _checks(shape, verbs, score)
-        work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, checks)
+        steep = _steep(verbs, shape, score)
+        work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, steep, checks)
         say(f"measuring {len(work)} parts for up to {seconds:.3g} s")
         clock = _clock(settings)
         first = _times(work, seconds * (1 - SECOND_LOOK), wait, clock)
@@ -113,7 +115,7 @@ def measure_profile(
             first |= {
                 key: Measured(value.seconds * drift, value.error) for key, value in second.items() if key != ("dense",)
             }
-    found = _profile(first, shape, verbs, scores, stairs)
+    found = _profile(first, shape, verbs, scores, stairs, steep)
     found = replace(
         found,
         model=name,
@@ -184,11 +186,16 @@ class _Look:
                 )
         return self._ready(found)
 
-    def models(self, pieces: Mapping[str, Schedule], checks: Sequence[Schedule]) -> dict[Key, _Work]:
-        """A piece of the model without and with stages, and whole models that check the predictions."""
+    def models(
+        self, pieces: Mapping[str, Schedule], steep: Mapping[int, Schedule], checks: Sequence[Schedule]
+    ) -> dict[Key, _Work]:
+        """A piece of the model without and with stages, whole models with few tokens, and such that check the
+        predictions."""
         found: dict[Key, Part] = {("piece", ""): Part((self.piece,), (self.images,))}
         for verb, schedule in pieces.items():
             found[("piece", verb)] = Part((self._pruned(self.piece, schedule),), (self.images,))
+        for tokens, schedule in steep.items():
+            found[("steep", tokens)] = Part((self._pruned(self.model, schedule),), (self.images,))
         for index, schedule in enumerate(checks):
             found[("check", index)] = Part((self._pruned(self.model, schedule),), (self.images,))
         return self._ready(found)
@@ -319,6 +326,23 @@ def _gentle(verb: str, shape: ModelShape, score: str) -> Schedule:
     return Schedule(tuple(stages))
 
 
+def _steep(verbs: Sequence[str], shape: ModelShape, score: str) -> dict[int, Schedule]:
+    """Schedules with one stage in the first block, that leaves few tokens to the others: by their number, all counted.
+
+    Empty when no verb can leave so few.
+    """
+    counts, found = _counts(shape), {}
+    for count in {counts[0], counts[len(counts) // 2]}:
+        for verb in sorted(verbs, key=lambda name: REDUCERS[name].part is not None):
+            entry = REDUCERS[verb]
+            left = count - entry.extra_tokens
+            if not entry.holds and max(entry.fewest_kept(shape.patch_tokens), 1) <= left < shape.patch_tokens:
+                stage = replace(_stage(verb, 0, shape, 1.0, score), keep=None, tokens=left)
+                found[count + shape.prefix_tokens] = Schedule((stage,))
+                break
+    return found
+
+
 def _checks(shape: ModelShape, verbs: Sequence[str], score: str) -> list[Schedule]:
     """Schedules, drawn with a fixed seed, that no time is derived from."""
     draw, found = random.Random(0), []
@@ -342,9 +366,14 @@ def _checks(shape: ModelShape, verbs: Sequence[str], score: str) -> list[Schedul
 
 
 def _profile(
-    times: Mapping[Key, Measured], shape: ModelShape, verbs: Sequence[str], scores: Sequence[str], stairs: int | None
+    times: Mapping[Key, Measured],
+    shape: ModelShape,
+    verbs: Sequence[str],
+    scores: Sequence[str],
+    stairs: int | None,
+    steep: Mapping[int, Schedule],
 ) -> Profile:
-    """The profile of parts alone, with what a block takes more in the dense model than its halves take alone."""
+    """The profile of parts alone, with what a block takes more inside a model than its halves take alone."""
     dense = 1e3 * times[("dense",)].seconds
     attention, sized, mlp, last = (_curve(name, times) for name in ("attention", "sized_attention", "mlp", "last"))
     assert mlp is not None
@@ -353,11 +382,8 @@ def _profile(
     if attention is not None and sized is not None:  # measured at fewer tokens: the sizes add nearly a straight line
         rows = zip(sized.tokens, sized.ms, strict=True)
         sized = attention.plus({tokens: ms - attention.at(tokens) for tokens, ms in rows})
-    wholes = {key[1]: 1e3 * value.seconds for key, value in times.items() if key[0] == "whole"}
-    if attention is not None and last is not None:
-        mlp = mlp.plus({n: (ms - last.at(n)) / shape.depth - attention.at(n) - mlp.at(n) for n, ms in wholes.items()})
     fixed = 1e3 * times[("stem",)].seconds if ("stem",) in times else dense - shape.depth * mlp.at(shape.patch_tokens)
-    return Profile(
+    found = Profile(
         model="",
         shape=shape,
         device="",
@@ -372,6 +398,16 @@ def _profile(
         sized_attention=sized,
         last=last,
     )
+    if attention is None:  # the rest of a model with a feature map has been measured whole
+        return found
+    schedules = {shape.patch_tokens + shape.prefix_tokens: Schedule(), **steep}
+    wholes = {tokens: 1e3 * times["steep", tokens].seconds for tokens in steep}
+    wholes[shape.patch_tokens + shape.prefix_tokens] = dense
+    more = {
+        tokens: (wholes[tokens] - total_cost(shape, schedule, found)) / shape.depth
+        for tokens, schedule in schedules.items()
+    }
+    return replace(found, mlp=mlp.plus(more))
 
 
 def _curve(name: str, times: Mapping[Key, Measured]) -> Curve | None:

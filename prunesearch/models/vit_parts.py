@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,10 @@ class Stem(nn.Module):
         return tokens_BNC
 
 
-class Blocks(nn.Module):
-    """Some blocks, one after the other. halves: what is run of them."""
+class Halves(nn.Module):
+    """Halves of some blocks, one after the other."""
 
-    halves: tuple[str, ...] = ("attention", "mlp")
+    which: ClassVar[str]
 
     def __init__(self, blocks: Iterable[Any], shape: ModelShape, positions: Positions | None, pad: int) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Blocks(nn.Module):
         """Tokens to tokens. bias_B11N: what sizes of tokens add to the logits."""
         found = None if found is None else found.narrow(_axis(found), self.pad, found.shape[_axis(found)] - self.pad)
         for index, block in enumerate(self.blocks):
-            if "attention" in self.halves:
+            if type(self).which == "attention":
                 x_BNC = self._attention_half(index, block, x_BNC, found, bias_B11N)
-            if "mlp" in self.halves:
+            else:
                 x_BNC = ours(block).mlp_half(block, x_BNC)
         return x_BNC
 
@@ -83,10 +83,10 @@ class Blocks(nn.Module):
         return kind.after_attention(block, x_BNC, added_BNC)
 
 
-class Attentions(Blocks):
+class Attentions(Halves):
     """The attention halves of some blocks."""
 
-    halves = ("attention",)
+    which = "attention"
 
 
 class SizedAttentions(Attentions):
@@ -97,10 +97,10 @@ class SizedAttentions(Attentions):
         return self.run(x_BNC, found, bias_B11N)
 
 
-class Mlps(Blocks):
+class Mlps(Halves):
     """The MLP halves of some blocks."""
 
-    halves = ("mlp",)
+    which = "mlp"
 
 
 class Last(nn.Module):
@@ -113,18 +113,6 @@ class Last(nn.Module):
     def forward(self, x_BNC: Tensor) -> Tensor:
         """Tokens to logits."""
         return self.model.forward_head(self.model.norm(x_BNC))
-
-
-class Whole(Last):
-    """All blocks and what follows them."""
-
-    def __init__(self, model: Any, shape: ModelShape, positions: Positions | None, pad: int) -> None:
-        super().__init__(model)
-        self.blocks = Blocks(model.blocks, shape, positions, pad)
-
-    def forward(self, x_BNC: Tensor, found: Tensor | None = None) -> Tensor:
-        """Tokens to logits."""
-        return super().forward(self.blocks(x_BNC, found))
 
 
 class Score(nn.Module):
@@ -174,8 +162,8 @@ def stem_part(model: Any, images: Tensor) -> Part:
 def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[int]) -> dict[str, dict[int, Part]]:
     """The parts that depend on a number of tokens, by these numbers, prefix included.
 
-    Names are those of fields of `profile.Profile`, and "whole": all blocks one after the other. Where a curve is nearly
-    straight, or is a small part of the whole, fewer points are measured.
+    Names are those of fields of `profile.Profile`. Where a curve is nearly straight, or is a small part of the whole,
+    fewer points are measured.
     """
     positions, first = ours(model).positions(model), range(0, max(len(model.blocks) - CHAIN + 1, 1), CHAIN)
     known = _found(positions, len(images), 1)
@@ -184,8 +172,7 @@ def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[
 
     def made() -> tuple[tuple[nn.Module, ...], ...]:
         kinds = (Attentions, SizedAttentions, Mlps)
-        halves = (tuple(kind(chain, shape, positions, pad) for chain in chains) for kind in kinds)
-        return (*halves, (Whole(model, shape, positions, pad),))
+        return tuple(tuple(kind(chain, shape, positions, pad) for chain in chains) for kind in kinds)
 
     pruned, dense = made(), made()  # the dense model looks nothing up
     last, blocks = (Last(model),), len(chains[0])
@@ -194,7 +181,7 @@ def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[
         x_BNC = example(len(images), tokens, model.embed_dim, like=images)
         bias_B11N = example(len(images), 1, 1, tokens, like=images).abs()
         is_dense = tokens == shape.patch_tokens + shape.prefix_tokens
-        attentions, sized, _, whole = dense if is_dense else pruned
+        attentions, sized, _ = dense if is_dense else pruned
         found = None if is_dense else _found(positions, len(images), tokens - shape.prefix_tokens)
         places = () if found is None else (_padded(found, pad),)
         axes = () if found is None else (_axis(found),)
@@ -202,8 +189,6 @@ def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[
         parts["mlp"][tokens] = Part(pruned[2], (x_BNC,), blocks, _axes(1))
         if tokens in counts[::-SPARSE]:
             parts["sized_attention"][tokens] = Part(sized, (x_BNC, bias_B11N, *places), blocks, _axes(1, 3, *axes))
-        if tokens in (counts[0], counts[len(counts) // 2], counts[-1]):
-            parts["whole"][tokens] = Part(whole, (x_BNC, *places), 1, _axes(1, *axes))
         if tokens in (counts[0], counts[-1]):
             parts["last"][tokens] = Part(last, (x_BNC,), 1, _axes(1))
     return dict(parts)
