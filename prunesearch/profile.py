@@ -63,7 +63,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class StageTime:
-    """Milliseconds that a stage adds: fixed + per_before x before + per_kept x kept + per_pair x before x kept.
+    """Milliseconds that a stage adds.
+
+    fixed + per_before x before + per_kept x kept + per_pair x before x kept + per_guest x (before - kept)
 
     before, kept: patch tokens. name: of a verb, its usual score included; or of a score, beyond the usual one's time.
     error: of the fit, as a share of the time, root mean square over what was measured.
@@ -75,10 +77,12 @@ class StageTime:
     per_kept: float = 0.0
     per_pair: float = 0.0
     error: float = 0.0
+    per_guest: float = 0.0
 
     def at(self, before: Count, kept: Count) -> Count:
         """Milliseconds for these patch tokens."""
-        return self.fixed + self.per_before * before + self.per_kept * kept + self.per_pair * before * kept
+        by_one = self.per_before * before + self.per_kept * kept + self.per_guest * (before - kept)
+        return self.fixed + by_one + self.per_pair * before * kept
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ def profile_problems(profile: Profile) -> list[str]:
             problems.append(f"{name}: a number is not within its bounds: tokens from 1, ms and error from 0.")
     times = (*profile.verbs, *profile.scores)
     for time in times[:MOST_NAMES]:
-        if not all(map(_is_time, (time.fixed, time.per_before, time.per_kept, time.per_pair, time.error))):
+        if not all(
+            map(_is_time, (time.fixed, time.per_before, time.per_kept, time.per_pair, time.error, time.per_guest))
+        ):
             problems.append(f"{time.name[:MOST_LETTERS]}: a time is not within 0 to {MOST_MS:g} ms.")
     if len(times) > MOST_NAMES or any(
         len({one.name for one in kind}) < len(kind) for kind in (profile.verbs, profile.scores)

@@ -421,17 +421,20 @@ def _curve(name: str, times: Mapping[Key, Measured]) -> Curve | None:
 def _stage_time(name: str, kind: str, times: Mapping[Key, Measured]) -> StageTime:
     """Fit a score's or verb's time. A score depends on one number of tokens only."""
     points = [(*key[2:], 1e3 * value.seconds) for key, value in times.items() if key[:2] == (kind, name)]
-    columns = [[1.0, *point[:-1]] + [point[0] * point[1]] * (kind == "verb") for point in points]
     measured = np.array([point[-1] for point in points])
+    if kind == "score":
+        (fixed, per_before), error = non_negative_fit(np.array([[1.0, point[0]] for point in points]), measured)
+        return StageTime(name, fixed, per_before, error=error)
+    columns = [[1.0, before, kept, before * kept, before - kept] for before, kept, _ in points]
     weights, error = non_negative_fit(np.array(columns), measured)
-    fixed, per_before, per_kept, per_pair = [*weights, 0.0, 0.0][:4]
-    return StageTime(name, fixed, per_before, per_kept, per_pair, error)
+    fixed, per_before, per_kept, per_pair, per_guest = weights
+    return StageTime(name, fixed, per_before, per_kept, per_pair, error, per_guest)
 
 
 def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> tuple[list[float], float]:
     """Weights >= 0 of the columns (rows, columns) with the least squared relative error, and its root mean square.
 
-    All choices of columns are tried: there are four at most.
+    All choices of columns are tried: there are five at most.
     """
     best, least = [0.0] * columns.shape[1], float("inf")
     scaled, ones = columns / values[:, None], np.ones(len(values))

@@ -16,7 +16,7 @@ from prunesearch.config import MOST_TOKENS, ModelConfig
 from prunesearch.errors import ModelError
 from prunesearch.evaluate.sections import check_checkpoint, is_remote, model_problems
 from prunesearch.evaluate.shape_cache import Facts
-from prunesearch.models import adapted, input_size, shape_of, size_keywords
+from prunesearch.models import adapted, class_of, input_size, shape_of, size_keywords
 from prunesearch.models.weights import load_weights, misfits, read_weights
 
 FRESH_SEED = 0
@@ -62,7 +62,7 @@ def facts_of(config: ModelConfig) -> Facts:
             f"model: {config.name} makes {shape.patch_tokens:,} patch tokens of an image. Possible: from 1 up to "
             f"{MOST_TOKENS:,}. Check image_size and options.patch_size."
         )
-    return Facts(shape, input_size(model)[0])
+    return Facts(shape, input_size(model)[0], class_of(model))
 
 
 def is_timms_own(config: ModelConfig) -> bool:

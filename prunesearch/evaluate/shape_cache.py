@@ -33,10 +33,11 @@ COMPUTED_BY = ("shape.py", "evaluate/build.py", "models/*.py")
 
 @dataclass(frozen=True)
 class Facts:
-    """The shape of a model, and the number of channels of its images."""
+    """The shape of a model, the number of channels of its images, and the timm class that it is of."""
 
     shape: ModelShape
     channels: int
+    family: str
 
 
 def find(config: ModelConfig) -> Facts | None:
@@ -170,14 +171,17 @@ def _code() -> str:
 
 
 def _mapping(facts: Facts) -> dict[str, Any]:
-    return {**to_mapping(facts.shape), "channels": facts.channels}
+    return {**to_mapping(facts.shape), "channels": facts.channels, "family": facts.family}
 
 
 def _read(content: Any) -> Facts | None:
-    if not isinstance(content, dict) or not isinstance(content.get("channels"), int):
+    if not isinstance(content, dict):
         return None
-    rest = {name: value for name, value in content.items() if name != "channels"}
+    channels, family = content.get("channels"), content.get("family")
+    if not isinstance(channels, int) or not isinstance(family, str):
+        return None
+    rest = {name: value for name, value in content.items() if name not in ("channels", "family")}
     try:
-        return Facts(from_mapping(ModelShape, rest, "cache"), content["channels"])
+        return Facts(from_mapping(ModelShape, rest, "cache"), channels, family)
     except FileError:
         return None

@@ -36,6 +36,7 @@ from prunesearch.models import (  # digits_vit registers its model with timm
     eva,
     feature_map,
     map_parts,
+    naflexvit,
     vision_transformer,
     vit_parts,
 )
@@ -51,7 +52,14 @@ from prunesearch.models.plan import (
     plan_for,
     threshold_unit,
 )
-from prunesearch.models.swap import Swapped, check_forwards, check_takes_call, check_unwrapped, check_was_called
+from prunesearch.models.swap import (
+    Swapped,
+    check_forwards,
+    check_takes_call,
+    check_unwrapped,
+    check_was_called,
+    timm_class,
+)
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.weights import fitting_weights
 from prunesearch.schedule import Schedule
@@ -66,6 +74,7 @@ __all__ = [
     "adapted",
     "apply_schedule",
     "block_inputs",
+    "class_of",
     "digits_vit",
     "input_size",
     "learned_parameters",
@@ -84,8 +93,8 @@ __all__ = [
     "trace",
 ]
 
-FAMILIES = (vision_transformer, eva, beit, feature_map)
-PARTS_OF = {vision_transformer: vit_parts, eva: vit_parts, beit: vit_parts, feature_map: map_parts}
+FAMILIES = (vision_transformer, eva, beit, naflexvit, feature_map)
+PARTS_OF = {feature_map: map_parts}
 
 
 def apply_schedule(
@@ -206,6 +215,12 @@ def shape_of(model: nn.Module) -> ModelShape:
     return _family(model).shape_of(model)
 
 
+def class_of(model: nn.Module) -> str:
+    """Name of the timm class of a model, with or without a schedule. Raises ModelError."""
+    _family(model)
+    return timm_class(model).__name__
+
+
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model was built for. Raises ModelError."""
     return _family(model).input_size(model)
@@ -276,7 +291,7 @@ def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Tr
 
 def parts_of(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package
     """The functions that give the parts of a model whose time is measured alone."""
-    return PARTS_OF[_family(model)]
+    return PARTS_OF.get(_family(model), vit_parts)
 
 
 def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a module of this package

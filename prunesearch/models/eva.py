@@ -15,7 +15,6 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from prunesearch.errors import ModelError
 from prunesearch.models.plan import Plan, make_plan
 from prunesearch.models.rotary import Rotary
 from prunesearch.models.swap import Place, timm_class
@@ -26,6 +25,7 @@ from prunesearch.models.transformer import (
     SteppingBlock,
     block_places,
     check_plan,
+    refuse_patch_dropout,
 )
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import input_size as input_size
@@ -137,11 +137,7 @@ class ReducedEva(Reduced, Eva):
 
     def stem(self: Any, x: Tensor) -> tuple[Tensor, Rotary | None]:
         """Image to the tokens that the first block gets, and their rotary positions."""
-        if self.training and self.patch_drop is not None:
-            raise ModelError(
-                "model: patch_drop_rate drops patch tokens at random in training, which a schedule does not count. "
-                "Possible: one of them. Build the model with patch_drop_rate=0."
-            )
+        refuse_patch_dropout(self)
         height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         tokens_BNC, table = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(tokens_BNC), _rotary(self, table, height, width)

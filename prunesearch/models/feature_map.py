@@ -1,9 +1,9 @@
-"""Schedules in timm's SwinTransformer and ConvNeXt: positions skip the MLP in the third stage, and the map stays whole.
+"""Schedules in timm's Swin, Swin-V2 and ConvNeXt: positions skip the MLP in the third stage, and the map stays whole.
 
 The classes of the model, of its sequence of stages, of the third stage and of its blocks are swapped for subclasses.
 In the third stage, from the first step of the schedule on, token mixing (window attention, depth-wise convolution) sees
 all positions. The MLP sees those that stay, and a linear fast path the others. Each module is called with a map and
-returns a map, as in timm. Whatever else a step needs is passed in a `call`, as in vision_transformer.py. Without a call
+returns a map, as in timm. Whatever else a step needs is passed in a `call`, as in transformer.py. Without a call
 timm's own code runs. Checked against timm 1.0.31. Letters in tensor names as in `tokens/inputs.py`; n are positions.
 """
 
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, SwinTransformerV2Stage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunesearch.errors import ModelError
-from prunesearch.models.map_shape import STAGE, place_of, stages_of
+from prunesearch.models.map_shape import STAGE, is_swin, place_of, stages_of
 from prunesearch.models.map_shape import input_size as input_size
 from prunesearch.models.map_shape import shape_of as shape_of
 from prunesearch.models.masked_step import take_masked_step
@@ -31,6 +32,7 @@ from prunesearch.models.swap import (
     check_methods,
     check_takes_call,
     check_was_called,
+    ours,
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
@@ -39,7 +41,7 @@ from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.inputs import Grouping, ReduceInput
 from prunesearch.tokens.select import ascending, gather
 
-SUPPORTS = "timm SwinTransformer and ConvNeXt with plain blocks"
+SUPPORTS = "timm SwinTransformer, SwinTransformerV2 and ConvNeXt with plain blocks"
 
 
 class Choice(NamedTuple):
@@ -76,6 +78,10 @@ class BlockCall:
 
 
 class _HoldingBlock(Swapped):
+    def slow(self: Any, x_BKC: Tensor) -> Tensor:
+        """What the MLP adds at positions that go through it. Also takes a block of timm's class in place of `self`."""
+        raise NotImplementedError
+
     def forward(self: Any, x: Tensor, call: BlockCall | None = None) -> Tensor:
         """Map to map, as timm's."""
         if call is None:
@@ -89,9 +95,28 @@ class HoldingSwinTransformerBlock(_HoldingBlock, SwinTransformerBlock):
 
     stands_for = SwinTransformerBlock
 
+    def slow(self: Any, x_BKC: Tensor) -> Tensor:
+        """Norm and MLP."""
+        return self.mlp(self.norm2(x_BKC))
+
     def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
         x = x + self.drop_path1(self._attn(self.norm1(x)))
-        added_BnC = add_by_choice(x.flatten(1, 2), choice, lambda x_BKC: self.mlp(self.norm2(x_BKC)), fast_path)
+        added_BnC = add_by_choice(x.flatten(1, 2), choice, self.slow, fast_path)
+        return x + self.drop_path2(added_BnC.reshape(x.shape))
+
+
+class HoldingSwinTransformerV2Block(_HoldingBlock, SwinTransformerV2Block):
+    """timm's block, which normalises what its MLP returns. With a call, only some positions go through its MLP."""
+
+    stands_for = SwinTransformerV2Block
+
+    def slow(self: Any, x_BKC: Tensor) -> Tensor:
+        """MLP and norm."""
+        return self.norm2(self.mlp(x_BKC))
+
+    def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
+        x = x + self.drop_path1(self.norm1(self._attn(x)))
+        added_BnC = add_by_choice(x.flatten(1, 2), choice, self.slow, fast_path)
         return x + self.drop_path2(added_BnC.reshape(x.shape))
 
 
@@ -100,13 +125,14 @@ class HoldingConvNeXtBlock(_HoldingBlock, ConvNeXtBlock):
 
     stands_for = ConvNeXtBlock
 
-    def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
-        def mlp(mixed_BKC: Tensor) -> Tensor:
-            added_BKC = self.mlp(self.norm(mixed_BKC))
-            return added_BKC if self.gamma is None else added_BKC * self.gamma
+    def slow(self: Any, x_BKC: Tensor) -> Tensor:
+        """Norm, MLP and layer scale."""
+        added_BKC = self.mlp(self.norm(x_BKC))
+        return added_BKC if self.gamma is None else added_BKC * self.gamma
 
+    def _hold(self, x: Tensor, choice: Choice, fast_path: nn.Module) -> Tensor:
         mixed = self.conv_dw(x).permute(0, 2, 3, 1)
-        added_BnC = add_by_choice(mixed.flatten(1, 2), choice, mlp, fast_path)
+        added_BnC = add_by_choice(mixed.flatten(1, 2), choice, self.slow, fast_path)
         return self.drop_path(added_BnC.reshape(mixed.shape).permute(0, 3, 1, 2)) + self.shortcut(x)
 
 
@@ -125,18 +151,29 @@ class _HoldingStage(Swapped):
         """Map to map, as timm's."""
         if call is None:
             return timm_class(self).forward(self, x)
-        path = f"{_stage_path(call)}.blocks"
-        check_takes_call(self.blocks, path)
         checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        x = self.blocks(self.downsample(x), call=call, checkpointed=checkpointed)
-        check_was_called(call.counts, path)
+        x = self._run(self.downsample(x), call, checkpointed)
+        check_was_called(call.counts, f"{_stage_path(call)}.blocks")
         return x
+
+    def _run(self: Any, x: Tensor, call: StageCall, checkpointed: bool) -> Tensor:
+        check_takes_call(self.blocks, f"{_stage_path(call)}.blocks")
+        return self.blocks(x, call=call, checkpointed=checkpointed)
 
 
 class HoldingSwinTransformerStage(_HoldingStage, SwinTransformerStage):
     """timm's stage. With a call, it runs the schedule."""
 
     stands_for = SwinTransformerStage
+
+
+class HoldingSwinTransformerV2Stage(_HoldingStage, SwinTransformerV2Stage):
+    """timm's stage, which calls its blocks one by one. With a call, it runs the schedule."""
+
+    stands_for = SwinTransformerV2Stage
+
+    def _run(self, x: Tensor, call: StageCall, checkpointed: bool) -> Tensor:
+        return _run_blocks(self.blocks, x, call, checkpointed)
 
 
 class HoldingConvNeXtStage(_HoldingStage, ConvNeXtStage):
@@ -191,15 +228,14 @@ class _Holding(Swapped):
         )
 
     def _features(self: Any, x: Tensor, masked: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        is_swin = isinstance(self, SwinTransformer)
-        stages, path = stages_of(self), "model.layers" if is_swin else "model.stages"
-        x = self.patch_embed(x) if is_swin else self.stem(x)
+        swin, stages, path = is_swin(self), stages_of(self), place_of(self).removesuffix(f"[{STAGE}]")
+        x = self.patch_embed(x) if swin else self.stem(x)
         parts, training = getattr(self, PARTS, None), stages[STAGE].training
-        call = StageCall(self._plan, parts, is_swin, masked, training)
+        call = StageCall(self._plan, parts, swin, masked, training)
         check_takes_call(stages, path)
         x = stages(x, call=call)
         check_was_called(call.counts, path)
-        return (self.norm(x) if is_swin else self.norm_pre(x)), call.counts or ()
+        return (self.norm(x) if swin else self.norm_pre(x)), call.counts or ()
 
 
 class HoldingSwinTransformer(_Holding, SwinTransformer):
@@ -208,38 +244,31 @@ class HoldingSwinTransformer(_Holding, SwinTransformer):
     stands_for = SwinTransformer
 
 
+class HoldingSwinTransformerV2(_Holding, SwinTransformerV2):
+    """A SwinTransformerV2 with a token schedule; made by `apply_schedule`, never constructed."""
+
+    stands_for = SwinTransformerV2
+
+
 class HoldingConvNeXt(_Holding, ConvNeXt):
     """A ConvNeXt with a token schedule; made by `apply_schedule`, never constructed."""
 
     stands_for = ConvNeXt
 
 
-HOLDING: dict[type, type[Swapped]] = {
-    kind.stands_for: kind
-    for kind in (
-        HoldingSwinTransformer,
-        HoldingSwinTransformerStage,
-        HoldingSwinTransformerBlock,
-        HoldingConvNeXt,
-        HoldingConvNeXtStage,
-        HoldingConvNeXtBlock,
-    )
-}
-
-
 CONVNEXT = "timm.models.convnext"
-MODULES = ("timm.models.swin_transformer", CONVNEXT)
+MODULES = ("timm.models.swin_transformer", "timm.models.swin_transformer_v2", CONVNEXT)
 """Python modules with functions that build models of these classes (among others)."""
 
 
 def is_family(model: nn.Module) -> bool:
-    """True for exactly SwinTransformer and ConvNeXt, with or without a schedule."""
-    return timm_class(model) in (SwinTransformer, ConvNeXt)
+    """True for exactly SwinTransformer, SwinTransformerV2 and ConvNeXt, with or without a schedule."""
+    return timm_class(model) in (SwinTransformer, SwinTransformerV2, ConvNeXt)
 
 
 def plan_of(model: Any, schedule: Schedule) -> Plan:
     """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
-    check_methods(model, "model", HOLDING[timm_class(model)])  # first, because shape_of runs a pass
+    check_methods(model, "model", ours(model))  # first, because shape_of runs a pass
     return make_plan(schedule, shape_of(model))
 
 
@@ -248,14 +277,15 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
     stages: Any = stages_of(model)
     stage, path = stages[STAGE], place_of(model)
     places = [
-        Place("model", model, HOLDING[timm_class(model)], calls=True),
+        Place("model", model, ours(model), calls=True),
         Place(path.removesuffix(f"[{STAGE}]"), stages, HoldingStages, calls=True),
-        Place(path, stage, HOLDING[timm_class(stage)], calls=True),
-        Place(f"{path}.blocks", stage.blocks, HoldingBlocks, calls=True),
+        Place(path, stage, ours(stage), calls=True),
     ]
+    if timm_class(stage.blocks) is nn.Sequential:
+        places.append(Place(f"{path}.blocks", stage.blocks, HoldingBlocks, calls=True))
     first = min((planned.stage.block for planned in plan.steps), default=len(stage.blocks))
     places += [
-        Place(f"{path}.blocks[{index}]", block, HOLDING[timm_class(block)], calls=index >= first)
+        Place(f"{path}.blocks[{index}]", block, ours(block), calls=index >= first)
         for index, block in enumerate(stage.blocks)
     ]
     return places
@@ -263,7 +293,7 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
 
 def patch_tokens_of(model: Any) -> int:
     """Positions of the third stage's map, for an image of the model's current size."""
-    if not isinstance(model, SwinTransformer):
+    if not is_swin(model):
         return model._plan.shape.patch_tokens
     stage: Any = stages_of(model)[STAGE]
     height, width = stage.output_resolution
@@ -302,9 +332,8 @@ def run_from(model: Any, tokens_BNC: Tensor, first: int) -> Tensor:
 def patches_of(model: Any, features: Tensor) -> Tensor:
     """See `prunesearch.models.patches_of`. timm's ConvNeXt pools before its last norm; here it is applied to each
     position."""
-    is_swin = isinstance(model, SwinTransformer)
-    normalise = nn.Identity() if is_swin else getattr(model.head, "norm", nn.Identity())
-    return _positions(normalise(features), is_swin)
+    normalise = nn.Identity() if is_swin(model) else getattr(model.head, "norm", nn.Identity())
+    return _positions(normalise(features), is_swin(model))
 
 
 def _stage_path(call: StageCall) -> str:
@@ -376,6 +405,6 @@ def add_by_choice(x_BnC: Tensor, choice: Choice, mlp: Callable[[Tensor], Tensor]
     return gather(torch.cat([slow_BKC, fast_BGC.to(slow_BKC.dtype)], dim=1), choice.back_Bn)
 
 
-def _positions(x: Tensor, is_swin: bool) -> Tensor:
+def _positions(x: Tensor, swin: bool) -> Tensor:
     """A map (Swin: (B, H, W, C), ConvNeXt: (B, C, H, W)) as tokens (B, n, C)."""
-    return x.flatten(1, 2) if is_swin else x.flatten(2).transpose(1, 2)
+    return x.flatten(1, 2) if swin else x.flatten(2).transpose(1, 2)

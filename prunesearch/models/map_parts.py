@@ -1,8 +1,9 @@
-"""The parts of a Swin or ConvNeXt whose time is measured one by one: MLPs of the third stage, scores, the choice."""
+"""The parts of a Swin, Swin-V2 or ConvNeXt that are measured: MLPs of the third stage, scores, the choice."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from prunesearch.models.feature_map import Choice, add_by_choice, choice_of
 from prunesearch.models.map_shape import STAGE, stages_of
 from prunesearch.models.parts import Part, example
+from prunesearch.models.swap import ours
 from prunesearch.schedule import Step
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import ScoreInput
@@ -31,7 +33,7 @@ class Mlps(nn.Module):
     def forward(self, x_BnC: Tensor, order_Bn: Tensor, back_Bn: Tensor) -> Tensor:
         """Positions to positions."""
         for index, block in enumerate(self.blocks):
-            mlp = _mlp_of(block)
+            mlp = partial(ours(block).slow, block)
             if self.paths:
                 choice = Choice(None, order_Bn, back_Bn, self.kept)
                 x_BnC = x_BnC + add_by_choice(x_BnC, choice, mlp, self.paths[index])
@@ -105,13 +107,3 @@ def verb_part(model: Any, shape: ModelShape, images: Tensor, step: Step) -> Part
 def piece_of(model: Any) -> nn.Module:
     """The model itself: its third stage is the larger part of it."""
     return model
-
-
-def _mlp_of(block: Any) -> Any:
-    def mlp(x_BKC: Tensor) -> Tensor:
-        norm = getattr(block, "norm2", None) or block.norm
-        added_BKC = block.mlp(norm(x_BKC))
-        gamma = getattr(block, "gamma", None)
-        return added_BKC if gamma is None else added_BKC * gamma
-
-    return mlp

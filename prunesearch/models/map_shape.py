@@ -1,4 +1,4 @@
-"""The `ModelShape` of a timm Swin or ConvNeXt, which describes its third stage, where schedules act."""
+"""The `ModelShape` of a timm Swin, Swin-V2 or ConvNeXt, which describes its third stage, where schedules act."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from timm.layers import Mlp
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
+from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,14 +23,23 @@ STAGE = 2
 """Index of the third stage, which has most of the blocks. The published method leaves the other stages unchanged."""
 
 
+ATTENTIONS = {SwinTransformerBlock: WindowAttention, SwinTransformerV2Block: WindowAttentionV2}
+"""Blocks with window attention, and its class."""
+
+
+def is_swin(model: Any) -> bool:
+    """Whether a model has window attention. Its maps are (B, H, W, C), those of a ConvNeXt (B, C, H, W)."""
+    return isinstance(model, (SwinTransformer, SwinTransformerV2))
+
+
 def stages_of(model: Any) -> nn.Sequential:
     """The sequence of stages, which Swin and ConvNeXt name differently."""
-    return model.layers if isinstance(model, SwinTransformer) else model.stages
+    return model.layers if is_swin(model) else model.stages
 
 
 def input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images the model was built for. Raises ModelError."""
-    if isinstance(model, SwinTransformer):
+    if is_swin(model):
         embed: Any = model.patch_embed
         return (embed.proj.weight.shape[1], *embed.img_size)
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
@@ -56,7 +67,7 @@ def shape_of(model: Any) -> ModelShape:
     for index, block in enumerate(blocks):
         _check(index, block)
     block = blocks[0]
-    if isinstance(block, SwinTransformerBlock):
+    if timm_class(block) in ATTENTIONS:
         attention = block.attn
         dim, heads, norm = attention.qkv.in_features, attention.num_heads, block.norm2
     else:
@@ -91,27 +102,28 @@ def shape_of(model: Any) -> ModelShape:
 
 def place_of(model: Any) -> str:
     """The third stage's path in the model."""
-    return f"model.layers[{STAGE}]" if isinstance(model, SwinTransformer) else f"model.stages[{STAGE}]"
+    return f"model.layers[{STAGE}]" if is_swin(model) else f"model.stages[{STAGE}]"
 
 
 def _block_macs(block: Any, place: str) -> tuple[int, int]:
     """MACs per position of token mixing and of the MLP. Raises ModelError for an unknown layer."""
     mlp = macs_per_token(block.mlp, f"{place}.mlp")
-    if not isinstance(block, SwinTransformerBlock):
+    if timm_class(block) not in ATTENTIONS:
         return block.conv_dw.weight.numel(), mlp
     attention = block.attn
     matrices = [macs_per_token(getattr(attention, name), f"{place}.attn.{name}") for name in ("qkv", "proj")]
-    return sum(matrices) + 2 * attention.proj.in_features * attention.window_area, mlp
+    height, width = attention.window_size
+    return sum(matrices) + 2 * attention.proj.in_features * height * width, mlp
 
 
 def _check(index: int, block: Any) -> None:
     """Raise ModelError when a block may compute something else than our pass through it."""
     kinds: list[tuple[Any, tuple[type, ...]]] = [
-        (block, (SwinTransformerBlock, ConvNeXtBlock)),
+        (block, (*ATTENTIONS, ConvNeXtBlock)),
         (getattr(block, "mlp", None), (Mlp,)),
     ]
-    if isinstance(block, SwinTransformerBlock):
-        kinds.append((block.attn, (WindowAttention,)))
+    if timm_class(block) in ATTENTIONS:
+        kinds.append((block.attn, (ATTENTIONS[timm_class(block)],)))
     for part, wanted in kinds:
         if timm_class(part) not in wanted:
             found = f"{type(part).__module__}.{type(part).__qualname__}"

@@ -25,7 +25,7 @@ from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StagePa
 from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
 from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours, timm_class
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.models.vit_shape import channels_of
+from prunesearch.models.vit_shape import channels_of, pools_prefix
 from prunesearch.schedule import reads_attention
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
@@ -304,6 +304,15 @@ class Reduced(Swapped):
         return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
 
 
+def refuse_patch_dropout(model: Any) -> None:
+    """Raise ModelError for timm's patch dropout, which acts in training."""
+    if model.training and model.patch_drop is not None:
+        raise ModelError(
+            "model: patch_drop_rate drops patch tokens at random in training, which a schedule does not count. "
+            "Possible: one of them. Build the model with patch_drop_rate=0."
+        )
+
+
 def check_plan(plan: Plan, model: Any) -> Plan:
     """Refuse what no ViT can do. Raises ModelError."""
     if plan.decisions_learn and not model.global_pool:
@@ -551,11 +560,6 @@ def _weighs_patches(model: Any) -> bool:
 
 def _pools_over_patches(model: Any) -> bool:
     return _weighs_patches(model) or model.global_pool == "max"
-
-
-def pools_prefix(model: Any) -> bool:
-    """Whether pooling also reads the prefix tokens. Eva's attention pooling does, and has no option for it."""
-    return getattr(model, "pool_include_prefix", model.global_pool == "map")
 
 
 def _pool_by_size(model: Any, state: TokenState) -> Tensor:

@@ -25,8 +25,18 @@ class BlockShape(NamedTuple):
     mlp_macs: int
 
 
-def shape_from(model: Any, blocks: BlockShape, class_tokens: int, has_positions: bool = False) -> ModelShape:
-    """The shape for the model's own input size. Raises ModelError for layers whose cost is not known."""
+def shape_from(
+    model: Any,
+    blocks: BlockShape,
+    class_tokens: int,
+    has_positions: bool = False,
+    patches: int | None = None,
+    stem_macs: int | None = None,
+) -> ModelShape:
+    """The shape for the model's own input size. Raises ModelError for layers whose cost is not known.
+
+    patches, stem_macs: of models without a `patch_embed`.
+    """
     for name in ("norm_pre", "norm", "fc_norm", "head_drop"):
         macs_per_token(getattr(model, name, None), f"model.{name}")
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
@@ -35,11 +45,11 @@ def shape_from(model: Any, blocks: BlockShape, class_tokens: int, has_positions:
         dim=model.embed_dim,
         heads=blocks.heads,
         attention_dim=blocks.attention_dim,
-        patch_tokens=model.patch_embed.num_patches,
+        patch_tokens=model.patch_embed.num_patches if patches is None else patches,
         prefix_tokens=model.num_prefix_tokens,
         class_tokens=class_tokens,
         mlp_macs=blocks.mlp_macs,
-        stem_macs=_stem_macs(model),
+        stem_macs=_stem_macs(model) if stem_macs is None else stem_macs,
         head_macs=sum(macs_per_token(getattr(model, name, None), f"model.{name}") for name in ("head", "head_dist")),
         gate_macs=blocks.gate_macs,
         pool_macs=pool_macs,
@@ -122,6 +132,11 @@ def _stem_macs(model: Any) -> int:
     return counter.get_total_flops() // 2
 
 
+def pools_prefix(model: Any) -> bool:
+    """Whether pooling also reads the prefix tokens. Eva's attention pooling does, and has no option for it."""
+    return getattr(model, "pool_include_prefix", model.global_pool == "map")
+
+
 def channels_of(embed: nn.Module) -> int:
     """Channels of the images that a stem takes: those of its first convolution."""
     return next(weight.shape[1] for weight in embed.parameters() if weight.ndim == 4)
@@ -134,8 +149,9 @@ def _pool_macs(model: Any) -> tuple[int, int, int]:
         return 0, 0, 0
     layers = {name: macs_per_token(layer, f"model.attn_pool.{name}") for name, layer in pool.named_children()}
     if type(pool) is AttentionPoolLatent:
-        per_token = layers.pop("kv")
-        return pool.latent_len * sum(layers.values()), per_token + 2 * pool.latent_len * pool.kv.in_features, 0
+        per_token = layers.pop("kv") + 2 * pool.latent_len * pool.kv.in_features
+        left_out = 0 if pools_prefix(model) else model.num_prefix_tokens
+        return pool.latent_len * sum(layers.values()) - left_out * per_token, per_token, 0
     if type(pool).__qualname__ == "AttentionPoolPrr" and not any(layers.values()):  # timm 1.0.24 does not have it yet
         return 0, 0, 2 * model.embed_dim  # self-attention without projections
     raise ModelError(

@@ -81,8 +81,16 @@ def _recipes(pattern: str) -> Iterator[Row]:
 
 
 def _models(pattern: str) -> Iterator[Row]:
-    for name, shape in prunable_models(pattern, lambda text: print(f"note: {text}", file=sys.stderr)).items():
-        yield name, str(shape.depth), str(shape.dim), str(shape.patch_tokens), _three_digits(estimate_cost(shape).gmacs)
+    for name, facts in prunable_models(pattern, lambda text: print(f"note: {text}", file=sys.stderr)).items():
+        shape = facts.shape
+        yield (
+            name,
+            facts.family,
+            str(shape.depth),
+            str(shape.dim),
+            str(shape.patch_tokens),
+            _three_digits(estimate_cost(shape).gmacs),
+        )
 
 
 def _three_digits(value: float) -> str:
@@ -111,7 +119,7 @@ CATALOGUES: dict[str, tuple[Row, Callable[[str], Iterator[Row]]]] = {
     "reduces": (("reduce", "score", "options", "what it does", "source"), _reduces),
     "presets": (("preset", "what it is", "published top-1 @ MACs"), _presets),
     "recipes": (("recipe", "what is trained", "fields of finetune", "presets", "source"), _recipes),
-    "models": (("model", "blocks", "width", "patch tokens", "GMACs"), _models),
+    "models": (("model", "class", "blocks", "width", "patch tokens", "GMACs"), _models),
     "metrics": (("metric", "unit", "goal", "how", "what it is"), _metrics),
     "samplers": (("sampler", "what it is"), _samplers),
     "spaces": (("file", "what it explores"), _spaces),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 
 from prunesearch.schedule import Schedule, Stage
@@ -23,6 +25,7 @@ LAYOUTS: dict[str, dict] = {
     "avgmax": dict(global_pool="avgmax"),
     "max": dict(global_pool="max", class_token=False),
     "map": dict(global_pool="map", class_token=False),
+    "map_after_class": dict(global_pool="map"),
     "prr": dict(global_pool="prr"),
     "no_pool": dict(global_pool="", num_classes=0),
     "drop_path": dict(drop_path_rate=0.2, proj_drop_rate=0.1),
@@ -59,7 +62,23 @@ EVA_LAYOUTS: dict[str, dict] = {
     ),
 }
 """timm's Eva: DINOv3, EVA-02, Perception Encoder and their relatives."""
-LAYOUTS |= EVA_LAYOUTS
+BEIT_LAYOUTS: dict[str, dict] = {
+    "beit": dict(use_rel_pos_bias=True, init_values=0.1),
+    "beit_shared": dict(use_shared_rel_pos_bias=True, use_abs_pos_emb=False, global_pool="token", qkv_bias=False),
+    "beit_both": dict(use_shared_rel_pos_bias=True, use_rel_pos_bias=True, swiglu_mlp=True, scale_mlp=True),
+}
+NAFLEX_LAYOUTS: dict[str, dict] = {
+    "naflex": dict(class_token=True, global_pool="token", pos_embed="learned", pos_embed_grid_size=(4, 4)),
+    "naflex_map": dict(class_token=False, global_pool="map", pos_embed="factorized", pos_embed_grid_size=(6, 6)),
+    "naflex_rotary": dict(
+        rope_type="axial", pos_embed="none", class_token=True, reg_tokens=2, global_pool="avg", pool_include_prefix=True
+    ),
+    "naflex_mixed": dict(rope_type="mixed", pos_embed="none", class_token=False, reg_tokens=1, swiglu_mlp=True),
+}
+FAMILY_LAYOUTS: dict[type, dict[str, dict]] = {Eva: EVA_LAYOUTS, Beit: BEIT_LAYOUTS, NaFlexVit: NAFLEX_LAYOUTS}
+"""Layouts of other families than VisionTransformer, by class."""
+KINDS = {layout: kind for kind, layouts in FAMILY_LAYOUTS.items() for layout in layouts}
+LAYOUTS |= {layout: options for layouts in FAMILY_LAYOUTS.values() for layout, options in layouts.items()}
 
 LARGEST = {"merged": "max"}
 CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
@@ -121,11 +140,13 @@ CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
 """Layout and stages. Together: every score and every verb, both places."""
 
 
-def small_model(layout: str = "class", **options: object) -> VisionTransformer | Eva:
+def small_model(layout: str = "class", **options: object) -> torch.nn.Module:
     """A ViT of 4 blocks and 36 patch tokens with random parameters, in eval mode."""
-    kind = VisionTransformerDistilled if layout == "distilled" else Eva if layout in EVA_LAYOUTS else VisionTransformer
+    kind = VisionTransformerDistilled if layout == "distilled" else KINDS.get(layout, VisionTransformer)
     sizes = dict(img_size=24, patch_size=4, embed_dim=32, depth=4, num_heads=4, num_classes=10, mlp_ratio=2.0)
     model = kind(**{**sizes, **LAYOUTS[layout], **options})
+    if kind is NaFlexVit:  # as timm.create_model does
+        model.pretrained_cfg = {"input_size": (3, 24, 24)}
     if layout == "gate":  # an option of timm's Attention that VisionTransformer does not expose
         for block in model.blocks:
             block.attn.gate = torch.nn.Linear(32, block.attn.attn_dim)

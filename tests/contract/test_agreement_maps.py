@@ -8,11 +8,11 @@ import torch
 from small_models import LAYOUTS as VIT_LAYOUTS
 from small_models import images, small_model
 from test_feature_map import LAYOUTS, NO_CHANCE, held_model, inputs, map_model
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunesearch.models import apply_schedule, patches_of, shape_of, steps_of, trace
+from prunesearch.models import apply_schedule, map_shape, patches_of, shape_of, steps_of, trace
 from prunesearch.models.map_shape import STAGE, stages_of
 from prunesearch.schedule import Schedule, Stage
 
@@ -36,7 +36,7 @@ def keep_probability(predictor: torch.nn.Module, x: Tensor, eps: float) -> Tenso
 
 def recomputed(model: torch.nn.Module, x: Tensor, eps: float) -> Tensor:
     """The final map: all positions are mixed; kept ones go through the MLP, the others through the fast path."""
-    is_swin = isinstance(model, SwinTransformer)
+    is_swin, is_v2 = map_shape.is_swin(model), isinstance(model, SwinTransformerV2)
     x = model.patch_embed(x) if is_swin else model.stem(x)
     stages, parts, paths = stages_of(model), model.token_stages, {}
     for part in parts.values():
@@ -56,7 +56,10 @@ def recomputed(model: torch.nn.Module, x: Tensor, eps: float) -> Tensor:
                 x = block(x)
                 continue
             path = paths[f"block{number}"]
-            if is_swin:
+            if is_v2:
+                x = shortcut = x + block.norm1(block._attn(x))
+                slow = block.norm2(block.mlp(x))
+            elif is_swin:
                 x = shortcut = x + block._attn(block.norm1(x))
                 slow = block.mlp(block.norm2(x))
             else:

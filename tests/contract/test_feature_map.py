@@ -1,4 +1,4 @@
-"""`apply_schedule` on models with a feature map (Swin, ConvNeXt), where `hold` is the only verb."""
+"""`apply_schedule` on models with a feature map (Swin, Swin-V2, ConvNeXt), where `hold` is the only verb."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from small_models import images, randomise, small_model
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.config import Budget, DataConfig, FinetuneConfig, MeasureConfig, ModelConfig
@@ -35,6 +36,7 @@ from prunesearch.models import (
     steps_of,
     trace,
 )
+from prunesearch.models.map_shape import is_swin
 from prunesearch.schedule import Schedule, Stage, canonical, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
@@ -47,6 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "swin_whole": dict(SWIN, img_size=64, window_size=7),  # 4 x 4 map: one window, smaller than configured
     "swin_any_size": dict(SWIN, img_size=64, window_size=2, strict_img_size=False),
     "swin_drop_path": dict(SWIN, img_size=64, window_size=2, drop_path_rate=0.3, proj_drop_rate=0.1),
+    "swin_v2": dict(SWIN, img_size=64, window_size=2),
+    "swin_v2_padded": dict(SWIN, img_size=48, window_size=2, strict_img_size=False),
     "convnext": CONVNEXT,
     "convnext_plain": dict(CONVNEXT, ls_init_value=None, kernel_sizes=(7, 5, 5, 3), act_layer="silu"),
     "convnext_stride_16": dict(CONVNEXT, output_stride=16),
@@ -65,7 +69,8 @@ RANDOM = Schedule(tuple(replace(stage, score="random") for stage in HOLDS.stages
 def map_model(layout: str, **options: object) -> torch.nn.Module:
     """A small model with random parameters, in eval mode."""
     if layout.startswith("swin"):
-        return randomise(SwinTransformer(**{**LAYOUTS[layout], **options})).eval()
+        kind = SwinTransformerV2 if "_v2" in layout else SwinTransformer
+        return randomise(kind(**{**LAYOUTS[layout], **options})).eval()
     model = ConvNeXt(**{**LAYOUTS[layout], **options})
     model.pretrained_cfg = {"input_size": (3, 80, 80)}  # as timm.create_model does
     return randomise(model).eval()
@@ -138,12 +143,12 @@ def test_masked_and_gathered_agree_and_count_what_stays(layout: str) -> None:
 
 def _before_last_stage(model: Any, x: torch.Tensor) -> torch.Tensor:
     seen: list[torch.Tensor] = []
-    is_swin = isinstance(model, SwinTransformer)
-    stage = (model.layers if is_swin else model.stages)[3]
+    swin = is_swin(model)
+    stage = (model.layers if swin else model.stages)[3]
     hook = stage.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     model(x)
     hook.remove()
-    return seen[0].flatten(1, 2) if is_swin else seen[0].flatten(2).transpose(1, 2)
+    return seen[0].flatten(1, 2) if swin else seen[0].flatten(2).transpose(1, 2)
 
 
 @pytest.mark.parametrize("layout", FEW)
@@ -350,7 +355,11 @@ def test_models_that_only_look_alike_are_refused() -> None:
 
 def test_names_of_timm_that_are_supported() -> None:
     supported = []
-    for name in (name for module in ("swin_transformer", "convnext") for name in timm.list_models(module=module)):
+    for name in (
+        name
+        for module in ("swin_transformer", "swin_transformer_v2", "convnext")
+        for name in timm.list_models(module=module)
+    ):
         with torch.device("meta"):
             model = timm.create_model(name, depths=(1, 1, 1, 1))
         try:
@@ -358,7 +367,12 @@ def test_names_of_timm_that_are_supported() -> None:
             supported.append(name)
         except ModelError as error:
             assert "1x1" in str(error) or "normalises over all" in str(error)
-    assert len(supported) >= 19 and {"swin_tiny_patch4_window7_224", "convnext_tiny", "test_convnext"} <= {*supported}
+    assert len(supported) >= 28 and {
+        "swinv2_tiny_window8_256",
+        "swin_tiny_patch4_window7_224",
+        "convnext_tiny",
+        "test_convnext",
+    } <= {*supported}
 
 
 @pytest.mark.parametrize(
