@@ -20,7 +20,6 @@ from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.space.problems import target_range_problems
 from prunesearch.strict import to_mapping
-from prunesearch.study.differences import refuse_other_settings
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,7 @@ def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     config = with_profile(config)
     if config.device is None or config.device.table is not None:
         return config
+    from prunesearch.study.differences import refuse_other_settings
     from prunesearch.study.reader import stored_config
 
     stored = stored_config(url, config.name)
