@@ -96,6 +96,16 @@ __all__ = [
 FAMILIES = (vision_transformer, eva, beit, naflexvit, feature_map)
 PARTS_OF = {feature_map: map_parts}
 
+WHY_NOT = {
+    "Hiera": "its blocks pool over groups of neighbouring tokens, so every token must be in its place",
+    "HieraDet": "its blocks pool over groups of neighbouring tokens, so every token must be in its place",
+    "MultiScaleVit": "its blocks pool keys and values with convolutions over the grid, so every token must be there",
+    "VisionTransformerSAM": "most of its blocks attend within windows of the grid, so every token must be in its place",
+    "DaVit": "its blocks attend within windows and have convolutions, so every token must be in its place",
+    "ConvNeXtV2": "it normalises over all positions, so that an MLP on some of them computes something else",
+}
+"""Why classes that users ask for take no schedule."""
+
 
 def apply_schedule(
     model: Model,
@@ -299,8 +309,9 @@ def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a modu
         if family.is_family(model):
             return family
     name = f"{type(model).__module__}.{type(model).__qualname__}"
+    reason = WHY_NOT.get(type(model).__qualname__)
     raise ModelError(
-        f"model: {name} is not supported. Possible: {', '.join(family.SUPPORTS for family in FAMILIES)}. "
+        f"model: {name} is not supported{'' if reason is None else f': {reason}'}. Possible: {', '.join(family.SUPPORTS for family in FAMILIES)}. "
         f"Use a timm model of one of these classes (exactly: a subclass may compute something else), and apply the "
         f"schedule before the model is wrapped or sharded."
     )
