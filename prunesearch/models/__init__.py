@@ -38,6 +38,7 @@ from prunesearch.models import (  # digits_vit registers its model with timm
     map_parts,
     naflexvit,
     vision_transformer,
+    vision_transformer_relpos,
     vit_parts,
 )
 from prunesearch.models.plan import (
@@ -93,7 +94,7 @@ __all__ = [
     "trace",
 ]
 
-FAMILIES = (vision_transformer, eva, beit, naflexvit, feature_map)
+FAMILIES = (vision_transformer, eva, beit, naflexvit, vision_transformer_relpos, feature_map)
 PARTS_OF = {feature_map: map_parts}
 
 WHY_NOT = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunesearch.models.places import grid_places, nearest_index
+from prunesearch.models.swap import ours
 from prunesearch.models.transformer import AttendingAttention
 
 
@@ -45,7 +46,7 @@ class BiasedAttention(AttendingAttention):
 
     def bias_of(self: Any, given: Mapping[str, Any], found: Tensor | None) -> Tensor | None:
         """The rows and columns of the tokens that are there, and the mask."""
-        bias, mask = self.pair_bias(given), given.get("attn_mask")
+        bias, mask = ours(self).pair_bias(self, given), given.get("attn_mask")
         if bias is None:
             return mask
         if found is not None:

@@ -8,6 +8,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS, SCORERS
@@ -75,7 +76,20 @@ NAFLEX_LAYOUTS: dict[str, dict] = {
     ),
     "naflex_mixed": dict(rope_type="mixed", pos_embed="none", class_token=False, reg_tokens=1, swiglu_mlp=True),
 }
-FAMILY_LAYOUTS: dict[type, dict[str, dict]] = {Eva: EVA_LAYOUTS, Beit: BEIT_LAYOUTS, NaFlexVit: NAFLEX_LAYOUTS}
+RELPOS_LAYOUTS: dict[str, dict] = {
+    "relpos": dict(rel_pos_type="bias", class_token=True, global_pool="token", qk_norm=True),
+    "relpos_shared": dict(rel_pos_type="bias", shared_rel_pos=True, class_token=True, init_values=None),
+    "relpos_shared_mlp": dict(shared_rel_pos=True, rel_pos_dim=24, class_token=False),
+    "relpos_post_norm": dict(block_fn=ResPostRelPosBlock, class_token=False),
+    "relpos_swin_mlp": dict(rel_pos_type="mlp_swin", class_token=True, fc_norm=True),
+}
+"""timm's VisionTransformerRelPos."""
+FAMILY_LAYOUTS: dict[type, dict[str, dict]] = {
+    Eva: EVA_LAYOUTS,
+    Beit: BEIT_LAYOUTS,
+    NaFlexVit: NAFLEX_LAYOUTS,
+    VisionTransformerRelPos: RELPOS_LAYOUTS,
+}
 """Layouts of other families than VisionTransformer, by class."""
 KINDS = {layout: kind for kind, layouts in FAMILY_LAYOUTS.items() for layout in layouts}
 LAYOUTS |= {layout: options for layouts in FAMILY_LAYOUTS.values() for layout, options in layouts.items()}
@@ -134,6 +148,13 @@ CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
         (
             Stage(0, score="none", keep=0.7, reduce="merge", options=(("position", "mean"),)),
             Stage(1, at="pre", score="attention_received", keep=0.7, reduce="fuse"),
+        ),
+    ),
+    "biases of pairs of places, and sizes": (
+        "relpos",
+        (
+            Stage(0, score="none", keep=0.7, reduce="merge", options=(("position", "mean"),)),
+            Stage(1, at="pre", score="class_attention", keep=0.7, reduce="squeeze"),
         ),
     ),
 }

@@ -50,8 +50,12 @@ def profiled(model: torch.nn.Module, runtime: str = "torch", **names: Any) -> Pr
 
 
 @pytest.mark.parametrize(
-    "layout", ["class", "registers", "avg_no_class", "map", "qk_norm", "eva_post_norm", "eva_dinov3", "eva_mixed"]
-)
+    "layout",
+    [
+        "class", "registers", "avg_no_class", "map", "qk_norm",
+        "eva_post_norm", "eva_dinov3", "eva_mixed", "beit", "relpos_swin_mlp",
+    ],
+)  # fmt: skip
 def test_every_score_and_verb_of_a_vit_is_measured(layout: str) -> None:
     model = small_model(layout)
     found = profiled(model)
