@@ -10,7 +10,7 @@ class ModelShape:
     """The sizes of a model from which token counts and MACs are computed. All are per image unless noted.
 
     attention_dim: heads x head_dim, which may differ from `dim`. mlp_macs, gate_macs: per token.
-    stem_macs: the patch embedding. head_macs: the classifier(s).
+    stem_macs: the patch embedding, and what else runs once in a pass. head_macs: the classifier(s).
     pool_macs...: a pooling head that attends costs pool_macs + pool_macs_per_token N + pool_macs_per_pair N^2 for N
     tokens. prefix_tokens: class, distillation and register tokens. class_tokens: those of them whose attention ranks
     patches (0, 1, or 2 with a distillation token).

@@ -312,7 +312,8 @@ def _family(model: nn.Module):  # type: ignore[no-untyped-def]  # returns a modu
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     reason = WHY_NOT.get(type(model).__qualname__)
     raise ModelError(
-        f"model: {name} is not supported{'' if reason is None else f': {reason}'}. Possible: {', '.join(family.SUPPORTS for family in FAMILIES)}. "
+        f"model: {name} is not supported{'' if reason is None else f': {reason}'}. "
+        f"Possible: {', '.join(family.SUPPORTS for family in FAMILIES)}. "
         f"Use a timm model of one of these classes (exactly: a subclass may compute something else), and apply the "
         f"schedule before the model is wrapped or sharded."
     )

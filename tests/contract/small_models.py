@@ -151,7 +151,7 @@ CASES: dict[str, tuple[str, tuple[Stage, ...]]] = {
         ),
     ),
     "biases of pairs of places, and sizes": (
-        "relpos",
+        "relpos_swin_mlp",
         (
             Stage(0, score="none", keep=0.7, reduce="merge", options=(("position", "mean"),)),
             Stage(1, at="pre", score="class_attention", keep=0.7, reduce="squeeze"),

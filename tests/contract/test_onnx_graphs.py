@@ -34,7 +34,9 @@ pytestmark = [
 def exported(model: nn.Module, x: Tensor, folder: Path) -> Path:
     """The model as an ONNX file with a dynamic batch."""
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(model, (x,), dynamo=True, opset_version=18, verbose=False, dynamic_shapes=({0: batch},))
+    shapes: dict = dict(dynamo=True, opset_version=18, verbose=False, dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        program = torch.onnx.export(model, (x,), **shapes)
     program.save(folder / "model.onnx")
     return folder / "model.onnx"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small_models import EVA_LAYOUTS, images, small_model
+from small_models import EVA_LAYOUTS, KINDS, images, small_model
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from prunesearch.tokens import SCORERS, ScoreInput, Scorer
 
 pytestmark = pytest.mark.filterwarnings("ignore::prunesearch.errors.UntrainedWarning")
 
-TURNED = [layout for layout in EVA_LAYOUTS if shape_of(small_model(layout)).has_positions]
+READ_PLACES = [layout for layout in KINDS if shape_of(small_model(layout)).has_positions]
+"""Layouts whose attention reads where tokens are."""
 KEPT = torch.tensor([[1, 2, 3, 7, 8, 20, 30, 31, 35], [0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 17, 29, 33, 34, 35]])
 MEAN, HOST = (("position", "mean"),), (("position", "host"),)
 JOINING = ("squeeze", "absorb", "merge", "drop_or_merge")
@@ -137,7 +138,7 @@ def test_pooled_tokens_are_at_the_centre() -> None:
 
 
 @pytest.mark.parametrize("verb", JOINING)
-@pytest.mark.parametrize("layout", TURNED)
+@pytest.mark.parametrize("layout", READ_PLACES)
 def test_both_positions_are_carried_in_every_pass(layout: str, verb: str) -> None:
     """They differ, and an image alone, in a batch, and with its tokens in their slots gives the same."""
     model, x, logits = small_model(layout), images(), []
@@ -161,7 +162,7 @@ def test_both_positions_are_carried_in_every_pass(layout: str, verb: str) -> Non
     assert not torch.allclose(*logits)
 
 
-@pytest.mark.parametrize("layout", ["eva_dinov3", "eva_mixed"])
+@pytest.mark.parametrize("layout", ["eva_dinov3", "eva_mixed", "beit_both", "naflex_rotary"])
 def test_thresholds_pickle_copies_and_checkpointing(layout: str) -> None:
     model, x = small_model(layout), images(5)
     stages = (
@@ -186,7 +187,7 @@ def test_thresholds_pickle_copies_and_checkpointing(layout: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("layout", EVA_LAYOUTS)
+@pytest.mark.parametrize("layout", KINDS)
 def test_a_run_from_a_block_is_bit_equal(layout: str) -> None:
     model, x = small_model(layout), images()
     score = "key_norm" if not shape_of(model).has_class_token else "class_attention"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from small_models import images, small_model
 from test_feature_map import HOLDS, inputs, map_model
@@ -183,3 +184,18 @@ def test_counting_does_not_run_what_is_attached(family: str) -> None:
     expected = shape_of(copy.deepcopy(dense(family)))
     assert shape_of(model) == expected and not seen
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("hiera_tiny_224", "its blocks pool over groups of neighbouring tokens"),
+        ("mvitv2_tiny", "its blocks pool keys and values with convolutions"),
+        ("samvit_base_patch16", "most of its blocks attend within windows"),
+    ],
+)
+def test_a_class_that_needs_every_token_is_refused_with_the_reason(name: str, why: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ModelError, match=why):
+        shape_of(model)

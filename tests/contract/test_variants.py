@@ -13,7 +13,16 @@ from prunesearch.errors import ModelError
 from prunesearch.models import apply_schedule, input_size, remove_schedule, shape_of
 from prunesearch.schedule import Schedule, Stage, resolve
 
-MODULES = ("vision_transformer", "deit", "vision_transformer_hybrid", "vitamin", "eva", "beit", "naflexvit")
+MODULES = (
+    "vision_transformer",
+    "deit",
+    "vision_transformer_hybrid",
+    "vitamin",
+    "eva",
+    "beit",
+    "naflexvit",
+    "vision_transformer_relpos",
+)
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 
 
@@ -77,6 +86,7 @@ def test_variant(name: str) -> None:
         ("eva", 61, "its layers have other sizes than the arithmetic takes all blocks to have"),
         ("beit", 7, ""),
         ("naflexvit", 14, ""),
+        ("vision_transformer_relpos", 14, ""),
     ],
 )
 def test_at_least_the_known_number_of_names_is_supported(module: str, supported: int, why: str) -> None:

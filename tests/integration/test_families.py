@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "VisionTransformerDistilled": ("deit_tiny_distilled_patch16_224", VIT),
     "Eva": ("vit_small_patch16_dinov3", VIT),
     "Beit": ("beit_base_patch16_224", VIT),
+    "VisionTransformerRelPos": ("vit_relpos_small_patch16_224", VIT),
     "NaFlexVit": ("naflexvit_base_patch16_gap", VIT),
     "SwinTransformer": ("swin_tiny_patch4_window7_224", {"patch_size": 1, "embed_dim": 12, "in_chans": 1}),
     "SwinTransformerV2": ("swinv2_tiny_window8_256", {"patch_size": 1, "embed_dim": 12, "in_chans": 1}),
