@@ -19,7 +19,6 @@ from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.space.problems import target_range_problems
-from prunesearch.strict import to_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +31,15 @@ TIMED = ("latency_ms", "throughput")
 def with_known_profile(config: StudyConfig, url: str) -> StudyConfig:
     """The study with the profile of its file, or with that which was measured when the stored study began.
 
-    A stored study has one profile for ever: with other settings it is refused before anything is measured.
+    A stored study has one profile for ever, so nothing is measured for it again.
     """
     config = with_profile(config)
     if config.device is None or config.device.table is not None:
         return config
-    from prunesearch.study.differences import refuse_other_settings
     from prunesearch.study.reader import stored_config
 
     stored = stored_config(url, config.name)
-    if stored is None:
-        return config
-    if stored.device is None:  # refused before a profile is measured for nothing
-        refuse_other_settings(config, to_mapping(stored), may_mend=False)
+    if stored is None or stored.device is None:
         return config
     return replace(config, device=replace(config.device, table=stored.device.table))
 

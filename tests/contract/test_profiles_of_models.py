@@ -89,7 +89,7 @@ def test_a_map_is_measured_as_the_rest_and_its_mlps(layout: str) -> None:
         if name != "torch"
     ],
 )
-@pytest.mark.parametrize("layout", ["class", "eva_mixed"])
+@pytest.mark.parametrize("layout", ["class", pytest.param("eva_mixed", marks=pytest.mark.slow)])
 def test_runtimes_measure_the_same_parts(runtime: str, layout: str) -> None:
     found = profiled(small_model(layout, depth=2), runtime, verbs=["squeeze"], scores=["class_attention"])
     assert found.runtime == runtime and [time.name for time in found.verbs] == ["squeeze"]
