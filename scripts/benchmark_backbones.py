@@ -162,7 +162,7 @@ def page(rows: list[Row], arguments: argparse.Namespace) -> str:
         other = cells.get((model, batch, verb, "onnxruntime"))
         theirs = "- | -" if other is None else f"{_speed(other)} | {other.ms:.1f}"
         own = f"{row.reduction:.2f} | {_speed(row)} | {row.ms:.1f}"
-        lines.append(f"| {model} | {row.kind} | {batch} | {verb} | {own} | {theirs} |")
+        lines.append(f"| {model} | {row.kind} | {batch} | {verb or 'dense'} | {own} | {theirs} |")
     lines += [
         "",
         "What following costs: the same dropping in eager PyTorch, but with the positions of the image's first tokens",
@@ -177,7 +177,11 @@ def page(rows: list[Row], arguments: argparse.Namespace) -> str:
             lines.append(
                 f"| {row.model} | {row.batch} | {drop.ms:.1f} | {row.ms:.1f} | {row.speed / drop.speed - 1:.1%} |"
             )
-    command = f"python scripts/benchmark_backbones.py --threads {arguments.threads} --seconds {arguments.seconds:g}"
+    batches = " ".join(map(str, arguments.batches))
+    command = (
+        f"python scripts/benchmark_backbones.py --batches {batches} --threads {arguments.threads} "
+        f"--seconds {arguments.seconds:g}"
+    )
     return "\n".join([*lines, "", f"Made with `{command} --out benchmarks/backbones.md`.", ""])
 
 
