@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from timm.layers import RelPosBias, RelPosMlp
+from timm.models import vision_transformer_relpos as theirs
 from timm.models.vision_transformer_relpos import (
     RelPosAttention,
     RelPosBlock,
     ResPostRelPosBlock,
     VisionTransformerRelPos,
-    checkpoint_filter_fn,
 )
 from torch import Tensor, nn
 
@@ -165,4 +165,5 @@ def places_of(model: Any, plan: Plan) -> Sequence[Place]:
 
 def adapted(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """See `prunesearch.models.adapted`. Resizes tables of biases too, as timm does for its own weights."""
-    return checkpoint_filter_fn(state, model)
+    resize = getattr(theirs, "checkpoint_filter_fn", None)  # timm 1.0.24 does not have it yet
+    return state if resize is None else resize(state, model)
