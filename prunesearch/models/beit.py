@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from prunesearch.models.pair_bias import BiasedAttention, PairBias
 from prunesearch.models.plan import Plan, make_plan
 from prunesearch.models.swap import Place, timm_class
-from prunesearch.models.transformer import Heads, Reduced, SteppingBlock, block_places, check_plan
+from prunesearch.models.transformer import GammaBlock, Heads, Reduced, block_places, check_plan, heads_of_fused
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import input_size as input_size
 from prunesearch.models.transformer import patch_tokens_of as patch_tokens_of
@@ -39,13 +38,7 @@ class ReducedBeitAttention(BiasedAttention, Attention):
 
     def heads_of(self: Any, x_BNC: Tensor, **given: Any) -> Heads:
         """Query, key and value."""
-        if self.q_bias is None:
-            qkv = self.qkv(x_BNC)
-        else:
-            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            qkv = self.qkv(x_BNC) + bias if self.qkv_bias_separate else F.linear(x_BNC, self.qkv.weight, bias)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
+        return heads_of_fused(self, x_BNC)
 
     def pair_bias(self: Any, given: Mapping[str, Any]) -> Tensor | None:
         """That of this block and that of all blocks."""
@@ -57,19 +50,10 @@ class ReducedBeitAttention(BiasedAttention, Attention):
         return own if shared is None else own + shared
 
 
-class ReducedBeitBlock(SteppingBlock, Block):
+class ReducedBeitBlock(GammaBlock, Block):
     """BEiT's Block that can run steps."""
 
     stands_for = Block
-
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(added_BNC if self.gamma_1 is None else self.gamma_1 * added_BNC)
-
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        added_BNC = self.mlp(self.norm2(x_BNC))
-        return x_BNC + self.drop_path2(added_BNC if self.gamma_2 is None else self.gamma_2 * added_BNC)
 
 
 class ReducedBeit(Reduced, Beit):

@@ -9,23 +9,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from prunesearch.models.plan import Plan, make_plan
-from prunesearch.models.rotary import Rotary
+from prunesearch.models.rotary import Rotary, rotary_of
 from prunesearch.models.swap import Place, timm_class
 from prunesearch.models.transformer import (
     AttendingAttention,
+    GammaBlock,
     Heads,
+    PostNormBlock,
     Reduced,
-    SteppingBlock,
     block_places,
     check_plan,
+    heads_of_fused,
     refuse_patch_dropout,
+    split_heads,
 )
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import input_size as input_size
@@ -51,12 +53,7 @@ class ReducedEvaAttention(AttendingAttention, EvaAttention):
         """Query and key, after their norms and turned by their positions, and value."""
         if self.qkv is None:
             return _turned(self, _separate(self, x_BNC), given.get("rope"))
-        if self.q_bias is None:
-            qkv = self.qkv(x_BNC)
-        else:
-            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            qkv = self.qkv(x_BNC) + bias if self.qkv_bias_separate else F.linear(x_BNC, self.qkv.weight, bias)
-        return _turned(self, _split(self, qkv), given.get("rope"))
+        return _turned(self, heads_of_fused(self, x_BNC), given.get("rope"))
 
 
 class ReducedAttentionRope(AttendingAttention, AttentionRope):
@@ -66,13 +63,8 @@ class ReducedAttentionRope(AttendingAttention, AttentionRope):
 
     def heads_of(self: Any, x_BNC: Tensor, **given: Any) -> Heads:
         """Query and key, after their norms and turned by their positions, and value."""
-        heads = _separate(self, x_BNC) if self.qkv is None else _split(self, self.qkv(x_BNC))
+        heads = _separate(self, x_BNC) if self.qkv is None else split_heads(self, self.qkv(x_BNC))
         return _turned(self, heads, given.get("rope"))
-
-
-def _split(attention: Any, qkv: Tensor) -> Heads:
-    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return query, key, value
 
 
 def _separate(attention: Any, x_BNC: Tensor) -> Heads:
@@ -97,37 +89,16 @@ def _turned(attention: Any, heads: Heads, rope: Tensor | None) -> Heads:
     return query, key, value
 
 
-class ReducedEvaBlock(SteppingBlock, EvaBlock):
+class ReducedEvaBlock(GammaBlock, EvaBlock):
     """timm's EvaBlock that can run steps."""
 
     stands_for = EvaBlock
 
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(added_BNC if self.gamma_1 is None else self.gamma_1 * added_BNC)
 
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        added_BNC = self.mlp(self.norm2(x_BNC))
-        return x_BNC + self.drop_path2(added_BNC if self.gamma_2 is None else self.gamma_2 * added_BNC)
-
-
-class ReducedEvaBlockPostNorm(SteppingBlock, EvaBlockPostNorm):
+class ReducedEvaBlockPostNorm(PostNormBlock, EvaBlockPostNorm):
     """timm's EvaBlockPostNorm that can run steps."""
 
     stands_for = EvaBlockPostNorm
-
-    def before_attention(self: Any, x_BNC: Tensor) -> Tensor:
-        """What the attention gets: the tokens as they are."""
-        return x_BNC
-
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(self.norm1(added_BNC))
-
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        return x_BNC + self.drop_path2(self.norm2(self.mlp(x_BNC)))
 
 
 class ReducedEva(Reduced, Eva):
@@ -140,7 +111,7 @@ class ReducedEva(Reduced, Eva):
         refuse_patch_dropout(self)
         height, width = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         tokens_BNC, table = self._pos_embed(self.patch_embed(x))
-        return self.norm_pre(tokens_BNC), _rotary(self, table, height, width)
+        return self.norm_pre(tokens_BNC), rotary_of(self, table, height, width)
 
     def positions(self: Any) -> Rotary | None:
         """The rotary positions of images of the model's own size."""
@@ -149,12 +120,7 @@ class ReducedEva(Reduced, Eva):
             return None
         keeps_table = not self.dynamic_img_size and hasattr(self.rope, "feat_shape")
         table = self.rope.get_embed() if keeps_table else self.rope.get_embed(shape=(height, width))
-        return _rotary(self, table, height, width)
-
-
-def _rotary(model: Any, table: Tensor | None, height: int, width: int) -> Rotary | None:
-    plan = getattr(model, "_plan", None)
-    return None if table is None else Rotary(table, height, width, between=plan is not None and plan.leaves_places)
+        return rotary_of(self, table, height, width)
 
 
 def is_family(model: nn.Module) -> bool:

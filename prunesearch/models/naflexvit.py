@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunesearch.errors import ModelError
 from prunesearch.models.plan import Plan, make_plan
-from prunesearch.models.rotary import Rotary
+from prunesearch.models.rotary import Rotary, rotary_of
 from prunesearch.models.swap import Place, timm_class
 from prunesearch.models.transformer import Reduced, block_places, check_plan, refuse_patch_dropout
 from prunesearch.models.transformer import block_inputs as block_inputs
@@ -56,9 +56,7 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):  # type: ignore[misc]  # ours takes 
 def _rotary(model: Any, height: int, width: int) -> Rotary | None:
     if model.rope is None:
         return None
-    plan = getattr(model, "_plan", None)
-    table = model.rope.get_embed(shape=(height, width))
-    return Rotary(table, height, width, between=plan is not None and plan.leaves_places)
+    return rotary_of(model, model.rope.get_embed(shape=(height, width)), height, width)
 
 
 def _grid(model: Any) -> tuple[int, int]:

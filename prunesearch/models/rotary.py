@@ -62,3 +62,9 @@ class Rotary:
         sin, cos = first.chunk(2, dim=-1)
         next_sin, next_cos = second.chunk(2, dim=-1)
         return torch.atan2(next_sin * cos - next_cos * sin, next_cos * cos + next_sin * sin)
+
+
+def rotary_of(model: Any, table: Tensor | None, height: int, width: int) -> Rotary | None:
+    """The positions of a model, dense or with its schedule; None without a table."""
+    plan = getattr(model, "_plan", None)
+    return None if table is None else Rotary(table, height, width, between=plan is not None and plan.leaves_places)

@@ -69,10 +69,15 @@ class Run(NamedTuple):
     positions: Positions | None = None
 
 
+def moved_in_attention(run: Run, state: TokenState) -> bool:
+    """Whether attention itself must know where the tokens are, because they have moved."""
+    return run.positions is not None and run.positions.in_attention and state.place_Bn2 is not None
+
+
 class BlockCall:
     """Passed to a block that runs steps, and to its attention, besides the tokens.
 
-    bias_B11N: what attention adds to its logits. most_gap: for `masked_softmax`, when the attention must pass gradients
+    most_gap: for `masked_softmax`, when the attention must pass gradients
     to earlier decisions; else None.
     The attention sets `attended`. The block sets `left`, its state before the MLP, and `ahead`, the evidence of later
     stages. This is no dataclass, because FSDP would copy it and look for tensors in it.
@@ -88,15 +93,14 @@ class BlockCall:
     @property
     def in_attention(self) -> bool:
         """Whether the attention gets the call too."""
-        positions = self.run.positions
-        moved = positions is not None and positions.in_attention and self.state.place_Bn2 is not None
-        return moved or bool(self.plan.listening) or self.most_gap is not None
+        return moved_in_attention(self.run, self.state) or bool(self.plan.listening) or self.most_gap is not None
 
 
 class SteppingBlock(Swapped):
     """A block of timm. With a call, it runs the steps of the schedule between attention and MLP.
 
-    The three functions are its own; they also take a block of timm's class in place of `self`.
+    The first three functions say what timm's block does: here it normalises before each half and scales by layers. They
+    also take a block of timm's class in place of `self`.
     """
 
     def before_attention(self: Any, x_BNC: Tensor) -> Tensor:
@@ -105,11 +109,11 @@ class SteppingBlock(Swapped):
 
     def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
         """The tokens with what the attention returns."""
-        raise NotImplementedError
+        return x_BNC + self.drop_path1(self.ls1(added_BNC))
 
     def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
         """The tokens after the MLP."""
-        raise NotImplementedError
+        return x_BNC + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BNC))))
 
     def forward(self: Any, x: Tensor, *args: Any, call: BlockCall | None = None, **given: Any) -> Tensor:
         """Tokens (B, N, C) to tokens (B, N', C)."""
@@ -129,6 +133,51 @@ class SteppingBlock(Swapped):
         del added, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
         call.attended = None
         return self.mlp_half(x)
+
+
+class GammaBlock(SteppingBlock):
+    """A block that scales by `gamma_1` and `gamma_2`, if it has them."""
+
+    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
+        """The tokens with what the attention returns."""
+        return x_BNC + self.drop_path1(added_BNC if self.gamma_1 is None else self.gamma_1 * added_BNC)
+
+    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
+        """The tokens after the MLP."""
+        added_BNC = self.mlp(self.norm2(x_BNC))
+        return x_BNC + self.drop_path2(added_BNC if self.gamma_2 is None else self.gamma_2 * added_BNC)
+
+
+class PostNormBlock(SteppingBlock):
+    """A block that normalises what its halves return."""
+
+    def before_attention(self: Any, x_BNC: Tensor) -> Tensor:
+        """What the attention gets: the tokens as they are."""
+        return x_BNC
+
+    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
+        """The tokens with what the attention returns."""
+        return x_BNC + self.drop_path1(self.norm1(added_BNC))
+
+    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
+        """The tokens after the MLP."""
+        return x_BNC + self.drop_path2(self.norm2(self.mlp(x_BNC)))
+
+
+def heads_of_fused(attention: Any, x_BNC: Tensor) -> Heads:
+    """Query, key and value of an attention that keeps the biases of its one matrix apart (EVA, BEiT)."""
+    if attention.q_bias is None:
+        return split_heads(attention, attention.qkv(x_BNC))
+    bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+    if attention.qkv_bias_separate:
+        return split_heads(attention, attention.qkv(x_BNC) + bias)
+    return split_heads(attention, F.linear(x_BNC, attention.qkv.weight, bias))
+
+
+def split_heads(attention: Any, qkv: Tensor) -> Heads:
+    """Query, key and value from what one matrix gives, (B, N, 3 H D)."""
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
 
 
 class AttendingAttention(Swapped):
@@ -406,12 +455,11 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
         make_bias = _size_bias if learning else _attention_bias
         state = state._replace(bias_B11N=make_bias(state, run.plan))
     keywords = {} if state.bias_B11N is None else {"attn_mask": state.bias_B11N}
-    calls = bool(block_plan.mid or block_plan.listening) or learning
+    calls = bool(block_plan.mid or block_plan.listening) or learning or moved_in_attention(run, state)
     if positions is not None:
         if state.found is None:
             state = state._replace(found=positions.found(state.place_Bn2))
         keywords |= positions.keywords(index, state.found)
-        calls = calls or (positions.in_attention and state.place_Bn2 is not None)
     if not calls:
         return state._replace(tokens_BNC=block(x, **keywords), evidence=())
     call, path = BlockCall(index, run, state, most_gap), f"model.blocks[{index}]"

@@ -69,14 +69,6 @@ class ReducedBlock(SteppingBlock, Block):
 
     stands_for = Block
 
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(self.ls1(added_BNC))
-
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        return x_BNC + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BNC))))
-
 
 class ReducedBlocks(Swapped, nn.Sequential):
     """A model's `blocks`. With a call, they run the schedule."""

@@ -25,7 +25,15 @@ from prunesearch.models.layers import macs_per_token
 from prunesearch.models.pair_bias import BiasedAttention, PairBias
 from prunesearch.models.plan import Plan, make_plan
 from prunesearch.models.swap import Place, timm_class
-from prunesearch.models.transformer import Heads, Reduced, SteppingBlock, block_places, check_plan
+from prunesearch.models.transformer import (
+    Heads,
+    PostNormBlock,
+    Reduced,
+    SteppingBlock,
+    block_places,
+    check_plan,
+    split_heads,
+)
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import input_size as input_size
 from prunesearch.models.transformer import patch_tokens_of as patch_tokens_of
@@ -48,8 +56,7 @@ class ReducedRelPosAttention(BiasedAttention, RelPosAttention):
 
     def heads_of(self: Any, x_BNC: Tensor, **given: Any) -> Heads:
         """Query, key and value, after the norms of query and key."""
-        qkv = self.qkv(x_BNC).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        query, key, value = split_heads(self, self.qkv(x_BNC))
         return self.q_norm(query), self.k_norm(key), value
 
     def pair_bias(self: Any, given: Mapping[str, Any]) -> Tensor | None:
@@ -66,31 +73,11 @@ class ReducedRelPosBlock(SteppingBlock, RelPosBlock):
 
     stands_for = RelPosBlock
 
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(self.ls1(added_BNC))
 
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        return x_BNC + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BNC))))
-
-
-class ReducedResPostRelPosBlock(SteppingBlock, ResPostRelPosBlock):
+class ReducedResPostRelPosBlock(PostNormBlock, ResPostRelPosBlock):
     """timm's ResPostRelPosBlock that can run steps."""
 
     stands_for = ResPostRelPosBlock
-
-    def before_attention(self: Any, x_BNC: Tensor) -> Tensor:
-        """What the attention gets: the tokens as they are."""
-        return x_BNC
-
-    def after_attention(self: Any, x_BNC: Tensor, added_BNC: Tensor) -> Tensor:
-        """The tokens with what the attention returns."""
-        return x_BNC + self.drop_path1(self.norm1(added_BNC))
-
-    def mlp_half(self: Any, x_BNC: Tensor) -> Tensor:
-        """The tokens after the MLP."""
-        return x_BNC + self.drop_path2(self.norm2(self.mlp(x_BNC)))
 
 
 class ReducedVisionTransformerRelPos(Reduced, VisionTransformerRelPos):

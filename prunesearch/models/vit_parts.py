@@ -174,7 +174,8 @@ def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[
         kinds = (Attentions, SizedAttentions, Mlps)
         return tuple(tuple(kind(chain, shape, positions, pad) for chain in chains) for kind in kinds)
 
-    pruned, dense = made(), made()  # the dense model looks nothing up
+    pruned = made()
+    dense = pruned if positions is None else made()  # it looks nothing up, so its graph is another
     last, blocks = (Last(model),), len(chains[0])
     parts: dict[str, dict[int, Part]] = defaultdict(dict)
     for tokens in counts:
