@@ -32,14 +32,16 @@ def refused(name: str) -> str:
 
 def small(name: str) -> torch.nn.Module:
     """The variant with two blocks, four heads of 24, and the smallest image that its stem accepts."""
+    # Sapiens 2 lists the key heads of each of its own blocks; a number holds for all blocks.
+    shallow = {"depth": 2, "num_kv_heads": 4} if name.endswith("sapiens2") else {"depth": 2}
     with torch.device("meta"):
-        built = timm.create_model(name, depth=2)
+        built = timm.create_model(name, **shallow)
     patch = getattr(built, "patch_embed", None)
     if hasattr(patch, "backbone"):  # keep its weights: random ones overflow in the deep ReLU stack of this small CNN
-        model = timm.create_model(name, depth=2, num_classes=5, img_size=64)
+        model = timm.create_model(name, **shallow, num_classes=5, img_size=64)
         randomise(model.blocks)
         return model.eval()
-    width = dict(depth=2, embed_dim=96, num_heads=4, num_classes=5)
+    width = dict(**shallow, embed_dim=96, num_heads=4, num_classes=5)
     if patch is None:
         size = 4 * built.embeds.patch_size[0]
         model = timm.create_model(name, pretrained_cfg_overlay={"input_size": (3, size, size)}, **width)
