@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small_models import EVA_LAYOUTS, KINDS, images, small_model
+from small_models import EVA_LAYOUTS, KINDS, NAFLEX_LAYOUTS, images, small_model
 from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDinoV3
+from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from, shape_of, trace
+from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from, shape_of, steps_of, trace
 from prunesearch.models.rotary import Rotary
 from prunesearch.models.step import Evidence, TokenState, centre, take_step
 from prunesearch.schedule import Schedule, Stage, resolve
@@ -200,17 +201,54 @@ def test_a_run_from_a_block_is_bit_equal(layout: str) -> None:
         assert torch.equal(run_from(model, inputs[2], 2), model(x))
 
 
+OF_ANY_SIZE = [*EVA_LAYOUTS, *NAFLEX_LAYOUTS]
+"""Layouts whose model takes images of any size in a pass."""
+
+
+def of_any_size(layout: str) -> torch.nn.Module:
+    return small_model(layout, **({"dynamic_img_size": True} if layout in EVA_LAYOUTS else {}))
+
+
+def resized(model: torch.nn.Module, size: tuple[int, int]) -> torch.nn.Module:
+    """The model set to images of another size."""
+    if isinstance(model, NaFlexVit):
+        model.pretrained_cfg = {"input_size": (3, *size)}
+    else:
+        model.set_input_size(img_size=size)
+    return model.eval()
+
+
 @pytest.mark.parametrize("size", [(8, 8), (16, 40), (40, 40)])
-def test_images_of_another_size(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("layout", OF_ANY_SIZE)
+def test_images_of_another_size(layout: str, size: tuple[int, int]) -> None:
     """As a model that was built for that size, with the same weights."""
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    model, built = small_model("eva_dinov3"), small_model("eva_dinov3")
-    built.set_input_size(img_size=size)
-    built.eval()
     for options in (HOST, MEAN):
-        stages = (Stage(1, keep=0.6, reduce="squeeze", options=options), Stage(2, at="pre", score="random", keep=0.7))
-        logits = [apply_schedule(one, Schedule(stages))(x) for one in (model, built)]
+        stages = (
+            Stage(1, score="key_norm", keep=0.6, reduce="squeeze", options=options),
+            Stage(2, at="pre", score="random", keep=0.7),
+        )
+        models = of_any_size(layout), resized(of_any_size(layout), size)
+        logits = [apply_schedule(model, Schedule(stages))(x) for model in models]
         torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings(r"ignore:torch.searchsorted\(\)", "ignore:Using a non-tuple sequence")  # of timm, as it resizes
+@pytest.mark.parametrize("layout", KINDS)
+def test_a_size_that_is_set_after_the_schedule_is_the_models_own(layout: str) -> None:
+    """An image of that size gives what it gives when the schedule is applied after the size is set; alone too."""
+    size = (24, 40)
+    x = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    first = Stage(1, score="key_norm", keep=0.6, reduce="squeeze", options=MEAN)
+    schedule = Schedule((first, Stage(2, at="pre", score="random", keep=0.7)))
+    model = resized(apply_schedule(small_model(layout), schedule), size)
+    expected = apply_schedule(resized(small_model(layout), size), schedule)
+    with torch.no_grad():
+        logits = model(x)
+        assert torch.equal(logits, expected(x))
+        torch.testing.assert_close(model(x[1:2]), logits[1:2], atol=1e-5, rtol=1e-5)
+    assert shape_of(model) == shape_of(expected) and shape_of(model).patch_tokens == 60
+    assert steps_of(model) == steps_of(expected)
 
 
 def test_patch_dropout_in_training_is_refused() -> None:
