@@ -233,7 +233,9 @@ def test_images_of_another_size(layout: str, size: tuple[int, int]) -> None:
         torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.filterwarnings(r"ignore:torch.searchsorted\(\)", "ignore:Using a non-tuple sequence")  # of timm, as it resizes
+@pytest.mark.filterwarnings(
+    r"ignore:torch.searchsorted\(\)", "ignore:Using a non-tuple sequence"
+)  # of timm, as it resizes
 @pytest.mark.parametrize("layout", KINDS)
 def test_a_size_that_is_set_after_the_schedule_is_the_models_own(layout: str) -> None:
     """An image of that size gives what it gives when the schedule is applied after the size is set; alone too."""

@@ -27,11 +27,28 @@ SCHEDULES = {
     "threshold": Schedule((Stage(1, threshold=0.028), Stage(2, threshold=0.9, reduce="merge"))),
     "threshold_checkpointed": Schedule((Stage(1, threshold=0.028), Stage(2, threshold=0.9, reduce="merge"))),
 }
+FAMILIES = {
+    "eva_mixed": "class_attention",
+    "eva_dinov3": "class_attention",
+    "beit_both": "class_attention",
+    "naflex_rotary": "class_attention",
+    "relpos": "class_attention",
+    "relpos_shared_mlp": "key_norm",
+}
+"""Layouts of other families than VisionTransformer, and a score that each has."""
+for _layout, _score in FAMILIES.items():
+    SCHEDULES[_layout] = Schedule(
+        (
+            Stage(1, score=_score, keep=0.6, reduce="squeeze", options=(("position", "mean"),)),
+            Stage(2, at="pre", score="predictor", keep=0.7),
+        )
+    )
 
 
 def fresh(case: str) -> nn.Module:
     """A new model for a case, in training mode."""
-    model = apply_schedule(small_model(), SCHEDULES[case], untrained=True).train()
+    layout = case if case in FAMILIES else "class"
+    model = apply_schedule(small_model(layout), SCHEDULES[case], untrained=True).train()
     model.set_grad_checkpointing(case.endswith("checkpointed"))
     return model
 
