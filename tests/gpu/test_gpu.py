@@ -26,12 +26,34 @@ SCHEDULES = {
     "pool": Schedule((Stage(1, at="pre", tokens=20, reduce="pool"),)),
     "threshold": Schedule((Stage(1, at="pre", score="head_weighted_class_attention", threshold=0.01),)),
 }
+FAMILIES = {
+    "vit_small_patch16_dinov3": "host",
+    "vit_small_patch16_rope_mixed_224": "mean",
+    "beit_base_patch16_224": "mean",
+    "vit_relpos_small_patch16_224": "host",
+    "naflexvit_base_patch16_gap": "mean",
+}
+"""One model of each other family of ViTs, and where it puts a token that stands for several."""
+SCHEDULES |= {
+    name: Schedule(
+        (
+            Stage(1, score="key_norm", keep=0.7, reduce="squeeze", options=(("position", position),)),
+            Stage(2, at="pre", score="none", keep=0.7, reduce="merge", options=(("position", position),)),
+        )
+    )
+    for name, position in FAMILIES.items()
+}
 
 
 def model(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    dense = timm.create_model("vit_tiny_patch16_224", depth=4, img_size=96, num_classes=10).eval()
-    return apply_schedule(dense, SCHEDULES[name])
+    family = name if name in FAMILIES else "vit_tiny_patch16_224"
+    sizes: dict[str, object] = dict(depth=4, embed_dim=192, num_heads=3, num_classes=10)
+    if family.startswith("naflexvit"):
+        sizes["pretrained_cfg_overlay"] = {"input_size": (3, 96, 96)}
+    else:
+        sizes["img_size"] = 96
+    return apply_schedule(timm.create_model(family, **sizes).eval(), SCHEDULES[name])
 
 
 def images() -> torch.Tensor:
