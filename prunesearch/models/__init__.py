@@ -7,13 +7,16 @@ are attached as one module, `token_stages`.
 **With a schedule, each module that timm's forward calls is still called as a module, with tensors.** So forward and
 backward hooks, parametrizations, replaced layers, `block.compile()`, DistributedDataParallel and `fully_shard` (of
 blocks and of the model, after `apply_schedule`) work as without a schedule. A hook sees the tokens that are present.
-Three things differ:
+Four things differ:
 
 - A `forward` that was replaced on the instance is used. On a module that runs a step (the model, `blocks`, the block,
   an attention that a score reads) it must have been replaced after `apply_schedule`. Otherwise a ModelError names it.
 - With thresholds, in evaluation mode, a block is called once for each group of images with similar counts (only once
   when it is sharded).
-- A graph that PyTorch records cannot hold thresholds. Tracing, compiling (fullgraph=True) and exporting refuse them.
+- With patches of images of different sizes (NaFlexVit), a block is called once for each number of patches in the batch,
+  or with rotary positions for each height and width.
+- A graph that PyTorch records cannot hold thresholds, nor patches of images of different sizes. Tracing, compiling
+  (fullgraph=True) and exporting refuse them.
 """
 
 from __future__ import annotations
@@ -283,11 +286,12 @@ def _module_of(name: str) -> str:
     return timm.model_entrypoint(name).__module__ if timm.is_model(name) else ""
 
 
-def trace(model: nn.Module, images: Tensor, *, masked: bool | None = None) -> Trace:
+def trace(model: nn.Module, images: Tensor | Mapping[str, Any], *, masked: bool | None = None) -> Trace:
     """Run a model that has a schedule, and return a `Trace`: the logits, the final tokens and the counts.
 
     masked: from the first learned decision on, keep every token in its slot, as training does; otherwise tokens are
-    removed. By default True in training mode. The model may be wrapped in DistributedDataParallel.
+    removed. By default True in training mode. The model may be wrapped in DistributedDataParallel. images: for a
+    NaFlexVit also a dict of patches.
     Raises ModelError for a model without a schedule.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model

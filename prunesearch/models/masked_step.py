@@ -196,10 +196,15 @@ def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
         torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0]) if state.present_Bn is None else state.present_Bn
         for state in states
     ]
-    sizes = [state.size_Bn for state in states if state.size_Bn is not None]
+    merged = any(state.size_Bn is not None for state in states)
+    sizes = [
+        torch.ones_like(there_Bn) if state.size_Bn is None else state.size_Bn
+        for state, there_Bn in zip(states, present, strict=True)
+        if merged
+    ]
     return TokenState(
         padded([state.tokens_BNC for state in states], prefix_tokens),
-        padded(sizes, 0) if sizes else None,
+        padded(sizes, 0) if merged else None,
         present_Bn=padded(present, 0),
         counts=tuple(torch.cat(count)[back_B] for count in zip(*(state.counts for state in states), strict=True)),
     )

@@ -1,13 +1,15 @@
-"""Schedules in timm's NaFlexVit (SigLIP 2 NaFlex, C-RADIO), for batches of images of one size.
+"""Schedules in timm's NaFlexVit (SigLIP 2 NaFlex, C-RADIO), for images of one size and for patches of many sizes.
 
 Checked against timm 1.0.31.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from timm.layers import Attention, AttentionRope
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
@@ -15,10 +17,20 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prunesearch.errors import ModelError
-from prunesearch.models.plan import Plan, make_plan
+from prunesearch.models.masked_step import Group, compact, join_groups
+from prunesearch.models.plan import PARTS, Plan, PlannedStep, make_plan, plan_for
 from prunesearch.models.rotary import Rotary, rotary_of
-from prunesearch.models.swap import Place, timm_class
-from prunesearch.models.transformer import Reduced, block_places, check_plan, refuse_patch_dropout
+from prunesearch.models.step import TokenState
+from prunesearch.models.swap import Place, check_methods, timm_class
+from prunesearch.models.trace import ModelCall, Trace
+from prunesearch.models.transformer import (
+    Reduced,
+    Run,
+    block_places,
+    check_plan,
+    is_distributed,
+    refuse_patch_dropout,
+)
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import patches_of as patches_of
 from prunesearch.models.transformer import run_from as run_from
@@ -31,18 +43,103 @@ MODULES = ("timm.models.naflexvit",)
 """Python modules with functions that build models of this class."""
 
 
-class ReducedNaFlexVit(Reduced, NaFlexVit):  # type: ignore[misc]  # ours takes images only
-    """A NaFlexVit with a token schedule; made by `apply_schedule`, never constructed."""
+class Patches(NamedTuple):
+    """Patches of images of different sizes, padded to one length, as timm's `NaFlexCollator` gives them.
+
+    patches: (B, N, values) or (B, N, height, width, channels). patch_coord: row and column of each, (B, N, 2).
+    patch_valid: False for padding, (B, N).
+    """
+
+    patches: Tensor
+    patch_coord: Tensor
+    patch_valid: Tensor
+
+
+class ReducedNaFlexVit(Reduced, NaFlexVit):
+    """A NaFlexVit with a token schedule; made by `apply_schedule`, never constructed.
+
+    It takes what timm's takes: images of one size, or `Patches` as a dict or as keywords. Of patches, the schedule
+    counts those that are valid: each image keeps as many tokens as it keeps alone, without padding. Images of the same
+    number of patches (with rotary positions, of the same height and width) run together, so that nothing is padded
+    inside. A batch costs one pass through the blocks for each of those numbers, and waits for the device before the
+    first. Absolute position embeddings are those that timm's own model adds.
+    """
 
     stands_for = NaFlexVit
 
-    def stem(self: Any, x: Any) -> tuple[Tensor, Rotary | None]:
-        """Image to the tokens that the first block gets, and their rotary positions."""
-        if not isinstance(x, Tensor) or x.ndim != 4:
+    def forward(  # type: ignore[override]
+        self: Any,
+        x: Tensor | Mapping[str, Any],
+        patch_coord: Tensor | None = None,
+        patch_valid: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        call: ModelCall | None = None,
+    ) -> Tensor:
+        """Images or patches to logits. Raises ModelError for what cannot be combined with patches.
+
+        Raises ScheduleError when the schedule does not fit the number of patches of an image.
+        """
+        given, attn_mask = _given(x, patch_coord, patch_valid, attn_mask)
+        if isinstance(given, Patches) and self._plan.schedule.stages and not self.global_pool:
             raise ModelError(
-                "model: patches with coordinates (NaFlex) are of images with different numbers of tokens, for which a "
-                "schedule has no counts. Possible: a batch of images of one size, (B, channels, height, width). Resize "
-                "them, or remove_schedule(model) first."
+                "model: global_pool='' returns tokens, of which images of patches have different numbers. Possible: "
+                "model.forward_features, whose patch_valid says which are there, or a model that pools. Use one of "
+                "those."
+            )
+        if isinstance(given, Tensor) or self._plan.schedule.stages:
+            return super().forward(given, attn_mask, call=call)  # type: ignore[arg-type]  # to `_state`, which takes both
+        check_methods(self, "model", type(self))
+        features: Any = NaFlexVit.forward_features(self, **given._asdict(), attn_mask=attn_mask)
+        logits: Tensor = NaFlexVit.forward_head(self, **features)
+        if call is not None:
+            patches_BnC, valid_Bn = patches_of(self, features["patches"]), features["patch_valid"]
+            call.trace = Trace(logits, patches_BnC, valid_Bn.float(), ())
+        return logits
+
+    def forward_features(  # type: ignore[override]
+        self: Any,
+        patches: Tensor | Mapping[str, Any],
+        patch_coord: Tensor | None = None,
+        patch_valid: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Images to normalised tokens (B, N at the end, C). Patches to a dict, as timm does: `patches`, those tokens,
+        and `patch_valid`, (B, patch tokens at the end).
+
+        Raises ModelError when images, not patches, end with different counts, and in training with masked tokens.
+        """
+        given, attn_mask = _given(patches, patch_coord, patch_valid, attn_mask)
+        if isinstance(given, Tensor):
+            return super().forward_features(given, attn_mask)
+        if not self._plan.schedule.stages:
+            return NaFlexVit.forward_features(self, **given._asdict(), attn_mask=attn_mask)
+        if self.training and self._plan.decisions_learn:
+            raise ModelError(
+                "forward_features: this schedule trains with tokens masked, and patch_valid would not carry its "
+                "gradients. Possible: model(batch), prunesearch.models.trace, or eval mode. Use one of those."
+            )
+        state = self._features(given, attn_mask, False)
+        present_Bn = state.present_Bn
+        if present_Bn is None:
+            present_Bn = torch.ones_like(state.tokens_BNC[:, self.num_prefix_tokens :, 0])
+        return {"patches": state.tokens_BNC, "patch_valid": present_Bn > 0}
+
+    def forward_head(  # type: ignore[override]
+        self: Any,
+        patches: Tensor,
+        pre_logits: bool = False,
+        patch_valid: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask."""
+        return super().forward_head(patches, pre_logits, patch_valid=patch_valid)
+
+    def stem(self: Any, x: Tensor) -> tuple[Tensor, Rotary | None]:
+        """Image to the tokens that the first block gets, and their rotary positions."""
+        if x.ndim != 4:
+            raise ModelError(
+                f"model: a tensor of {x.ndim} dimensions is no batch of images, and patches need their coordinates. "
+                f"Possible: images of one size, (B, channels, height, width), or patches with patch_coord and "
+                f"patch_valid, as a dict or as keywords. Give one of those."
             )
         refuse_patch_dropout(self)
         tokens_BNC, grid = self.embeds(x)
@@ -51,6 +148,126 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):  # type: ignore[misc]  # ours takes 
     def positions(self: Any) -> Rotary | None:
         """The rotary positions of images of the model's own size."""
         return _rotary(self, *_grid(self))
+
+    def _state(self: Any, x: Tensor | Patches, masked: bool) -> TokenState:
+        """The state after the last block. Images of patches run in groups, see the class."""
+        if isinstance(x, Tensor):
+            return super()._state(x, masked)
+        _refuse_what_groups_cannot(self)
+        groups, counted = [], []
+        for places_B, state, positions in _alike(self, x):
+            present = state.tokens_BNC.shape[1] - self.num_prefix_tokens
+            plan = plan_for(self._plan, present)
+            run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
+            state = self.run_blocks(run, state)
+            groups.append(Group(places_B, state))
+            counted.append((present, plan.steps[len(plan.steps) - len(state.counts) :]))
+        return join_groups(_with_equal_steps(groups, counted), self.num_prefix_tokens)
+
+
+def _given(
+    x: Tensor | Mapping[str, Any], coord: Tensor | None, valid: Tensor | None, attn_mask: Tensor | None
+) -> tuple[Tensor | Patches, Tensor | None]:
+    """The images or patches of a call, and its attn_mask. As in timm, what is in a dict goes before keywords."""
+    patches: Any = x
+    if isinstance(x, Mapping):
+        patches, coord, valid = x.get("patches"), x.get("patch_coord", coord), x.get("patch_valid", valid)
+        attn_mask = x.get("attn_mask", attn_mask)
+    elif coord is None and valid is None:
+        return x, attn_mask
+    named = {"patches": patches, "patch_coord": coord, "patch_valid": valid}
+    missing = [name for name, value in named.items() if value is None]
+    if missing:
+        raise ModelError(
+            f"model: patches without {', '.join(missing)}. Possible: patches (B, N, values), patch_coord (B, N, 2) and "
+            f"patch_valid (B, N), in a dict or as keywords; or a tensor of images alone. Give all three."
+        )
+    return Patches(**named), attn_mask
+
+
+def _refuse_what_groups_cannot(model: Any) -> None:
+    """Raise ModelError where a batch of patches cannot be split into groups of images."""
+    refuse_patch_dropout(model)
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        raise ModelError(
+            "model: images of patches run in groups of images of one number of patches, and a traced, compiled or "
+            "exported graph would hold the groups of the batch that it was made with. Possible: images of one size, as "
+            "a tensor (B, channels, height, width). Record the graph with those, or run patches uncompiled."
+        )
+    if is_distributed(model.blocks):
+        raise ModelError(
+            "model: images of patches run in groups of images of one number of patches, a pass through the blocks "
+            "each, and blocks that are sharded (FSDP) must be called equally often in every process. Possible: "
+            "DistributedDataParallel, or images of one size, as a tensor. Use one of those."
+        )
+
+
+def _alike(model: Any, given: Patches) -> list[tuple[Tensor | None, TokenState, Rotary | None]]:
+    """The images in groups of equal numbers of valid patches: their places in the batch (None for all), the tokens
+    that the first block gets, without padding, and their rotary positions.
+
+    timm embeds the whole batch, with its padding, so that the tokens are timm's. Waits for the device.
+    """
+    tokens_BNC, _ = model.embeds(given.patches, patch_coord=given.patch_coord, patch_valid=given.patch_valid)
+    tokens_BNC, prefix = model.norm_pre(tokens_BNC), model.num_prefix_tokens
+    if not len(tokens_BNC):  # no images, so there is no number of patches
+        own = model._plan.shape.patch_tokens
+        return [(None, TokenState(tokens_BNC[:, :1].expand(-1, prefix + own, -1)), model.positions())]
+    coord_Bn2, valid_Bn = given.patch_coord.long(), given.patch_valid.bool()
+    height_B, width_B = (coord_Bn2.amax(dim=1) + 1).unbind(dim=1)
+    place_Bn = coord_Bn2[..., 0] * width_B[:, None] + coord_Bn2[..., 1]
+    astray_B = (valid_Bn & (place_Bn != torch.arange(place_Bn.shape[1], device=place_Bn.device))).any(dim=1)
+    facts = torch.stack([valid_Bn.sum(dim=1), height_B, width_B, astray_B.long()], dim=1).tolist()
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for image, (count, height, width, astray) in enumerate(facts):
+        _check_image(image, count, bool(astray) and model.rope is not None)
+        alike.setdefault((count,) if model.rope is None else (count, height, width), []).append(image)
+    groups = []
+    for (count, *grid), images in alike.items():
+        places_B = None if len(alike) == 1 else torch.tensor(images, device=tokens_BNC.device)
+        take = slice(None) if places_B is None else places_B
+        state = TokenState(tokens_BNC[take], present_Bn=valid_Bn[take].float())
+        if grid and count < math.prod(grid):  # some of the image is missing; else each token is at its own place
+            state = state._replace(place_Bn2=coord_Bn2[take].float())
+        state, _ = compact(state, prefix, ())
+        groups.append((places_B, state, _rotary(model, *grid) if grid else None))
+    return groups
+
+
+def _check_image(image: int, count: int, astray: bool) -> None:
+    """Raise ModelError for an image without patches, or whose patches are not where its rotary positions are."""
+    if count == 0:
+        raise ModelError(
+            f"model: image {image} of the batch has no valid patch. Possible: at least one, True in patch_valid. "
+            f"Leave that image out."
+        )
+    if astray:
+        raise ModelError(
+            f"model: the patches of image {image} of the batch are not in the order of their coordinates. timm gives "
+            f"the i-th patch the rotary position of row i // width and column i % width, whatever patch_coord says. "
+            f"Possible: patches row by row from the first on, with patch_valid False where one is missing. Order them."
+        )
+
+
+def _with_equal_steps(
+    groups: Sequence[Group], counted: Sequence[tuple[int, tuple[PlannedStep, ...]]]
+) -> Sequence[Group]:
+    """The groups with counts after the same steps, those that any of them ran. counted: for each group, its number of
+    patches and the steps after which it has counts.
+
+    A step that removes nothing at some number of patches (`keep: 0.9` of 9) does not run there, and the count stays.
+    """
+    steps = {step.key: step.stage for _, ran in counted for step in ran}
+    order = sorted(steps, key=lambda key: (steps[key].block, steps[key].at == "mid", len(key), key))
+    equal = []
+    for (places_B, state), (present, ran) in zip(groups, counted, strict=True):
+        own, counts = dict(zip([step.key for step in ran], state.counts, strict=True)), []
+        last_B = torch.full_like(state.tokens_BNC[:, 0, 0], present, dtype=torch.float32)
+        for key in order:
+            last_B = own.get(key, last_B)
+            counts.append(last_B)
+        equal.append(Group(places_B, state._replace(counts=tuple(counts))))
+    return equal
 
 
 def _rotary(model: Any, height: int, width: int) -> Rotary | None:

@@ -145,7 +145,7 @@ def plan_for(plan: Plan, patch_tokens: int) -> Plan:
     return _plan_at(plan, int(patch_tokens))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # images of patches have as many sizes; a plan takes milliseconds
 def _plan_at(plan: Plan, patch_tokens: int) -> Plan:
     place = f"schedule, on images of {patch_tokens} patch tokens (the model is built for {plan.shape.patch_tokens})"
     try:

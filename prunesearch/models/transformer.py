@@ -272,10 +272,10 @@ class Reduced(Swapped):
         """
         raise NotImplementedError
 
-    def run_blocks(self: Any, run: Run, tokens_BNC: Tensor) -> TokenState:
+    def run_blocks(self: Any, run: Run, state: TokenState) -> TokenState:
         """The tokens of the stem to the state after the last block."""
         checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
-        return run_blocks(self.blocks, run, TokenState(tokens_BNC), checkpointed)
+        return run_blocks(self.blocks, run, state, checkpointed)
 
     def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Image to normalised tokens (B, N at the end, C). Raises ModelError when images end with different counts."""
@@ -302,15 +302,19 @@ class Reduced(Swapped):
             call.trace = Trace(logits, patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
         return logits
 
-    def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask."""
+    def forward_head(self: Any, x: Tensor, pre_logits: bool = False, **given: Any) -> Tensor:
+        """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask.
+
+        given: further keywords of timm's function.
+        """
         plan = self._plan
-        if (plan.merges and _weighs_patches(self)) or (plan.decisions_learn and _pools_over_patches(self)):
+        masks = plan.decisions_learn and given.get("patch_valid") is None
+        if (plan.merges and _weighs_patches(self)) or (masks and _pools_over_patches(self)):
             raise ModelError(
                 f"forward_head: this model pools over merged or masked tokens (global_pool={self.global_pool!r}), "
                 f"whose sizes are not in its input. Possible: model(images). Call the whole model."
             )
-        return super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]
+        return super().forward_head(x, pre_logits=pre_logits, **given)  # type: ignore[misc]
 
     def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Refused: feature maps need every token at its place."""
@@ -333,12 +337,15 @@ class Reduced(Swapped):
                 "forward: attn_mask and is_causal cannot be combined with a token schedule, whose blocks see fewer and "
                 "fewer tokens. Call the model without them, or remove_schedule(model) first."
             )
+        state = self._state(x, self.training if masked is None else masked)
+        return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
+
+    def _state(self: Any, x: Tensor, masked: bool) -> TokenState:
+        """The state after the last block. masked: as in `Run`."""
         tokens_BNC, positions = self.stem(x)
         plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
-        masked = self.training if masked is None else masked
         run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
-        state = self.run_blocks(run, tokens_BNC)
-        return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
+        return self.run_blocks(run, TokenState(tokens_BNC))
 
     def positions(self: Any) -> Positions | None:
         """What the blocks read by the places of the tokens, for images of the model's own size."""
@@ -479,7 +486,7 @@ def _refuse_to_be_traced() -> None:
         )
 
 
-def _is_distributed(blocks: Sequence[nn.Module]) -> bool:
+def is_distributed(blocks: Sequence[nn.Module]) -> bool:
     """Whether a block's parameters are gathered from other processes when it is called (FSDP).
 
     All processes must then call it equally often, so the batch is not split into groups.
@@ -493,7 +500,7 @@ def _run_in_groups(blocks: Sequence[nn.Module], run: Run, state: TokenState) -> 
 
     So images with few tokens are not padded to the largest count.
     """
-    prefix, most = run.plan.shape.prefix_tokens, 1 if _is_distributed(blocks) else MOST_GROUPS
+    prefix, most = run.plan.shape.prefix_tokens, 1 if is_distributed(blocks) else MOST_GROUPS
     groups = [Group(None, state)]
     for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
         groups = [Group(group.places_B, run_block(index, block, run, group.state)) for group in groups]

@@ -91,11 +91,11 @@ class _Reduced(Reduced):
         x = self._pos_embed(self.patch_embed(x))
         return self.norm_pre(self.patch_drop(x)), None
 
-    def run_blocks(self: Any, run: Run, tokens_BNC: Tensor) -> TokenState:
+    def run_blocks(self: Any, run: Run, state: TokenState) -> TokenState:
         """The tokens of the stem to the state after the last block."""
         call = BlocksCall(run, self.grad_checkpointing)
         check_takes_call(self.blocks, "model.blocks")
-        tokens_BNC = self.blocks(tokens_BNC, call=call)
+        tokens_BNC = self.blocks(state.tokens_BNC, call=call)
         check_was_called(call.left, "model.blocks")
         return call.left._replace(tokens_BNC=tokens_BNC)  # type: ignore[union-attr]
 
