@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunesearch.models.places import grid_places, nearest_index, nearest_place
+from prunesearch.models.plan import plan_for
 
 
 class Rotary:
@@ -66,5 +67,8 @@ class Rotary:
 
 def rotary_of(model: Any, table: Tensor | None, height: int, width: int) -> Rotary | None:
     """The positions of a model, dense or with its schedule; None without a table."""
+    if table is None:
+        return None
     plan = getattr(model, "_plan", None)
-    return None if table is None else Rotary(table, height, width, between=plan is not None and plan.leaves_places)
+    between = plan is not None and plan_for(plan, height * width).leaves_places
+    return Rotary(table, height, width, between)

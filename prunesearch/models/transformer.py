@@ -28,6 +28,7 @@ from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, pools_prefix
 from prunesearch.schedule import reads_attention
 from prunesearch.shape import ModelShape
+from prunesearch.tokens import REDUCERS
 from prunesearch.tokens.inputs import Attended
 from prunesearch.tokens.select import in_onnx_export
 
@@ -279,7 +280,7 @@ class Reduced(Swapped):
 
     def forward_features(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Image to normalised tokens (B, N at the end, C). Raises ModelError when images end with different counts."""
-        state = self._features(x, attn_mask, is_causal)
+        state, _ = self._features(x, attn_mask, is_causal)
         if state.present_Bn is not None:
             raise ModelError(
                 "forward_features: these images end with different numbers of tokens, or train with tokens masked, "
@@ -296,8 +297,8 @@ class Reduced(Swapped):
     ) -> Tensor:
         """Image to logits."""
         check_methods(self, "model", type(self))
-        state = self._features(x, attn_mask, is_causal, None if call is None else call.masked)
-        logits = self._head(state)
+        state, plan = self._features(x, attn_mask, is_causal, None if call is None else call.masked)
+        logits = self._head(state, plan)
         if call is not None:
             call.trace = Trace(logits, patches_of(self, state.tokens_BNC), state.present_Bn, state.counts)
         return logits
@@ -305,7 +306,9 @@ class Reduced(Swapped):
     def forward_head(self: Any, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits. Raises ModelError when pooling would need the sizes of merged tokens, or the mask."""
         plan = self._plan
-        if (plan.merges and _weighs_patches(self)) or (plan.decisions_learn and _pools_over_patches(self)):
+        # also of a stage that removes nothing at the model's own size: the tokens may be those of larger images
+        merges = any(REDUCERS[stage.reduce].merges for stage in plan.schedule.stages)
+        if (merges and _weighs_patches(self)) or (plan.decisions_learn and _pools_over_patches(self)):
             raise ModelError(
                 f"forward_head: this model pools over merged or masked tokens (global_pool={self.global_pool!r}), "
                 f"whose sizes are not in its input. Possible: model(images). Call the whole model."
@@ -319,15 +322,18 @@ class Reduced(Swapped):
             "place. Possible: a model without one. Call remove_schedule(model) first."
         )
 
-    def _head(self: Any, state: TokenState) -> Tensor:
+    def _head(self: Any, state: TokenState, plan: Plan) -> Tensor:
+        if plan.counts_differ or state.present_Bn is not None:
+            check_pools(self)  # again, because reset_classifier may have changed it
         weighs = state.size_Bn is not None and _weighs_patches(self)
         if weighs or (state.present_Bn is not None and _pools_over_patches(self)):
-            return self.head(self.head_drop(self.fc_norm(_pool_by_size(self, state))))
+            return self.head(self.head_drop(self.fc_norm(_pool_by_size(self, state, plan))))
         return super().forward_head(state.tokens_BNC)  # type: ignore[misc]
 
     def _features(
         self: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool, masked: bool | None = None
-    ) -> TokenState:
+    ) -> tuple[TokenState, Plan]:
+        """The final tokens, and the plan for images of this size."""
         if attn_mask is not None or is_causal:
             raise ModelError(
                 "forward: attn_mask and is_causal cannot be combined with a token schedule, whose blocks see fewer and "
@@ -338,7 +344,7 @@ class Reduced(Swapped):
         masked = self.training if masked is None else masked
         run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
         state = self.run_blocks(run, tokens_BNC)
-        return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
+        return state._replace(tokens_BNC=self.norm(state.tokens_BNC)), plan
 
     def positions(self: Any) -> Positions | None:
         """What the blocks read by the places of the tokens, for images of the model's own size."""
@@ -350,7 +356,7 @@ class Reduced(Swapped):
         run, state = Run(plan, None, self.training, False, self.positions()), TokenState(tokens_BNC)
         for index in range(first, len(self.blocks)):
             state = run_block(index, self.blocks[index], run, state)
-        return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
+        return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)), plan)
 
 
 def refuse_patch_dropout(model: Any) -> None:
@@ -364,12 +370,18 @@ def refuse_patch_dropout(model: Any) -> None:
 
 def check_plan(plan: Plan, model: Any) -> Plan:
     """Refuse what no ViT can do. Raises ModelError."""
-    if plan.decisions_learn and not model.global_pool:
+    if plan.decisions_learn:
+        check_pools(model)
+    return plan
+
+
+def check_pools(model: Any) -> None:
+    """Raise ModelError for a model that returns tokens, when images have different numbers of them."""
+    if not model.global_pool:
         raise ModelError(
             "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
             "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
         )
-    return plan
 
 
 def block_places(model: Any, plan: Plan, in_attention: bool = False) -> list[Place]:
@@ -610,7 +622,7 @@ def _pools_over_patches(model: Any) -> bool:
     return _weighs_patches(model) or model.global_pool == "max"
 
 
-def _pool_by_size(model: Any, state: TokenState) -> Tensor:
+def _pool_by_size(model: Any, state: TokenState, plan: Plan) -> Tensor:
     """timm's pooling, to (B, C), with each token weighted by its size and empty slots left out."""
     prefix = model.num_prefix_tokens
     x_BNC, size_BN, present_BN = state.tokens_BNC, state.size_Bn, state.present_Bn
@@ -622,7 +634,7 @@ def _pool_by_size(model: Any, state: TokenState) -> Tensor:
         x_BNC = x_BNC[:, prefix:]
     empty_BN = present_BN == 0
     if model.global_pool == "map":
-        bias_BN = _log_size(size_BN if model._plan.log_size_bias else None, present_BN)
+        bias_BN = _log_size(size_BN if plan.log_size_bias else None, present_BN)
         return model.attn_pool(x_BNC, attn_mask=_attention_mask(bias_BN, x_BNC))
     largest_BC = x_BNC.masked_fill(empty_BN[..., None], -torch.inf).amax(dim=1)
     if model.global_pool == "max":

@@ -99,6 +99,10 @@ class _Reduced(Reduced):
         check_was_called(call.left, "model.blocks")
         return call.left._replace(tokens_BNC=tokens_BNC)  # type: ignore[union-attr]
 
+    def _head(self: Any, state: TokenState, plan: Plan) -> Tensor:
+        _check_pooling(plan, self)  # again, because images of another size may have another plan
+        return super()._head(state, plan)
+
 
 class ReducedVisionTransformer(_Reduced, VisionTransformer):
     """A VisionTransformer with a token schedule; made by `apply_schedule`, never constructed."""
@@ -138,12 +142,17 @@ def shape_of(model: Any) -> ModelShape:
 def plan_of(model: Any, schedule: Schedule) -> Plan:
     """The schedule resolved for a model, which is not changed. Raises ModelError or ScheduleError."""
     plan = make_plan(schedule, shape_of(model))
+    _check_pooling(plan, model)
+    return check_plan(plan, model)
+
+
+def _check_pooling(plan: Plan, model: Any) -> None:
+    """Raise ModelError for a pooling that could not leave tokens out or weight them."""
     if (plan.merges or plan.decisions_learn) and model.global_pool == "prr":
         raise ModelError(
             "model: global_pool='prr' attends over the final tokens without room for the sizes of merged ones or for "
             "masked ones. Possible: drop, fuse or squeeze, by scores that do not learn. Choose one of those."
         )
-    return check_plan(plan, model)
 
 
 def places_of(model: Any, plan: Plan) -> Sequence[Place]:
