@@ -22,7 +22,7 @@ class PairBias:
     in_attention = True
 
     def __init__(self, height: int, width: int, prefix: int, device: torch.device, given: dict[str, Any]) -> None:
-        self.width, self.prefix, self.given = width, prefix, given
+        self.height, self.width, self.prefix, self.given = height, width, prefix, given
         self.grid_n2 = grid_places(height, width, device)
 
     def found(self, place_Bn2: Tensor | None) -> Tensor | None:
@@ -30,7 +30,8 @@ class PairBias:
         if place_Bn2 is None:
             return None
         prefix_BP = torch.arange(self.prefix, device=place_Bn2.device).expand(place_Bn2.shape[0], -1)
-        return torch.cat([prefix_BP, nearest_index(place_Bn2, self.width) + self.prefix], dim=1)
+        near_Bn = nearest_index(place_Bn2, self.height, self.width)
+        return torch.cat([prefix_BP, near_Bn + self.prefix], dim=1)
 
     def keywords(self, index: int, found: Tensor | None) -> dict[str, Any]:
         """The keywords of a block."""

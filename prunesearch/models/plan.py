@@ -77,7 +77,8 @@ class Plan:
     """A schedule resolved for one number of patch tokens.
 
     merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits. leaves_places: a token
-    that stands for several may lie between the places of the image.
+    that stands for several may lie between the places of the image. The three hold for any number of
+    tokens.
     """
 
     schedule: Schedule
@@ -117,9 +118,10 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
         return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys)
 
     blocks = tuple(map(of, range(shape.depth)))
-    merging = [step.stage for step in planned if REDUCERS[step.stage.reduce].merges]
+    # of all stages: one that removes nothing here may do so at another size of images
+    merging = [stage for stage in schedule.stages if REDUCERS[stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
-    leaves_places = any(_leaves_places(step.stage) for step in planned)
+    leaves_places = any(_leaves_places(stage) for stage in schedule.stages)
     return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunesearch.models.places import grid_places, nearest_index
+from prunesearch.models.places import grid_places, nearest_index, nearest_place
 
 
 class Rotary:
@@ -21,7 +21,7 @@ class Rotary:
     in_attention = False
 
     def __init__(self, table: Tensor, height: int, width: int, between: bool) -> None:
-        self.table, self.width, self.between = table, width, between
+        self.table, self.height, self.width, self.between = table, height, width, between
         self.by_block = table.ndim == 4
         self.steps = (1 if width > 1 else 0, width if height > 1 else 0)
         self.grid_n2 = grid_places(height, width, table.device)
@@ -42,12 +42,12 @@ class Rotary:
     def _rows(self, table_HnD: Tensor, place_Bn2: Tensor) -> Tensor:
         """Sine and cosine of the angles at these places, (B, H, n, 2 D)."""
         images, tokens, _ = place_Bn2.shape
-        index_Bn = nearest_index(place_Bn2, self.width)
+        index_Bn = nearest_index(place_Bn2, self.height, self.width)
         rows = table_HnD.index_select(1, index_Bn.flatten()).unflatten(1, (images, tokens)).transpose(0, 1)
         if not self.between:
             return rows
         # the angles of the nearest place, turned on by the way from there: exact at the places of the image
-        way_Bn2 = place_Bn2 - place_Bn2.round()
+        way_Bn2 = place_Bn2 - nearest_place(place_Bn2)
         column_HD, row_HD = (self._turn(table_HnD, step) for step in self.steps)
         angle = way_Bn2[:, None, :, :1] * row_HD[:, None] + way_Bn2[:, None, :, 1:] * column_HD[:, None]
         sin, cos = rows.chunk(2, dim=-1)
@@ -67,4 +67,5 @@ class Rotary:
 def rotary_of(model: Any, table: Tensor | None, height: int, width: int) -> Rotary | None:
     """The positions of a model, dense or with its schedule; None without a table."""
     plan = getattr(model, "_plan", None)
-    return None if table is None else Rotary(table, height, width, between=plan is not None and plan.leaves_places)
+    between = plan is not None and plan.leaves_places
+    return None if table is None else Rotary(table, height, width, between)

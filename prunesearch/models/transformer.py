@@ -324,6 +324,8 @@ class Reduced(Swapped):
         )
 
     def _head(self: Any, state: TokenState) -> Tensor:
+        if self._plan.decisions_learn or state.present_Bn is not None:
+            check_pools(self)  # again, because reset_classifier may have changed it
         weighs = state.size_Bn is not None and _weighs_patches(self)
         if weighs or (state.present_Bn is not None and _pools_over_patches(self)):
             return self.head(self.head_drop(self.fc_norm(_pool_by_size(self, state))))
@@ -371,12 +373,18 @@ def refuse_patch_dropout(model: Any) -> None:
 
 def check_plan(plan: Plan, model: Any) -> Plan:
     """Refuse what no ViT can do. Raises ModelError."""
-    if plan.decisions_learn and not model.global_pool:
+    if plan.decisions_learn:
+        check_pools(model)
+    return plan
+
+
+def check_pools(model: Any) -> None:
+    """Raise ModelError for a model that returns tokens, when images have different numbers of them."""
+    if not model.global_pool:
         raise ModelError(
             "model: global_pool='' returns tokens, of which images would have different numbers. Possible: a model "
             "that pools them, or keep and tokens with scores that do not learn. Choose one of those."
         )
-    return plan
 
 
 def block_places(model: Any, plan: Plan, in_attention: bool = False) -> list[Place]:

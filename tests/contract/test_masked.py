@@ -218,6 +218,16 @@ def test_what_cannot_be_combined_is_refused(stages: tuple[Stage, ...], says: str
         apply_schedule(small_model(), Schedule(stages))
 
 
+@pytest.mark.parametrize("layout", ["class", "eva", "beit", "relpos"])
+def test_a_pooling_that_is_taken_away_later_is_refused(layout: str) -> None:
+    """The tokens would come with empty slots, which a tensor alone does not show."""
+    for schedule, training in ((adaptive("key_norm", "drop"), False), (learned_first("key_norm", "drop", "mid"), True)):
+        model = apply_schedule(small_model(layout), schedule).train(training)
+        model.reset_classifier(0, "")
+        with pytest.raises(ModelError, match="global_pool='' returns tokens"):
+            model(images())
+
+
 def test_groups_of_a_batch_compute_what_the_padded_batch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small_model("avg"), images(8)
     stages = (

@@ -18,7 +18,7 @@ from test_masked import adaptive, learned_first
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from prunesearch.errors import ScheduleError
+from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import PARTS, apply_schedule, shape_of, steps_of, trace
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.tokens import REDUCERS
@@ -117,6 +117,32 @@ def test_what_another_size_cannot_have_is_a_sentence(stage: Stage, size: int, sa
     with pytest.raises(ScheduleError, match=says):
         model(rectangles((size, size)))
     assert torch.isfinite(model(rectangles((24, 24)))).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "stage"),
+    [
+        ("eva_dinov3", (40, 40), Stage(1, tokens=36, reduce="fuse")),
+        ("eva_dinov3", (40, 40), Stage(1, tokens=36, reduce="squeeze", options=(("position", "mean"),))),
+        ("map", (24, 32), Stage(1, tokens=36, reduce="merge")),
+        ("eva_map", (24, 32), Stage(1, tokens=36, reduce="merge")),
+    ],
+)
+def test_what_only_another_size_does_is_done_there(layout: str, size: tuple[int, int], stage: Stage) -> None:
+    """The stage removes nothing at the model's own size, so the facts of its plan are other ones."""
+    model, fresh = (small_model(layout, dynamic_img_size=True) for _ in range(2))
+    fresh.set_input_size(img_size=size)
+    found, expected = (apply_schedule(one.eval(), Schedule((stage,)))(rectangles(size)) for one in (model, fresh))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_only_another_size_cannot_do_is_refused() -> None:
+    schedule, x = Schedule((Stage(1, tokens=36, reduce="merge"),)), rectangles((24, 32))
+    with pytest.raises(ModelError, match="global_pool='prr' attends over the final tokens"):
+        apply_schedule(small_model("prr", dynamic_img_size=True), schedule)
+    model = apply_schedule(small_model("avg", dynamic_img_size=True), schedule)
+    with pytest.raises(ModelError, match="forward_head: this model pools over merged"):
+        model.forward_head(model.forward_features(x))
 
 
 def test_images_are_padded_to_whole_patches() -> None:

@@ -163,6 +163,32 @@ def test_both_positions_are_carried_in_every_pass(layout: str, verb: str) -> Non
     assert not torch.allclose(*logits)
 
 
+@pytest.mark.parametrize("verb", ["absorb", "merge"])
+@pytest.mark.parametrize("layout", ["beit_both", "relpos_swin_mlp"])
+def test_halfway_between_places_the_last_bits_do_not_decide(layout: str, verb: str) -> None:
+    """A pass with tokens in their slots adds means up in another order, and has to find the same nearest place."""
+    score = "none" if verb == "merge" else "key_norm"
+    first = Stage(0, score="predictor", keep=0.95)
+    stages = tuple(Stage(block, score=score, keep=0.5, reduce=verb, options=MEAN) for block in (1, 2))
+    model = apply_schedule(small_model(layout), Schedule((first, *stages)))
+    for seed in range(4):
+        x = torch.randn(32, 3, 24, 24, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), trace(model, x, masked=True).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("verb", ["fuse", "squeeze"])
+@pytest.mark.parametrize("layout", READ_PLACES)
+def test_an_image_that_is_nan_gives_nan_and_no_place_outside_the_image(layout: str, verb: str) -> None:
+    options = MEAN if verb == "squeeze" else ()
+    stages = (Stage(1, score="key_norm", keep=0.6, reduce=verb, options=options), Stage(2, score="predictor", keep=0.5))
+    model, x = apply_schedule(small_model(layout), Schedule(stages)), images()
+    x[1] = torch.nan
+    for training in (False, True):
+        logits = model.train(training)(x)
+        assert logits.isnan().any(dim=1).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("layout", ["eva_dinov3", "eva_mixed", "beit_both", "naflex_rotary"])
 def test_thresholds_pickle_copies_and_checkpointing(layout: str) -> None:
     model, x = small_model(layout), images(5)
