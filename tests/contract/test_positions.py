@@ -13,7 +13,9 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingCat, RotaryEmbeddingDino
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
+from prunesearch.errors import ModelError
 from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from, shape_of, steps_of, trace
+from prunesearch.models.places import grid_places
 from prunesearch.models.rotary import Rotary
 from prunesearch.models.step import Evidence, TokenState, centre, take_step
 from prunesearch.schedule import Schedule, Stage, resolve
@@ -104,6 +106,39 @@ def test_between_places_of_dinov3() -> None:
     place_n2 = (Rotary(fine, 12, 18, between=True).grid_n2 - 1) / 3
     within = (place_n2 >= 0).all(dim=1) & (place_n2[:, 0] <= 3) & (place_n2[:, 1] <= 5)
     torch.testing.assert_close(rows(positions, place_n2[within][None])[0, 0], fine[within], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (2, 5), (1, 4)])
+@pytest.mark.parametrize("table", ["dinov3", "cat"])
+def test_between_places_of_few_patches(table: str, size: tuple[int, int]) -> None:
+    """An angle grows by more than half a turn from one patch to the next, which the model's own table does not tell."""
+    height, width = size
+    if table == "dinov3":
+        model = small_model("eva_dinov3", img_size=(4 * height, 4 * width))
+        model.rope = RotaryEmbeddingDinoV3(8, feat_shape=[height, width], rotate_half=True)
+    else:
+        model = small_model("eva_rotary_rope", img_size=(4 * height, 4 * width), dynamic_img_size=True)
+        model.rope = RotaryEmbeddingCat(8, in_pixels=False, ref_feat_shape=[16, 16])
+    apply_schedule(model, Schedule((Stage(1, score="key_norm", keep=0.5, reduce="fuse"),)))
+    positions = model.positions()
+    fine = model.rope.get_embed(shape=(3 * height, 3 * width))
+    place_n2 = (grid_places(3 * height, 3 * width, torch.device("cpu")) - int(table == "dinov3")) / 3
+    within = (place_n2 >= 0).all(dim=1) & (place_n2[:, 0] <= height - 1) & (place_n2[:, 1] <= width - 1)
+    torch.testing.assert_close(rows(positions, place_n2[within][None])[0, 0], fine[within], atol=1e-4, rtol=0)
+
+
+def test_between_few_patches_a_table_of_one_size_is_refused() -> None:
+    for size, known in ((5, False), (6, True)):
+        model = small_model("eva_rotary_rope", img_size=4 * size)
+        model.rope = RotaryEmbeddingCat(8, in_pixels=False, feat_shape=[size, size], ref_feat_shape=[16, 16])
+        x = images(size=4 * size)
+        assert apply_schedule(model, Schedule((Stage(1, score="key_norm", keep=0.5),)))(x).isfinite().all()
+        apply_schedule(model, Schedule((Stage(1, score="key_norm", keep=0.5, reduce="fuse"),)))
+        if known:
+            assert model(x).isfinite().all()
+            continue
+        with pytest.raises(ModelError, match="5 x 5 patches the rotary angles from one to the next are too far apart"):
+            model(x)
 
 
 @pytest.mark.parametrize("position", ["host", "mean"])
