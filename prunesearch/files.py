@@ -45,6 +45,7 @@ from prunesearch.yaml_text import MOST_BYTES, Dumper, Text, read_yaml_text, too_
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PRESETS = Path(__file__).parent / "presets"
 SCHEDULE_HEADER = 'prunesearch schedule. Use:  apply_schedule(model, "{name}")'
 
 
@@ -331,7 +332,10 @@ def _read_yaml(path: str | Path) -> Text:
             data = file.read(MOST_BYTES + 1)  # no more: the path may be a device or a huge file
         text = data.decode("utf-8-sig") if len(data) <= MOST_BYTES else None
     except FileNotFoundError:
-        raise FileError(place, [f"there is no such file (looked in {Path.cwd()}). Check the path."]) from None
+        why = f"there is no such file (looked in {Path.cwd()}). Check the path."
+        if place == Path(place).name and (PRESETS / f"{place}.yaml").is_file():
+            why = f"is a preset, not a file. In Python: apply_schedule(model, {place!r}). In a study: space.start_from."
+        raise FileError(place, [why]) from None
     except (OSError, ValueError) as error:  # UnicodeDecodeError and a NUL in the path are a ValueError
         raise FileError(place, [f"cannot be read as text: {error}. Give a readable UTF-8 file."]) from None
     if text is None:

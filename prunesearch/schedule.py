@@ -87,11 +87,12 @@ class Stage:
         return self.score in SCORERS and SCORERS[self.score].part is not None
 
     def __str__(self) -> str:
-        score = "" if self.score == "none" else f" by {self.score}"
+        rest = "" if self.score == "none" else f" by {self.score}"
+        rest += f" with {unusual}" if (unusual := unusual_options(self)) else ""
         if self.threshold is not None:
-            return f"block {self.block} {self.at}: {self.reduce} at threshold {self.threshold:.3g}{score}"
+            return f"block {self.block} {self.at}: {self.reduce} at threshold {self.threshold:.3g}{rest}"
         amount = f"keep {self.keep:g}" if self.keep is not None else f"{self.tokens} tokens"
-        return f"block {self.block} {self.at}: {self.reduce} to {amount}{score}"
+        return f"block {self.block} {self.at}: {self.reduce} to {amount}{rest}"
 
 
 class MeanCost(NamedTuple):
@@ -380,6 +381,11 @@ def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
             if name not in idle and (name not in defaults or value != defaults[name])
         }
     )
+
+
+def unusual_options(stage: Stage) -> str:
+    """The options that differ from their default in words, such as "position mean"; "" if none does."""
+    return ", ".join(f"{name} {value}" for name, value in _given_options(stage))
 
 
 def _score_unless_written(reduce: str) -> str:

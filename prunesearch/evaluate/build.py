@@ -50,12 +50,14 @@ def facts_of(config: ModelConfig) -> Facts:
     model = skeleton(config)
     try:
         shape = shape_of(model)
+        _run_one_block(model)
     except ModelError:
         raise
     except Exception as error:  # a pass over the skeleton fails when its sizes do not go together
         raise ModelError(
             f"model: {config.name} cannot take images of its own size: {type(error).__name__}: {error}. Possible: a "
-            f"larger image_size, or a smaller patch or window. Check image_size and options."
+            f"larger image_size, a smaller patch or window, or an embed_dim that num_heads divides (with rotary "
+            f"positions, that 4 x num_heads divides). Check image_size and options."
         ) from error
     if not 1 <= shape.patch_tokens <= MOST_TOKENS:
         raise ModelError(
@@ -63,6 +65,22 @@ def facts_of(config: ModelConfig) -> Facts:
             f"{MOST_TOKENS:,}. Check image_size and options.patch_size."
         )
     return Facts(shape, input_size(model)[0], class_of(model))
+
+
+def _run_one_block(model: nn.Module) -> None:
+    """Run a skeleton with its first block only: some sizes that do not go together can be built, but not run.
+
+    Models with a feature map have been run for their shape.
+    """
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        return
+    model.blocks = blocks[:1]
+    try:
+        with torch.device("meta"), torch.no_grad():
+            model.eval()(torch.empty(1, *input_size(model)))
+    finally:
+        model.blocks = blocks
 
 
 def is_timms_own(config: ModelConfig) -> bool:
@@ -124,15 +142,18 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
         other = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
         if other:
             raise TypeError(f"no tensors: {', '.join(other[:4])}")
-        state = adapted(model, state)
-    except ModelError:
-        raise
     except Exception as error:  # a damaged or foreign file raises anything
         raise ModelError(
             f"{place}: cannot be read as weights of the model: {type(error).__name__}: {error}. Possible: "
             f".safetensors, or a .pth file that holds tensors only. Save the weights as safetensors."
         ) from error
-    problems = misfits(state, model.state_dict())
+    try:
+        state = adapted(model, state)
+        problems = misfits(state, model.state_dict())
+    except ModelError:
+        raise
+    except Exception as error:  # timm's conversion of its own weights meets those of another architecture
+        problems = [f"{type(error).__name__}: {error}"]
     if problems:
         raise ModelError(
             f"{place}: does not fit the model: {'; '.join(problems)}. Possible: the weights of exactly this "

@@ -31,6 +31,8 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
     "depth": Bounds(int, 1, 100),
     "embed_dim": Bounds(int, 1, 16_384),
     "num_heads": Bounds(int, 1, 1024),
+    "attn_pool_num_heads": Bounds(int, 1, 1024),
+    "attn_pool_mlp_ratio": Bounds(float, 0.01, 64),
     "head_dim": Bounds(int, 1, 1024),
     "mlp_ratio": Bounds(float, 0.01, 64),
     "patch_size": Bounds(int, 1, 256),
@@ -38,6 +40,11 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
     "img_size": Bounds(int, 1, 4096),
     "window_size": Bounds(int, 1, 256),
     "reg_tokens": Bounds(int, 0, 256),
+    "num_reg_tokens": Bounds(int, 0, 256),
+    "ref_feat_shape": Bounds(int, 1, 4096),
+    "rope_temperature": Bounds(float, 1, 99_999),
+    "rope_grid_offset": Bounds(float, 0, 4096),
+    "rel_pos_dim": Bounds(int, 1, 16_384),
     "output_stride": (8, 16, 32),
     "kernel_sizes": Bounds(int, 1, 63),
     "head_hidden_size": Bounds(int, 1, 16_384),
@@ -52,7 +59,11 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
     "attn_drop_rate": _RATE,
     "drop_path_rate": _RATE,
     "global_pool": ("avg", "avgmax", "max", "token", "map"),
-    "pos_embed": ("", "none", "learn"),
+    "pos_embed": ("", "none", "learn", "learned", "factorized"),
+    "attn_type": ("eva", "rope"),
+    "rope_type": ("", "none", "cat", "axial", "mixed", "dinov3", "mrope"),
+    "rope_grid_indexing": ("ij", "xy"),
+    "rel_pos_type": ("mlp", "mlp_swin", "bias"),
     "stem_type": ("patch", "overlap", "overlap_tiered", "overlap_act"),
     "act_layer": ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"),
     "norm_layer": ("layernorm", "rmsnorm"),
@@ -77,14 +88,30 @@ OPTIONS: dict[str, Bounds | tuple[Scalar, ...]] = {
             "conv_mlp",
             "conv_bias",
             "use_grn",
+            "qkv_fused",
+            "swiglu_mlp",
+            "scale_mlp",
+            "scale_attn_inner",
+            "scale_attn_inner_norm",
+            "attn_only_layer_scale",
+            "attn_gated",
+            "use_post_norm",
+            "use_pre_transformer_norm",
+            "use_post_transformer_norm",
+            "use_fc_norm",
+            "use_abs_pos_emb",
+            "use_rot_pos_emb",
+            "rope_rotate_half",
+            "use_rel_pos_bias",
+            "use_shared_rel_pos_bias",
+            "shared_rel_pos",
         ),
         _YES_OR_NO,
     ),
 }
-"""Allowed `model.options`: keywords of the constructors of timm's VisionTransformer, VisionTransformerDistilled,
-SwinTransformer and ConvNeXt that change the architecture and are one number or word. Not every model takes every one;
-timm then raises an error. All others are refused, because some keywords of create_model read files, even pickles, which
-may hold code."""
+"""Allowed `model.options`: keywords of the constructors of the supported classes of timm that change the architecture
+and are one number or word. Not every model takes every one; timm then raises an error. All others are refused, because
+some keywords of create_model read files, even pickles, which may hold code."""
 
 
 def is_remote(config: ModelConfig) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatch
 from functools import lru_cache
 
 from prunesearch.config import ModelConfig
@@ -25,8 +24,8 @@ def input_channels(config: ModelConfig) -> int:
     return _facts(config).channels
 
 
-def prunable_models(pattern: str, say: Callable[[str], None]) -> dict[str, Facts]:
-    """Names of timm that match a shell pattern and to which a schedule can be applied, with their facts.
+def prunable_models(say: Callable[[str], None]) -> dict[str, Facts]:
+    """Names of timm to which a schedule can be applied, with their facts.
 
     The names have no tags of weights. For a version of timm that is in no cache this takes a minute once; `say` is then
     called with a message.
@@ -39,7 +38,7 @@ def prunable_models(pattern: str, say: Callable[[str], None]) -> dict[str, Facts
         say(f"the models of timm {version} are looked at for the first time, which takes a minute")
         known = facts_of_names(architectures())
         shape_cache.keep({ModelConfig(name): facts for name, facts in known.items()}, all_models=True)
-    return {name: facts for name, facts in known.items() if fnmatch(name, pattern)}
+    return known
 
 
 @lru_cache(maxsize=16)

@@ -66,6 +66,7 @@ from prunesearch.models.swap import (
 )
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.weights import fitting_weights
+from prunesearch.presets import load_preset, presets
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 
@@ -121,9 +122,10 @@ def apply_schedule(
 ) -> Model:
     """Make `model` reduce its tokens as the schedule says, in place, and return it.
 
-    schedule: a Schedule, or the path of a schedule file. The weights that the file names (in the same folder) are then
-    loaded too. weights: safetensors file or state_dict of the pruned model, as exported. seed: for learned parts
-    without weights. untrained: training follows, so do not warn that learned parts have no weights.
+    schedule: a Schedule, the path of a schedule file, or the name of a preset (`prunesearch list presets`), which is
+    fitted to the model. The weights that a file names (in the same folder) are loaded too. weights: safetensors file or
+    state_dict of the pruned model, as exported. seed: for learned parts without weights. untrained: training follows,
+    so do not warn that learned parts have no weights.
 
     An earlier schedule is replaced. Parameters, buffers and `state_dict` keys of the model do not change. Learned parts
     of the schedule (predictors, queries, thresholds) are added under `token_stages.`. An empty schedule leaves the
@@ -133,7 +135,9 @@ def apply_schedule(
     weights that do not fit, ScheduleError for a schedule that does not fit the model, FileError for a file that cannot
     be read. After an error the model is unchanged and still has its earlier schedule.
     """
-    if not isinstance(schedule, Schedule):
+    if isinstance(schedule, str) and not Path(schedule).exists() and schedule in presets():
+        schedule = load_preset(schedule, shape_of(model))
+    elif not isinstance(schedule, Schedule):
         path = Path(schedule)
         file = load_schedule_file(path)
         schedule = file.schedule

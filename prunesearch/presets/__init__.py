@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from prunesearch.errors import UnknownNameError
-from prunesearch.files import PresetFile, load_preset_file, load_schedule_file
+from prunesearch.files import PRESETS, PresetFile, load_preset_file, load_schedule_file
 from prunesearch.presets.rule import fit
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 
-FOLDER = Path(__file__).parent
-
 
 @cache
 def presets() -> dict[str, PresetFile]:
     """Every preset by name, in alphabetical order."""
-    return {path.stem: load_preset_file(path) for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
+    return {path.stem: load_preset_file(path) for path in sorted(PRESETS.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_preset(name: str, shape: ModelShape) -> Schedule:

@@ -35,13 +35,14 @@ from prunesearch.record import Record, Sibling
 from prunesearch.relative_limits import limit_lines, limits_of
 from prunesearch.report.rung_tables import compared, rungs_table, warnings
 from prunesearch.report.speed_tables import measured, speed_table
-from prunesearch.schedule import Schedule, Stage
+from prunesearch.schedule import Schedule, Stage, unusual_options
 
 
 def short(schedule: Schedule) -> str:
     """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold.
 
-    A score other than the default is shown once at the end if all stages share it, else with its stage.
+    A score other than the default is shown once at the end if all stages share it, else with its stage. Options that
+    differ from their default are shown with theirs.
     """
     if not schedule.stages:
         return "dense"
@@ -380,7 +381,8 @@ def _what(stage: Stage, unsaid: Collection[str]) -> str:
     else:
         amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
     score = "" if stage.score in unsaid else f" by {stage.score}"
-    return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}"
+    options = f" with {unusual}" if (unusual := unusual_options(stage)) else ""
+    return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}{options}"
 
 
 def _values(record: Evaluated, objectives: Sequence[Objective]) -> str:

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import timm
+from timm.models.naflexvit import NaFlexVitCfg
 
 from prunesearch.config import ModelConfig, Scalar, as_options
 from prunesearch.errors import ModelError
@@ -18,13 +19,26 @@ MODELS: dict[str, dict[str, Scalar]] = {
     "deit_tiny_distilled_patch16_224": {"depth": 2, "embed_dim": 48},
     "swin_tiny_patch4_window7_224": {"embed_dim": 24},
     "convnext_tiny": {},
+    "vit_small_patch16_dinov3": {"depth": 2, "embed_dim": 96},
+    "eva02_tiny_patch14_224": {"depth": 2, "embed_dim": 48},
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "vit_relpos_small_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "naflexvit_base_patch16_gap": {"depth": 2, "embed_dim": 48, "num_heads": 3},
 }
 VALUES = [
     (name, value)
     for name, possible in OPTIONS.items()
     for value in (possible[1:] if isinstance(possible, Bounds) else possible)
 ]
-CLASSES = (timm.models.VisionTransformer, timm.models.SwinTransformer, timm.models.ConvNeXt)
+CLASSES = (
+    timm.models.VisionTransformer,
+    timm.models.SwinTransformer,
+    timm.models.ConvNeXt,
+    timm.models.Eva,
+    timm.models.Beit,
+    timm.models.VisionTransformerRelPos,
+    NaFlexVitCfg,
+)
 KNOWN = {name for kind in CLASSES for name in inspect.signature(kind.__init__).parameters}
 """Options that this version of timm has; old versions lack some of ours."""
 TAKEN: set[str] = set()

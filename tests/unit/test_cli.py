@@ -171,6 +171,12 @@ def test_list_models_and_patterns(capsys: pytest.CaptureFixture[str]) -> None:
     text = out(capsys, "list", "models", "vit_digits*")
     assert "vit_digits_patch1_8" in text and "0.0128" in text
     assert "tome" not in out(capsys, "list", "presets", "evit-*")
+    assert "vit_small_patch16_dinov3 " in out(capsys, "list", "models", "DINOv3")
+    assert "beit_base_patch16_224" in (beits := out(capsys, "list", "models", "Beit")) and "deit" not in beits
+    assert "vit_base_patch16_siglip_224" in out(capsys, "list", "models", "vit_base_patch16_siglip_224.v2_webli")
+    for what, name in (("models", "hiera"), ("presets", "tome-r133"), ("scores", "class_atention")):
+        assert main(["list", what, name]) == 2
+        assert f"list {what}: nothing fits '{name}'. Possible: a part of a name" in capsys.readouterr().err
 
 
 def test_confirm_measures_the_front_again(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

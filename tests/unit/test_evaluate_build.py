@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 
-from prunesearch.config import ModelConfig
+from prunesearch.config import ModelConfig, as_options
 from prunesearch.errors import ModelError
 from prunesearch.evaluate import build, model_shape
 from prunesearch.evaluate.build import build_model, parameter_count
@@ -94,6 +94,16 @@ def test_shape_and_parameters_need_no_weights():
 class Unsafe:
     def __reduce__(self):
         return print, ("this must never run",)
+
+
+def test_weights_of_another_family_do_not_fit(tmp_path: Path):
+    sizes = dict(depth=1, embed_dim=48, num_heads=3)
+    beit, path = timm.create_model("beit_base_patch16_224", **sizes), tmp_path / "beit.safetensors"
+    safetensors.torch.save_file({name: value.contiguous() for name, value in beit.state_dict().items()}, path)
+    for name in ("vit_relpos_small_patch16_224", "vit_small_patch16_dinov3", "naflexvit_base_patch16_gap"):
+        config = ModelConfig(name, checkpoint=str(path), options=as_options(sizes))
+        with pytest.raises(ModelError, match="does not fit the model: .*exactly this architecture"):
+            build_model(config)
 
 
 def test_errors_name_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -191,6 +191,18 @@ def test_a_model_with_too_few_or_too_many_tokens_is_a_sentence(size: int) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beit_base_patch16_224", {"embed_dim": 32, "num_heads": 5}),
+        ("vit_small_patch16_dinov3", {"embed_dim": 36, "num_heads": 2}),
+    ],
+)
+def test_a_model_that_can_be_built_but_not_run_is_a_sentence(name: str, options: dict[str, int]) -> None:
+    with pytest.raises(ModelError, match=rf"{name} cannot take images of its own size: .* 4 x num_heads divides\)"):
+        model_shape(ModelConfig(name, options=as_options(options)))
+
+
+@pytest.mark.parametrize(
     ("model", "code", "says"),
     [
         ("{name: 'hf-hub:timm/vit_tiny', pretrained: true}", 0, "is looked up when it is evaluated"),

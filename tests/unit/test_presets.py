@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_schedule import shape
 
-from prunesearch.errors import ScheduleError, UnknownNameError
-from prunesearch.files import PresetFile, PresetStage, save_schedule
-from prunesearch.presets import FOLDER, find_schedule, load_preset, presets
+from prunesearch.errors import FileError, ScheduleError, UnknownNameError
+from prunesearch.files import PRESETS, PresetFile, PresetStage, load_schedule_file, save_schedule
+from prunesearch.presets import find_schedule, load_preset, presets
 from prunesearch.presets.rule import fit
 from prunesearch.schedule import Schedule, Stage, resolve
 
@@ -29,7 +29,7 @@ def test_every_preset_says_where_it_comes_from(name: str) -> None:
     assert 0 < len(presets()[name].summary) <= 50  # `prunesearch list presets` on one line of 100 columns
     for row in presets()[name].published:
         assert {"model", "top1", "trained"} <= set(row) <= {"model", "gmacs", "top1", "trained"}
-    said = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    said = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
     assert "\n# Counts: " in said or "\n# Thresholds: " in said
     assert ("No published numbers" in said) == (not presets()[name].published)
 
@@ -105,3 +105,20 @@ def test_find_schedule_takes_names_and_files(tmp_path: Path) -> None:
     assert find_schedule("evit-0.7", shape()) == load_preset("evit-0.7", shape())
     with pytest.raises(UnknownNameError, match='Did you mean "evit-0'):
         find_schedule("evit0.7", shape())
+
+
+def test_a_model_takes_a_preset_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    from prunesearch.models import apply_schedule, schedule_of, shape_of
+
+    model = timm.create_model("vit_digits_patch1_8")
+    apply_schedule(model, "tome-r13")
+    assert schedule_of(model) == load_preset("tome-r13", shape_of(model))
+    with pytest.raises(FileError, match=r"is a preset, not a file. In Python: apply_schedule\(model, .tome-r13.\)"):
+        load_schedule_file("tome-r13")
+    with pytest.raises(FileError, match="there is no such file"):
+        apply_schedule(model, "tome-r131")
+    monkeypatch.chdir(tmp_path)
+    save_schedule(Schedule(), "tome-r13")
+    assert schedule_of(apply_schedule(model, "tome-r13")) == Schedule(), "a file of that name comes first"

@@ -55,6 +55,9 @@ def after(events: list[Event], config: StudyConfig = CONFIG) -> Progress:
 START = Started(records=(), total=40, done=0, rerun=0, recovered=0, workers="2 Ray workers, 1 CPU each")
 
 
+MOVED = (1, "host"), (2, "mean"), (3, "mean")
+
+
 @pytest.mark.parametrize(
     ("stages", "text"),
     [
@@ -65,6 +68,10 @@ START = Started(records=(), total=40, done=0, rerun=0, recovered=0, workers="2 R
         (
             [Stage(2, keep=0.5, score="key_norm"), Stage(3, tokens=20, reduce="merge"), Stage(4, keep=0.5)],
             "2 drop 0.5 by key_norm · 3 merge to 20 · 4 drop 0.5",
+        ),
+        (
+            [Stage(block, keep=0.5, reduce="squeeze", options={"position": where}) for block, where in MOVED],
+            "1 squeeze 0.5 · 2, 3 squeeze 0.5 with position mean",
         ),
     ],
 )

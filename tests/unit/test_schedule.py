@@ -132,7 +132,9 @@ def test_canonical_joins_spellings_of_the_same_schedule() -> None:
 def test_schedules_hash_and_pickle_and_read_well() -> None:
     schedule = Schedule((Stage(3, keep=0.7, reduce="squeeze", options={"temperature": 2.0}),))
     assert pickle.loads(pickle.dumps(schedule)) == schedule and hash(schedule) == hash(Schedule(schedule.stages))
-    assert str(schedule) == "block 3 mid: squeeze to keep 0.7 by class_attention"
+    assert str(schedule) == "block 3 mid: squeeze to keep 0.7 by class_attention with temperature 2.0"
+    usual = Schedule((Stage(3, keep=0.7, reduce="squeeze", options={"temperature": 1.0}),))
+    assert str(usual) == "block 3 mid: squeeze to keep 0.7 by class_attention"
     assert str(Schedule()) == "dense"
     assert options_of(schedule.stages[0]) == {"temperature": 2.0, "position": "host"}
 
