@@ -102,7 +102,7 @@ def test_weights_of_another_family_do_not_fit(tmp_path: Path):
     safetensors.torch.save_file({name: value.contiguous() for name, value in beit.state_dict().items()}, path)
     for name in ("vit_relpos_small_patch16_224", "vit_small_patch16_dinov3", "naflexvit_base_patch16_gap"):
         config = ModelConfig(name, checkpoint=str(path), options=as_options(sizes))
-        with pytest.raises(ModelError, match="does not fit the model: .*exactly this architecture"):
+        with pytest.raises(ModelError, match=r"does not fit the model: .*exactly this architecture"):
             build_model(config)
 
 
