@@ -139,7 +139,7 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):
             raise ModelError(
                 f"model: a tensor of {x.ndim} dimensions is no batch of images, and patches need their coordinates. "
                 f"Possible: images of one size, (B, channels, height, width), or patches with patch_coord and "
-                f"patch_valid, as a dict or as keywords. Give one of those."
+                f"patch_valid, in a dict or as keywords. Give one of those."
             )
         refuse_patch_dropout(self)
         tokens_BNC, grid = self.embeds(x)
@@ -179,8 +179,9 @@ def _given(
     missing = [name for name, value in named.items() if value is None]
     if missing:
         raise ModelError(
-            f"model: patches without {', '.join(missing)}. Possible: patches (B, N, values), patch_coord (B, N, 2) and "
-            f"patch_valid (B, N), in a dict or as keywords; or a tensor of images alone. Give all three."
+            f"model: patches without {', '.join(missing)}. Possible: a dict of patches (B, N, values), patch_coord "
+            f"(B, N, 2) and patch_valid (B, N); patches with the other two as keywords; or a tensor of images alone. "
+            f"Give all three."
         )
     return Patches(**named), attn_mask
 
