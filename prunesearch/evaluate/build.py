@@ -127,10 +127,11 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
     except Exception as error:  # timm, the hub and the model's own constructor raise anything
         options = ", ".join(f"{name}={value!r}" for name, value in keywords.items()) or "none"
         weights = "with its pretrained weights" if pretrained else "without pretrained weights"
+        random = ", or pretrained: false for random weights" if pretrained else ""
         raise ModelError(
             f"model: timm cannot build {config.name} {weights} and these options: {options}. It says: "
             f"{type(error).__name__}: {error}. Possible: options of timm.create_model, and pretrained: true where the "
-            f"weights can be downloaded. Check options and image_size, or give a local checkpoint."
+            f"weights can be downloaded. Check options and image_size, or give a local checkpoint{random}."
         ) from error
 
 
