@@ -44,6 +44,7 @@ class PlannedStep(NamedTuple):
     key: name of its stage's learned parts. counts_differ: this or an earlier stage has a threshold, so images have
     different counts from here on. decisions_learn: this or an earlier stage learns its decisions, so in training tokens
     stay in their slots from here on. softness: width of the soft comparison with the threshold, in units of the score.
+    reads_attention: for its score or for keys.
     """
 
     step: Step
@@ -51,6 +52,7 @@ class PlannedStep(NamedTuple):
     counts_differ: bool
     decisions_learn: bool
     softness: float
+    reads_attention: bool
 
     @property
     def stage(self) -> Stage:
@@ -113,7 +115,7 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
 
     def of(block: int) -> BlockPlan:
         around = (*at(block, "mid"), *at(block + 1, "pre"))
-        listening = tuple(step for step in around if reads_attention(step.stage))
+        listening = tuple(step for step in around if step.reads_attention)
         needs_keys = any(REDUCERS[step.stage.reduce].needs_keys for step in listening)
         return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys)
 
@@ -295,4 +297,4 @@ def _planned(steps: tuple[Step, ...], shape: ModelShape) -> Iterable[PlannedStep
         key = f"block{stage.block}_{stage.at}" + (f"_{index}" if index else "")
         # AS-ViT: 1e-4 for scores of about 1/196; LTMP: 0.1 for cosines
         softness = 0.02 * threshold_unit(stage, shape) if REDUCERS[stage.reduce].ranks else 0.1
-        yield PlannedStep(step, key, counts_differ, decisions_learn, softness)
+        yield PlannedStep(step, key, counts_differ, decisions_learn, softness, reads_attention(stage))

@@ -54,6 +54,11 @@ class TokenState(NamedTuple):
     found: Tensor | None = None
 
 
+def with_tokens(state: TokenState, tokens_BNC: Tensor) -> TokenState:
+    """The state with other tokens; `_replace` takes five times as long, and each block needs it twice."""
+    return tuple.__new__(TokenState, (tokens_BNC, *state[1:]))
+
+
 class Weights(NamedTuple):
     """The weight of each token by itself, and of each that stays with the weights of those that join it."""
 

@@ -22,11 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from prunesearch.errors import ModelError
 from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StageParts, plan_for
-from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step, with_tokens
 from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours, timm_class
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, pools_prefix
-from prunesearch.schedule import reads_attention
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
 from prunesearch.tokens.select import in_onnx_export
@@ -91,6 +90,11 @@ class BlockCall:
         self.ahead: tuple[Evidence, ...] = ()
 
     @property
+    def path(self) -> str:
+        """Where the block is, for messages."""
+        return f"model.blocks[{self.index}]"
+
+    @property
     def in_attention(self) -> bool:
         """Whether the attention gets the call too."""
         return moved_in_attention(self.run, self.state) or bool(self.plan.listening) or self.most_gap is not None
@@ -120,15 +124,18 @@ class SteppingBlock(Swapped):
         if call is None:
             return timm_class(self).forward(self, x, *args, **given)
         if call.in_attention:
-            path = f"model.blocks[{call.index}].attn"
-            check_takes_call(self.attn, path)
+            if "forward" in self.attn.__dict__:
+                check_takes_call(self.attn, call.path + ".attn")
             added = self.attn(self.before_attention(x), *args, call=call, **given)
-            check_was_called(call.attended, path)
+            if call.attended is None:
+                check_was_called(None, call.path + ".attn")
         else:
             added = self.attn(self.before_attention(x), *args, **given)
         x = self.after_attention(x, added)
-        evidence = tuple(_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening)
-        state, ahead = _take_steps(call.plan.mid, call.state._replace(tokens_BNC=x), evidence, call.run)
+        evidence = [_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening]
+        state, ahead = with_tokens(call.state, x), tuple(evidence)
+        if call.plan.mid:
+            state, ahead = _take_steps(call.plan.mid, state, ahead, call.run)
         call.left, call.ahead, x = state, ahead, state.tokens_BNC
         del added, evidence, state  # and the keys of the attention: the MLP then writes to memory in the cache
         call.attended = None
@@ -239,7 +246,7 @@ def attend(
     keys_BnD = mean_keys(key, prefix) if needs_keys else None
     attended = Attended(query, key, value, output, bias, attention.scale, prefix, classes, present_Bn, keys_BnD)
     output_BNA = output.transpose(1, 2).flatten(2)
-    norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)  # not every class has them
+    norm, gate = attention._modules.get("norm"), attention._modules.get("gate")  # not every class has them
     output_BNA = output_BNA if norm is None else norm(output_BNA)
     output_BNA = output_BNA if gate is None else output_BNA * gate(x_BNC).sigmoid()
     return attention.proj_drop(attention.proj(output_BNA)), attended
@@ -462,13 +469,16 @@ def run_blocks(blocks: Iterable[nn.Module], run: Run, state: TokenState, checkpo
 def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState:
     """Run a block with the steps before it and inside it."""
     block_plan, positions = run.plan.blocks[index], run.positions
-    state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
+    if block_plan.pre:
+        state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
+        state = state._replace(evidence=()) if state.evidence else state
     x = state.tokens_BNC
     learning = state.present_Bn is not None and run.training
     most_gap = _most_gap(run.plan) if learning else None
     if state.bias_B11N is None:
-        make_bias = _size_bias if learning else _attention_bias
-        state = state._replace(bias_B11N=make_bias(state, run.plan))
+        bias_B11N = _size_bias(state, run.plan) if learning else _attention_bias(state, run.plan)
+        if bias_B11N is not None:
+            state = state._replace(bias_B11N=bias_B11N)
     keywords = {} if state.bias_B11N is None else {"attn_mask": state.bias_B11N}
     calls = bool(block_plan.mid or block_plan.listening) or learning or moved_in_attention(run, state)
     if positions is not None:
@@ -476,12 +486,15 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
             state = state._replace(found=positions.found(state.place_Bn2))
         keywords |= positions.keywords(index, state.found)
     if not calls:
-        return state._replace(tokens_BNC=block(x, **keywords), evidence=())
-    call, path = BlockCall(index, run, state, most_gap), f"model.blocks[{index}]"
-    check_takes_call(block, path)
+        return with_tokens(state, block(x, **keywords))
+    call = BlockCall(index, run, state, most_gap)
+    if "forward" in block.__dict__:
+        check_takes_call(block, call.path)
     x = block(x, call=call, **keywords)
-    check_was_called(call.left, path)
-    return call.left._replace(tokens_BNC=x, evidence=call.ahead)  # type: ignore[union-attr]
+    if call.left is None:
+        check_was_called(None, call.path)
+    left = with_tokens(call.left, x)  # type: ignore[arg-type]
+    return left._replace(evidence=call.ahead) if call.ahead else left
 
 
 def _refuse_to_be_traced() -> None:
@@ -539,11 +552,11 @@ def _take_steps(
     for planned in steps:
         if run.positions is not None and state.place_Bn2 is None:
             state = state._replace(place_Bn2=run.positions.grid_n2.expand(state.tokens_BNC.shape[0], -1, -1))
-        if reads_attention(planned.stage):
+        if planned.reads_attention:
             own, evidence = evidence[0], evidence[1:]
         else:
             own = _evidence(planned, state.tokens_BNC, None, state, run)
-        parts = _parts_of(planned, run)
+        parts = None if run.parts is None else _parts_of(planned, run.parts)
         part = None if parts is None else parts.reducer
         if not (planned.counts_differ or (run.masked and planned.decisions_learn)):
             state, evidence = take_step(planned.step, state, prefix, own, evidence, part)
@@ -558,16 +571,15 @@ def _take_steps(
 
 
 def _evidence(planned: PlannedStep, x_BNC: Tensor, attended: Attended | None, state: TokenState, run: Run) -> Evidence:
-    parts = _parts_of(planned, run)
+    parts = None if run.parts is None else _parts_of(planned, run.parts)
     part = None if parts is None else parts.scorer
     patches_BnC = x_BNC[:, run.plan.shape.prefix_tokens :]
-    return gather_evidence(planned.stage, patches_BnC, attended, run.training, state.present_Bn, part)
+    return gather_evidence(planned.step.stage, patches_BnC, attended, run.training, state.present_Bn, part)
 
 
-def _parts_of(planned: PlannedStep, run: Run) -> StageParts | None:
-    if run.parts is None or planned.key not in run.parts:
-        return None
-    return run.parts[planned.key]  # type: ignore[return-value]
+def _parts_of(planned: PlannedStep, parts: nn.ModuleDict) -> StageParts | None:
+    key = planned.key
+    return parts[key] if key in parts else None  # type: ignore[return-value]  # noqa: SIM401
 
 
 # --- sizes and masks ----------------------------------------------------------------------------------------------
@@ -603,7 +615,7 @@ def _attention_mask(bias_BN: Tensor, like: Tensor) -> Tensor:
 
     Outside torch.no_grad, torch.onnx.export fails on attention whose mask has gradients. A graph has none anyway.
     """
-    bias_BN = bias_BN.detach() if in_onnx_export() else bias_BN
+    bias_BN = bias_BN.detach() if bias_BN.requires_grad and in_onnx_export() else bias_BN
     return bias_BN[:, None, None, :].to(like.dtype)
 
 

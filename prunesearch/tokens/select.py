@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_is_tracing = torch._C._is_tracing
+"""torch.jit.is_tracing without its two calls in Python. Stages ask it many times in a pass."""
+
 
 def in_onnx_export() -> bool:
-    """Whether torch.onnx.export runs. PyTorch's own function is slow for what stages ask many times in a pass."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    """Whether torch.onnx.export runs. PyTorch's own function is slow, so it is asked only while a graph is recorded."""
+    return (torch.compiler.is_compiling() or _is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
 def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
