@@ -209,6 +209,7 @@ def _alike(model: Any, given: Patches) -> list[tuple[Tensor | None, TokenState, 
 
     timm embeds the whole batch, with its padding, so that the tokens are timm's. Waits for the device.
     """
+    _check_sizes(given)
     tokens_BNC, _ = model.embeds(given.patches, patch_coord=given.patch_coord, patch_valid=given.patch_valid)
     tokens_BNC, prefix = model.norm_pre(tokens_BNC), model.num_prefix_tokens
     if not len(tokens_BNC):  # no images, so there is no number of patches
@@ -233,6 +234,17 @@ def _alike(model: Any, given: Patches) -> list[tuple[Tensor | None, TokenState, 
         state, _ = compact(state, prefix, ())
         groups.append((places_B, state, _rotary(model, *grid) if grid else None))
     return groups
+
+
+def _check_sizes(given: Patches) -> None:
+    """Raise ModelError for tensors that do not belong together, or without any patches."""
+    sizes = [tuple(value.shape) for value in given]
+    count = sizes[0][:2]
+    if sizes[1:] != [(*count, 2), count] or 0 in count[1:]:
+        raise ModelError(
+            f"model: patches of {sizes[0]}, patch_coord of {sizes[1]} and patch_valid of {sizes[2]} do not go "
+            f"together. Possible: (B, N, values), (B, N, 2) and (B, N), with at least one patch. Check the batch."
+        )
 
 
 def _check_image(image: int, count: int, astray: bool) -> None:
