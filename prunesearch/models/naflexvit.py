@@ -161,7 +161,7 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):
             run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
             state = self.run_blocks(run, state)
             groups.append(Group(places_B, state))
-            counted.append((present, plan.steps[len(plan.steps) - len(state.counts) :]))
+            counted.append((present, plan.steps))
         return join_groups(_with_equal_steps(groups, counted), self.num_prefix_tokens)
 
 
@@ -265,20 +265,26 @@ def _check_image(image: int, count: int, astray: bool) -> None:
 def _with_equal_steps(
     groups: Sequence[Group], counted: Sequence[tuple[int, tuple[PlannedStep, ...]]]
 ) -> Sequence[Group]:
-    """The groups with counts after the same steps, those that any of them ran. counted: for each group, its number of
-    patches and the steps after which it has counts.
+    """The groups with counts after the same steps, those that any of them counted. counted: for each group, its number
+    of patches and its steps, of which the last ones have counts.
 
     A step that removes nothing at some number of patches (`keep: 0.9` of 9) does not run there, and the count stays.
+    Steps before the first that has counts are known to leave `after`.
     """
+    uncounted = [len(ran) - len(group.state.counts) for group, (_, ran) in zip(groups, counted, strict=True)]
+    wanted = {step.key for (_, ran), first in zip(counted, uncounted, strict=True) for step in ran[first:]}
     steps = {step.key: step.stage for _, ran in counted for step in ran}
     order = sorted(steps, key=lambda key: (steps[key].block, steps[key].at == "mid", len(key), key))
     equal = []
-    for (places_B, state), (present, ran) in zip(groups, counted, strict=True):
-        own, counts = dict(zip([step.key for step in ran], state.counts, strict=True)), []
-        last_B = torch.full_like(state.tokens_BNC[:, 0, 0], present, dtype=torch.float32)
+    for (places_B, state), (present, ran), first in zip(groups, counted, uncounted, strict=True):
+        all_B = torch.ones_like(state.tokens_BNC[:, 0, 0], dtype=torch.float32)
+        own = {step.key: step.step.after * all_B for step in ran[:first]}
+        own |= {step.key: count_B for step, count_B in zip(ran[first:], state.counts, strict=True)}
+        counts, last_B = [], present * all_B
         for key in order:
             last_B = own.get(key, last_B)
-            counts.append(last_B)
+            if key in wanted:
+                counts.append(last_B)
         equal.append(Group(places_B, state._replace(counts=tuple(counts))))
     return equal
 

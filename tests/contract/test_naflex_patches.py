@@ -203,6 +203,26 @@ def test_counts_are_after_the_same_steps_for_all_images() -> None:
         ]
 
 
+def test_counts_of_images_in_which_an_earlier_step_does_nothing() -> None:
+    """Of 8 patches, 0.9 keeps all, so that the first predictor does not run, and its step and the next have no counts.
+
+    Before it, half of the patches went.
+    """
+    stages = (
+        Stage(0, score="key_norm", keep=0.5),
+        Stage(1, score="predictor", keep=0.9),
+        Stage(2, at="pre", score="key_norm", keep=0.5, reduce="fuse"),
+        Stage(2, score="predictor", keep=0.5),
+    )
+    model = apply_schedule(model_of("naflex_avg"), Schedule(stages))
+    counts = trace(model, patched(pictures(), LENGTH), masked=True).counts
+    assert [count_B.tolist() for count_B in counts] == [
+        [17, 11, 11, 9, 17, 8],
+        [10, 7, 7, 6, 10, 5],
+        [5, 4, 4, 3, 5, 3],
+    ]
+
+
 @pytest.mark.parametrize("way", ["naflex_avg", "naflex_rotary"])
 def test_gradients_of_a_batch_are_those_of_its_images(way: str) -> None:
     """With masked training of a threshold, and with gradient checkpointing."""
