@@ -37,6 +37,7 @@ from prunesearch.plugins import import_plugins, missing_plugins
 from prunesearch.printable import counted, printable
 from prunesearch.profile import MOST_MS, Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
+from prunesearch.registry import did_you_mean
 from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
@@ -324,6 +325,18 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def _no_such_file(place: str) -> str:
+    """Why there is nothing to read at this path. It may have been meant as the name of a preset."""
+    presets = [path.stem for path in PRESETS.glob("*.yaml")]
+    if place in presets:
+        return f"is a preset, not a file. In Python: apply_schedule(model, {place!r}). In a study: space.start_from."
+    why, stem = f"there is no such file (looked in {Path.cwd()})", place.removesuffix(".yaml")
+    if stem in presets:
+        return f"{why}. Did you mean the preset {stem!r}? Check the path."
+    meant = "" if stem != place else did_you_mean(place.lower(), presets)
+    return f"{why}, nor a preset of that name.{meant} Check the name." if meant else f"{why}. Check the path."
+
+
 def _read_yaml(path: str | Path) -> Text:
     """The content of a YAML file with the line of each field. Raises FileError when it cannot be read at all."""
     place = str(path)
@@ -332,10 +345,7 @@ def _read_yaml(path: str | Path) -> Text:
             data = file.read(MOST_BYTES + 1)  # no more: the path may be a device or a huge file
         text = data.decode("utf-8-sig") if len(data) <= MOST_BYTES else None
     except FileNotFoundError:
-        why = f"there is no such file (looked in {Path.cwd()}). Check the path."
-        if place == Path(place).name and (PRESETS / f"{place}.yaml").is_file():
-            why = f"is a preset, not a file. In Python: apply_schedule(model, {place!r}). In a study: space.start_from."
-        raise FileError(place, [why]) from None
+        raise FileError(place, [_no_such_file(place)]) from None
     except (OSError, ValueError) as error:  # UnicodeDecodeError and a NUL in the path are a ValueError
         raise FileError(place, [f"cannot be read as text: {error}. Give a readable UTF-8 file."]) from None
     if text is None:

@@ -135,7 +135,7 @@ def apply_schedule(
     weights that do not fit, ScheduleError for a schedule that does not fit the model, FileError for a file that cannot
     be read. After an error the model is unchanged and still has its earlier schedule.
     """
-    if isinstance(schedule, str) and not Path(schedule).exists() and schedule in presets():
+    if isinstance(schedule, str) and schedule in presets() and not Path(schedule).is_file():
         schedule = load_preset(schedule, shape_of(model))
     elif not isinstance(schedule, Schedule):
         path = Path(schedule)

@@ -193,7 +193,9 @@ def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
         return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, before + most - x.shape[1])) for x in values])[back_B]
 
     present = [
-        torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0]) if state.present_Bn is None else state.present_Bn
+        torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0], dtype=torch.float32)
+        if state.present_Bn is None
+        else state.present_Bn
         for state in states
     ]
     merged = any(state.size_Bn is not None for state in states)

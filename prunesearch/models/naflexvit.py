@@ -161,7 +161,7 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):
             run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
             state = self.run_blocks(run, state)
             groups.append(Group(places_B, state))
-            counted.append((present, plan.steps[len(plan.steps) - len(state.counts) :]))
+            counted.append((present, plan.steps))
         return join_groups(_with_equal_steps(groups, counted), self.num_prefix_tokens)
 
 
@@ -209,6 +209,7 @@ def _alike(model: Any, given: Patches) -> list[tuple[Tensor | None, TokenState, 
 
     timm embeds the whole batch, with its padding, so that the tokens are timm's. Waits for the device.
     """
+    _check_sizes(given)
     tokens_BNC, _ = model.embeds(given.patches, patch_coord=given.patch_coord, patch_valid=given.patch_valid)
     tokens_BNC, prefix = model.norm_pre(tokens_BNC), model.num_prefix_tokens
     if not len(tokens_BNC):  # no images, so there is no number of patches
@@ -235,6 +236,17 @@ def _alike(model: Any, given: Patches) -> list[tuple[Tensor | None, TokenState, 
     return groups
 
 
+def _check_sizes(given: Patches) -> None:
+    """Raise ModelError for tensors that do not belong together, or without any patches."""
+    sizes = [tuple(value.shape) for value in given]
+    count = sizes[0][:2]
+    if sizes[1:] != [(*count, 2), count] or 0 in count[1:]:
+        raise ModelError(
+            f"model: patches of {sizes[0]}, patch_coord of {sizes[1]} and patch_valid of {sizes[2]} do not go "
+            f"together. Possible: (B, N, values), (B, N, 2) and (B, N), with at least one patch. Check the batch."
+        )
+
+
 def _check_image(image: int, count: int, astray: bool) -> None:
     """Raise ModelError for an image without patches, or whose patches are not where its rotary positions are."""
     if count == 0:
@@ -253,20 +265,26 @@ def _check_image(image: int, count: int, astray: bool) -> None:
 def _with_equal_steps(
     groups: Sequence[Group], counted: Sequence[tuple[int, tuple[PlannedStep, ...]]]
 ) -> Sequence[Group]:
-    """The groups with counts after the same steps, those that any of them ran. counted: for each group, its number of
-    patches and the steps after which it has counts.
+    """The groups with counts after the same steps, those that any of them counted. counted: for each group, its number
+    of patches and its steps, of which the last ones have counts.
 
     A step that removes nothing at some number of patches (`keep: 0.9` of 9) does not run there, and the count stays.
+    Steps before the first that has counts are known to leave `after`.
     """
+    uncounted = [len(ran) - len(group.state.counts) for group, (_, ran) in zip(groups, counted, strict=True)]
+    wanted = {step.key for (_, ran), first in zip(counted, uncounted, strict=True) for step in ran[first:]}
     steps = {step.key: step.stage for _, ran in counted for step in ran}
     order = sorted(steps, key=lambda key: (steps[key].block, steps[key].at == "mid", len(key), key))
     equal = []
-    for (places_B, state), (present, ran) in zip(groups, counted, strict=True):
-        own, counts = dict(zip([step.key for step in ran], state.counts, strict=True)), []
-        last_B = torch.full_like(state.tokens_BNC[:, 0, 0], present, dtype=torch.float32)
+    for (places_B, state), (present, ran), first in zip(groups, counted, uncounted, strict=True):
+        all_B = torch.ones_like(state.tokens_BNC[:, 0, 0], dtype=torch.float32)
+        own = {step.key: step.step.after * all_B for step in ran[:first]}
+        own |= {step.key: count_B for step, count_B in zip(ran[first:], state.counts, strict=True)}
+        counts, last_B = [], present * all_B
         for key in order:
             last_B = own.get(key, last_B)
-            counts.append(last_B)
+            if key in wanted:
+                counts.append(last_B)
         equal.append(Group(places_B, state._replace(counts=tuple(counts))))
     return equal
 

@@ -263,7 +263,11 @@ def masked_softmax(logits_BHNN: Tensor, present_B11N: Tensor, most_gap: float = 
     itself_NN = torch.eye(logits_BHNN.shape[-1], dtype=present_B11N.dtype, device=present_B11N.device)
     seen_B1NN = present_B11N + (1 - present_B11N) * itself_NN
     largest = logits_BHNN.masked_fill(seen_B1NN == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
-    weights_BHNN = (logits_BHNN - largest).clamp(max=most_gap).exp() * seen_B1NN
+    gap_BHNN = logits_BHNN - largest
+    # not clamp, which in torch 2.15 also stops the gradient where a gap equals the bound, as that of the largest key
+    # does when the bound is 0
+    gap_BHNN = gap_BHNN.masked_fill(gap_BHNN > most_gap, most_gap)
+    weights_BHNN = gap_BHNN.exp() * seen_B1NN
     return weights_BHNN / weights_BHNN.sum(dim=-1, keepdim=True)
 
 

@@ -183,6 +183,14 @@ def test_predictors_get_gradients_over_gaps_and_thresholds_do_not(
     assert other[0, 2].abs() > 10 * one[0, 2].abs() > 0
 
 
+@pytest.mark.parametrize("most_gap", [0.0, MOST_GAP])
+def test_with_every_token_present_the_gradients_are_those_of_softmax(most_gap: float) -> None:
+    logits, present = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5)
+    _, of_logits, _ = gradients(lambda x, m: masked_softmax(x, m, most_gap), logits, present)
+    _, expected, _ = gradients(lambda x, m: x.softmax(dim=-1) + 0 * m, logits, present)
+    torch.testing.assert_close(of_logits, expected)
+
+
 def test_sizes_of_absent_tokens_reach_the_masked_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a model that merges and then drops, the log size is added to the logits of dropped tokens too."""
     seen = []

@@ -203,6 +203,26 @@ def test_counts_are_after_the_same_steps_for_all_images() -> None:
         ]
 
 
+def test_counts_of_images_in_which_an_earlier_step_does_nothing() -> None:
+    """Of 8 patches, 0.9 keeps all, so that the first predictor does not run, and its step and the next have no counts.
+
+    Before it, half of the patches went.
+    """
+    stages = (
+        Stage(0, score="key_norm", keep=0.5),
+        Stage(1, score="predictor", keep=0.9),
+        Stage(2, at="pre", score="key_norm", keep=0.5, reduce="fuse"),
+        Stage(2, score="predictor", keep=0.5),
+    )
+    model = apply_schedule(model_of("naflex_avg"), Schedule(stages))
+    counts = trace(model, patched(pictures(), LENGTH), masked=True).counts
+    assert [count_B.tolist() for count_B in counts] == [
+        [17, 11, 11, 9, 17, 8],
+        [10, 7, 7, 6, 10, 5],
+        [5, 4, 4, 3, 5, 3],
+    ]
+
+
 @pytest.mark.parametrize("way", ["naflex_avg", "naflex_rotary"])
 def test_gradients_of_a_batch_are_those_of_its_images(way: str) -> None:
     """With masked training of a threshold, and with gradient checkpointing."""
@@ -258,8 +278,9 @@ def test_a_batch_without_images_of_one_size_and_in_half_precision() -> None:
         torch.testing.assert_close(model(alike), model(pictures()[0]), **CLOSE)
         assert trace(model, alike).present_Bn is None
         half = {**batch, "patches": batch["patches"].bfloat16()}
-        logits = copy.deepcopy(model).bfloat16()(half)
-        assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+        outcome = trace(copy.deepcopy(model).bfloat16(), half)
+        assert outcome.logits.dtype == torch.bfloat16 and outcome.logits.isfinite().all()
+        assert outcome.present_Bn.dtype == torch.float32, "so that sums of it are counts"
 
 
 def test_pickle_hooks_and_removal() -> None:
@@ -299,6 +320,11 @@ def test_what_patches_cannot_have_is_a_sentence(monkeypatch: pytest.MonkeyPatch)
         model({**batch, "patch_valid": nothing})
     with pytest.raises(ModelError, match="patches of image 0 of the batch are not in the order of their coordinates"):
         model({name: value.flip(1) for name, value in batch.items()})
+    for name, value in (("patch_coord", batch["patch_coord"][:, :20]), ("patch_valid", batch["patch_valid"][:1])):
+        with pytest.raises(ModelError, match=r"patch_coord of .* and patch_valid of .* do not go together"):
+            model({**batch, name: value})
+    with pytest.raises(ModelError, match="with at least one patch"):
+        model({name: value[:, :0] for name, value in batch.items()})
     with pytest.raises(ModelError, match="attn_mask and is_causal cannot be combined"):
         model(batch, attn_mask=torch.zeros(1))
     with pytest.raises(ModelError, match=r"pools over merged .*Call the whole model"):

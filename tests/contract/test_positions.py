@@ -108,8 +108,8 @@ def test_between_places_of_dinov3() -> None:
     torch.testing.assert_close(rows(positions, place_n2[within][None])[0, 0], fine[within], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(3, 3), (4, 4), (2, 5), (1, 4)])
-@pytest.mark.parametrize("table", ["dinov3", "cat"])
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (2, 5), (1, 4), (4, 1), (7, 1), (8, 8)])
+@pytest.mark.parametrize("table", ["dinov3", "cat", "cat of 32", "cat of 32 x 24"])
 def test_between_places_of_few_patches(table: str, size: tuple[int, int]) -> None:
     """An angle grows by more than half a turn from one patch to the next, which the model's own table does not tell."""
     height, width = size
@@ -118,7 +118,8 @@ def test_between_places_of_few_patches(table: str, size: tuple[int, int]) -> Non
         model.rope = RotaryEmbeddingDinoV3(8, feat_shape=[height, width], rotate_half=True)
     else:
         model = small_model("eva_rotary_rope", img_size=(4 * height, 4 * width), dynamic_img_size=True)
-        model.rope = RotaryEmbeddingCat(8, in_pixels=False, ref_feat_shape=[16, 16])
+        reference = {"cat": [16, 16], "cat of 32": [32, 32]}.get(table, [32, 24])
+        model.rope = RotaryEmbeddingCat(8, in_pixels=False, ref_feat_shape=reference)
     apply_schedule(model, Schedule((Stage(1, score="key_norm", keep=0.5, reduce="fuse"),)))
     positions = model.positions()
     fine = model.rope.get_embed(shape=(3 * height, 3 * width))

@@ -118,7 +118,16 @@ def test_a_model_takes_a_preset_by_its_name(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(FileError, match=r"is a preset, not a file. In Python: apply_schedule\(model, .tome-r13.\)"):
         load_schedule_file("tome-r13")
     with pytest.raises(FileError, match="there is no such file"):
-        apply_schedule(model, "tome-r131")
+        apply_schedule(model, "somewhere/mine.yaml")
+    for typo in ("tome-r131", "ToMe-r13"):
+        with pytest.raises(FileError, match=r"nor a preset of that name\. Did you mean .tome-r13"):
+            apply_schedule(model, typo)
+    with pytest.raises(FileError, match=r"Did you mean the preset .tome-r13.\?"):
+        apply_schedule(model, "tome-r13.yaml")
+    with pytest.raises(FileError, match="cannot be read as text"):
+        apply_schedule(model, "a" * 5000)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "evit-0.7").mkdir()
+    assert schedule_of(apply_schedule(model, "evit-0.7")) == load_preset("evit-0.7", shape_of(model)), "not a folder"
     save_schedule(Schedule(), "tome-r13")
     assert schedule_of(apply_schedule(model, "tome-r13")) == Schedule(), "a file of that name comes first"
