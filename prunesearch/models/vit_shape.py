@@ -107,6 +107,8 @@ def block_shape(model: Any) -> BlockShape:
 def _head_dim(attention: Any) -> int:
     if hasattr(attention, "head_dim"):
         return int(attention.head_dim)
+    if attention.qkv is None:  # Eva's in early versions of timm
+        return int(attention.q_proj.out_features // attention.num_heads)
     return int(attention.qkv.out_features // (3 * attention.num_heads))  # BEiT's does not keep it
 
 
