@@ -69,7 +69,8 @@ class ReducedAttentionRope(AttendingAttention, AttentionRope):
 
 def _separate(attention: Any, x_BNC: Tensor) -> Heads:
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (layer(x_BNC).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for layer in layers)
+    head_dim = attention.q_proj.out_features // attention.num_heads  # early versions of timm do not keep it
+    query, key, value = (layer(x_BNC).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers)
     return query, key, value
 
 
