@@ -55,7 +55,7 @@ class TokenState(NamedTuple):
 
 
 def with_tokens(state: TokenState, tokens_BNC: Tensor) -> TokenState:
-    """The state with other tokens; `_replace` takes five times as long, and each block needs it twice."""
+    """The state with other tokens. `_replace` is more Python, and each block needs it twice."""
     return tuple.__new__(TokenState, (tokens_BNC, *state[1:]))
 
 
