@@ -62,7 +62,7 @@ def test_a_close_word_is_guessed() -> None:
 @pytest.mark.parametrize(("kind", "name", "option"), WORDS)
 def test_lists_show_the_other_values(kind: str, name: str, option: str) -> None:
     columns, rows = CATALOGUES[f"{kind}s"]
-    row = next(row for row in rows("*") if row[0] == name)
+    row = next(row for row in rows() if row[0] == name)
     values = (SCORERS if kind == "score" else REDUCERS)[name].choices[option]
     assert f"{option}={values[0]} (or {', '.join(values[1:])})" in row[columns.index("options")]
 
