@@ -18,6 +18,11 @@ def presets() -> dict[str, PresetFile]:
     return {path.stem: load_preset_file(path) for path in sorted(PRESETS.glob("*.yaml"), key=lambda path: path.stem)}
 
 
+def is_preset(name: str) -> bool:
+    """Whether a preset has this name. Opens none, unlike `presets`."""
+    return name in {path.stem for path in PRESETS.glob("*.yaml")}
+
+
 def load_preset(name: str, shape: ModelShape) -> Schedule:
     """A published schedule fitted to a model. Raises UnknownNameError, or ScheduleError when it cannot fit."""
     if name not in presets():
