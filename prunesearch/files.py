@@ -325,9 +325,14 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def preset_names() -> list[str]:
+    """The names of all presets, in alphabetical order. Opens none."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
 def _no_such_file(place: str) -> str:
     """Why there is nothing to read at this path. It may have been meant as the name of a preset."""
-    presets = [path.stem for path in PRESETS.glob("*.yaml")]
+    presets = preset_names()
     if place in presets:
         return f"is a preset, not a file. In Python: apply_schedule(model, {place!r}). In a study: space.start_from."
     why, stem = f"there is no such file (looked in {Path.cwd()})", place.removesuffix(".yaml")

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prunesearch.errors import ModelError, UntrainedWarning
-from prunesearch.files import load_schedule_file
+from prunesearch.files import load_schedule_file, preset_names
 from prunesearch.models import (  # digits_vit registers its model with timm
     beit,
     digits_vit,
@@ -66,7 +66,7 @@ from prunesearch.models.swap import (
 )
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.weights import fitting_weights
-from prunesearch.presets import is_preset, load_preset
+from prunesearch.presets import load_preset
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 
@@ -135,7 +135,7 @@ def apply_schedule(
     weights that do not fit, ScheduleError for a schedule that does not fit the model, FileError for a file that cannot
     be read. After an error the model is unchanged and still has its earlier schedule.
     """
-    if isinstance(schedule, str) and is_preset(schedule) and not Path(schedule).is_file():
+    if isinstance(schedule, str) and schedule in preset_names() and not Path(schedule).is_file():
         schedule = load_preset(schedule, shape_of(model))
     elif not isinstance(schedule, Schedule):
         path = Path(schedule)

@@ -35,7 +35,7 @@ from prunesearch.models.transformer import patch_tokens_of as patch_tokens_of
 from prunesearch.models.transformer import patches_of as patches_of
 from prunesearch.models.transformer import run_from as run_from
 from prunesearch.models.transformer import size_keywords as size_keywords
-from prunesearch.models.vit_shape import block_shape, check_blocks, shape_from
+from prunesearch.models.vit_shape import block_shape, check_blocks, head_dim_of, shape_from
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 
@@ -69,7 +69,7 @@ class ReducedAttentionRope(AttendingAttention, AttentionRope):
 
 def _separate(attention: Any, x_BNC: Tensor) -> Heads:
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
-    head_dim = attention.q_proj.out_features // attention.num_heads  # early versions of timm do not keep it
+    head_dim = head_dim_of(attention)
     query, key, value = (layer(x_BNC).unflatten(-1, (-1, head_dim)).transpose(1, 2) for layer in layers)
     return query, key, value
 

@@ -29,6 +29,7 @@ from prunesearch.models.transformer import (
     block_places,
     check_plan,
     is_distributed,
+    is_recorded,
     refuse_patch_dropout,
 )
 from prunesearch.models.transformer import block_inputs as block_inputs
@@ -189,7 +190,7 @@ def _given(
 def _refuse_what_groups_cannot(model: Any) -> None:
     """Raise ModelError where a batch of patches cannot be split into groups of images."""
     refuse_patch_dropout(model)
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if is_recorded():
         raise ModelError(
             "model: images of patches run in groups of images of one number of patches, and a traced, compiled or "
             "exported graph would hold the groups of the batch that it was made with. Possible: images of one size, as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from torch import nn
 
@@ -123,16 +123,17 @@ def check_takes_call(module: nn.Module, path: str) -> None:
         try:
             inspect.signature(module.forward).bind(None, call=None)
         except TypeError:
-            _refuse_replacement(path)
+            refuse_replacement(path)
 
 
 def check_was_called(done: Any, path: str) -> None:
     """Raise ModelError when `done` is None. Our forward sets it, so another forward ran instead."""
     if done is None:
-        _refuse_replacement(path)
+        refuse_replacement(path)
 
 
-def _refuse_replacement(path: str) -> None:
+def refuse_replacement(path: str) -> NoReturn:
+    """Raise ModelError: another forward ran instead of ours."""
     raise ModelError(
         f"{path}: its forward was replaced by one that does not run the step of the schedule inside it. Possible: "
         f"forward hooks, or a replacement that calls the one it replaces with all arguments (*args, **kwargs). "

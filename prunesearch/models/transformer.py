@@ -23,7 +23,15 @@ from prunesearch.errors import ModelError
 from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StageParts, plan_for
 from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step, with_tokens
-from prunesearch.models.swap import Place, Swapped, check_methods, check_takes_call, check_was_called, ours, timm_class
+from prunesearch.models.swap import (
+    Place,
+    Swapped,
+    check_methods,
+    check_takes_call,
+    ours,
+    refuse_replacement,
+    timm_class,
+)
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, pools_prefix
 from prunesearch.shape import ModelShape
@@ -128,7 +136,7 @@ class SteppingBlock(Swapped):
                 check_takes_call(self.attn, call.path + ".attn")
             added = self.attn(self.before_attention(x), *args, call=call, **given)
             if call.attended is None:
-                check_was_called(None, call.path + ".attn")
+                refuse_replacement(call.path + ".attn")
         else:
             added = self.attn(self.before_attention(x), *args, **given)
         x = self.after_attention(x, added)
@@ -496,14 +504,19 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
         check_takes_call(block, call.path)
     x = block(x, call=call, **keywords)
     if call.left is None:
-        check_was_called(None, call.path)
-    left = with_tokens(call.left, x)  # type: ignore[arg-type]
+        refuse_replacement(call.path)
+    left = with_tokens(call.left, x)
     return left._replace(evidence=call.ahead) if call.ahead else left
+
+
+def is_recorded() -> bool:
+    """Whether PyTorch records a graph: by tracing, compiling or exporting."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def _refuse_to_be_traced() -> None:
     """Raise ModelError while PyTorch records a graph, which would fix the groups of the images it was recorded with."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if is_recorded():
         raise ModelError(
             "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
             "or exported graph would hold the numbers of the images it was made with. Possible: fixed counts. Run "

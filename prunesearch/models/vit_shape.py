@@ -83,7 +83,7 @@ def block_shape(model: Any) -> BlockShape:
     Raises ModelError when blocks differ, or when attention's layers have other sizes than `cost.py` assumes.
     """
     first = model.blocks[0].attn
-    width = first.num_heads * _head_dim(first)
+    width = first.num_heads * head_dim_of(first)
     for index, block in enumerate(model.blocks):
         layers = {
             name: macs_per_token(layer, f"model.blocks[{index}].{name}")
@@ -104,7 +104,8 @@ def block_shape(model: Any) -> BlockShape:
     return BlockShape(first.num_heads, width, gate_of_first, mlp_of_first)
 
 
-def _head_dim(attention: Any) -> int:
+def head_dim_of(attention: Any) -> int:
+    """Channels of a head, which not every attention of timm keeps."""
     if hasattr(attention, "head_dim"):
         return int(attention.head_dim)
     if attention.qkv is None:  # Eva's in early versions of timm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from prunesearch.errors import UnknownNameError
-from prunesearch.files import PRESETS, PresetFile, load_preset_file, load_schedule_file
+from prunesearch.files import PRESETS, PresetFile, load_preset_file, load_schedule_file, preset_names
 from prunesearch.presets.rule import fit
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import Schedule
@@ -15,12 +15,7 @@ from prunesearch.shape import ModelShape
 @cache
 def presets() -> dict[str, PresetFile]:
     """Every preset by name, in alphabetical order."""
-    return {path.stem: load_preset_file(path) for path in sorted(PRESETS.glob("*.yaml"), key=lambda path: path.stem)}
-
-
-def is_preset(name: str) -> bool:
-    """Whether a preset has this name. Opens none, unlike `presets`."""
-    return name in {path.stem for path in PRESETS.glob("*.yaml")}
+    return {name: load_preset_file(PRESETS / f"{name}.yaml") for name in preset_names()}
 
 
 def load_preset(name: str, shape: ModelShape) -> Schedule:

@@ -34,9 +34,8 @@ def table(what: str, pattern: str = "*") -> Table:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for index, column in enumerate(columns):
         shown.add_column(column, overflow="fold", no_wrap=index == 0)  # never wrap names, which users type
-    everything = list(rows())
-    named = [row[: 2 if what == "models" else 1] for row in everything]
-    fitting = [row for row, names in zip(everything, named, strict=True) if any(_fits(name, pattern) for name in names)]
+    everything, names = list(rows()), 2 if what == "models" else 1
+    fitting = [row for row in everything if any(_fits(name, pattern) for name in row[:names])]
     if not fitting:
         why = " `prunesearch check STUDY.yaml --set model.name=NAME` says why a model of timm is not among them."
         raise UserError(
