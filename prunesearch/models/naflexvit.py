@@ -29,8 +29,8 @@ from prunesearch.models.transformer import (
     block_places,
     check_plan,
     is_distributed,
-    is_recorded,
     refuse_patch_dropout,
+    refuse_to_be_recorded,
 )
 from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import patches_of as patches_of
@@ -190,12 +190,11 @@ def _given(
 def _refuse_what_groups_cannot(model: Any) -> None:
     """Raise ModelError where a batch of patches cannot be split into groups of images."""
     refuse_patch_dropout(model)
-    if is_recorded():
-        raise ModelError(
-            "model: images of patches run in groups of images of one number of patches, and a traced, compiled or "
-            "exported graph would hold the groups of the batch that it was made with. Possible: images of one size, as "
-            "a tensor (B, channels, height, width). Record the graph with those, or run patches uncompiled."
-        )
+    refuse_to_be_recorded(
+        "model: images of patches run in groups of images of one number of patches, and a traced, compiled or exported "
+        "graph would hold the groups of the batch that it was made with. Possible: images of one size, as a tensor (B, "
+        "channels, height, width). Record the graph with those, or run patches uncompiled."
+    )
     if is_distributed(model.blocks):
         raise ModelError(
             "model: images of patches run in groups of images of one number of patches, a pass through the blocks "

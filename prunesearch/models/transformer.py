@@ -468,7 +468,11 @@ def size_keywords(module: str, size: int, channels: int) -> dict[str, Any]:
 def run_blocks(blocks: Iterable[nn.Module], run: Run, state: TokenState, checkpointed: bool) -> TokenState:
     """Run all blocks with their steps. checkpointed: keep only what enters a block for the backward pass."""
     if run.plan.counts_differ and not run.masked:
-        _refuse_to_be_traced()
+        refuse_to_be_recorded(
+            "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
+            "or exported graph would hold the numbers of the images it was made with. Possible: fixed counts. Run "
+            "`prunesearch freeze` on the schedule file first, which turns thresholds into counts."
+        )
         return _run_in_groups(list(blocks), run, state)
     for index, block in enumerate(blocks):
         if checkpointed:
@@ -509,19 +513,14 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
     return left._replace(evidence=call.ahead) if call.ahead else left
 
 
-def is_recorded() -> bool:
-    """Whether PyTorch records a graph: by tracing, compiling or exporting."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+def refuse_to_be_recorded(why: str) -> None:
+    """Raise ModelError with these words while PyTorch records a graph: by tracing, compiling or exporting.
 
-
-def _refuse_to_be_traced() -> None:
-    """Raise ModelError while PyTorch records a graph, which would fix the groups of the images it was recorded with."""
-    if is_recorded():
-        raise ModelError(
-            "model: this schedule has thresholds, so each image keeps its own number of tokens, and a traced, compiled "
-            "or exported graph would hold the numbers of the images it was made with. Possible: fixed counts. Run "
-            "`prunesearch freeze` on the schedule file first, which turns thresholds into counts."
-        )
+    The question and the error stay in one function. torch.compile without `fullgraph` compiles helpers on their own,
+    and a helper that only asked would be compiled to True, for eager calls as well.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        raise ModelError(why)
 
 
 def is_distributed(blocks: Sequence[nn.Module]) -> bool:
