@@ -176,24 +176,33 @@ def cost_of_counts(
     cost: Count = table.whole(shape)
     attention_tokens: list[Count] = []
     mlp_tokens: list[Count] = []
-    left = [shape.patch_tokens, *after]
-    arriving = [shape.patch_tokens] * len(left) if shape.holds else left
-    # the place of the first step that gives tokens sizes, which attention then adds to its logits
-    sizes = (place for place, step in enumerate(steps) if table.knows_sizes and gives_sizes(step))
-    position, first_sized, sized = 0, next(sizes, len(steps)), False
+    arriving: list[Count] = []
+    away: list[tuple[Step, Count, bool]] = []  # steps whose tokens will come back, with what there was before them
+    present: Count = shape.patch_tokens
+    sized = False  # whether tokens have sizes, which attention adds to its logits
     for block in range(shape.depth):
-        for place, counts, tokens in (("pre", arriving, attention_tokens), ("mid", left, mlp_tokens)):
-            while position < len(steps) and (steps[position].stage.block, steps[position].stage.at) == (block, place):
-                position += 1
-            tokens.append(counts[position] + prefix)
+        while away and away[-1][0].returns_by(block):
+            _, present, sized = away.pop()
+        for place, tokens in (("pre", attention_tokens), ("mid", mlp_tokens)):
+            while len(arriving) < len(steps) and _is_at(steps[len(arriving)], block, place):
+                step, index = steps[len(arriving)], len(arriving)
+                arriving.append(shape.patch_tokens if shape.holds else present)
+                if step.until is not None:
+                    away.append((step, present, sized))
+                present, sized = after[index], sized or (table.knows_sizes and gives_sizes(step))
             if place == "pre":
-                sized = position > first_sized
-        cost = cost + table.block(shape, attention_tokens[-1], mlp_tokens[-1], sized)
+                sized_attention = sized
+            tokens.append((shape.patch_tokens if shape.holds and place == "pre" else present) + prefix)
+        cost = cost + table.block(shape, attention_tokens[-1], mlp_tokens[-1], sized_attention)
     for index, step in enumerate(steps):
         scored = tokens_scored(step, arriving[index], attention_tokens)
         cost = cost + table.stage(shape, step, arriving[index], after[index], scored)
-    cost = cost + table.end(shape, left[-1] + prefix)
-    return cost, attention_tokens, mlp_tokens
+    present = away[0][1] if away else present
+    return cost + table.end(shape, present + prefix), attention_tokens, mlp_tokens
+
+
+def _is_at(step: Step, block: int, place: str) -> bool:
+    return step.stage.block == block and step.stage.at == place
 
 
 def tokens_scored(step: Step, before: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]) -> Count:

@@ -131,8 +131,15 @@ class Profile:
         return self.mlp.at(mlp_tokens) + (0.0 if attention is None else attention.at(attention_tokens))
 
     def stage(self, shape: ModelShape, step: Any, before: Count, after: Count, scored: Count) -> Count:
-        """A stage. Raises DeviceError for a score or verb that was not measured."""
+        """A stage. Raises DeviceError for a score or verb that was not measured, and for tokens that come back, whose
+        time no profile has yet."""
         stage = step.stage
+        if step.until is not None:
+            raise DeviceError(
+                f"profile of {self.model}: what tokens take that come back (until: {stage.until}) is not measured. "
+                f"Possible: stages without until, MACs in place of milliseconds, or measured times "
+                f"(evaluate FILE --speed). Choose one of those."
+            )
         verb = self._time(self.verbs, "verb", stage.reduce).at(before, after)
         return verb if stage.score == "none" else verb + self._time(self.scores, "score", stage.score).at(scored, 0)
 

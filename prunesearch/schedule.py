@@ -26,10 +26,13 @@ from prunesearch.profile import MOST_MS
 from prunesearch.registry import did_you_mean
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
+from prunesearch.tokens.verbs import RETURNS
 
 Place = Literal["mid", "pre"]
 PLACES: tuple[Place, ...] = ("pre", "mid")
 AMOUNTS = ("keep", "tokens", "threshold")
+END = "end"
+"""`until` of a stage whose tokens come back after the last block."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Stage:
     keep: fraction of the patch tokens present, in (0, 1]. tokens: number of patch tokens that stay.
     threshold: each image keeps the tokens whose score is above it. For `merge`: pairs merge whose cosine is above it.
     reduce: a registered reducer (verb). options: options of the scorer and the reducer.
+    until: the block before which the tokens that left are back in their places, or "end": after the last block, before
+    the final norm. None: they are gone for good.
     Raises ScheduleError for a value that is impossible in every model.
     """
 
@@ -53,6 +58,14 @@ class Stage:
     threshold: float | None = bounded("in units of the score", None, low=-LARGEST, high=LARGEST)
     reduce: str = "drop"
     options: Options = bounded("of the score and the verb", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES)
+    until: int | str | None = bounded(
+        "block before which the tokens that left are back, or end",
+        None,
+        low=1,
+        high=MOST_BLOCKS,
+        pattern=f"^{END}$",
+        form=f"a later block, or {END}",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", as_options(self.options))
@@ -73,6 +86,8 @@ class Stage:
             problems.append(f"tokens is {self.tokens!r}; possible: a whole number from 1 (patch tokens that stay).")
         if self.threshold is not None and not (_is_number(self.threshold) and math.isfinite(self.threshold)):
             problems.append(f"threshold is {self.threshold!r}; possible: a finite number, in units of the score.")
+        if self.until not in (None, END) and not (type(self.until) is int and self.until > self.block):
+            problems.append(f"until is {self.until!r}; possible: a block after {self.block}, or {END}.")
         if problems:
             raise ScheduleError(f"stage at block {self.block}", problems)
 
@@ -89,6 +104,7 @@ class Stage:
     def __str__(self) -> str:
         rest = "" if self.score == "none" else f" by {self.score}"
         rest += f" with {unusual}" if (unusual := unusual_options(self)) else ""
+        rest += "" if self.until is None else f" until {f'block {self.until}' if self.until != END else 'the end'}"
         if self.threshold is not None:
             return f"block {self.block} {self.at}: {self.reduce} at threshold {self.threshold:.3g}{rest}"
         amount = f"keep {self.keep:g}" if self.keep is not None else f"{self.tokens} tokens"
@@ -174,12 +190,18 @@ class Step:
     `after` is `kept` plus what the verb adds (one fused token). `before == after` and `kept == before` mean that the
     stage removes nothing. From the first stage with a threshold on, the counts are the most that an image can have.
     With a verb that holds, all positions arrive at every stage, and `after` counts those that go through the MLP.
+    until: the block before which the tokens that left are back, the number of blocks for the end; None if never.
     """
 
     stage: Stage
     before: int
     kept: int
     after: int
+    until: int | None = None
+
+    def returns_by(self, block: int) -> bool:
+        """Whether the tokens that left are back when a block begins."""
+        return self.until is not None and self.until <= block
 
     @property
     def is_idle(self) -> bool:
@@ -197,6 +219,8 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     steps: list[Step] = []
     present = shape.patch_tokens
     masked, pooled, scored, held = False, -1, -1, -1
+    returned: int | None = None  # the block before which tokens came back last
+    away: list[tuple[Step, bool]] = []  # steps whose tokens will come back, and whether counts differed before them
     for stage in schedule.stages:
         where = f"stage at block {stage.block} ({stage.at})"
         if stage.block >= shape.depth:
@@ -206,7 +230,11 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         if wrong:
             problems += [f"{where}: {text}" for text in wrong]
             continue
-        reducer, kept = REDUCERS[stage.reduce], count_of(stage, present)
+        while away and away[-1][0].returns_by(stage.block):
+            step, masked = away.pop()
+            present, returned = step.before, step.until
+        reducer, kept, until = REDUCERS[stage.reduce], count_of(stage, present), _until(stage, shape)
+        masked_before = masked
         masked = masked or stage.is_adaptive or stage.learns_to_score
         if masked and reducer.masked is None:
             possible = ", ".join(name for name, other in REDUCERS.items() if other.masked is not None)
@@ -239,6 +267,12 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
                 f"{where}: the tokens that block {read}'s attention saw were pooled before. Possible: a stage from "
                 f"block {read + 1} (mid) on. Move it or the stage that pools."
             )
+        if returned == read + 1 == stage.block and reads_attention(stage):
+            problems.append(
+                f"{where}: it reads the attention of block {read}, which says nothing of the tokens that come back "
+                f"before block {stage.block}. Possible: at mid, or a score and a verb that read no attention. Choose "
+                f"one of those, or let them come back earlier."
+            )
         if reducer.pools and kept < present:
             pooled = read
         fewest = reducer.fewest_kept(present)
@@ -249,11 +283,39 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
             )
             kept = fewest
         after = kept if kept == present and not stage.is_adaptive else kept + reducer.extra_tokens
-        steps.append(Step(stage, before=present, kept=kept, after=after))
+        steps.append(Step(stage, before=present, kept=kept, after=after, until=until))
+        if not steps[-1].is_idle:
+            problems += [f"{where}: {text}" for step, _ in away[-1:] if (text := _crossing(until, step, shape))]
+            if until is not None:
+                away.append((steps[-1], masked_before))
         present = present if reducer.holds else after
     if problems:
         raise ScheduleError("schedule", problems)
     return tuple(steps)
+
+
+def _until(stage: Stage, shape: ModelShape) -> int | None:
+    """The block before which the tokens that left are back, the number of blocks for the end; None if never."""
+    return shape.depth if stage.until == END else stage.until  # type: ignore[return-value]  # other texts are refused
+
+
+def _crossing(until: int | None, step: Step, shape: ModelShape) -> str:
+    """Why the tokens of a stage cannot come back before `until` (or never), when those of an earlier step that is not
+    over are back earlier; "" when they can."""
+    assert step.until is not None
+    if until is not None and until <= step.until:
+        return ""
+    what = "go for good" if until is None else "come back later"
+    where = END if step.until == shape.depth else str(step.until)
+    return (
+        f"its tokens {what}, but some that left at block {step.stage.block} come back before "
+        f"{_block(step.until, shape)}, to places among them or as a part of them. Possible: until up to {where}. Write "
+        f"until: {where} here too, or leave until out there."
+    )
+
+
+def _block(block: int, shape: ModelShape) -> str:
+    return "the end" if block == shape.depth else f"block {block}"
 
 
 def canonical(schedule: Schedule, shape: ModelShape) -> Schedule:
@@ -302,6 +364,12 @@ def stage_problems(stage: Stage) -> list[str]:
             f"{stage.reduce} does not rank tokens, so score {stage.score!r} would have no effect. "
             f"Write score: none, or leave it out."
         )
+    if stage.until is not None and reducer.pools:
+        possible = ", ".join(name for name, other in REDUCERS.items() if not other.pools and not other.holds)
+        problems.append(
+            f"until is given, but {stage.reduce} replaces all tokens by new ones, which are not in places of theirs. "
+            f"Possible: {possible}. Choose one of those, or leave until out."
+        )
     if stage.is_adaptive and not reducer.takes_threshold:
         possible = ", ".join(name for name, other in REDUCERS.items() if other.takes_threshold)
         problems.append(
@@ -349,8 +417,14 @@ def unknown_words(stage: Stage) -> list[str]:
 
 
 def options_of(stage: Stage) -> dict[str, Scalar]:
-    """The stage's options, completed with the defaults of its score and verb, if those are registered."""
-    return {**_default_options(stage), **dict(stage.options)}
+    """The stage's options, completed with the defaults of its score and verb, if those are registered.
+
+    What tokens are that come back is left out where none do.
+    """
+    defaults = _default_options(stage)
+    if stage.until is None:
+        defaults.pop(RETURNS, None)
+    return {**defaults, **dict(stage.options)}
 
 
 def options_for(entry: Scorer | Reducer, stage: Stage) -> Mapping[str, Scalar]:
@@ -374,6 +448,7 @@ def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
     """The options that differ from their default. With a shape, also without those that have no effect on it."""
     defaults = _default_options(stage)
     idle = () if shape is None else REDUCERS[stage.reduce].no_effect(shape)
+    idle = idle if stage.until is not None else (*idle, RETURNS)
     return as_options(
         {
             name: value
@@ -415,6 +490,11 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
         )
         possible = ", ".join(name for name, other in REDUCERS.items() if other.holds == shape.holds)
         return [f"{stage.reduce} {why}. Possible: {possible}. Choose one of those, or another model."]
+    if shape.holds and stage.until is not None:
+        problems.append(
+            f"until is {stage.until!r}, but in a model with a feature map no token leaves its place: {stage.reduce} "
+            f"lasts until the next stage. Leave until out."
+        )
     if shape.holds and stage.at != "pre":
         problems.append(f"{stage.reduce} decides on the block's input. Possible: at pre. Write at: pre.")
     if shape.holds and scorer is not None and scorer.needs_attention:
@@ -424,6 +504,9 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
             f"score {stage.score} reads an attention over all tokens, but a model with a feature map mixes them in "
             f"windows. Possible: {possible}. Choose one of those.",
         ]
+    if isinstance(stage.until, int) and stage.until >= shape.depth:
+        later = f"a block from {stage.block + 1} to {shape.depth - 1}, or " if stage.block + 1 < shape.depth else ""
+        problems.append(f"until is {stage.until}; the model has {shape.depth} blocks. Possible: {later}{END}.")
     if scorer is not None and scorer.needs_class_token and not shape.has_class_token:
         possible = ", ".join(name for name, other in SCORERS.items() if not other.needs_class_token)
         problems.append(

@@ -20,7 +20,7 @@ from prunesearch.evaluate.predict import predict
 from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.files import ScheduleFile, save_schedule, to_mapping, write_atomically
 from prunesearch.models import PARTS, apply_schedule, shape_of, steps_of
-from prunesearch.schedule import Schedule, Stage
+from prunesearch.schedule import Schedule, Stage, Step
 from prunesearch.tokens import REDUCERS
 
 
@@ -88,15 +88,22 @@ def _fixed_stages(model: nn.Module, counts: Sequence[Tensor]) -> tuple[Stage, ..
     means = [round(count.double().mean().item()) for count in counts]
     first = len(steps) - len(means)
     present = steps[first].step.before
+    away: list[tuple[Step, int]] = []  # steps whose tokens come back, and how many there are then
     for index, planned in enumerate(steps):
         stage = planned.stage
         if index < first:
             stages.append(stage)
+            if planned.step.until is not None:
+                away.append((planned.step, planned.step.before))
             continue
+        while away and away[-1][0].returns_by(stage.block):
+            present = away.pop()[1]
         entry, after = REDUCERS[stage.reduce], means[index - first]
         kept = max(min(after - entry.extra_tokens, present), entry.fewest_kept(present))
         if kept < present:
             stages.append(replace(stage, keep=None, threshold=None, tokens=kept))
+            if planned.step.until is not None:
+                away.append((planned.step, present))
             present = kept + entry.extra_tokens
     return tuple(stages)
 

@@ -102,7 +102,7 @@ class ReducedEvaBlockPostNorm(PostNormBlock, EvaBlockPostNorm):
     stands_for = EvaBlockPostNorm
 
 
-class ReducedEva(Reduced, Eva):
+class ReducedEva(Reduced, Eva):  # type: ignore[misc]  # Eva.forward_intermediates has no output_dict
     """An Eva with a token schedule; made by `apply_schedule`, never constructed."""
 
     stands_for = Eva

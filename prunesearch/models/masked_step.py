@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.models.step import (
+    Away,
     Evidence,
     TokenState,
+    adds_own,
     centre,
     equal_sizes,
     full_precision,
@@ -27,7 +29,7 @@ from prunesearch.models.step import (
 from prunesearch.schedule import Stage, Step, count_of, options_for
 from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
 from prunesearch.tokens.registry import REDUCERS
-from prunesearch.tokens.select import above, best, draw
+from prunesearch.tokens.select import above, best, draw, gather
 
 LEAST_SAVED = 0.05
 """A further group must save at least this share of the batch's slots."""
@@ -52,6 +54,7 @@ def take_masked_step(
     stage, entry = step.stage, REDUCERS[step.stage.reduce]
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     present_Bn = state.present_Bn
+    away = state.away
     with full_precision(patches_BnC):
         if present_Bn is None:
             present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
@@ -97,13 +100,42 @@ def take_masked_step(
             present_Bn, later = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32), ()
         else:
             place_Bn2 = None if place_Bn2 is None else _moved(place_Bn2, joining, takes_mean(options))
-            patches_BnC = join(patches_BnC, joining)
+            joined_BmC = join(patches_BnC, joining)
+            if step.until is not None:
+                away = (*away, _away(step.until, state, patches_BnC, joining, joined_BmC, adds_own(options)))
+            patches_BnC = joined_BmC
             size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
             later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
             present_Bn = _with_fused(joining, present_Bn)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
     counts = (*state.counts, present_Bn.sum(dim=1))
-    return TokenState(tokens_BNC, size_Bn, present_Bn=present_Bn, counts=counts, place_Bn2=place_Bn2), later
+    return TokenState(tokens_BNC, size_Bn, (), present_Bn, counts, place_Bn2=place_Bn2, away=away), later
+
+
+def _away(until: int, state: TokenState, patches_BnC: Tensor, joining: Joining, joined_BmC: Tensor, adds: bool) -> Away:
+    """What brings the tokens back that a step takes away. joined_BmC: the slots after it."""
+    slots_Bn = torch.arange(patches_BnC.shape[1], device=patches_BnC.device).expand(patches_BnC.shape[:2])
+    stays_Bn, host_Bn = joining.stays_Bn, joining.host_Bn
+    before = Away(
+        until,
+        patches_BnC,
+        index_Bn=slots_Bn,
+        stays_Bn=stays_Bn,
+        size_Bn=state.size_Bn,
+        present_Bn=state.present_Bn,
+        place_Bn2=state.place_Bn2,
+    )
+    if joining.guest_share_Bn is None:
+        return before
+    if host_Bn is None:
+        host_Bn = torch.full_like(slots_Bn, patches_BnC.shape[1])
+    if not adds:
+        return before._replace(host_Bn=host_Bn)
+    return before._replace(
+        host_Bn=host_Bn,
+        own_BnC=patches_BnC - joined_BmC[:, : patches_BnC.shape[1]],
+        host_own_BnC=patches_BnC - gather(joined_BmC, host_Bn),
+    )
 
 
 def compact(
@@ -120,7 +152,8 @@ def compact(
         return state._replace(present_Bn=None), later
     count_B = (present_Bn > 0).sum(dim=1)
     fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
-    order_BK = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices[:, :most]
+    order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
+    order_BK = order_Bn[:, :most]
     patches_BKC = _gather(state.tokens_BNC[:, prefix_tokens:], order_BK)
     return (
         state._replace(
@@ -128,6 +161,7 @@ def compact(
             size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
             present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
             place_Bn2=None if state.place_Bn2 is None else _gather(state.place_Bn2, order_BK),
+            away=(*state.away[:-1], *(_followed(away, order_Bn, most) for away in state.away[-1:])),
         ),
         tuple(
             evidence._replace(
@@ -137,6 +171,15 @@ def compact(
             for evidence in later
         ),
     )
+
+
+def _followed(away: Away, order_Bn: Tensor, most: int) -> Away:
+    """What brings tokens back, after the slots that went on were put in another order and cut."""
+    slots_Bn = torch.arange(order_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
+    place_Bn = torch.empty_like(order_Bn).scatter(1, order_Bn, slots_Bn).clamp_max(most - 1)
+    host_Bn = None if away.host_Bn is None else place_Bn.gather(1, away.host_Bn)
+    assert away.index_Bn is not None
+    return away._replace(index_Bn=place_Bn.gather(1, away.index_Bn), host_Bn=host_Bn)
 
 
 class Group(NamedTuple):
@@ -158,58 +201,78 @@ def split_by_count(group: Group, prefix_tokens: int, most: int) -> list[Group]:
     count_B = (state.present_Bn > 0).sum(dim=1)
     sorted_B, order_B = count_B.sort(stable=True)
     cuts = _cuts([count + prefix_tokens for count in sorted_B.tolist()], most)
+    state = state._replace(bias_B11N=None, found=None)  # they are computed again
     groups = []
     for places_B in order_B.tensor_split(cuts):
-        part = TokenState(
-            state.tokens_BNC[places_B],
-            None if state.size_Bn is None else state.size_Bn[places_B],
-            tuple(
-                evidence._replace(
-                    scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn[places_B],
-                    keys_BnD=None if evidence.keys_BnD is None else evidence.keys_BnD[places_B],
-                )
-                for evidence in state.evidence
-            ),
-            state.present_Bn[places_B],
-            tuple(count[places_B] for count in state.counts),
-            place_Bn2=None if state.place_Bn2 is None else state.place_Bn2[places_B],
-        )
+        part = _of_images(state, places_B)
         part, evidence = compact(part, prefix_tokens, part.evidence)
         own = places_B if group.places_B is None else group.places_B[places_B]
         groups.append(Group(own, part._replace(evidence=evidence)))
     return groups
 
 
+def _of_images(value: Any, places_B: Tensor) -> Any:
+    """A state, or a part of one, for some images of its batch."""
+    if isinstance(value, Tensor):
+        return value[places_B]
+    if not isinstance(value, tuple):
+        return value
+    parts = [_of_images(part, places_B) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
 def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
-    """Join groups to one state for the whole batch, in its original order, padded to the largest count."""
+    """Join groups to one state for the whole batch, in its original order, padded to the largest count.
+
+    Evidence is not joined.
+    """
     if len(groups) == 1 and groups[0].places_B is None:
         return groups[0].state
     places_B = torch.cat([group.places_B for group in groups])  # type: ignore[misc]
     back_B = places_B.argsort()
-    states = [group.state for group in groups]
-    most = max(state.tokens_BNC.shape[1] for state in states) - prefix_tokens
-
-    def padded(values: Sequence[Tensor], before: int) -> Tensor:
-        return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, before + most - x.shape[1])) for x in values])[back_B]
-
-    present = [
-        torch.ones_like(state.tokens_BNC[:, prefix_tokens:, 0], dtype=torch.float32)
-        if state.present_Bn is None
-        else state.present_Bn
-        for state in states
-    ]
-    merged = any(state.size_Bn is not None for state in states)
-    sizes = [
-        torch.ones_like(there_Bn) if state.size_Bn is None else state.size_Bn
-        for state, there_Bn in zip(states, present, strict=True)
-        if merged
-    ]
+    states = [_all_given(group.state, prefix_tokens) for group in groups]
+    merged = any(group.state.size_Bn is not None for group in groups)
+    unplaced = any(group.state.place_Bn2 is None for group in groups)
     return TokenState(
-        padded([state.tokens_BNC for state in states], prefix_tokens),
-        padded(sizes, 0) if merged else None,
-        present_Bn=padded(present, 0),
-        counts=tuple(torch.cat(count)[back_B] for count in zip(*(state.counts for state in states), strict=True)),
+        _joined([state.tokens_BNC for state in states], back_B),
+        _joined([state.size_Bn for state in states], back_B) if merged else None,
+        present_Bn=_joined([state.present_Bn for state in states], back_B),
+        counts=_joined([state.counts for state in states], back_B),
+        place_Bn2=None if unplaced else _joined([state.place_Bn2 for state in states], back_B),
+        away=_joined([state.away for state in states], back_B),
     )
+
+
+def _all_given(state: TokenState, prefix_tokens: int) -> TokenState:
+    """The state with presence and sizes written out, also before the steps whose tokens will come back.
+
+    Groups differ in whether these are None.
+    """
+    present_Bn, size_Bn = _written_out(state.tokens_BNC[:, prefix_tokens:], state.present_Bn, state.size_Bn)
+    away = []
+    for one in state.away:
+        there_Bn, sizes_Bn = _written_out(one.patches_BnC, one.present_Bn, one.size_Bn)
+        away.append(one._replace(present_Bn=there_Bn, size_Bn=None if one.size_Bn is None else sizes_Bn))
+    return state._replace(present_Bn=present_Bn, size_Bn=size_Bn, away=tuple(away))
+
+
+def _written_out(patches_BnC: Tensor, present_Bn: Tensor | None, size_Bn: Tensor | None) -> tuple[Tensor, Tensor]:
+    there_Bn = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32) if present_Bn is None else present_Bn
+    return there_Bn, torch.ones_like(there_Bn) if size_Bn is None else size_Bn
+
+
+def _joined(values: Sequence[Any], back_B: Tensor) -> Any:
+    """The same value of all groups for the whole batch; tokens are padded to the largest number."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        if first.ndim > 1:
+            most = max(value.shape[1] for value in values)
+            values = [F.pad(value, (0, 0) * (value.ndim - 2) + (0, most - value.shape[1])) for value in values]
+        return torch.cat(list(values))[back_B]
+    if not isinstance(first, tuple):
+        return first
+    parts = [_joined(part, back_B) for part in zip(*values, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
 
 
 def _cuts(counts: list[int], most: int) -> list[int]:

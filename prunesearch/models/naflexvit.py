@@ -26,6 +26,7 @@ from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.transformer import (
     Reduced,
     Run,
+    Taps,
     block_places,
     check_plan,
     is_distributed,
@@ -150,10 +151,24 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):
         """The rotary positions of images of the model's own size."""
         return _rotary(self, *_grid(self))
 
-    def _state(self: Any, x: Tensor | Patches, masked: bool) -> TokenState:
+    def grid(self: Any, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of this size in pixels."""
+        rows, columns = self.embeds.dynamic_feat_size((height, width))
+        return rows, columns
+
+    def forward_intermediates(self: Any, x: Tensor, *args: Any, **given: Any) -> Any:  # type: ignore[override]
+        """As for other models, for images of one size. Raises ModelError for patches: their images are no grids."""
+        if not isinstance(x, Tensor) or given.get("patch_coord") is not None:
+            raise ModelError(
+                "forward_intermediates: images of patches have grids of different sizes. Possible with a schedule: "
+                "images of one size, (B, channels, height, width), or forward_features. Use one of those."
+            )
+        return super().forward_intermediates(x, *args, **given)
+
+    def _state(self: Any, x: Tensor | Patches, masked: bool, taps: Taps | None = None) -> TokenState:
         """The state after the last block. Images of patches run in groups, see the class."""
         if isinstance(x, Tensor):
-            return super()._state(x, masked)
+            return super()._state(x, masked, taps)
         _refuse_what_groups_cannot(self)
         groups, counted = [], []
         for places_B, state, positions in _alike(self, x):

@@ -41,9 +41,10 @@ class StageParts(nn.Module):
 class PlannedStep(NamedTuple):
     """A step that is ready to run.
 
-    key: name of its stage's learned parts. counts_differ: this or an earlier stage has a threshold, so images have
-    different counts from here on. decisions_learn: this or an earlier stage learns its decisions, so in training tokens
-    stay in their slots from here on. softness: width of the soft comparison with the threshold, in units of the score.
+    key: name of its stage's learned parts. counts_differ: this stage has a threshold, or an earlier one whose tokens
+    are not back, so images have different counts from here on. decisions_learn: the same for decisions that learn, so
+    in training tokens stay in their slots from here on. softness: width of the soft comparison with the threshold, in
+    units of the score.
     reads_attention: for its score or for keys.
     """
 
@@ -79,8 +80,8 @@ class Plan:
     """A schedule resolved for one number of patch tokens.
 
     merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits. leaves_places: a token
-    that stands for several may lie between the places of the image. The three hold for any number of
-    tokens.
+    that stands for several may lie between the places of the image. all_return: every token is back in its place after
+    the last block. The four hold for any number of tokens.
     """
 
     schedule: Schedule
@@ -89,6 +90,7 @@ class Plan:
     merges: bool
     log_size_bias: bool
     leaves_places: bool = False
+    all_return: bool = False
 
     @property
     def steps(self) -> tuple[PlannedStep, ...]:
@@ -124,7 +126,8 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     merging = [stage for stage in schedule.stages if REDUCERS[stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
     leaves_places = any(_leaves_places(stage) for stage in schedule.stages)
-    return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places)
+    all_return = all(stage.until is not None for stage in schedule.stages)
+    return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places, all_return)
 
 
 def _leaves_places(stage: Stage) -> bool:
@@ -286,12 +289,17 @@ def _shortest(value: Tensor) -> float:
 
 def _planned(steps: tuple[Step, ...], shape: ModelShape) -> Iterable[PlannedStep]:
     counts_differ = decisions_learn = False
+    away: list[tuple[Step, bool, bool]] = []  # steps whose tokens will come back, and what was true before them
     seen: dict[tuple[int, str], int] = {}
     for step in steps:
         stage, place = step.stage, (step.stage.block, step.stage.at)
+        while away and away[-1][0].returns_by(stage.block):
+            _, counts_differ, decisions_learn = away.pop()
         index = seen[place] = seen.get(place, -1) + 1
         if step.is_idle:
             continue
+        if step.until is not None:
+            away.append((step, counts_differ, decisions_learn))
         counts_differ = counts_differ or stage.is_adaptive
         decisions_learn = decisions_learn or stage.is_adaptive or stage.learns_to_score
         key = f"block{stage.block}_{stage.at}" + (f"_{index}" if index else "")

@@ -13,7 +13,8 @@ from prunesearch.config import Scalar
 from prunesearch.schedule import Stage, Step, options_for
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
-from prunesearch.tokens.select import gather, in_onnx_export
+from prunesearch.tokens.select import gather, in_onnx_export, placed, put
+from prunesearch.tokens.verbs import RETURNS
 
 load_functions()
 _NO_CONTEXT = nullcontext()
@@ -30,6 +31,31 @@ class Evidence(NamedTuple):
     takes_largest: bool = False
 
 
+class Away(NamedTuple):
+    """What brings back the tokens that left at one step, see `returned`.
+
+    until: the block before which they are back. patches_BnC: the patch tokens that arrived at the step.
+    kept_BK: the places of those that went on, when all others left. Otherwise the following.
+    index_Bn: for each of patches_BnC the place of the token that it is among those that went on, or that it joined.
+    own_BnC: what it had of its own then; None when that is not given back. stays_Bn: 0 for the tokens that return by
+    host_Bn and host_own_BnC (as index_Bn and own_BnC), or without those as they were; None when there are none. It
+    carries gradients to the decision.
+    size_Bn, present_Bn, place_Bn2: as in `TokenState`, before the step.
+    """
+
+    until: int
+    patches_BnC: Tensor
+    kept_BK: Tensor | None = None
+    index_Bn: Tensor | None = None
+    own_BnC: Tensor | None = None
+    stays_Bn: Tensor | None = None
+    host_Bn: Tensor | None = None
+    host_own_BnC: Tensor | None = None
+    size_Bn: Tensor | None = None
+    present_Bn: Tensor | None = None
+    place_Bn2: Tensor | None = None
+
+
 class TokenState(NamedTuple):
     """What flows from block to block.
 
@@ -41,7 +67,7 @@ class TokenState(NamedTuple):
     makes a new state without it.
     place_Bn2: row and column of each patch token in the image, fp32, for models whose attention reads them. A token
     that stands for several may lie between rows. None: every token is at its own place. found: what the blocks look up
-    by it, computed when a block first needs it.
+    by it, computed when a block first needs it. away: the tokens that will come back, those that come first last.
     """
 
     tokens_BNC: Tensor
@@ -52,6 +78,7 @@ class TokenState(NamedTuple):
     bias_B11N: Tensor | None = None
     place_Bn2: Tensor | None = None
     found: Tensor | None = None
+    away: tuple[Away, ...] = ()
 
 
 def with_tokens(state: TokenState, tokens_BNC: Tensor) -> TokenState:
@@ -112,7 +139,7 @@ def take_step(
     """
     entry = REDUCERS[step.stage.reduce]
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
-    size_Bn, place_Bn2 = state.size_Bn, state.place_Bn2
+    size_Bn, place_Bn2, away = state.size_Bn, state.place_Bn2, state.away
     options = options_for(entry, step.stage)
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
@@ -129,7 +156,77 @@ def take_step(
                 place_Bn2 = _moved(place_Bn2, grouping, takes_mean(options))
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
-    return TokenState(tokens_BNC, size_Bn, place_Bn2=place_Bn2), later
+    if step.until is not None:
+        assert isinstance(grouping, Grouping), "resolve refuses it"
+        left = _away(step.until, state, prefix_tokens, grouping, tokens_BNC[:, prefix_tokens:], adds_own(options))
+        away = (*away, left)
+    return TokenState(tokens_BNC, size_Bn, place_Bn2=place_Bn2, away=away), later
+
+
+def _away(until: int, state: TokenState, prefix_tokens: int, grouping: Grouping, after_BKC: Tensor, adds: bool) -> Away:
+    """What brings the tokens back that a step takes away. after_BKC: the patch tokens after it."""
+    patches_BnC = state.tokens_BNC[:, prefix_tokens:]
+    before = Away(until, patches_BnC, size_Bn=state.size_Bn, place_Bn2=state.place_Bn2)
+    kept_BK, guests_BG, host_BG = grouping.kept_BK, grouping.guests_BG, grouping.host_BG
+    if guests_BG is None:
+        return before._replace(kept_BK=kept_BK)
+    kept, tokens = kept_BK.shape[1], patches_BnC.shape[1]
+    places_BK = torch.arange(kept, device=kept_BK.device).expand_as(kept_BK)
+    stays_Bn = None
+    if host_BG is None:  # they form the token after those that stay
+        host_BG = torch.full_like(guests_BG, kept)
+    elif grouping.ordered_BnC is None:
+        # a guest that is its own host has left without joining one
+        stays_Bn = 1 - placed((host_BG == guests_BG).to(patches_BnC.dtype), guests_BG, tokens)
+        host_BG = placed(places_BK, kept_BK, tokens).gather(1, host_BG)
+    index_Bn = placed(torch.cat([places_BK, host_BG], dim=1), torch.cat([kept_BK, guests_BG], dim=1), tokens)
+    own_BnC = patches_BnC - gather(after_BKC, index_Bn) if adds else None
+    return before._replace(index_Bn=index_Bn, own_BnC=own_BnC, stays_Bn=stays_Bn)
+
+
+def returned(state: TokenState, prefix_tokens: int) -> TokenState:
+    """The state with the tokens back that left last. Each is in its place, with the size it had.
+
+    A token that left returns as it was. One that joined another returns as that one is now, plus what it had of its own
+    when it joined, where the verb says so; likewise the one that it joined, which was changed by it.
+    """
+    away = state.away[-1]
+    patches_BnC, now_BKC = away.patches_BnC, state.tokens_BNC[:, prefix_tokens:]
+    if away.kept_BK is not None:
+        back_BnC = put(patches_BnC, away.kept_BK, now_BKC)
+    else:
+        back_BnC = _from(now_BKC, away.index_Bn, away.own_BnC)
+        if away.stays_Bn is not None:
+            other_BnC = patches_BnC if away.host_Bn is None else _from(now_BKC, away.host_Bn, away.host_own_BnC)
+            back_BnC = _chosen(away.stays_Bn, back_BnC, other_BnC)
+    return TokenState(
+        torch.cat([state.tokens_BNC[:, :prefix_tokens], back_BnC], dim=1),
+        away.size_Bn,
+        present_Bn=away.present_Bn,
+        counts=state.counts,
+        place_Bn2=away.place_Bn2,
+        away=state.away[:-1],
+    )
+
+
+def _from(now_BKC: Tensor, index_Bn: Tensor | None, own_BnC: Tensor | None) -> Tensor:
+    assert index_Bn is not None
+    back_BnC = gather(now_BKC, index_Bn)
+    return back_BnC if own_BnC is None else back_BnC + own_BnC
+
+
+def _chosen(stays_Bn: Tensor, yes_BnC: Tensor, no_BnC: Tensor) -> Tensor:
+    """The one where stays_Bn is 1, the other where it is 0, with gradients to stays_Bn."""
+    chosen_BnC = torch.where(stays_Bn[..., None] > 0, yes_BnC, no_BnC)
+    if not stays_Bn.requires_grad:
+        return chosen_BnC
+    change_Bn = stays_Bn - stays_Bn.detach()
+    return chosen_BnC + (change_Bn[..., None] * (yes_BnC - no_BnC).detach().float()).to(chosen_BnC.dtype)
+
+
+def adds_own(options: Mapping[str, Scalar]) -> bool:
+    """Whether a token that joined another returns with what it had of its own."""
+    return options.get(RETURNS) == "residual"
 
 
 def takes_mean(options: Mapping[str, Scalar]) -> bool:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prunesearch.errors import ModelError
 from prunesearch.models.masked_step import Group, compact, join_groups, split_by_count, take_masked_step
 from prunesearch.models.plan import PARTS, BlockPlan, Plan, PlannedStep, StageParts, plan_for
-from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, take_step, with_tokens
+from prunesearch.models.step import Evidence, TokenState, gather_evidence, mean_keys, returned, take_step, with_tokens
 from prunesearch.models.swap import (
     Place,
     Swapped,
@@ -66,14 +67,27 @@ class Positions(Protocol):
         """The keywords with which block `index` is called."""
 
 
+class Taps:
+    """What a pass keeps besides its result: the tokens after some blocks, with all that are away back in their places.
+
+    stop: the block after which the pass ends. found: (B, N, C) by block; set by the pass.
+    """
+
+    def __init__(self, blocks: Collection[int], stop: int | None) -> None:
+        self.blocks, self.stop = blocks, stop
+        self.found: dict[int, Tensor] = {}
+
+
 class Run(NamedTuple):
-    """One forward pass. masked: tokens stay in their slots from the first learned decision on, as in training."""
+    """One forward pass. masked: tokens stay in their slots from the first learned decision on, as in training. taps:
+    what it keeps besides its result."""
 
     plan: Plan
     parts: nn.ModuleDict | None
     training: bool
     masked: bool
     positions: Positions | None = None
+    taps: Taps | None = None
 
 
 def moved_in_attention(run: Run, state: TokenState) -> bool:
@@ -302,7 +316,8 @@ class Reduced(Swapped):
         if state.present_Bn is not None:
             raise ModelError(
                 "forward_features: these images end with different numbers of tokens, or train with tokens masked, "
-                "which a tensor alone does not show. Possible: model(images), or prunesearch.models.trace. Use those."
+                "which a tensor alone does not show. Possible: model(images), prunesearch.models.trace, or a schedule "
+                "whose tokens are back at the end. Use one of the first two, or write until: end."
             )
         return state.tokens_BNC
 
@@ -328,22 +343,65 @@ class Reduced(Swapped):
         """
         plan = self._plan
         masks = plan.decisions_learn and given.get("patch_valid") is None
-        if (plan.merges and _weighs_patches(self)) or (masks and _pools_over_patches(self)):
+        if not plan.all_return and ((plan.merges and _weighs_patches(self)) or (masks and _pools_over_patches(self))):
             raise ModelError(
                 f"forward_head: this model pools over merged or masked tokens (global_pool={self.global_pool!r}), "
                 f"whose sizes are not in its input. Possible: model(images). Call the whole model."
             )
         return super().forward_head(x, pre_logits=pre_logits, **given)  # type: ignore[misc]
 
-    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused: feature maps need every token at its place."""
-        raise ModelError(
-            "forward_intermediates: the model carries a token schedule, and feature maps need every token in its "
-            "place. Possible: a model without one. Call remove_schedule(model) first."
-        )
+    def forward_intermediates(
+        self: Any,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """What timm's function gives, with every token in its place: the features of blocks, as (B, C, rows, columns)
+        or (B, tokens, C), and the final tokens.
+
+        After a block within stages, tokens that are away are in the places, and have the values, that they would return
+        with there. Raises ModelError when a stage has no `until`.
+        """
+        if not self._plan.all_return:
+            raise ModelError(
+                "forward_intermediates: tokens leave by this schedule for good, and feature maps need every token in "
+                "its place. Possible: stages with `until`, the last ones with until: end, or a model without a "
+                "schedule. Write until: end, or call remove_schedule(model) first."
+            )
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ModelError(f"output_fmt is {output_fmt!r}. Possible: NCHW, NLC. Write one of them.")
+        check_methods(self, "model", type(self))
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        taps = Taps(tuple(taken), last if stop_early else None)
+        state = self._features(x, attn_mask, is_causal, taps=taps)
+        found = [self.norm(taps.found[index]) if norm else taps.found[index] for index in sorted(set(taken))]
+        prefix = self.num_prefix_tokens
+        prefixes, maps = [one[:, :prefix] for one in found], [one[:, prefix:] for one in found]
+        if output_fmt == "NCHW":
+            height, width = self.grid(x.shape[-2], x.shape[-1])
+            maps = [one.transpose(1, 2).reshape(one.shape[0], -1, height, width) for one in maps]
+        if output_dict:
+            named: dict[str, Any] = {"image_intermediates": maps}
+            if prefix and return_prefix_tokens:
+                named["image_intermediates_prefix"] = prefixes
+            return named if intermediates_only else {**named, "image_features": state.tokens_BNC}
+        shown = list(zip(maps, prefixes, strict=True)) if prefix and return_prefix_tokens else maps
+        return shown if intermediates_only else (state.tokens_BNC, shown)
+
+    def grid(self: Any, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of this size in pixels."""
+        rows, columns = self.patch_embed.dynamic_feat_size((height, width))
+        return rows, columns
 
     def _head(self: Any, state: TokenState) -> Tensor:
-        if self._plan.decisions_learn or state.present_Bn is not None:
+        if (self._plan.decisions_learn and not self._plan.all_return) or state.present_Bn is not None:
             check_pools(self)  # again, because reset_classifier may have changed it
         weighs = state.size_Bn is not None and _weighs_patches(self)
         if weighs or (state.present_Bn is not None and _pools_over_patches(self)):
@@ -351,21 +409,26 @@ class Reduced(Swapped):
         return super().forward_head(state.tokens_BNC)  # type: ignore[misc]
 
     def _features(
-        self: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool, masked: bool | None = None
+        self: Any,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        masked: bool | None = None,
+        taps: Taps | None = None,
     ) -> TokenState:
         if attn_mask is not None or is_causal:
             raise ModelError(
                 "forward: attn_mask and is_causal cannot be combined with a token schedule, whose blocks see fewer and "
                 "fewer tokens. Call the model without them, or remove_schedule(model) first."
             )
-        state = self._state(x, self.training if masked is None else masked)
+        state = self._state(x, self.training if masked is None else masked, taps)
         return state._replace(tokens_BNC=self.norm(state.tokens_BNC))
 
-    def _state(self: Any, x: Tensor, masked: bool) -> TokenState:
-        """The state after the last block. masked: as in `Run`."""
+    def _state(self: Any, x: Tensor, masked: bool, taps: Taps | None = None) -> TokenState:
+        """The state after the last block. masked, taps: as in `Run`."""
         tokens_BNC, positions = self.stem(x)
         plan = plan_for(self._plan, tokens_BNC.shape[1] - self._plan.shape.prefix_tokens)
-        run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions)
+        run = Run(plan, getattr(self, PARTS, None), self.training, masked, positions, taps)
         return self.run_blocks(run, TokenState(tokens_BNC))
 
     def positions(self: Any) -> Positions | None:
@@ -378,6 +441,7 @@ class Reduced(Swapped):
         run, state = Run(plan, None, self.training, False, self.positions()), TokenState(tokens_BNC)
         for index in range(first, len(self.blocks)):
             state = run_block(index, self.blocks[index], run, state)
+        state = back_by(len(self.blocks), run, state)
         return self._head(state._replace(tokens_BNC=self.norm(state.tokens_BNC)))
 
 
@@ -392,7 +456,7 @@ def refuse_patch_dropout(model: Any) -> None:
 
 def check_plan(plan: Plan, model: Any) -> Plan:
     """Refuse what no ViT can do. Raises ModelError."""
-    if plan.decisions_learn:
+    if plan.decisions_learn and not plan.all_return:
         check_pools(model)
     return plan
 
@@ -479,12 +543,31 @@ def run_blocks(blocks: Iterable[nn.Module], run: Run, state: TokenState, checkpo
             state = checkpoint(run_block, index, block, run, state, use_reentrant=False)
         else:
             state = run_block(index, block, run, state)
+        if run.taps is not None and _tapped(run.taps, index, [Group(None, state)], run):
+            break
+    return back_by(run.plan.shape.depth, run, state)
+
+
+def _tapped(taps: Taps, index: int, groups: list[Group], run: Run) -> bool:
+    """Keep the tokens after a block, if asked for. True when the pass ends there."""
+    if index in taps.blocks:
+        back = _back_together(groups, run.plan.shape.depth, run)
+        taps.found[index] = join_groups(back, run.plan.shape.prefix_tokens).tokens_BNC
+    return index == taps.stop
+
+
+def back_by(block: int, run: Run, state: TokenState) -> TokenState:
+    """The state with all tokens back that return before a block; by the number of blocks: all that ever return."""
+    while state.away and state.away[-1].until <= block:
+        state = returned(state, run.plan.shape.prefix_tokens)
     return state
 
 
 def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState:
     """Run a block with the steps before it and inside it."""
     block_plan, positions = run.plan.blocks[index], run.positions
+    if state.away:
+        state = back_by(index, run, state)
     if block_plan.pre:
         state, _ = _take_steps(block_plan.pre, state, state.evidence, run)
         state = state._replace(evidence=()) if state.evidence else state
@@ -540,11 +623,27 @@ def _run_in_groups(blocks: Sequence[nn.Module], run: Run, state: TokenState) -> 
     prefix, most = run.plan.shape.prefix_tokens, 1 if is_distributed(blocks) else MOST_GROUPS
     groups = [Group(None, state)]
     for index, (block, block_plan) in enumerate(zip(blocks, run.plan.blocks, strict=True)):
+        groups = _back_together(groups, index, run)
         groups = [Group(group.places_B, run_block(index, block, run, group.state)) for group in groups]
         if any(step.stage.is_adaptive for step in (*block_plan.pre, *block_plan.mid)):
             parts = most // len(groups)
             groups = [part for group in groups for part in split_by_count(group, prefix, parts)]
+        if run.taps is not None and _tapped(run.taps, index, groups, run):
+            break
+    groups = _back_together(groups, run.plan.shape.depth, run)
     return join_groups(groups, prefix)
+
+
+def _back_together(groups: list[Group], block: int, run: Run) -> list[Group]:
+    """The groups with the tokens back that return before a block. They are then one group: what made them differ is
+    over, or will be split anew."""
+    away = groups[0].state.away
+    if not away or away[-1].until > block:
+        return groups
+    prefix = run.plan.shape.prefix_tokens
+    back = [Group(group.places_B, back_by(block, run, group.state)) for group in groups]
+    state, _ = compact(join_groups(back, prefix), prefix, ())
+    return [Group(None, state)]
 
 
 def _most_gap(plan: Plan) -> float:
@@ -566,7 +665,8 @@ def _take_steps(
     """
     prefix = run.plan.shape.prefix_tokens
     for planned in steps:
-        if run.positions is not None and state.place_Bn2 is None:
+        counts, at_home = state.counts, state.place_Bn2 is None
+        if run.positions is not None and at_home:
             state = state._replace(place_Bn2=run.positions.grid_n2.expand(state.tokens_BNC.shape[0], -1, -1))
         if planned.reads_attention:
             own, evidence = evidence[0], evidence[1:]
@@ -576,14 +676,26 @@ def _take_steps(
         part = None if parts is None else parts.reducer
         if not (planned.counts_differ or (run.masked and planned.decisions_learn)):
             state, evidence = take_step(planned.step, state, prefix, own, evidence, part)
+            if counts:
+                count_B = torch.full_like(counts[0], planned.step.after)
+                state = state._replace(counts=(*counts, count_B))
+            if at_home and planned.step.until is not None:
+                state = _back_home(state)
             continue
         threshold = None if parts is None else parts.threshold
         state, evidence = take_masked_step(
             planned.step, state, prefix, own, evidence, part, threshold, planned.softness, sample=run.training
         )
+        if at_home and planned.step.until is not None:
+            state = _back_home(state)
         if not run.masked:
             state, evidence = compact(state, prefix, evidence)
     return state, evidence
+
+
+def _back_home(state: TokenState) -> TokenState:
+    """The state whose tokens return to their own places, when they leave next from there."""
+    return state._replace(away=(*state.away[:-1], state.away[-1]._replace(place_Bn2=None)))
 
 
 def _evidence(planned: PlannedStep, x_BNC: Tensor, attended: Attended | None, state: TokenState, run: Run) -> Evidence:

@@ -134,7 +134,7 @@ def _features(schedule: Schedule, shape: ModelShape, words: Sequence[str]) -> np
     present, stays = np.ones(shape.depth), np.zeros(shape.depth)
     has = dict.fromkeys(words, 0.0)
     for step in resolve(schedule, shape):
-        present[step.stage.block :] = step.after / shape.patch_tokens
+        present[step.stage.block : step.until] = step.after / shape.patch_tokens
         stays[step.stage.block] += np.log(step.after / step.before)
         for word in (f"reduce {step.stage.reduce}", f"score {step.stage.score}"):
             if word not in has:

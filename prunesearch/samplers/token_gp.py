@@ -68,7 +68,8 @@ def features(schedule: Schedule, shape: ModelShape) -> dict[str, float]:
     present = [1.0] * shape.depth
     for step in resolve(schedule, shape):
         stage = step.stage
-        present[stage.block :] = [step.after / shape.patch_tokens] * (shape.depth - stage.block)
+        end = shape.depth if step.until is None else step.until
+        present[stage.block : end] = [step.after / shape.patch_tokens] * (end - stage.block)
         amount = math.log(step.before / step.after)
         if stage.threshold is not None:
             # a threshold on cosines may be negative, where the logarithm ends; the second term goes on, linearly

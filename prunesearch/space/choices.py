@@ -179,6 +179,7 @@ def uid_of(schedule: Schedule, shape: ModelShape) -> str:
         else (stage.block, stage.at, stage.score, stage.keep, stage.threshold, stage.reduce, stage.options)
         for stage in written.stages
     ]
+    stages += [(index, stage.until) for index, stage in enumerate(written.stages) if stage.until is not None]
     target = written.target
     if target is not None:  # GMACs stand without their name, as they did when there was no other target
         stages.append(target.amount if written.target_gmacs is not None else (target.field, target.amount))

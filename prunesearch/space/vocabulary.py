@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from prunesearch.config import Options, SpaceConfig, as_options
+from prunesearch.config import Options, Scalar, SpaceConfig, as_options
 from prunesearch.errors import StudyError
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.space.choices import blocks_of
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
+from prunesearch.tokens.verbs import RETURNS
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
     """The schedule with all options of its scores and verbs written out, defaults included."""
     return replace(
         schedule,
-        stages=tuple(
-            replace(stage, options={**_defaults(stage, vocabulary), **dict(stage.options)})  # type: ignore[arg-type]
-            for stage in schedule.stages
-        ),
+        stages=tuple(replace(stage, options=as_options(_written_out(stage, vocabulary))) for stage in schedule.stages),
     )
+
+
+def _written_out(stage: Stage, vocabulary: Vocabulary) -> dict[str, Scalar]:
+    options = {**_defaults(stage, vocabulary), **dict(stage.options)}
+    if stage.until is None and options.get(RETURNS) == _defaults(stage, vocabulary).get(RETURNS):
+        options.pop(RETURNS, None)  # it says what tokens are that come back, and none do
+    return options
 
 
 def learns(schedule: Schedule, vocabulary: Vocabulary) -> bool:
@@ -87,5 +92,5 @@ def _of_stage(stage: Stage, vocabulary: Vocabulary) -> list[Word]:
     return [words[name] for words, name in ((scores, stage.score), (reduces, stage.reduce)) if name in words]
 
 
-def _defaults(stage: Stage, vocabulary: Vocabulary) -> dict[str, object]:
+def _defaults(stage: Stage, vocabulary: Vocabulary) -> dict[str, Scalar]:
     return {name: value for word in _of_stage(stage, vocabulary) for name, value in word.options}

@@ -8,7 +8,7 @@ from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInpu
 from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
-def masked(scene: MaskedInput, *, proportional_attention: bool, position: str) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool, position: str, returns: str) -> Joining:
     """`absorb` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
@@ -22,7 +22,7 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, position: str) -
     )
 
 
-def absorb(scene: ReduceInput, *, proportional_attention: bool, position: str) -> Grouping:
+def absorb(scene: ReduceInput, *, proportional_attention: bool, position: str, returns: str) -> Grouping:
     """Average each of the others into its most similar kept token (plain mean), whose size grows by cosine x size.
 
     Similarity is the cosine of block features. Negative cosines add nothing to a size. In the released code they make

@@ -10,7 +10,7 @@ from prunesearch.tokens.select import ascending, ranked
 
 
 def drop_or_merge(
-    scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str, position: str
+    scene: ReduceInput, *, variance: float, proportional_attention: bool, parity: str, position: str, returns: str
 ) -> Grouping:
     """Merge as `merge` does where the scores are alike (their variance is below `variance`), else drop the lowest.
 

@@ -6,13 +6,13 @@ from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInpu
 from prunesearch.tokens.select import top_k_and_rest
 
 
-def masked(scene: MaskedInput) -> Joining:
+def masked(scene: MaskedInput, *, returns: str) -> Joining:
     """`fuse` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None and scene.scores_Bn is not None
     return Joining(scene.stays_Bn, guest_share_Bn=scene.scores_Bn * (scene.present_Bn - scene.stays_Bn))
 
 
-def fuse(scene: ReduceInput) -> Grouping:
+def fuse(scene: ReduceInput, *, returns: str) -> Grouping:
     """Sum the others, each times its score, into one token appended at the end.
 
     The scores are used as weights without renormalising (they sum to less than 1), as in EViT's code. Later stages

@@ -24,7 +24,7 @@ def _first_guest(parity: str, prefix_tokens: int) -> int:
     return 0 if parity == "all" and prefix_tokens % 2 == 0 else 1
 
 
-def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str, position: str) -> Joining:
+def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str, position: str, returns: str) -> Joining:
     """`merge` for tokens that stay in their slots: among those present, by counts or a threshold on the cosine."""
     keys_BnD, size_Bn, present_Bn = scene.keys_BnD, scene.size_Bn, scene.present_Bn
     assert keys_BnD is not None and size_Bn is not None
@@ -61,7 +61,7 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str, pos
     )
 
 
-def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str, position: str) -> Grouping:
+def merge(scene: ReduceInput, *, proportional_attention: bool, parity: str, position: str, returns: str) -> Grouping:
     """Match every second token to its most similar neighbour set and average the closest pairs, weighted by size.
 
     Bipartite matching on head-mean keys: patch tokens 1, 3, 5, ... look for a partner among 0, 2, 4, ... The pairs

@@ -61,6 +61,32 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(*places_BK.shape, channels)
 
 
+def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
+    """The values with those of some tokens replaced. Rows are copied whole where `gather` does so too."""
+    images, tokens, channels = values_BnC.shape
+    if in_onnx_export():  # no scatter, see `placed`
+        from_BK = torch.arange(1, places_BK.shape[1] + 1, device=places_BK.device).expand_as(places_BK)
+        from_Bn = placed(from_BK, places_BK, tokens)
+        return torch.where(from_Bn[..., None] > 0, gather(new_BKC, (from_Bn - 1).clamp_min(0)), values_BnC)
+    if not values_BnC.is_cpu:
+        return values_BnC.scatter(1, places_BK[..., None].expand(-1, -1, channels), new_BKC)
+    if images != 1 or torch.jit.is_tracing():
+        places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
+    rows_NC = values_BnC.flatten(0, 1).index_copy(0, places_BK.flatten(), new_BKC.flatten(0, 1))
+    return rows_NC.view(values_BnC.shape)
+
+
+def placed(values_BK: Tensor, places_BK: Tensor, tokens: int) -> Tensor:
+    """The values at the places of some of `tokens` tokens, and 0 at the others, (B, tokens).
+
+    An ONNX graph has a sum over a one-hot matrix here, because not all runtimes can scatter.
+    """
+    if not in_onnx_export():
+        return values_BK.new_zeros(places_BK.shape[0], tokens).scatter(1, places_BK, values_BK)
+    is_there_BnK = places_BK[:, None] == torch.arange(tokens, device=places_BK.device)[:, None]
+    return (is_there_BnK * values_BK[:, None]).sum(dim=-1)
+
+
 def unit(vectors_BnC: Tensor) -> Tensor:
     """The vectors at length 1, in fp32. It equals F.normalize, which is much Python for so small tensors."""
     vectors_BnC = vectors_BnC.float()

@@ -10,7 +10,7 @@ from prunesearch.tokens.inputs import Grouping, Joining, MaskedInput, ReduceInpu
 from prunesearch.tokens.nearest import nearest_kept, nearest_staying
 
 
-def masked(scene: MaskedInput, *, temperature: float, position: str) -> Joining:
+def masked(scene: MaskedInput, *, temperature: float, position: str, returns: str) -> Joining:
     """`squeeze` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     cosine_Bn, host_Bn, guest_Bn = nearest_staying(scene)
@@ -25,7 +25,7 @@ def masked(scene: MaskedInput, *, temperature: float, position: str) -> Joining:
     )
 
 
-def squeeze(scene: ReduceInput, *, temperature: float, position: str) -> Grouping:
+def squeeze(scene: ReduceInput, *, temperature: float, position: str, returns: str) -> Grouping:
     """Mix each of the others into its most similar kept token, by exp(cosine / temperature) against e for the host.
 
     Similarity is the cosine of block features. A token has one host; a host without guests is unchanged.

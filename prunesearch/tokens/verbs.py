@@ -15,6 +15,11 @@ PARITIES = ("patches", "all")
 POSITIONS = ("host", "mean")
 """Values of the option position: where a token that stands for several is, for attention that reads positions."""
 
+RETURNS = "returns"
+"""Name of the option that says what a token is that comes back, in stages with `until`."""
+RETURN_FORMS = ("residual", "copy")
+"""Its values: the token that it joined, with or without what it had of its own when it left."""
+
 
 def _no_effect(shape: ModelShape) -> tuple[str, ...]:
     """parity has no effect after an odd number of prefix tokens: patches 1, 3, 5, ... look for a partner either way.
@@ -57,8 +62,8 @@ for _entry in (
         masked=Named("prunesearch.tokens.squeeze:masked"),
         takes_threshold=True,
         macs=_similarity_macs,
-        options={"temperature": 1.0, "position": "host"},
-        choices={"position": POSITIONS},
+        options={"temperature": 1.0, "position": "host", RETURNS: "residual"},
+        choices={"position": POSITIONS, RETURNS: RETURN_FORMS},
         no_effect=_position_no_effect,
         bounds={"temperature": (0.02, 100.0)},  # below, exp(1 / temperature) comes near the largest fp32
     ),
@@ -72,8 +77,8 @@ for _entry in (
         takes_threshold=True,
         merges=True,
         macs=_similarity_macs,
-        options={"proportional_attention": True, "position": "host"},
-        choices={"position": POSITIONS},
+        options={"proportional_attention": True, "position": "host", RETURNS: "residual"},
+        choices={"position": POSITIONS, RETURNS: RETURN_FORMS},
         no_effect=_position_no_effect,
     ),
     Reducer(
@@ -97,8 +102,8 @@ for _entry in (
         merges=True,
         fewest_kept=_half,
         macs=_matching_macs,
-        options={"proportional_attention": True, "parity": "patches", "position": "host"},
-        choices={"parity": PARITIES, "position": POSITIONS},
+        options={"proportional_attention": True, "parity": "patches", "position": "host", RETURNS: "residual"},
+        choices={"parity": PARITIES, "position": POSITIONS, RETURNS: RETURN_FORMS},
         no_effect=_no_effect,
     ),
     Reducer(
@@ -111,8 +116,14 @@ for _entry in (
         merges=True,
         fewest_kept=_half,
         macs=_matching_macs,
-        options={"variance": 7e-5, "proportional_attention": True, "parity": "patches", "position": "host"},
-        choices={"parity": PARITIES, "position": POSITIONS},
+        options={
+            "variance": 7e-5,
+            "proportional_attention": True,
+            "parity": "patches",
+            "position": "host",
+            RETURNS: "residual",
+        },
+        choices={"parity": PARITIES, "position": POSITIONS, RETURNS: RETURN_FORMS},
         bounds={"variance": (0.0, 1.0)},
         no_effect=_no_effect,
     ),
@@ -125,6 +136,8 @@ for _entry in (
         takes_threshold=True,
         extra_tokens=1,
         macs=_weighted_sum_macs,
+        options={RETURNS: "residual"},
+        choices={RETURNS: RETURN_FORMS},
     ),
     Reducer(
         "hold",

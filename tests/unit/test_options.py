@@ -31,7 +31,7 @@ def stage_with(kind: str, name: str, option: str, value: object) -> Stage:
 
 
 def test_there_are_some() -> None:
-    assert {option for _, _, option in WORDS} == {"merged", "parity", "position"}
+    assert {option for _, _, option in WORDS} == {"merged", "parity", "position", "returns"}
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), WORDS)

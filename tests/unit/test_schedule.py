@@ -136,6 +136,12 @@ def test_schedules_hash_and_pickle_and_read_well() -> None:
     usual = Schedule((Stage(3, keep=0.7, reduce="squeeze", options={"temperature": 1.0}),))
     assert str(usual) == "block 3 mid: squeeze to keep 0.7 by class_attention"
     assert str(Schedule()) == "dense"
+    back = Schedule((Stage(3, keep=0.7, until=5), Stage(5, keep=0.5, reduce="fuse", until="end")))
+    assert str(back) == (
+        "block 3 mid: drop to keep 0.7 by class_attention until block 5; "
+        "block 5 mid: fuse to keep 0.5 by class_attention until the end"
+    )
+    assert options_of(back.stages[1]) == {"returns": "residual"}
     assert options_of(schedule.stages[0]) == {"temperature": 2.0, "position": "host"}
 
 
