@@ -421,10 +421,13 @@ def options_of(stage: Stage) -> dict[str, Scalar]:
 
     What tokens are that come back is left out where none do.
     """
-    defaults = _default_options(stage)
-    if stage.until is None:
-        defaults.pop(RETURNS, None)
+    defaults = {name: value for name, value in _default_options(stage).items() if name not in unused_options(stage)}
     return {**defaults, **dict(stage.options)}
+
+
+def unused_options(stage: Stage) -> tuple[str, ...]:
+    """Options that have no effect, because no token of this stage comes back."""
+    return () if stage.until is not None else (RETURNS,)
 
 
 def options_for(entry: Scorer | Reducer, stage: Stage) -> Mapping[str, Scalar]:
@@ -448,7 +451,7 @@ def _given_options(stage: Stage, shape: ModelShape | None = None) -> Options:
     """The options that differ from their default. With a shape, also without those that have no effect on it."""
     defaults = _default_options(stage)
     idle = () if shape is None else REDUCERS[stage.reduce].no_effect(shape)
-    idle = idle if stage.until is not None else (*idle, RETURNS)
+    idle = (*idle, *unused_options(stage))
     return as_options(
         {
             name: value

@@ -29,7 +29,7 @@ from prunesearch.models.step import (
 from prunesearch.schedule import Stage, Step, count_of, options_for
 from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
 from prunesearch.tokens.registry import REDUCERS
-from prunesearch.tokens.select import above, best, draw, gather
+from prunesearch.tokens.select import above, best, draw, gather, placed
 
 LEAST_SAVED = 0.05
 """A further group must save at least this share of the batch's slots."""
@@ -154,19 +154,19 @@ def compact(
     fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
     order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
     order_BK = order_Bn[:, :most]
-    patches_BKC = _gather(state.tokens_BNC[:, prefix_tokens:], order_BK)
+    patches_BKC = gather(state.tokens_BNC[:, prefix_tokens:], order_BK)
     return (
         state._replace(
             tokens_BNC=torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BKC], dim=1),
             size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
             present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
-            place_Bn2=None if state.place_Bn2 is None else _gather(state.place_Bn2, order_BK),
+            place_Bn2=None if state.place_Bn2 is None else gather(state.place_Bn2, order_BK),
             away=(*state.away[:-1], *(_followed(away, order_Bn, most) for away in state.away[-1:])),
         ),
         tuple(
             evidence._replace(
                 scores_Bn=None if evidence.scores_Bn is None else evidence.scores_Bn.gather(1, order_BK),
-                keys_BnD=None if evidence.keys_BnD is None else _gather(evidence.keys_BnD, order_BK),
+                keys_BnD=None if evidence.keys_BnD is None else gather(evidence.keys_BnD, order_BK),
             )
             for evidence in later
         ),
@@ -176,7 +176,7 @@ def compact(
 def _followed(away: Away, order_Bn: Tensor, most: int) -> Away:
     """What brings tokens back, after the slots that went on were put in another order and cut."""
     slots_Bn = torch.arange(order_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
-    place_Bn = torch.empty_like(order_Bn).scatter(1, order_Bn, slots_Bn).clamp_max(most - 1)
+    place_Bn = placed(slots_Bn, order_Bn, order_Bn.shape[1]).clamp_max(most - 1)
     host_Bn = None if away.host_Bn is None else place_Bn.gather(1, away.host_Bn)
     assert away.index_Bn is not None
     return away._replace(index_Bn=place_Bn.gather(1, away.index_Bn), host_Bn=host_Bn)
@@ -366,7 +366,3 @@ def _follow(evidence: Evidence, joining: Joining, present_Bn: Tensor) -> Evidenc
     elif scores_Bn is not None:
         scores_Bn = join_amounts(scores_Bn, joining, present_Bn)
     return evidence._replace(scores_Bn=scores_Bn, keys_BnD=None if keys_BnD is None else join(keys_BnD, joining))
-
-
-def _gather(values_BnC: Tensor, order_BK: Tensor) -> Tensor:
-    return values_BnC.gather(1, order_BK[..., None].expand(-1, -1, values_BnC.shape[-1]))

@@ -103,6 +103,11 @@ class Plan:
         return any(step.counts_differ for step in self.steps)
 
     @property
+    def ends_masked(self) -> bool:
+        """Whether images may end with different numbers of tokens, or with masked ones in training."""
+        return self.decisions_learn and not self.all_return
+
+    @property
     def decisions_learn(self) -> bool:
         """Whether decisions learn, so that tokens stay in their slots in training."""
         return any(step.decisions_learn for step in self.steps)
@@ -288,20 +293,17 @@ def _shortest(value: Tensor) -> float:
 
 
 def _planned(steps: tuple[Step, ...], shape: ModelShape) -> Iterable[PlannedStep]:
-    counts_differ = decisions_learn = False
-    away: list[tuple[Step, bool, bool]] = []  # steps whose tokens will come back, and what was true before them
     seen: dict[tuple[int, str], int] = {}
+    taken: list[Step] = []
     for step in steps:
         stage, place = step.stage, (step.stage.block, step.stage.at)
-        while away and away[-1][0].returns_by(stage.block):
-            _, counts_differ, decisions_learn = away.pop()
         index = seen[place] = seen.get(place, -1) + 1
         if step.is_idle:
             continue
-        if step.until is not None:
-            away.append((step, counts_differ, decisions_learn))
-        counts_differ = counts_differ or stage.is_adaptive
-        decisions_learn = decisions_learn or stage.is_adaptive or stage.learns_to_score
+        lasting = [stage, *(earlier.stage for earlier in taken if not earlier.returns_by(stage.block))]
+        taken.append(step)
+        counts_differ = any(one.is_adaptive for one in lasting)
+        decisions_learn = any(one.is_adaptive or one.learns_to_score for one in lasting)
         key = f"block{stage.block}_{stage.at}" + (f"_{index}" if index else "")
         # AS-ViT: 1e-4 for scores of about 1/196; LTMP: 0.1 for cosines
         softness = 0.02 * threshold_unit(stage, shape) if REDUCERS[stage.reduce].ranks else 0.1

@@ -401,7 +401,7 @@ class Reduced(Swapped):
         return rows, columns
 
     def _head(self: Any, state: TokenState) -> Tensor:
-        if (self._plan.decisions_learn and not self._plan.all_return) or state.present_Bn is not None:
+        if self._plan.ends_masked or state.present_Bn is not None:
             check_pools(self)  # again, because reset_classifier may have changed it
         weighs = state.size_Bn is not None and _weighs_patches(self)
         if weighs or (state.present_Bn is not None and _pools_over_patches(self)):
@@ -456,7 +456,7 @@ def refuse_patch_dropout(model: Any) -> None:
 
 def check_plan(plan: Plan, model: Any) -> Plan:
     """Refuse what no ViT can do. Raises ModelError."""
-    if plan.decisions_learn and not plan.all_return:
+    if plan.ends_masked:
         check_pools(model)
     return plan
 
@@ -674,21 +674,20 @@ def _take_steps(
             own = _evidence(planned, state.tokens_BNC, None, state, run)
         parts = None if run.parts is None else _parts_of(planned, run.parts)
         part = None if parts is None else parts.reducer
-        if not (planned.counts_differ or (run.masked and planned.decisions_learn)):
+        masks = planned.counts_differ or (run.masked and planned.decisions_learn)
+        if masks:
+            threshold = None if parts is None else parts.threshold
+            state, evidence = take_masked_step(
+                planned.step, state, prefix, own, evidence, part, threshold, planned.softness, sample=run.training
+            )
+        else:
             state, evidence = take_step(planned.step, state, prefix, own, evidence, part)
             if counts:
                 count_B = torch.full_like(counts[0], planned.step.after)
                 state = state._replace(counts=(*counts, count_B))
-            if at_home and planned.step.until is not None:
-                state = _back_home(state)
-            continue
-        threshold = None if parts is None else parts.threshold
-        state, evidence = take_masked_step(
-            planned.step, state, prefix, own, evidence, part, threshold, planned.softness, sample=run.training
-        )
         if at_home and planned.step.until is not None:
             state = _back_home(state)
-        if not run.masked:
+        if masks and not run.masked:
             state, evidence = compact(state, prefix, evidence)
     return state, evidence
 

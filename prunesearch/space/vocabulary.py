@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from prunesearch.config import Options, Scalar, SpaceConfig, as_options
 from prunesearch.errors import StudyError
-from prunesearch.schedule import Schedule, Stage
+from prunesearch.schedule import Schedule, Stage, unused_options
 from prunesearch.space.choices import blocks_of
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
-from prunesearch.tokens.verbs import RETURNS
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,11 @@ def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
     """The schedule with all options of its scores and verbs written out, defaults included."""
     return replace(
         schedule,
-        stages=tuple(replace(stage, options=as_options(_written_out(stage, vocabulary))) for stage in schedule.stages),
+        stages=tuple(
+            replace(stage, options=as_options({**_defaults(stage, vocabulary), **dict(stage.options)}))
+            for stage in schedule.stages
+        ),
     )
-
-
-def _written_out(stage: Stage, vocabulary: Vocabulary) -> dict[str, Scalar]:
-    options = {**_defaults(stage, vocabulary), **dict(stage.options)}
-    if stage.until is None and options.get(RETURNS) == _defaults(stage, vocabulary).get(RETURNS):
-        options.pop(RETURNS, None)  # it says what tokens are that come back, and none do
-    return options
 
 
 def learns(schedule: Schedule, vocabulary: Vocabulary) -> bool:
@@ -93,4 +88,5 @@ def _of_stage(stage: Stage, vocabulary: Vocabulary) -> list[Word]:
 
 
 def _defaults(stage: Stage, vocabulary: Vocabulary) -> dict[str, Scalar]:
-    return {name: value for word in _of_stage(stage, vocabulary) for name, value in word.options}
+    options = [pair for word in _of_stage(stage, vocabulary) for pair in word.options]
+    return {name: value for name, value in options if name not in unused_options(stage)}

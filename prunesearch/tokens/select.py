@@ -56,9 +56,15 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     images, tokens, channels = values_BnC.shape
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
+    rows = _rows(places_BK, images, tokens)
+    return values_BnC.flatten(0, 1).index_select(0, rows).view(*places_BK.shape, channels)
+
+
+def _rows(places_BK: Tensor, images: int, tokens: int) -> Tensor:
+    """Indices of tokens among those of all images of the batch, one after the other."""
     if images != 1 or torch.jit.is_tracing():  # a traced graph also runs on other batches than it was made with
         places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
-    return values_BnC.flatten(0, 1).index_select(0, places_BK.flatten()).view(*places_BK.shape, channels)
+    return places_BK.flatten()
 
 
 def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
@@ -70,10 +76,8 @@ def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
         return torch.where(from_Bn[..., None] > 0, gather(new_BKC, (from_Bn - 1).clamp_min(0)), values_BnC)
     if not values_BnC.is_cpu:
         return values_BnC.scatter(1, places_BK[..., None].expand(-1, -1, channels), new_BKC)
-    if images != 1 or torch.jit.is_tracing():
-        places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
-    rows_NC = values_BnC.flatten(0, 1).index_copy(0, places_BK.flatten(), new_BKC.flatten(0, 1))
-    return rows_NC.view(values_BnC.shape)
+    rows = _rows(places_BK, images, tokens)
+    return values_BnC.flatten(0, 1).index_copy(0, rows, new_BKC.flatten(0, 1)).view(values_BnC.shape)
 
 
 def placed(values_BK: Tensor, places_BK: Tensor, tokens: int) -> Tensor:
@@ -98,7 +102,7 @@ def best(scores_Bn: Tensor, present_Bn: Tensor, kept_B: Tensor) -> Tensor:
     ranked_Bn = scores_Bn.detach().masked_fill(present_Bn == 0, -torch.inf)
     order_Bn = ranked_Bn.sort(dim=1, descending=True, stable=True).indices
     place_Bn = torch.arange(order_Bn.shape[1], device=order_Bn.device).expand_as(order_Bn)
-    rank_Bn = torch.empty_like(order_Bn).scatter(1, order_Bn, place_Bn)
+    rank_Bn = placed(place_Bn, order_Bn, order_Bn.shape[1])
     return (rank_Bn < kept_B[:, None]).to(present_Bn.dtype) * (present_Bn > 0)
 
 
