@@ -200,6 +200,7 @@ class BlockSpace:
     tokens: tuple[int, ...] | None = _field(
         "counts to choose from, for verbs that pool", None, low=1, high=MOST_TOKENS, most=MOST_VALUES
     )
+    until: tuple[str, ...] | None = _field("when tokens are back: never, next, end", None, most=MOST_NAMES)
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,11 @@ class SpaceConfig:
         high=MOST_TOKENS,
         most=MOST_VALUES,
     )
+    until: tuple[str, ...] = _field(
+        "when the tokens that left are back: never, next (before the next stage's block), end (after the last block)",
+        ("never",),
+        most=MOST_NAMES,
+    )
     target_gmacs: tuple[float, ...] | ThresholdRange | None = _field(
         "mean GMACs towards which a schedule's thresholds are trained and calibrated; when absent they stay",
         None,
@@ -257,9 +263,9 @@ class SpaceConfig:
         high=MOST_MS,
         most=MOST_VALUES,
     )
-    same: tuple[Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold", "tokens"], ...] = (
-        _field("choices that all stages of a schedule share", (), most=MOST_NAMES)
-    )
+    same: tuple[
+        Literal["at", "score", "reduce", "keep", "amount", "threshold", "merge_threshold", "tokens", "until"], ...
+    ] = _field("choices that all stages of a schedule share", (), most=MOST_NAMES)
     max_stages: int | None = _field("most stages a schedule may have", None, low=1, high=MOST_BLOCKS)
     start_from: tuple[str, ...] = _field(
         "schedules evaluated first: preset names, YAML files, or sensitivity: what the effects of all stages, each "

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from prunesearch.errors import DeviceError
 from prunesearch.profile import Count, Profile
-from prunesearch.schedule import Schedule, Step, options_of, resolve
+from prunesearch.schedule import Schedule, Step, blocks_read, options_of, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
@@ -52,7 +52,7 @@ class CostTable(Protocol):
     def block(self, shape: ModelShape, attention_tokens: Count, mlp_tokens: Count, sized: bool) -> Count:
         """One block without a stage; tokens with the prefix. sized: attention adds log(size) to its logits."""
 
-    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Count) -> Count:
+    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Sequence[Count]) -> Count:
         """The score and the verb of a stage; patch tokens. scored: what the score reads, see `tokens_scored`."""
 
     def end(self, shape: ModelShape, tokens: Count) -> Count:
@@ -79,12 +79,12 @@ class Macs:
         fast_path = shape.dim**2 * (attention_tokens - mlp_tokens) if shape.holds else 0
         return projections + attention + shape.mlp_macs * mlp_tokens + fast_path
 
-    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Count) -> Count:
+    def stage(self, shape: ModelShape, step: Step, before: Count, after: Count, scored: Sequence[Count]) -> Count:
         """As the registry entries of score and verb say."""
         reducer = REDUCERS[step.stage.reduce]
         # reducers divide integers, which has no gradient; their share of the cost is small
         macs = reducer.macs(shape, _constant(before), _constant(after - reducer.extra_tokens))
-        return macs if step.stage.score == "none" else macs + SCORERS[step.stage.score].macs(shape, scored)
+        return macs + sum(SCORERS[step.stage.score].macs(shape, tokens) for tokens in scored)
 
     def end(self, shape: ModelShape, tokens: Count) -> Count:
         """A pooling head that attends."""
@@ -194,8 +194,8 @@ def cost_of_counts(
                 sized_attention = sized
             tokens.append((shape.patch_tokens if shape.holds and place == "pre" else present) + prefix)
         cost = cost + table.block(shape, attention_tokens[-1], mlp_tokens[-1], sized_attention)
-    for index, step in enumerate(steps):
-        scored = tokens_scored(step, arriving[index], attention_tokens)
+    for index, (step, blocks) in enumerate(zip(steps, blocks_read(steps), strict=True)):
+        scored = tokens_scored(step, arriving[index], blocks, attention_tokens)
         cost = cost + table.stage(shape, step, arriving[index], after[index], scored)
     present = away[0][1] if away else present
     return cost + table.end(shape, present + prefix), attention_tokens, mlp_tokens
@@ -205,15 +205,17 @@ def _is_at(step: Step, block: int, place: str) -> bool:
     return step.stage.block == block and step.stage.at == place
 
 
-def tokens_scored(step: Step, before: Count, attention_tokens: Sequence[Count] | Mapping[int, Count]) -> Count:
-    """The tokens that a stage's score reads: those of an attention, or the patch tokens when it reads none.
+def tokens_scored(
+    step: Step, before: Count, blocks: Sequence[int], attention_tokens: Sequence[Count] | Mapping[int, Count]
+) -> list[Count]:
+    """The tokens that a stage's score reads: those of each attention, or the patch tokens when it reads none.
 
-    At mid it reads the attention of its block, at pre that of the block before. attention_tokens: by block.
+    blocks: see `blocks_read`. attention_tokens: by block.
     """
-    stage = step.stage
-    if stage.score == "none" or not SCORERS[stage.score].needs_attention:
-        return before
-    return attention_tokens[stage.block - (stage.at == "pre")]
+    score = step.stage.score
+    if score == "none":
+        return []
+    return [attention_tokens[block] for block in blocks] if SCORERS[score].needs_attention else [before]
 
 
 def gives_sizes(step: Step) -> bool:

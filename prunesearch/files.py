@@ -38,7 +38,15 @@ from prunesearch.printable import counted, printable
 from prunesearch.profile import MOST_MS, Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
 from prunesearch.registry import did_you_mean
-from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
+from prunesearch.schedule import (
+    Place,
+    Schedule,
+    Stage,
+    options_of,
+    stage_problems,
+    unknown_words,
+    without_defaults,
+)
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
 from prunesearch.yaml_text import MOST_BYTES, Dumper, Text, read_yaml_text, too_large
@@ -93,6 +101,8 @@ class PresetStage:
     block; from the first block to the last it changes linearly and is truncated.
     threshold: for a model with the preset's `patch_tokens`. Thresholds on scores that are shares of a sum over the
     tokens are scaled to the model at hand.
+    every: from the block on there is a stage in each so many-th block. blocks_away: the tokens that left are back after
+    so many blocks; neither is scaled.
     """
 
     block: int | None = bounded("0-based block index", None, low=0, high=MOST_BLOCKS)
@@ -106,6 +116,9 @@ class PresetStage:
     threshold: float | None = bounded("in units of the score", None, low=-LARGEST, high=LARGEST)
     reduce: str = "drop"
     options: Options = bounded("of the score and the verb", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES)
+    until: Literal["next", "end"] | None = None
+    every: int | None = bounded("blocks from a stage to the next", None, low=1, high=MOST_BLOCKS)
+    blocks_away: int | None = bounded("blocks without the tokens that left", None, low=1, high=MOST_BLOCKS)
 
 
 @dataclass(frozen=True)

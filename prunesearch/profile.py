@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -93,7 +93,8 @@ class Profile:
     versions: what it was measured with; threads is 0 on a GPU. fixed: what does not depend on tokens.
     attention, sized_attention, mlp: one block's halves by all tokens in them, prefix included; sized_attention after
     merging, when the sizes of tokens are added to its logits. last: norm, pooling and classifier, by all tokens.
-    verbs: a stage's verb by patch tokens. scores: a stage's score by the tokens it reads (as `before`).
+    verbs: a stage's verb by patch tokens. scores: a stage's score by the tokens it reads (as `before`). returning: what
+    a verb takes more when its tokens come back, by patch tokens.
     dense_ms: the dense model, measured whole. check: how far schedules that were measured whole, and not used
     otherwise, are from their predictions, as shares (predicted / measured - 1).
     """
@@ -115,6 +116,7 @@ class Profile:
     precision: str = "float32"
     check: tuple[float, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+    returning: tuple[StageTime, ...] = ()
 
     metric: ClassVar[str] = "predicted_latency_ms"
     unit: ClassVar[str] = "ms"
@@ -130,31 +132,28 @@ class Profile:
         attention = self.sized_attention if sized and self.sized_attention is not None else self.attention
         return self.mlp.at(mlp_tokens) + (0.0 if attention is None else attention.at(attention_tokens))
 
-    def stage(self, shape: ModelShape, step: Any, before: Count, after: Count, scored: Count) -> Count:
-        """A stage. Raises DeviceError for a score or verb that was not measured, and for tokens that come back, whose
-        time no profile has yet."""
+    def stage(self, shape: ModelShape, step: Any, before: Count, after: Count, scored: Sequence[Count]) -> Count:
+        """A stage. Raises DeviceError for a score or verb that was not measured."""
         stage = step.stage
+        time = self._time(self.verbs, "verb", stage.reduce).at(before, after)
         if step.until is not None:
-            raise DeviceError(
-                f"profile of {self.model}: what tokens take that come back (until: {stage.until}) is not measured. "
-                f"Possible: stages without until, MACs in place of milliseconds, or measured times "
-                f"(evaluate FILE --speed). Choose one of those."
-            )
-        verb = self._time(self.verbs, "verb", stage.reduce).at(before, after)
-        return verb if stage.score == "none" else verb + self._time(self.scores, "score", stage.score).at(scored, 0)
+            time = time + self._time(self.returning, "verb", stage.reduce, " with until").at(before, after)
+        for tokens in scored:
+            time = time + self._time(self.scores, "score", stage.score).at(tokens, 0)
+        return time
 
     def end(self, shape: ModelShape, tokens: Count) -> Count:
         """What follows the last block."""
         return 0.0 if self.last is None else self.last.at(tokens)
 
-    def _time(self, times: tuple[StageTime, ...], kind: str, name: str) -> StageTime:
+    def _time(self, times: tuple[StageTime, ...], kind: str, name: str, how: str = "") -> StageTime:
         for time in times:
             if time.name == name:
                 return time
-        known = ", ".join(time.name for time in times)
+        known = ", ".join(time.name for time in times) or "none"
         raise DeviceError(
-            f"profile of {self.model}: the {kind} {name!r} was not measured. Possible: {known}. Profile again with "
-            f"`prunesearch profile ... --{kind} {name}`."
+            f"profile of {self.model}: the {kind} {name!r} was not measured{how}. Possible{how}: {known}. Profile "
+            f"again with `prunesearch profile ... --{kind} {name}`."
         )
 
 
@@ -194,14 +193,14 @@ def profile_problems(profile: Profile) -> list[str]:
             problems.append(f"{name}: its tokens do not ascend.")
         elif not 1 <= curve.tokens[0] <= curve.tokens[-1] <= MOST_MS or not all(map(_is_time, curve.ms + curve.error)):
             problems.append(f"{name}: a number is not within its bounds: tokens from 1, ms and error from 0.")
-    times = (*profile.verbs, *profile.scores)
+    times = (*profile.verbs, *profile.scores, *profile.returning)
     for time in times[:MOST_NAMES]:
         if not all(
             map(_is_time, (time.fixed, time.per_before, time.per_kept, time.per_pair, time.error, time.per_guest))
         ):
             problems.append(f"{time.name[:MOST_LETTERS]}: a time is not within 0 to {MOST_MS:g} ms.")
     if len(times) > MOST_NAMES or any(
-        len({one.name for one in kind}) < len(kind) for kind in (profile.verbs, profile.scores)
+        len({one.name for one in kind}) < len(kind) for kind in (profile.verbs, profile.scores, profile.returning)
     ):
         problems.append("a verb or a score is there twice, or there are too many.")
     if not _is_time(profile.fixed) or not _is_time(profile.dense_ms) or profile.dense_ms < 1e-6:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-RecipeName = Literal["asvit", "dtps", "dynamicvit", "dynamicvit-maps", "evit", "ltmp"]
+RecipeName = Literal["asvit", "dtps", "dynamicvit", "dynamicvit-maps", "evit", "ltmp", "svit"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,17 @@ RECIPES: dict[RecipeName, Recipe] = {
             "budget_weight": 10.0,
             "budget_loss": "squared",
             "freeze_backbone": 1.0,
+        },
+    ),
+    "svit": Recipe(
+        summary="cross entropy + 4 x (miss of the share)^2",
+        source="SViT (WACV 2024, arXiv 2306.07050); classification/engine.py, README.md of its released code",
+        fields={
+            "cross_entropy_weight": 1.0,
+            "distill": False,
+            "budget_weight": 4.0,
+            "budget_loss": "squared",
+            "freeze_backbone": 0.0,
         },
     ),
 }

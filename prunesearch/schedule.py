@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Literal, NamedTuple
@@ -26,13 +26,18 @@ from prunesearch.profile import MOST_MS
 from prunesearch.registry import did_you_mean
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
+from prunesearch.tokens.scores import MOMENTUM
 from prunesearch.tokens.verbs import RETURNS
 
 Place = Literal["mid", "pre"]
 PLACES: tuple[Place, ...] = ("pre", "mid")
 AMOUNTS = ("keep", "tokens", "threshold")
-END = "end"
-"""`until` of a stage whose tokens come back after the last block."""
+END, NEXT = "end", "next"
+"""`until` of a stage whose tokens come back after the last block; or before the block of the next stage, or after the
+last block when there is none."""
+
+
+_UNTIL: dict[int | str, str] = {NEXT: "the next stage", END: "the end"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Stage:
     keep: fraction of the patch tokens present, in (0, 1]. tokens: number of patch tokens that stay.
     threshold: each image keeps the tokens whose score is above it. For `merge`: pairs merge whose cosine is above it.
     reduce: a registered reducer (verb). options: options of the scorer and the reducer.
-    until: the block before which the tokens that left are back in their places, or "end": after the last block, before
-    the final norm. None: they are gone for good.
+    until: the block before which the tokens that left are back in their places; "next": the block of the next stage;
+    "end": after the last block, before the final norm. None: they are gone for good.
     Raises ScheduleError for a value that is impossible in every model.
     """
 
@@ -59,12 +64,12 @@ class Stage:
     reduce: str = "drop"
     options: Options = bounded("of the score and the verb", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES)
     until: int | str | None = bounded(
-        "block before which the tokens that left are back, or end",
+        "block before which the tokens that left are back, next (the next stage's) or end",
         None,
         low=1,
         high=MOST_BLOCKS,
-        pattern=f"^{END}$",
-        form=f"a later block, or {END}",
+        pattern=f"^({NEXT}|{END})$",
+        form=f"a later block, {NEXT} or {END}",
     )
 
     def __post_init__(self) -> None:
@@ -86,8 +91,8 @@ class Stage:
             problems.append(f"tokens is {self.tokens!r}; possible: a whole number from 1 (patch tokens that stay).")
         if self.threshold is not None and not (_is_number(self.threshold) and math.isfinite(self.threshold)):
             problems.append(f"threshold is {self.threshold!r}; possible: a finite number, in units of the score.")
-        if self.until not in (None, END) and not (type(self.until) is int and self.until > self.block):
-            problems.append(f"until is {self.until!r}; possible: a block after {self.block}, or {END}.")
+        if self.until not in (None, NEXT, END) and not (type(self.until) is int and self.until > self.block):
+            problems.append(f"until is {self.until!r}; possible: a block after {self.block}, {NEXT} or {END}.")
         if problems:
             raise ScheduleError(f"stage at block {self.block}", problems)
 
@@ -104,7 +109,7 @@ class Stage:
     def __str__(self) -> str:
         rest = "" if self.score == "none" else f" by {self.score}"
         rest += f" with {unusual}" if (unusual := unusual_options(self)) else ""
-        rest += "" if self.until is None else f" until {f'block {self.until}' if self.until != END else 'the end'}"
+        rest += "" if self.until is None else f" until {_UNTIL.get(self.until, f'block {self.until}')}"
         if self.threshold is not None:
             return f"block {self.block} {self.at}: {self.reduce} at threshold {self.threshold:.3g}{rest}"
         amount = f"keep {self.keep:g}" if self.keep is not None else f"{self.tokens} tokens"
@@ -171,7 +176,8 @@ class Schedule:
     def needs_weights(self) -> bool:
         """Whether a stage's score or verb has learned weights, without which the schedule is of no use.
 
-        Thresholds do not count, because the schedule itself holds them.
+        Thresholds do not count, because the schedule itself holds them. For a model without a feature map ask the
+        `spelled_out` schedule.
         """
         return any(
             stage.learns_to_score or (stage.reduce in REDUCERS and REDUCERS[stage.reduce].part is not None)
@@ -209,8 +215,45 @@ class Step:
         return self.kept == self.before and not self.stage.is_adaptive
 
 
+def spelled_out(schedule: Schedule, shape: ModelShape) -> Schedule:
+    """The schedule with `hold` replaced by what it does in a model without a feature map, and `until: next` by a block.
+
+    There `hold` is another verb with `until: next`. The next stage is one in a later block with a keep below 1.
+    """
+    if shape.holds or not any(stage.until == NEXT or _holds(stage) for stage in schedule.stages):
+        return schedule
+    stages = []
+    for index, stage in enumerate(schedule.stages):
+        if _holds(stage):
+            entry = REDUCERS[stage.reduce]
+            assert entry.on_tokens is not None
+            verb, options = entry.on_tokens(options_for(entry, stage))
+            options = {**{name: value for name, value in stage.options if name not in entry.options}, **options}
+            stage = replace(stage, reduce=verb, options=as_options(options), until=stage.until or NEXT)
+        if stage.until == NEXT:
+            later = (one.block for one in schedule.stages[index + 1 :] if one.block > stage.block and one.keep != 1)
+            stage = replace(stage, until=next(later, END))
+        stages.append(stage)
+    return replace(schedule, stages=tuple(stages))
+
+
+def verb_in(shape: ModelShape, name: str) -> str:
+    """The verb that this one is in a model of this kind, with its usual options."""
+    entry = REDUCERS.get(name)
+    return name if entry is None or entry.on_tokens is None or shape.holds else entry.on_tokens(entry.options)[0]
+
+
+def until_in_words(stage: Stage, shape: ModelShape) -> int | str | None:
+    """`until` of a stage as it is written, or as `hold` means it in a model without a feature map."""
+    return NEXT if stage.until is None and _holds(stage) and not shape.holds else stage.until
+
+
+def _holds(stage: Stage) -> bool:
+    return stage.reduce in REDUCERS and REDUCERS[stage.reduce].on_tokens is not None
+
+
 def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
-    """Turn a schedule into integer counts for a model.
+    """Turn a schedule into integer counts for a model. There is a step for each stage, with its `spelled_out` form.
 
     `count_of` rounds `keep` up, in exact decimal arithmetic (EViT's rule: ceil(keep * present); 0.28 of 25 is 7).
     Raises ScheduleError, which names every stage that does not fit the model.
@@ -220,18 +263,21 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     present = shape.patch_tokens
     masked, pooled, scored, held = False, -1, -1, -1
     returned: int | None = None  # the block before which tokens came back last
-    away: list[tuple[Step, bool]] = []  # steps whose tokens will come back, and whether counts differed before them
-    for stage in schedule.stages:
+    remembered = False  # whether a running mean of scores has them too
+    means = False  # whether there is such a mean
+    # steps whose tokens will come back, whether counts differed before them, and whether there was a mean of scores
+    away: list[tuple[Step, bool, bool]] = []
+    for written, stage in zip(schedule.stages, spelled_out(schedule, shape).stages, strict=True):
         where = f"stage at block {stage.block} ({stage.at})"
         if stage.block >= shape.depth:
             problems.append(f"{where}: the model has blocks 0 to {shape.depth - 1}. Choose one of those.")
             continue
-        wrong = stage_problems(stage) or _misfits(stage, shape)
+        wrong = stage_problems(written) or _misfits(stage, shape)
         if wrong:
             problems += [f"{where}: {text}" for text in wrong]
             continue
         while away and away[-1][0].returns_by(stage.block):
-            step, masked = away.pop()
+            step, masked, remembered = away.pop()
             present, returned = step.before, step.until
         reducer, kept, until = REDUCERS[stage.reduce], count_of(stage, present), _until(stage, shape)
         masked_before = masked
@@ -267,14 +313,16 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
                 f"{where}: the tokens that block {read}'s attention saw were pooled before. Possible: a stage from "
                 f"block {read + 1} (mid) on. Move it or the stage that pools."
             )
-        if returned == read + 1 == stage.block and reads_attention(stage):
+        is_known = remembers(stage) and remembered and not reducer.needs_keys
+        if returned == read + 1 == stage.block and reads_attention(stage) and not is_known:
             problems.append(
                 f"{where}: it reads the attention of block {read}, which says nothing of the tokens that come back "
-                f"before block {stage.block}. Possible: at mid, or a score and a verb that read no attention. Choose "
-                f"one of those, or let them come back earlier."
+                f"before block {stage.block}. Possible: at mid, a score and a verb that read no attention, or "
+                f"class_attention with the option momentum in this stage and in the one whose tokens come back. "
+                f"Choose one of those, or let them come back earlier."
             )
         if reducer.pools and kept < present:
-            pooled = read
+            pooled, means = read, False
         fewest = reducer.fewest_kept(present)
         if kept < fewest:
             problems.append(
@@ -285,9 +333,10 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         after = kept if kept == present and not stage.is_adaptive else kept + reducer.extra_tokens
         steps.append(Step(stage, before=present, kept=kept, after=after, until=until))
         if not steps[-1].is_idle:
-            problems += [f"{where}: {text}" for step, _ in away[-1:] if (text := _crossing(until, step, shape))]
+            means = means or remembers(stage)
+            problems += [f"{where}: {text}" for step, *_ in away[-1:] if (text := _crossing(until, step, shape))]
             if until is not None:
-                away.append((steps[-1], masked_before))
+                away.append((steps[-1], masked_before, means))
         present = present if reducer.holds else after
     if problems:
         raise ScheduleError("schedule", problems)
@@ -419,15 +468,16 @@ def unknown_words(stage: Stage) -> list[str]:
 def options_of(stage: Stage) -> dict[str, Scalar]:
     """The stage's options, completed with the defaults of its score and verb, if those are registered.
 
-    What tokens are that come back is left out where none do.
+    Those without effect are left out, see `unused_options`.
     """
     defaults = {name: value for name, value in _default_options(stage).items() if name not in unused_options(stage)}
     return {**defaults, **dict(stage.options)}
 
 
 def unused_options(stage: Stage) -> tuple[str, ...]:
-    """Options that have no effect, because no token of this stage comes back."""
-    return () if stage.until is not None else (RETURNS,)
+    """Options that have no effect: what tokens are that come back, where none do; a running mean that forgets all."""
+    returns = () if stage.until is not None else (RETURNS,)
+    return returns if dict(stage.options).get(MOMENTUM) else (*returns, MOMENTUM)
 
 
 def options_for(entry: Scorer | Reducer, stage: Stage) -> Mapping[str, Scalar]:
@@ -476,6 +526,37 @@ def _fits(value: Scalar, default: Scalar) -> bool:
     return type(value) is type(default)
 
 
+def remembers(stage: Stage) -> bool:
+    """Whether its score is a running mean of what attention layers gave, see `MOMENTUM`."""
+    return stage.score in SCORERS and momentum_of(stage) > 0
+
+
+def momentum_of(stage: Stage) -> float:
+    """The share that a running mean keeps of what it was before a block; 0 for a score of one block."""
+    return float(options_for(SCORERS[stage.score], stage).get(MOMENTUM, 0.0))
+
+
+def blocks_read(steps: Sequence[Step]) -> list[tuple[int, ...]]:
+    """For each step, the blocks whose attention its score reads; none for a score that reads no attention.
+
+    A running mean begins in the block that its first stage reads, and anew after tokens were pooled. Later stages
+    update it in every block since.
+    """
+    found: list[tuple[int, ...]] = []
+    last: int | None = None  # the block that the running mean has read last
+    for step in steps:
+        stage, read = step.stage, step.stage.block - (step.stage.at == "pre")
+        if stage.score == "none" or not SCORERS[stage.score].needs_attention:
+            found.append(())
+        elif not remembers(stage):
+            found.append((read,))
+        else:
+            found.append(tuple(range(read if last is None else last + 1, read + 1)))
+            last = read
+        last = None if REDUCERS[stage.reduce].pools else last
+    return found
+
+
 def reads_attention(stage: Stage) -> bool:
     """Whether a stage reads an attention layer, for its score or for keys."""
     return REDUCERS[stage.reduce].needs_keys or (stage.score != "none" and SCORERS[stage.score].needs_attention)
@@ -485,13 +566,13 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
     """Why a stage without other mistakes cannot run on this model."""
     problems = []
     scorer = None if stage.score == "none" else SCORERS[stage.score]
-    if REDUCERS[stage.reduce].holds != shape.holds:
+    if not REDUCERS[stage.reduce].fits(shape):
         why = (
             "needs tokens that can go, but this model has a feature map, whose positions stay in place"
             if shape.holds
             else "needs a model with a feature map (Swin, ConvNeXt), but this one has none"
         )
-        possible = ", ".join(name for name, other in REDUCERS.items() if other.holds == shape.holds)
+        possible = ", ".join(name for name, other in REDUCERS.items() if other.fits(shape))
         return [f"{stage.reduce} {why}. Possible: {possible}. Choose one of those, or another model."]
     if shape.holds and stage.until is not None:
         problems.append(

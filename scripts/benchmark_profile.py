@@ -53,9 +53,10 @@ VERBS = ("drop", "fuse", "squeeze", "merge")
 class Row:
     """One cell of the table: predicted and measured speed-ups of the same schedules.
 
-    measured: means of two measurements, one after the other; halves: the two.
+    machine: its processor. measured: means of two measurements, one after the other; halves: the two.
     """
 
+    machine: str
     model: str
     batch: int
     runtime: str
@@ -68,9 +69,9 @@ class Row:
     halves: list[list[float]]
 
     @property
-    def key(self) -> tuple[str, int, str, int]:
-        """What is measured."""
-        return self.model, self.batch, self.runtime, self.threads
+    def key(self) -> tuple[str, str, int, str, int]:
+        """What is measured, and where."""
+        return self.machine, self.model, self.batch, self.runtime, self.threads
 
     @property
     def errors(self) -> list[float]:
@@ -95,13 +96,18 @@ def main() -> None:
     rows = {row.key: row for row in found}
     threads = parsed.threads or cores()
     for name, batch, runtime in itertools.product(parsed.models, parsed.batches, parsed.runtimes):
-        if (name, batch, runtime, threads) in rows and not parsed.again:
+        if (here(), name, batch, runtime, threads) in rows and not parsed.again:
             continue
         row = measure(name, batch, runtime, threads, parsed.seconds)
         rows[row.key] = row
         print(line(row), *details(row), sep="\n", flush=True)
         kept.write_text(json.dumps([asdict(row) for row in rows.values()], indent=1) + "\n")
     parsed.out.write_text(page(list(rows.values()), parsed.seconds))
+
+
+def here() -> str:
+    """The processor of this machine."""
+    return processor(find_device("cpu"))
 
 
 def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -> Row:
@@ -121,6 +127,7 @@ def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -
     speed_ups = [[half[0].seconds / one.seconds for one in half[1:]] for half in halves]
     predicted = total_cost(profile.shape, Schedule(), profile)
     return Row(
+        here(),
         name,
         batch,
         runtime,
@@ -234,8 +241,10 @@ def details(row: Row) -> list[str]:
 def page(rows: Sequence[Row], seconds: float) -> str:
     """The page, in Markdown."""
     versions = {name: version for row in rows for name, version in row.versions.items()}
-    rows = sorted(rows, key=lambda row: (row.model, row.batch))
-    groups = [[row for row in rows if row.threads == threads] for threads in sorted({row.threads for row in rows})]
+    rows = sorted(rows, key=lambda row: (row.model, row.batch))  # stable: machines stay in order
+    tables: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        tables.setdefault((row.machine, row.threads), []).append(row)
     (low, high), (map_low, map_high) = SHARES, MAP_SHARES
     return f"""# Predicted and measured speed-ups
 
@@ -249,18 +258,32 @@ schedules, one after the other, which is what tau could be. Confused: the most b
 speed that are predicted in the wrong order; where it is small, tau misses by near ties. Goals: a median error of
 {MOST_ERROR:.0%} at most, tau {LEAST_TAU} at least.
 
-{processor(find_device("cpu"))}, float32, {", ".join(map(" ".join, versions.items()))}. Random weights.
-{"".join(map(table, groups))}
-{chr(10).join(verdicts(rows))}
-
-Schedule by schedule: [profile.json](profile.json). Made with `scripts/benchmark_profile.py`, rows in several sittings.
+float32, {", ".join(map(" ".join, versions.items()))}. Random weights.
+{"".join(map(table, tables.values()))}
+{elsewhere(rows)}Schedule by schedule: [profile.json](profile.json). Made with `scripts/benchmark_profile.py`, rows in
+several sittings.
 """
+
+
+def elsewhere(rows: Sequence[Row]) -> str:
+    """What the rows say that were measured on several machines."""
+    reached: dict[str, list[bool]] = {}
+    for row in rows:
+        reached.setdefault(f"{row.model}, batch {row.batch}, {row.runtime}", []).append(_reaches_goals(row))
+    never = [name for name, found in reached.items() if not any(found)]
+    once = [name for name, found in reached.items() if any(found) and not all(found)]
+    if not once:
+        return ""
+    return (
+        f"Rows that missed on one machine and reach the goals on another: {'; '.join(once)}. Missed wherever they were "
+        f"measured: {'; '.join(never) or 'none'}.\n\n"
+    )
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """How many rows reach the goals, and by what the others miss."""
     missed = [row for row in rows if not _reaches_goals(row)]
-    lines = [f"Goals reached: {len(rows) - len(missed)} of {len(rows)}.", ""] if missed else ["All reach the goals."]
+    lines = [f"Goals reached: {len(rows) - len(missed)} of {len(rows)}.", *[""] * bool(missed)]
     return lines + [
         f"- missed: {row.model}, batch {row.batch}, {row.runtime}: error {median(row.errors):.1%}, tau "
         f"{tau(row.predicted, row.measured):.2f}; schedules in the wrong order differ by at most {confused(row):.1%}, "
@@ -274,13 +297,15 @@ def _reaches_goals(row: Row) -> bool:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows of one number of threads."""
+    """The rows of one machine and one number of threads."""
     return f"""
-{counted(rows[0].threads, "thread")}:
+## {rows[0].machine}, {counted(rows[0].threads, "thread")}
 
 | model | batch | runtime | dense, ms | measured speed-ups | median error | largest error | tau | again | confused |
 |---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(map(line, rows))}
+
+{chr(10).join(verdicts(rows))}
 """
 
 

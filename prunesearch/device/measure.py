@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from prunesearch.models.parts import Part, example, sharing_copy
 from prunesearch.profile import Curve, Profile, StageTime
 from prunesearch.schedule import Schedule, Stage, Step, resolve
 from prunesearch.shape import ModelShape
+from prunesearch.space.choices import may_return
 from prunesearch.tokens import REDUCERS, SCORERS
 
 FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.28, 0.17, 0.08)
@@ -39,6 +40,8 @@ BENT = 0.03
 """A curve is measured between two points when its middle is further from a straight line than this share."""
 DESIGNS = tuple(itertools.product((1.0, 0.35), (0.92, 0.6, 0.25)))
 """For each verb: the patch tokens present, as a share of the model's, and the share of these that stay."""
+RETURNS = ((1.0, 0.6), (1.0, 0.25), (0.35, 0.6))
+"""The same for verbs whose tokens come back, which add to what they take otherwise."""
 CHECKS = 2
 FINE = 1e-5
 """Seconds; a clock that is coarser is not used."""
@@ -180,8 +183,14 @@ class _Look:
                 tokens = round(share * shape.patch_tokens) + shape.prefix_tokens
                 found[("score", name, tokens)] = self.parts.score_part(self.model, shape, self.images, name, tokens)
         for verb in verbs:
-            for step in _designs(verb, shape, usual_score(shape, scores)):
+            score = usual_score(shape, scores)
+            for step in _designs(verb, shape, score, DESIGNS):
                 found[("verb", verb, step.before, step.after)] = self.parts.verb_part(
+                    self.model, shape, self.images, step
+                )
+            for step in _designs(verb, shape, score, RETURNS) if may_return(verb) else ():
+                step = replace(step, until=shape.depth)
+                found[("return", verb, step.before, step.after)] = self.parts.verb_part(
                     self.model, shape, self.images, step
                 )
         return self._ready(found)
@@ -296,10 +305,10 @@ def _stage(verb: str, block: int, shape: ModelShape, keep: float, score: str) ->
     return Stage(block, at="pre" if shape.holds else "mid", score=score, keep=keep, reduce=verb)
 
 
-def _designs(verb: str, shape: ModelShape, score: str) -> list[Step]:
-    """Steps at which a verb is measured alone."""
+def _designs(verb: str, shape: ModelShape, score: str, designs: Iterable[tuple[float, float]]) -> list[Step]:
+    """Steps at which a verb is measured alone. designs: as `DESIGNS`."""
     found = {}
-    for present, keep in DESIGNS:
+    for present, keep in designs:
         before = max(2, round(present * shape.patch_tokens))
         keep = max(keep, REDUCERS[verb].fewest_kept(before) / before)
         step = resolve(Schedule((_stage(verb, 0, shape, keep, score),)), replace(shape, patch_tokens=before))[0]
@@ -393,6 +402,7 @@ def _profile(
         mlp=mlp,
         verbs=tuple(_stage_time(verb, "verb", times) for verb in verbs),
         scores=tuple(_stage_time(score, "score", times) for score in scores),
+        returning=tuple(_return_time(verb, times) for verb in verbs if may_return(verb)),
         dense_ms=dense,
         attention=attention,
         sized_attention=sized,
@@ -431,17 +441,31 @@ def _stage_time(name: str, kind: str, times: Mapping[Key, Measured]) -> StageTim
     return StageTime(name, fixed, per_before, per_kept, per_pair, error, per_guest)
 
 
-def non_negative_fit(columns: np.ndarray, values: np.ndarray) -> tuple[list[float], float]:
+def _return_time(verb: str, times: Mapping[Key, Measured]) -> StageTime:
+    """What a verb takes more when its tokens come back: a part for each token, and a part for each that was away."""
+    points = [(*key[2:], 1e3 * value.seconds) for key, value in times.items() if key[:2] == ("return", verb)]
+    alone = {key[2:]: 1e3 * value.seconds for key, value in times.items() if key[:2] == ("verb", verb)}
+    whole = np.array([ms for _, _, ms in points])
+    more = np.array([ms - alone[before, after] for before, after, ms in points])
+    columns = np.array([[1.0, before, before - after] for before, after, _ in points])
+    (fixed, per_before, per_guest), error = non_negative_fit(columns, more, whole)
+    return StageTime(verb, fixed, per_before, error=error, per_guest=per_guest)
+
+
+def non_negative_fit(
+    columns: np.ndarray, values: np.ndarray, scale: np.ndarray | None = None
+) -> tuple[list[float], float]:
     """Weights >= 0 of the columns (rows, columns) with the least squared relative error, and its root mean square.
 
-    All choices of columns are tried: there are five at most.
+    scale: what errors are shares of; the values when None. All choices of columns are tried: there are five at most.
     """
-    best, least = [0.0] * columns.shape[1], float("inf")
-    scaled, ones = columns / values[:, None], np.ones(len(values))
+    scale = values if scale is None else scale
+    scaled, wanted = columns / scale[:, None], values / scale
+    best, least = [0.0] * columns.shape[1], float(np.sqrt(np.mean(wanted**2)))
     for size in range(1, min(columns.shape) + 1):
         for chosen in itertools.combinations(range(columns.shape[1]), size):
-            weights = np.linalg.lstsq(scaled[:, chosen], ones, rcond=None)[0]
-            error = float(np.sqrt(np.mean((scaled[:, chosen] @ weights - 1) ** 2)))
+            weights = np.linalg.lstsq(scaled[:, chosen], wanted, rcond=None)[0]
+            error = float(np.sqrt(np.mean((scaled[:, chosen] @ weights - wanted) ** 2)))
             if weights.min() >= 0 and error < least - 1e-9:
                 least, best = error, [0.0] * columns.shape[1]
                 for place, weight in zip(chosen, weights, strict=True):

@@ -93,7 +93,9 @@ def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -
     possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
     for name in verbs:
         if name not in possible:
-            raise DeviceError(f"verb {name}: this model does not take it. Possible: {', '.join(possible)}. Name those.")
+            raise DeviceError(
+                f"verb {name}: this model has no time of its own for it. Possible: {', '.join(possible)}. Name those."
+            )
 
 
 def processor(device: torch.device) -> str:

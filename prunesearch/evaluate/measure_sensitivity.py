@@ -23,7 +23,7 @@ from prunesearch.evaluate.predict import reproducible
 from prunesearch.evaluate.sensitivity import IMAGES, Effect, Sensitivities, nothing_to_measure, stages_of
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.models import apply_schedule, block_inputs, remove_schedule, run_from
-from prunesearch.schedule import Schedule, Stage, reads_attention
+from prunesearch.schedule import Schedule, Stage, canonical, reads_attention
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,13 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
     Raises StudyError when nothing can be measured without training; ModelError, DataError and ResourceError as in an
     evaluation.
     """
-    stages, left_out = stages_of(config.space, model_shape(config.model))
-    if not stages:
+    shape = model_shape(config.model)
+    possible, left_out = stages_of(config.space, shape)
+    if not possible:
         raise StudyError(nothing_to_measure(left_out))
+    # stages that do the same alone, such as those until the next stage and until the end, are measured once
+    same_as = {stage: canonical(Schedule((stage,)), shape) for stage in possible}
+    stages = list({form: stage for stage, form in reversed(same_as.items())}.values())[::-1]
     device = find_device(config.workers.device)
     begin = time.perf_counter()
     few = replace(config.data, train_images=min(count, config.data.train_images or count))
@@ -66,10 +70,11 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
                 divergence[index] += (dense_BC.exp() * (dense_BC - pruned_BC)).sum()
                 same[index] += (dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)).sum()
             remove_schedule(model)
-    effects = [
-        Effect(stage, _short(max(total / seen, 0.0)), _short(100 * equal / seen))
+    measured = {
+        same_as[stage]: (_short(max(total / seen, 0.0)), _short(100 * equal / seen))
         for stage, total, equal in zip(stages, divergence.tolist(), same.tolist(), strict=True)
-    ]
+    }
+    effects = [Effect(stage, *measured[form]) for stage, form in same_as.items()]
     seconds = round(time.perf_counter() - begin, 3)
     found = Sensitivities(
         version=1,

@@ -18,9 +18,9 @@ from prunesearch.evaluate.shapes import model_shape
 from prunesearch.files import write_atomically
 from prunesearch.schedule import Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import BlockChoices, blocks_of, grid_of
+from prunesearch.space.choices import BlockChoices, blocks_of, grid_of, until_of
 from prunesearch.strict import from_mapping, to_mapping
-from prunesearch.tokens import REDUCERS, SCORERS
+from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
 IMAGES = 256
 IMAGES_FOR_A_START = 64
@@ -86,18 +86,22 @@ def stages_of(space: SpaceConfig, shape: ModelShape) -> tuple[list[Stage], tuple
         for verb, at in itertools.product(block.reduce, block.at):
             scores = block.score if REDUCERS[verb].ranks else ("none",)
             for score in scores:
-                learns = [name for name in (verb, score) if _learns(name)]
+                learns = [name for name in (verb, score) if _learns(name, shape)]
                 left_out.update(learns)
                 if not learns:
                     stage = Stage(block.block, at=cast(Place, at), score=score, keep=1.0, reduce=verb)
-                    stages += [replace(stage, keep=keep) for keep in _keeps(block)]
-    return [stage for stage in stages if _is_possible(stage, shape)], tuple(sorted(left_out))
+                    stages += [
+                        replace(stage, keep=keep, until=until_of(until, verb))
+                        for until, keep in itertools.product(block.until, _keeps(block))
+                    ]
+    possible = [stage for stage in dict.fromkeys(stages) if _is_possible(stage, shape)]
+    return possible, tuple(sorted(left_out))
 
 
 def most_stages(space: SpaceConfig) -> int:
     """Upper bound on the number of stages that `stages_of` looks at, computed without listing them."""
     return sum(
-        len(block.reduce) * len(block.at) * len(block.score) * len(_keeps(block))
+        len(block.reduce) * len(block.at) * len(block.score) * len(block.until) * len(_keeps(block))
         for block in blocks_of(space)
         if "keep" in block.amount
     )
@@ -127,9 +131,9 @@ def load_sensitivities(path: Path) -> Sensitivities:
     return from_mapping(Sensitivities, content, str(path))
 
 
-def _learns(name: str) -> bool:
-    entries = [registry[name] for registry in (SCORERS, REDUCERS) if name in registry]
-    return any(entry.part is not None for entry in entries)
+def _learns(name: str, shape: ModelShape) -> bool:
+    entries: list[Scorer | Reducer] = [registry[name] for registry in (SCORERS, REDUCERS) if name in registry]
+    return any(entry.learns(shape) for entry in entries)
 
 
 def _keeps(block: BlockChoices) -> list[float]:

@@ -54,7 +54,7 @@ def take_masked_step(
     stage, entry = step.stage, REDUCERS[step.stage.reduce]
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     present_Bn = state.present_Bn
-    away = state.away
+    away, memory_Bn = state.away, state.memory_Bn
     with full_precision(patches_BnC):
         if present_Bn is None:
             present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
@@ -98,6 +98,7 @@ def take_masked_step(
             if place_Bn2 is not None:
                 place_Bn2 = centre(place_Bn2, patches_BnC.shape[1], present_Bn.detach())
             present_Bn, later = torch.ones_like(patches_BnC[..., 0], dtype=torch.float32), ()
+            memory_Bn = None
         else:
             place_Bn2 = None if place_Bn2 is None else _moved(place_Bn2, joining, takes_mean(options))
             joined_BmC = join(patches_BnC, joining)
@@ -106,10 +107,12 @@ def take_masked_step(
             patches_BnC = joined_BmC
             size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
             later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
+            memory_Bn = None if memory_Bn is None else join_amounts(memory_Bn, joining, present_Bn)
             present_Bn = _with_fused(joining, present_Bn)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
     counts = (*state.counts, present_Bn.sum(dim=1))
-    return TokenState(tokens_BNC, size_Bn, (), present_Bn, counts, place_Bn2=place_Bn2, away=away), later
+    after = TokenState(tokens_BNC, size_Bn, (), present_Bn, counts, None, place_Bn2, None, away, memory_Bn)
+    return after, later
 
 
 def _away(until: int, state: TokenState, patches_BnC: Tensor, joining: Joining, joined_BmC: Tensor, adds: bool) -> Away:
@@ -124,6 +127,7 @@ def _away(until: int, state: TokenState, patches_BnC: Tensor, joining: Joining, 
         size_Bn=state.size_Bn,
         present_Bn=state.present_Bn,
         place_Bn2=state.place_Bn2,
+        memory_Bn=state.memory_Bn,
     )
     if joining.guest_share_Bn is None:
         return before
@@ -161,6 +165,7 @@ def compact(
             size_Bn=None if state.size_Bn is None else state.size_Bn.gather(1, order_BK),
             present_Bn=None if fewest == most else present_Bn.gather(1, order_BK),
             place_Bn2=None if state.place_Bn2 is None else gather(state.place_Bn2, order_BK),
+            memory_Bn=None if state.memory_Bn is None else state.memory_Bn.gather(1, order_BK),
             away=(*state.away[:-1], *(_followed(away, order_Bn, most) for away in state.away[-1:])),
         ),
         tuple(
@@ -233,6 +238,7 @@ def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
     states = [_all_given(group.state, prefix_tokens) for group in groups]
     merged = any(group.state.size_Bn is not None for group in groups)
     unplaced = any(group.state.place_Bn2 is None for group in groups)
+    forgotten = any(group.state.memory_Bn is None for group in groups)
     return TokenState(
         _joined([state.tokens_BNC for state in states], back_B),
         _joined([state.size_Bn for state in states], back_B) if merged else None,
@@ -240,6 +246,7 @@ def join_groups(groups: Sequence[Group], prefix_tokens: int) -> TokenState:
         counts=_joined([state.counts for state in states], back_B),
         place_Bn2=None if unplaced else _joined([state.place_Bn2 for state in states], back_B),
         away=_joined([state.away for state in states], back_B),
+        memory_Bn=None if forgotten else _joined([state.memory_Bn for state in states], back_B),
     )
 
 

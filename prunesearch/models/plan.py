@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models.swap import Place, Swapped, swap, swap_back
-from prunesearch.schedule import Schedule, Stage, Step, options_of, reads_attention, resolve
+from prunesearch.schedule import (
+    Schedule,
+    Stage,
+    Step,
+    blocks_read,
+    options_of,
+    reads_attention,
+    remembers,
+    resolve,
+    spelled_out,
+)
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer
 
@@ -45,7 +55,7 @@ class PlannedStep(NamedTuple):
     are not back, so images have different counts from here on. decisions_learn: the same for decisions that learn, so
     in training tokens stay in their slots from here on. softness: width of the soft comparison with the threshold, in
     units of the score.
-    reads_attention: for its score or for keys.
+    reads_attention: of one block, for its score or for keys. remembers: its score is a running mean over blocks.
     """
 
     step: Step
@@ -54,6 +64,7 @@ class PlannedStep(NamedTuple):
     decisions_learn: bool
     softness: float
     reads_attention: bool
+    remembers: bool
 
     @property
     def stage(self) -> Stage:
@@ -66,13 +77,20 @@ class BlockPlan:
     """The steps of one block.
 
     listening: the steps that read this block's attention, of its `mid` and then of the next block's `pre`. needs_keys:
-    one of them matches tokens by their keys.
+    one of them matches tokens by their keys. remembering: the step whose running mean of scores this block's attention
+    adds to.
     """
 
     pre: tuple[PlannedStep, ...] = ()
     mid: tuple[PlannedStep, ...] = ()
     listening: tuple[PlannedStep, ...] = ()
     needs_keys: bool = False
+    remembering: PlannedStep | None = None
+
+    @property
+    def listens(self) -> bool:
+        """Whether something reads the block's attention."""
+        return bool(self.listening) or self.remembering is not None
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,8 @@ class Plan:
 def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     """Resolve a schedule. Raises ScheduleError."""
     planned = list(_planned(resolve(schedule, shape), shape))
+    read = zip(planned, blocks_read([one.step for one in planned]), strict=True)
+    remembering = {block: one for one, blocks in read if one.remembers for block in blocks}
 
     def at(block: int, place: str) -> tuple[PlannedStep, ...]:
         return tuple(step for step in planned if (step.stage.block, step.stage.at) == (block, place))
@@ -124,14 +144,15 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
         around = (*at(block, "mid"), *at(block + 1, "pre"))
         listening = tuple(step for step in around if step.reads_attention)
         needs_keys = any(REDUCERS[step.stage.reduce].needs_keys for step in listening)
-        return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys)
+        return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys, remembering.get(block))
 
     blocks = tuple(map(of, range(shape.depth)))
     # of all stages: one that removes nothing here may do so at another size of images
-    merging = [stage for stage in schedule.stages if REDUCERS[stage.reduce].merges]
+    stages = spelled_out(schedule, shape).stages
+    merging = [stage for stage in stages if REDUCERS[stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
-    leaves_places = any(_leaves_places(stage) for stage in schedule.stages)
-    all_return = all(stage.until is not None for stage in schedule.stages)
+    leaves_places = any(_leaves_places(stage) for stage in stages)
+    all_return = all(stage.until is not None for stage in stages)
     return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places, all_return)
 
 
@@ -262,8 +283,8 @@ def with_thresholds(schedule: Schedule, plan: Plan, parts: nn.ModuleDict | None)
         if planned.stage.threshold is not None:
             learned.setdefault(planned.stage, []).append(parts[planned.key].threshold)  # type: ignore[arg-type]
     stages = [
-        replace(stage, threshold=_shortest(learned[stage].pop(0))) if learned.get(stage) else stage
-        for stage in schedule.stages
+        replace(stage, threshold=_shortest(learned[as_planned].pop(0))) if learned.get(as_planned) else stage
+        for stage, as_planned in zip(schedule.stages, spelled_out(schedule, plan.shape).stages, strict=True)
     ]
     return replace(schedule, stages=tuple(stages))
 
@@ -307,4 +328,6 @@ def _planned(steps: tuple[Step, ...], shape: ModelShape) -> Iterable[PlannedStep
         key = f"block{stage.block}_{stage.at}" + (f"_{index}" if index else "")
         # AS-ViT: 1e-4 for scores of about 1/196; LTMP: 0.1 for cosines
         softness = 0.02 * threshold_unit(stage, shape) if REDUCERS[stage.reduce].ranks else 0.1
-        yield PlannedStep(step, key, counts_differ, decisions_learn, softness, reads_attention(stage))
+        means = remembers(stage)
+        reads = REDUCERS[stage.reduce].needs_keys or (reads_attention(stage) and not means)
+        yield PlannedStep(step, key, counts_differ, decisions_learn, softness, reads, means)

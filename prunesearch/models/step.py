@@ -35,12 +35,13 @@ class Away(NamedTuple):
     """What brings back the tokens that left at one step, see `returned`.
 
     until: the block before which they are back. patches_BnC: the patch tokens that arrived at the step.
-    kept_BK: the places of those that went on, when all others left. Otherwise the following.
+    kept_BK: the places of those that went on; None where tokens stay in their slots. The following is given there, and
+    where others joined those that went on.
     index_Bn: for each of patches_BnC the place of the token that it is among those that went on, or that it joined.
     own_BnC: what it had of its own then; None when that is not given back. stays_Bn: 0 for the tokens that return by
     host_Bn and host_own_BnC (as index_Bn and own_BnC), or without those as they were; None when there are none. It
     carries gradients to the decision.
-    size_Bn, present_Bn, place_Bn2: as in `TokenState`, before the step.
+    size_Bn, present_Bn, place_Bn2, memory_Bn: as in `TokenState`, before the step.
     """
 
     until: int
@@ -54,6 +55,7 @@ class Away(NamedTuple):
     size_Bn: Tensor | None = None
     present_Bn: Tensor | None = None
     place_Bn2: Tensor | None = None
+    memory_Bn: Tensor | None = None
 
 
 class TokenState(NamedTuple):
@@ -68,6 +70,7 @@ class TokenState(NamedTuple):
     place_Bn2: row and column of each patch token in the image, fp32, for models whose attention reads them. A token
     that stands for several may lie between rows. None: every token is at its own place. found: what the blocks look up
     by it, computed when a block first needs it. away: the tokens that will come back, those that come first last.
+    memory_Bn: running mean of the scores of each patch token, fp32; None while no block has added to it.
     """
 
     tokens_BNC: Tensor
@@ -79,6 +82,7 @@ class TokenState(NamedTuple):
     place_Bn2: Tensor | None = None
     found: Tensor | None = None
     away: tuple[Away, ...] = ()
+    memory_Bn: Tensor | None = None
 
 
 def with_tokens(state: TokenState, tokens_BNC: Tensor) -> TokenState:
@@ -100,16 +104,17 @@ def gather_evidence(
     training: bool,
     present_Bn: Tensor | None = None,
     part: nn.Module | None = None,
+    keys_only: bool = False,
 ) -> Evidence:
     """Score the patch tokens for a stage, or take the keys by which it matches them.
 
-    part: the learned module of the scorer, or None.
+    part: the learned module of the scorer, or None. keys_only: the scores come from elsewhere.
     """
     keys_BnD = None
     if REDUCERS[stage.reduce].needs_keys:
         assert attended is not None and attended.keys_BnD is not None
         keys_BnD = attended.keys_BnD
-    if stage.score == "none":
+    if stage.score == "none" or keys_only:
         return Evidence(None, keys_BnD)
     entry = SCORERS[stage.score]
     options = options_for(entry, stage)
@@ -139,7 +144,7 @@ def take_step(
     """
     entry = REDUCERS[step.stage.reduce]
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
-    size_Bn, place_Bn2, away = state.size_Bn, state.place_Bn2, state.away
+    size_Bn, place_Bn2, away, memory_Bn = state.size_Bn, state.place_Bn2, state.away, state.memory_Bn
     options = options_for(entry, step.stage)
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
@@ -148,28 +153,37 @@ def take_step(
             parts: tuple[Tensor, ...] = (grouping.patches_BKC.to(patches_BnC.dtype),)
             size_Bn = None if size_Bn is None else equal_sizes(size_Bn, step.kept)
             place_Bn2 = None if place_Bn2 is None else centre(place_Bn2, step.kept)
+            memory_Bn = None
         else:
             parts, weights = _regrouped(patches_BnC, grouping)
             if size_Bn is not None or entry.merges:
                 size_Bn = _sizes(size_Bn, grouping, weights)
             if place_Bn2 is not None:
                 place_Bn2 = _moved(place_Bn2, grouping, takes_mean(options))
+            memory_Bn = None if memory_Bn is None else add_up(memory_Bn, grouping)
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     if step.until is not None:
         assert isinstance(grouping, Grouping), "resolve refuses it"
         left = _away(step.until, state, prefix_tokens, grouping, tokens_BNC[:, prefix_tokens:], adds_own(options))
         away = (*away, left)
-    return TokenState(tokens_BNC, size_Bn, place_Bn2=place_Bn2, away=away), later
+    return TokenState(tokens_BNC, size_Bn, place_Bn2=place_Bn2, away=away, memory_Bn=memory_Bn), later
 
 
 def _away(until: int, state: TokenState, prefix_tokens: int, grouping: Grouping, after_BKC: Tensor, adds: bool) -> Away:
     """What brings the tokens back that a step takes away. after_BKC: the patch tokens after it."""
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
-    before = Away(until, patches_BnC, size_Bn=state.size_Bn, place_Bn2=state.place_Bn2)
     kept_BK, guests_BG, host_BG = grouping.kept_BK, grouping.guests_BG, grouping.host_BG
+    before = Away(
+        until,
+        patches_BnC,
+        kept_BK,
+        size_Bn=state.size_Bn,
+        place_Bn2=state.place_Bn2,
+        memory_Bn=state.memory_Bn,
+    )
     if guests_BG is None:
-        return before._replace(kept_BK=kept_BK)
+        return before
     kept, tokens = kept_BK.shape[1], patches_BnC.shape[1]
     places_BK = torch.arange(kept, device=kept_BK.device).expand_as(kept_BK)
     stays_Bn = None
@@ -192,7 +206,8 @@ def returned(state: TokenState, prefix_tokens: int) -> TokenState:
     """
     away = state.away[-1]
     patches_BnC, now_BKC = away.patches_BnC, state.tokens_BNC[:, prefix_tokens:]
-    if away.kept_BK is not None:
+    if away.index_Bn is None:
+        assert away.kept_BK is not None
         back_BnC = put(patches_BnC, away.kept_BK, now_BKC)
     else:
         back_BnC = _from(now_BKC, away.index_Bn, away.own_BnC)
@@ -206,7 +221,22 @@ def returned(state: TokenState, prefix_tokens: int) -> TokenState:
         counts=state.counts,
         place_Bn2=away.place_Bn2,
         away=state.away[:-1],
+        memory_Bn=_memory_back(away, state.memory_Bn),
     )
+
+
+def _memory_back(away: Away, now_BK: Tensor | None) -> Tensor | None:
+    """The running mean of scores with all tokens back. What was away has the one with which it left.
+
+    None when it left without one: the mean begins anew.
+    """
+    before_Bn = away.memory_Bn
+    if now_BK is None or before_Bn is None:
+        return None
+    if away.kept_BK is not None:
+        return put(before_Bn[..., None], away.kept_BK, now_BK[:, : away.kept_BK.shape[1], None])[..., 0]
+    assert away.index_Bn is not None and away.stays_Bn is not None
+    return torch.where(away.stays_Bn > 0, now_BK.gather(1, away.index_Bn), before_Bn)
 
 
 def _from(now_BKC: Tensor, index_Bn: Tensor | None, own_BnC: Tensor | None) -> Tensor:

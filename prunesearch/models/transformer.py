@@ -35,6 +35,7 @@ from prunesearch.models.swap import (
 )
 from prunesearch.models.trace import ModelCall, Trace
 from prunesearch.models.vit_shape import channels_of, pools_prefix
+from prunesearch.schedule import momentum_of
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
 from prunesearch.tokens.select import in_onnx_export
@@ -119,7 +120,7 @@ class BlockCall:
     @property
     def in_attention(self) -> bool:
         """Whether the attention gets the call too."""
-        return moved_in_attention(self.run, self.state) or bool(self.plan.listening) or self.most_gap is not None
+        return moved_in_attention(self.run, self.state) or self.plan.listens or self.most_gap is not None
 
 
 class SteppingBlock(Swapped):
@@ -154,8 +155,12 @@ class SteppingBlock(Swapped):
         else:
             added = self.attn(self.before_attention(x), *args, **given)
         x = self.after_attention(x, added)
-        evidence = [_evidence(step, x, call.attended, call.state, call.run) for step in call.plan.listening]
+        evidence = [
+            _evidence(step, x, call.attended, call.state, call.run, step.remembers) for step in call.plan.listening
+        ]
         state, ahead = with_tokens(call.state, x), tuple(evidence)
+        if call.plan.remembering is not None:
+            state = _remembered(call.plan.remembering, state, call.attended, call.run)
         if call.plan.mid:
             state, ahead = _take_steps(call.plan.mid, state, ahead, call.run)
         call.left, call.ahead, x = state, ahead, state.tokens_BNC
@@ -476,7 +481,7 @@ def block_places(model: Any, plan: Plan, in_attention: bool = False) -> list[Pla
     for index, (block, block_plan) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         learning = learning or any(step.decisions_learn for step in block_plan.pre)
         moved = moved or (in_attention and bool(block_plan.pre))
-        listens = learning or moved or bool(block_plan.listening)
+        listens = learning or moved or block_plan.listens
         path = f"model.blocks[{index}]"
         places.append(Place(path, block, ours(block), calls=listens or bool(block_plan.mid)))
         places.append(Place(f"{path}.attn", block.attn, ours(block.attn), calls=listens))
@@ -579,7 +584,7 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
         if bias_B11N is not None:
             state = state._replace(bias_B11N=bias_B11N)
     keywords = {} if state.bias_B11N is None else {"attn_mask": state.bias_B11N}
-    calls = bool(block_plan.mid or block_plan.listening) or learning or moved_in_attention(run, state)
+    calls = bool(block_plan.mid) or block_plan.listens or learning or moved_in_attention(run, state)
     if positions is not None:
         if state.found is None:
             state = state._replace(found=positions.found(state.place_Bn2))
@@ -670,8 +675,12 @@ def _take_steps(
             state = state._replace(place_Bn2=run.positions.grid_n2.expand(state.tokens_BNC.shape[0], -1, -1))
         if planned.reads_attention:
             own, evidence = evidence[0], evidence[1:]
+        elif planned.remembers:
+            own = Evidence()
         else:
             own = _evidence(planned, state.tokens_BNC, None, state, run)
+        if planned.remembers:
+            own = own._replace(scores_Bn=state.memory_Bn)
         parts = None if run.parts is None else _parts_of(planned, run.parts)
         part = None if parts is None else parts.reducer
         masks = planned.counts_differ or (run.masked and planned.decisions_learn)
@@ -692,16 +701,35 @@ def _take_steps(
     return state, evidence
 
 
+def _remembered(planned: PlannedStep, state: TokenState, attended: Attended | None, run: Run) -> TokenState:
+    """The state with the running mean of scores after the attention of a block."""
+    scores_Bn, before_Bn = _evidence(planned, state.tokens_BNC, attended, state, run).scores_Bn, state.memory_Bn
+    assert scores_Bn is not None
+    if before_Bn is not None:
+        scores_Bn = before_Bn + (1 - momentum_of(planned.stage)) * (scores_Bn - before_Bn)
+        if state.present_Bn is not None:  # what is absent keeps what it had, in case it comes back
+            scores_Bn = torch.where(state.present_Bn > 0, scores_Bn, before_Bn)
+    return state._replace(memory_Bn=scores_Bn)
+
+
 def _back_home(state: TokenState) -> TokenState:
     """The state whose tokens return to their own places, when they leave next from there."""
     return state._replace(away=(*state.away[:-1], state.away[-1]._replace(place_Bn2=None)))
 
 
-def _evidence(planned: PlannedStep, x_BNC: Tensor, attended: Attended | None, state: TokenState, run: Run) -> Evidence:
+def _evidence(
+    planned: PlannedStep,
+    x_BNC: Tensor,
+    attended: Attended | None,
+    state: TokenState,
+    run: Run,
+    keys_only: bool = False,
+) -> Evidence:
     parts = None if run.parts is None else _parts_of(planned, run.parts)
     part = None if parts is None else parts.scorer
     patches_BnC = x_BNC[:, run.plan.shape.prefix_tokens :]
-    return gather_evidence(planned.step.stage, patches_BnC, attended, run.training, state.present_Bn, part)
+    stage, present_Bn = planned.step.stage, state.present_Bn
+    return gather_evidence(stage, patches_BnC, attended, run.training, present_Bn, part, keys_only)
 
 
 def _parts_of(planned: PlannedStep, parts: nn.ModuleDict) -> StageParts | None:

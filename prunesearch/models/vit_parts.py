@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunesearch.models.parts import Part, example, sharing_copy
-from prunesearch.models.step import Evidence, TokenState, mean_keys, take_step
+from prunesearch.models.step import Evidence, TokenState, mean_keys, returned, take_step
 from prunesearch.models.swap import ours
 from prunesearch.models.transformer import Positions, attend
 from prunesearch.schedule import Step
@@ -134,7 +134,10 @@ class Score(nn.Module):
 
 
 class Verb(nn.Module):
-    """A verb that takes the tokens of a step from `before` to `kept`, and what their new places give to the blocks."""
+    """A verb that takes the tokens of a step from `before` to `kept`, and what their new places give to the blocks.
+
+    With `until`, those that left are back at once.
+    """
 
     def __init__(self, step: Step, shape: ModelShape, positions: Positions | None) -> None:
         super().__init__()
@@ -143,7 +146,8 @@ class Verb(nn.Module):
         self.positions = positions
 
     def forward(self, x_BNC: Tensor, scores_Bn: Tensor, key_BHND: Tensor, size_Bn: Tensor) -> tuple[Tensor, ...]:
-        """Tokens after the step, their sizes if the verb merges, and what their places give, if blocks read any."""
+        """Tokens after the step, their sizes if the verb merges, what their places give, if blocks read any, and the
+        tokens when all are back, if they come back."""
         scores = scores_Bn if self.entry.ranks else None
         keys_BnD = mean_keys(key_BHND, self.prefix) if self.entry.needs_keys else None
         state, positions = TokenState(x_BNC, size_Bn if self.entry.merges else None), self.positions
@@ -151,7 +155,8 @@ class Verb(nn.Module):
             state = state._replace(place_Bn2=positions.grid_n2[: self.step.before].expand(x_BNC.shape[0], -1, -1))
         state, _ = take_step(self.step, state, self.prefix, Evidence(scores, keys_BnD), (), self.part)
         found = None if positions is None else positions.found(state.place_Bn2)
-        return tuple(value for value in (state.tokens_BNC, state.size_Bn, found) if value is not None)
+        back_BNC = returned(state, self.prefix).tokens_BNC if state.away else None
+        return tuple(value for value in (state.tokens_BNC, state.size_Bn, found, back_BNC) if value is not None)
 
 
 def stem_part(model: Any, images: Tensor) -> Part:

@@ -11,7 +11,7 @@ from itertools import product
 from prunesearch.cost import estimate_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.files import PresetFile, PresetStage
-from prunesearch.schedule import PLACES, Schedule, Stage, count_of
+from prunesearch.schedule import END, NEXT, PLACES, Schedule, Stage, count_of
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
@@ -48,17 +48,29 @@ def expand(rows: Sequence[PresetStage], depth: int, patch_tokens: int) -> tuple[
     """
     stages: list[Stage] = []
     present = patch_tokens
+    away: list[tuple[int, int]] = []  # blocks before which tokens are back, and how many there are then
     for block, place, row in product(range(depth), PLACES, rows):
-        if row.block in (None, block) and row.at == place:
+        while away and away[-1][0] <= block:
+            present = away.pop()[1]
+        if _is_there(row, block) and row.at == place:
             stage = _stage(row, block, depth, present, patch_tokens)
             if stage is None:
                 continue
             stages.append(stage)
-            if REDUCERS[stage.reduce].holds:
+            if REDUCERS[stage.reduce].holds or stage.until == NEXT:
                 continue  # the next stage chooses among all again
+            if isinstance(stage.until, int):
+                away.append((stage.until, present))
             kept = count_of(stage, present)
             present = kept + (REDUCERS[stage.reduce].extra_tokens if kept < present else 0)
     return tuple(stages)
+
+
+def _is_there(row: PresetStage, block: int) -> bool:
+    if row.every is not None:
+        first = row.block or 0
+        return block >= first and (block - first) % row.every == 0
+    return row.block in (None, block)
 
 
 def _stage(row: PresetStage, block: int, depth: int, present: int, patch_tokens: int) -> Stage | None:
@@ -71,7 +83,10 @@ def _stage(row: PresetStage, block: int, depth: int, present: int, patch_tokens:
         tokens = max(present - _removed(row, block, depth), REDUCERS[row.reduce].fewest_kept(present))
     if tokens is not None and tokens >= present:
         return None
-    return Stage(block, row.at, row.score, keep, tokens, row.threshold, row.reduce, row.options)
+    until: int | str | None = row.until
+    if row.blocks_away is not None:
+        until = block + row.blocks_away if block + row.blocks_away < depth else END
+    return Stage(block, row.at, row.score, keep, tokens, row.threshold, row.reduce, row.options, until)
 
 
 def _removed(row: PresetStage, block: int, depth: int) -> int:

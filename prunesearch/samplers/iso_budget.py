@@ -21,7 +21,7 @@ from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.limits import CostBudget, bound_in_words, budget_of, computed_limits
 from prunesearch.schedule import Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import BlockChoices, blocks_of, is_counted
+from prunesearch.space.choices import BlockChoices, blocks_of, is_counted, may_return, until_of
 from prunesearch.tokens import REDUCERS
 
 GRID = 10_000
@@ -53,7 +53,8 @@ def within_budget(schedule: Schedule, shape: ModelShape, budget: CostBudget) -> 
     for index in reversed(range(len(found.stages))):
         while (fuller := _with_one_more(found, index, shape)) is not None and fits(fuller):
             found = fuller
-    return Schedule(tuple(step.stage for step in resolve(found, shape) if not step.is_idle))
+    steps = zip(found.stages, resolve(found, shape), strict=True)
+    return Schedule(tuple(stage for stage, step in steps if not step.is_idle))
 
 
 def _powered(schedule: Schedule, strength: float) -> Schedule:
@@ -77,11 +78,11 @@ def _turn(holds: Callable[[float], bool]) -> tuple[float, float]:
 
 def _with_one_more(schedule: Schedule, index: int, shape: ModelShape) -> Schedule | None:
     """The schedule with one token more after a stage; None when the stage has a count, or no ratio below 1 gives it."""
-    step = resolve(schedule, shape)[index]
+    stage, step = schedule.stages[index], resolve(schedule, shape)[index]
     keep = math.floor((step.kept + 1) * GRID / step.before) / GRID
-    if step.stage.keep is None or not step.stage.keep < keep < 1:
+    if stage.keep is None or not stage.keep < keep < 1:
         return None
-    return Schedule((*schedule.stages[:index], replace(step.stage, keep=keep), *schedule.stages[index + 1 :]))
+    return Schedule((*schedule.stages[:index], replace(stage, keep=keep), *schedule.stages[index + 1 :]))
 
 
 def _cost(schedule: Schedule, shape: ModelShape, table: CostTable) -> float | None:
@@ -146,20 +147,24 @@ def _strongest(schedule: Schedule, shape: ModelShape) -> float:
 
 
 def _with_all_stages(space: SpaceConfig) -> Iterator[Schedule]:
-    """Schedules with as many stages as the space allows, in the first blocks: one for each place, score and verb."""
+    """Schedules with as many stages as the space allows, in the first blocks: one for each place, score, verb and time
+    of return."""
     blocks = sorted(blocks_of(space), key=lambda block: block.block)[: space.max_stages]
-    ats, scores, verbs = (
+    ats, scores, verbs, returns = (
         dict.fromkeys(itertools.chain.from_iterable(getattr(block, field) for block in blocks))
-        for field in ("at", "score", "reduce")
+        for field in ("at", "score", "reduce", "until")
     )
-    for at, score, verb in itertools.product(ats, scores, verbs):
-        stages = [_stage(block, at, score, verb) for block in blocks]
+    for at, score, verb, until in itertools.product(ats, scores, verbs, returns):
+        stages = [_stage(block, at, score, verb, until) for block in blocks]
         yield Schedule(tuple(stage for stage in stages if stage is not None))
 
 
-def _stage(block: BlockChoices, at: str, score: str, verb: str) -> Stage | None:
+def _stage(block: BlockChoices, at: str, score: str, verb: str, until: str) -> Stage | None:
     ranks = REDUCERS[verb].ranks
     if verb not in block.reduce or at not in block.at or (ranks and score not in block.score):
         return None
-    stage = Stage(block.block, at=cast(Place, at), score=score if ranks else "none", keep=0.5, reduce=verb)
+    if may_return(verb) and until not in block.until:
+        return None
+    stage = Stage(block.block, cast(Place, at), score if ranks else "none", keep=0.5, reduce=verb)
+    stage = replace(stage, until=until_of(until, verb))
     return replace(stage, keep=None, tokens=min(map(int, block.tokens or ()))) if is_counted(verb, block) else stage

@@ -108,7 +108,7 @@ def run_study(
             team = stack.enter_context(closing(Team(store, place, lease)))
         shape = model_shape(config.model)
         starts = store.starts(lambda: start_schedules(config, shape, folder))
-        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts], shape))
         outbox = folder / "outbox" if alone else folder / "outbox" / store.owner
         left = [outbox]
         if alone:  # other drivers may have run the study before, in folders of their own

@@ -20,7 +20,7 @@ from prunesearch.presets import find_schedule
 from prunesearch.record import SENSITIVITY
 from prunesearch.samplers import SAMPLERS
 from prunesearch.samplers.iso_budget import budget_problems
-from prunesearch.schedule import Schedule, resolve
+from prunesearch.schedule import Schedule, resolve, spelled_out
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
 from prunesearch.search.target_device import device_problems, without_predictions
 from prunesearch.shape import ModelShape
@@ -74,6 +74,7 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
             config.space, config.limits, config.target, config.evaluation == "supernet"
         )
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
+    problems += _learning_problems(config, shape)
     if starts:
         problems += _sensitivity_problems(config.space, shape) if not in_space else []
         problems += _start_problems(config.space, shape, config.evaluation == "supernet")
@@ -98,7 +99,7 @@ def model_free_problems(config: StudyConfig) -> list[str]:
     problems += [problem] if (problem := study_name_problem(config.name)) is not None else []
     problems += source_problems(config.data)
     problems += _sampler_problems(config.sampler.name, config.stop.trials) + _finetune_problems(config.finetune)
-    problems += _rung_problems(config.rungs, config.space) + _supernet_problems(config)
+    problems += _rung_problems(config.rungs) + _supernet_problems(config)
     return problems + sibling_problems(config)
 
 
@@ -111,7 +112,7 @@ def _finetune_problems(settings: FinetuneConfig) -> list[str]:
     ]
 
 
-def _rung_problems(rungs: Sequence[Budget], space: SpaceConfig) -> list[str]:
+def _rung_problems(rungs: Sequence[Budget]) -> list[str]:
     if len(rungs) == 1:
         if rungs[0] == Budget():
             return ["rungs[0]: neither images nor seconds. Possible: either or both. For no training: images: 0."]
@@ -131,12 +132,6 @@ def _rung_problems(rungs: Sequence[Budget], space: SpaceConfig) -> list[str]:
             f"rungs: {', '.join(map(str, images))} images do not ascend. Possible: each budget larger than the one "
             f"before, of which it is the continuation (0 = as it comes, first only). Put them in order."
         )
-    learned = _learned_choices(space)
-    if rungs[0].images == 0 and learned:
-        problems.append(
-            f"rungs[0]: 0 images, but {', '.join(learned)} must be trained to be of use, so that the best of this rung "
-            f"would be the best without. Possible: a first budget that trains, or one rung. Raise images."
-        )
     return problems
 
 
@@ -148,11 +143,6 @@ def _supernet_problems(config: StudyConfig) -> list[str]:
     if config.supernet is None:
         return ["supernet: missing, but evaluation is supernet. Possible: supernet: {images: ...}. Write how many."]
     problems = []
-    own = _learned_choices(config.space)
-    if any("threshold" in block.amount for block in blocks_of(config.space)):
-        own.append("thresholds")
-    if own:
-        problems.append(f"space: {', '.join(own)} {_NOTHING_OF_ITS_OWN}")
     if config.finetune.freeze_backbone > 0:
         problems.append(
             f"finetune.freeze_backbone: {config.finetune.freeze_backbone:g}, but with evaluation supernet nothing else "
@@ -166,12 +156,28 @@ def _budget_in_words(budget: Budget) -> str:
     return " and ".join(parts) or "no images"
 
 
-def _learned_choices(space: SpaceConfig) -> list[str]:
+def _learning_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """Choices that learn, where nothing is trained or the weights are shared."""
+    learned, problems = _learned_choices(config.space, shape), []
+    if len(config.rungs) > 1 and config.rungs[0].images == 0 and learned:
+        problems.append(
+            f"rungs[0]: 0 images, but {', '.join(learned)} must be trained to be of use, so that the best of this rung "
+            f"would be the best without. Possible: a first budget that trains, or one rung. Raise images."
+        )
+    if config.evaluation == "supernet" and config.supernet is not None:
+        if any("threshold" in block.amount for block in blocks_of(config.space)):
+            learned.append("thresholds")
+        if learned:
+            problems.append(f"space: {', '.join(learned)} {_NOTHING_OF_ITS_OWN}")
+    return problems
+
+
+def _learned_choices(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """Names of the scores and verbs of a space that have learned parts."""
     parts: list[SpaceConfig | BlockSpace] = [space]
     parts += [block for block in space.blocks if isinstance(block, BlockSpace)]
-    scores = {name for part in parts for name in part.score or () if name in SCORERS and SCORERS[name].part}
-    verbs = {name for part in parts for name in part.reduce or () if name in REDUCERS and REDUCERS[name].part}
+    scores = {name for part in parts for name in part.score or () if name in SCORERS and SCORERS[name].learns(shape)}
+    verbs = {name for part in parts for name in part.reduce or () if name in REDUCERS and REDUCERS[name].learns(shape)}
     return sorted(scores | verbs)
 
 
@@ -212,7 +218,7 @@ def _start_problems(space: SpaceConfig, shape: ModelShape, shares_weights: bool)
         except UserError as error:
             problems.append(f"space.start_from[{index}]: {error}")
         else:
-            if shares_weights and (start.needs_weights or start.is_adaptive):
+            if shares_weights and (spelled_out(start, shape).needs_weights or start.is_adaptive):
                 problems.append(f"space.start_from[{index}]: {name} learns, {_NOTHING_OF_ITS_OWN}")
     return problems
 

@@ -21,9 +21,19 @@ from prunesearch.config import Range, SpaceConfig
 from prunesearch.cost import MACS, CostTable, gives_sizes, tokens_scored
 from prunesearch.errors import ScheduleError
 from prunesearch.evaluate.sensitivity import Effect
-from prunesearch.schedule import Schedule, Stage, Step, resolve
+from prunesearch.schedule import (
+    END,
+    NEXT,
+    Schedule,
+    Stage,
+    Step,
+    blocks_read,
+    reads_attention,
+    resolve,
+    until_in_words,
+)
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import BlockChoices, blocks_of, parameters_of
+from prunesearch.space.choices import BlockChoices, blocks_of, may_return, parameters_of
 
 MOST_POINTS = 256
 """Most points kept of the front of a state. A dropped point has a kept one within 1/255 of the range of costs."""
@@ -44,12 +54,17 @@ class State(NamedTuple):
     present: patch tokens. attended: tokens in the attention of the last block, prefix tokens included; a score at `pre`
     of the next block reads that attention; 0 where none does. stages: so far; 0 if the space does not limit them.
     sized: tokens have sizes, which attention adds to its logits; False if that costs nothing in the table.
+    back, sized_back: what present and sized are again when the next stage comes; 0 if no tokens come back then.
+    end: patch tokens that are back at the end; 0 if none come back.
     """
 
     present: int
     attended: int
     stages: int
     sized: bool = False
+    back: int = 0
+    sized_back: bool = False
+    end: int = 0
 
 
 class Move(NamedTuple):
@@ -95,7 +110,7 @@ def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effe
     """Split the effects by the fields that all stages of a schedule must share (`space.same`): one group per set of
     values."""
     values: dict[str, list[Any]] = {}
-    for field in ("at", "score", "reduce", "keep"):
+    for field in ("at", "score", "reduce", "keep", "until"):
         if field in space.same:
             given = dict.fromkeys(getattr(effect.stage, field) for effect in effects)
             values[field] = [value for value in given if value != "none"] or ["none"]
@@ -105,7 +120,11 @@ def _groups(effects: Sequence[Effect], space: SpaceConfig) -> Iterator[list[Effe
         yield [
             effect
             for effect in effects
-            if all(getattr(effect.stage, field) in (value, "none") for field, value in wanted.items())
+            if all(
+                getattr(effect.stage, field) in (value, "none")
+                or (field == "until" and not may_return(effect.stage.reduce))
+                for field, value in wanted.items()
+            )
         ]
 
 
@@ -123,7 +142,7 @@ def _front_of(effects: Sequence[Effect], space: SpaceConfig, shape: ModelShape, 
         layers.append(_next_layer(layers[-1], options, can_skip, is_read, space.max_stages, shape, table))
     points = []
     for state, paths in layers[-1].items():
-        end = table.end(shape, state.present + shape.prefix_tokens)
+        end = table.end(shape, (state.end or state.back or state.present) + shape.prefix_tokens)
         rows = zip(paths.cost + end, paths.damage, itertools.count(), itertools.repeat(state))
         points += [(float(cost), float(damage), place, state) for cost, damage, place, state in rows]
     points.sort(key=lambda point: point[:2])
@@ -181,21 +200,31 @@ def _move(
     prefix = shape.prefix_tokens
     if effect is None:
         tokens = state.present + prefix
-        unchanged = State(state.present, tokens if is_read else 0, state.stages, state.sized)
+        unchanged = state._replace(attended=tokens if is_read else 0)
         return Move(unchanged, table.block(shape, tokens, tokens, state.sized), 0.0)
-    stage, step = effect.stage, _step(effect.stage, state.present, shape)
-    if step is None or (step.is_idle and can_skip):
+    stage, present, sized_before = effect.stage, state.present, state.sized
+    if state.back:
+        present, sized_before = state.back, state.sized_back
+        if stage.at == "pre" and reads_attention(stage):
+            return None  # the attention that it reads says nothing of those that come back before it
+    step, until = _step(stage, present, shape), until_in_words(stage, shape)
+    if step is None or (step.is_idle and can_skip) or (state.end and until is None):
         return None
     stages = state.stages if max_stages is None else state.stages + 1
     if max_stages is not None and stages > max_stages:
         return None
-    attended = (step.after if stage.at == "pre" else state.present) + prefix
-    sized = state.sized or (table.knows_sizes and not step.is_idle and gives_sizes(step))
-    cost = table.block(shape, attended, step.after + prefix, sized if stage.at == "pre" else state.sized)
+    attended = (step.after if stage.at == "pre" else present) + prefix
+    sized = sized_before or (table.knows_sizes and not step.is_idle and gives_sizes(step))
+    cost = table.block(shape, attended, step.after + prefix, sized if stage.at == "pre" else sized_before)
     if not step.is_idle:
-        scored = tokens_scored(step, state.present, {stage.block: attended, stage.block - 1: state.attended})
-        cost += table.stage(shape, step, state.present, step.after, scored)
-    after = State(step.after, attended if is_read else 0, stages, sized)
+        seen = {stage.block: attended, stage.block - 1: state.attended}
+        scored = tokens_scored(step, present, blocks_read([step])[0], seen)
+        cost += table.stage(shape, step, present, step.after, scored)
+    after = State(step.after, attended if is_read else 0, stages, sized, end=state.end)
+    if until == NEXT and not step.is_idle:
+        after = after._replace(back=present, sized_back=sized_before)
+    elif until == END and not step.is_idle:
+        after = after._replace(end=state.end or present)
     return Move(after, cost, 0.0 if step.is_idle else effect.divergence)
 
 

@@ -15,6 +15,7 @@ from prunesearch.evaluate.shapes import model_shape
 from prunesearch.files import save_profiles, with_profile
 from prunesearch.presets import find_schedule
 from prunesearch.profile import profile_problems
+from prunesearch.schedule import spelled_out, verb_in
 from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
@@ -92,10 +93,10 @@ def words_of(config: StudyConfig, shape: ModelShape) -> tuple[list[str], list[st
     verbs: list[str] = []
     scores: list[str] = []
     for block in blocks_of(config.space):
-        verbs += block.reduce
+        verbs += [verb_in(shape, verb) for verb in block.reduce]
         scores += block.score
     for name in config.space.start_from:
-        for stage in () if name == WORD else find_schedule(name, shape).stages:
+        for stage in () if name == WORD else spelled_out(find_schedule(name, shape), shape).stages:
             verbs.append(stage.reduce)
             scores.append(stage.score)
     return list(dict.fromkeys(verbs)), [name for name in dict.fromkeys(scores) if name != "none"]

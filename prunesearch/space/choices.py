@@ -18,14 +18,17 @@ from typing import TypeVar, cast
 
 from prunesearch.config import BlockSpace, Range, SpaceConfig, ThresholdRange
 from prunesearch.errors import ScheduleError
-from prunesearch.schedule import Place, Schedule, Stage, canonical, resolve
+from prunesearch.schedule import END, NEXT, Place, Schedule, Stage, canonical, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
 Value = float | str
 Values = tuple[Value, ...] | Range | ThresholdRange
-FIELDS = ("amount", "keep", "threshold", "merge_threshold", "tokens", "at", "score", "reduce")
+FIELDS = ("amount", "keep", "threshold", "merge_threshold", "tokens", "at", "score", "reduce", "until")
 """The fields of a stage that can be searched. Each is one parameter per block, or one for all blocks (space.same)."""
+NEVER = "never"
+UNTIL = (NEVER, NEXT, END)
+"""Values of `space.until`."""
 T = TypeVar("T")
 
 
@@ -109,6 +112,8 @@ def parameters_of(schedule: Schedule, space: SpaceConfig) -> dict[str, Value] | 
             return None
         parameters[_name("at", block, space)] = stage.at
         parameters[_name("reduce", block, space)] = stage.reduce
+        if may_return(stage.reduce):
+            parameters[_name("until", block, space)] = NEVER if stage.until is None else str(stage.until)
         if REDUCERS[stage.reduce].ranks:
             parameters[_name("score", block, space)] = stage.score
     full: dict[str, Value] = {}
@@ -202,6 +207,7 @@ class BlockChoices:
     threshold: tuple[float, ...] | ThresholdRange | None
     merge_threshold: tuple[float, ...] | ThresholdRange | None
     tokens: tuple[int, ...] | None
+    until: tuple[str, ...]
 
 
 def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
@@ -224,6 +230,7 @@ def blocks_of(space: SpaceConfig) -> list[BlockChoices]:
                 own_or_shared(own.threshold, space.threshold),
                 own_or_shared(own.merge_threshold, space.merge_threshold),
                 own_or_shared(own.tokens, space.tokens),
+                own_or_shared(own.until, space.until),
             )
         )
     return blocks
@@ -249,6 +256,8 @@ def _fields(space: SpaceConfig) -> dict[str, Values]:
             given |= {_threshold_field(verb): getattr(block, _threshold_field(verb)) for verb in block.reduce}
         if any(REDUCERS[verb].ranks for verb in block.reduce):
             given["score"] = block.score
+        if any(map(may_return, block.reduce)):
+            given["until"] = block.until
         fields |= {_name(field, block, space): values for field, values in given.items() if values is not None}
     return fields | space.targets
 
@@ -278,7 +287,8 @@ def _schedule(parameters: Mapping[str, Value], space: SpaceConfig) -> Schedule:
             amount = "keep"
         if amount == "none":
             continue
-        stage = Stage(block.block, at=cast(Place, value(name["at"])), score=score, keep=1.0, reduce=reduce)
+        until = until_of(str(value(name["until"])), reduce) if may_return(reduce) else None
+        stage = Stage(block.block, cast(Place, value(name["at"])), score, keep=1.0, reduce=reduce, until=until)
         if amount == "threshold":
             stage = replace(stage, keep=None, threshold=float(value(name[_threshold_field(reduce)])))
         elif is_counted(reduce, block):
@@ -296,6 +306,16 @@ def takes_threshold(score: str, reduce: str) -> bool:
     """Whether a search can give a stage a threshold. Learned scores get a keep ratio, to which they are trained."""
     learns = score in SCORERS and SCORERS[score].part is not None
     return REDUCERS[reduce].takes_threshold and not learns
+
+
+def may_return(reduce: str) -> bool:
+    """Whether a search can say when the tokens of this verb are back. `hold` says it itself: before the next stage."""
+    return not REDUCERS[reduce].pools and not REDUCERS[reduce].holds
+
+
+def until_of(word: str, reduce: str) -> str | None:
+    """`until` of a stage with this verb for a word of `UNTIL`."""
+    return word if word != NEVER and may_return(reduce) else None
 
 
 def is_counted(reduce: str, block: BlockChoices) -> bool:

@@ -14,7 +14,18 @@ from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
 from prunesearch.schedule import PLACES, Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import FIELDS, BlockChoices, Value, blocks_of, grid_of, is_counted, takes_threshold
+from prunesearch.space.choices import (
+    FIELDS,
+    UNTIL,
+    BlockChoices,
+    Value,
+    blocks_of,
+    grid_of,
+    is_counted,
+    may_return,
+    takes_threshold,
+    until_of,
+)
 from prunesearch.tokens import REDUCERS, SCORERS
 
 AMOUNTS = ("keep", "threshold", "none")
@@ -68,6 +79,7 @@ def _value_problems(place: str, given: SpaceConfig | BlockSpace, shape: ModelSha
         "score": given.score or (),
         "reduce": given.reduce or (),
         "amount": given.amount or (),
+        "until": given.until or (),
     }
     for field in ("threshold", "merge_threshold"):
         if isinstance(getattr(given, field), tuple):
@@ -106,6 +118,11 @@ def _value_problems(place: str, given: SpaceConfig | BlockSpace, shape: ModelSha
         f"{place}.amount: {name!r}; possible: {', '.join(AMOUNTS)}.{did_you_mean(name, AMOUNTS)} Choose one of those."
         for name in lists["amount"]
         if name not in AMOUNTS
+    ]
+    problems += [
+        f"{place}.until: {name!r}; possible: {', '.join(UNTIL)}.{did_you_mean(name, UNTIL)} Choose one of those."
+        for name in lists["until"]
+        if name not in UNTIL
     ]
     problems += [f"{place}.score: {SCORERS.unknown(name)}" for name in lists["score"] if not _known(name, SCORERS)]
     problems += [f"{place}.reduce: {REDUCERS.unknown(name)}" for name in lists["reduce"] if name not in REDUCERS]
@@ -195,6 +212,12 @@ def _unread(space: SpaceConfig) -> list[str]:
             f"space.tokens: no block can pool to a count. Possible: {' or '.join(pooling)} in reduce and keep in "
             f"amount. Leave it out, or add what is missing."
         )
+    if space.until != SpaceConfig.until and not any(may_return(verb) for block in blocks for verb in block.reduce):
+        possible = ", ".join(verb for verb in REDUCERS if may_return(verb))
+        problems.append(
+            f"space.until: no verb here has tokens that could be told when to come back. Possible: with {possible}. "
+            f"Leave it out, or add one of these to reduce."
+        )
     ranking = any(REDUCERS[verb].ranks for block in blocks for verb in block.reduce)
     if not ranking and space.score != SpaceConfig.score:
         problems.append("space.score: no verb here ranks tokens, so a score has no effect. Leave it out.")
@@ -242,8 +265,10 @@ def _pair_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     problems: dict[str, None] = {}
     for index, block in enumerate(blocks_of(space)):
         keeps = _easiest(block.keep)
-        for at, (verb, score), amount in itertools.product(block.at, _verbs_and_scores(block), block.amount):
-            stage = partial(Stage, block.block, at=cast(Place, at), score=score, reduce=verb)
+        kinds = itertools.product(block.at, _verbs_and_scores(block), block.amount, block.until)
+        for at, (verb, score), amount, until in kinds:
+            where = cast(Place, at)
+            stage = partial(Stage, block.block, at=where, score=score, reduce=verb, until=until_of(until, verb))
             stages = []
             if amount == "keep" and is_counted(verb, block):
                 stages = [stage(tokens=max(block.tokens or (1,)))]

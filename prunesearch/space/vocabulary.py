@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from prunesearch.config import Options, Scalar, SpaceConfig, as_options
 from prunesearch.errors import StudyError
 from prunesearch.schedule import Schedule, Stage, unused_options
+from prunesearch.shape import ModelShape
 from prunesearch.space.choices import blocks_of
 from prunesearch.tokens import REDUCERS, SCORERS, Reducer, Scorer
 
@@ -31,12 +32,12 @@ class Vocabulary:
     reduces: tuple[tuple[str, Word], ...] = ()
 
 
-def vocabulary_of(space: SpaceConfig, starts: Iterable[Schedule]) -> Vocabulary:
-    """The scores and verbs of a space and its start schedules. Their plug-ins must be imported."""
+def vocabulary_of(space: SpaceConfig, starts: Iterable[Schedule], shape: ModelShape) -> Vocabulary:
+    """The scores and verbs of a space and its start schedules, for a model. Their plug-ins must be imported."""
     blocks, stages = blocks_of(space), [stage for schedule in starts for stage in schedule.stages]
     scores = {score for block in blocks for score in block.score} | {stage.score for stage in stages}
     reduces = {verb for block in blocks for verb in block.reduce} | {stage.reduce for stage in stages}
-    return Vocabulary(_words(SCORERS, scores), _words(REDUCERS, reduces))
+    return Vocabulary(_words(SCORERS, scores, shape), _words(REDUCERS, reduces, shape))
 
 
 def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
@@ -52,8 +53,10 @@ def written_out(schedule: Schedule, vocabulary: Vocabulary) -> Schedule:
 
 def learns(schedule: Schedule, vocabulary: Vocabulary) -> bool:
     """Whether the schedule needs trained weights of its own. Works without its plug-ins."""
-    known = any(word.learns for stage in schedule.stages for word in _of_stage(stage, vocabulary))
-    return known or schedule.needs_weights
+    words = [_of_stage(stage, vocabulary) for stage in schedule.stages]
+    if all(len(found) == 1 + (stage.score != "none") for stage, found in zip(schedule.stages, words, strict=True)):
+        return any(word.learns for found in words for word in found)
+    return schedule.needs_weights  # of a study that stored no words
 
 
 def refuse_other_defaults(before: Vocabulary, now: Vocabulary, study: str) -> None:
@@ -76,10 +79,10 @@ def refuse_other_defaults(before: Vocabulary, now: Vocabulary, study: str) -> No
 
 
 def _words(
-    registry: Mapping[str, Scorer] | Mapping[str, Reducer], names: Iterable[str]
+    registry: Mapping[str, Scorer] | Mapping[str, Reducer], names: Iterable[str], shape: ModelShape
 ) -> tuple[tuple[str, Word], ...]:
     entries = [registry[name] for name in sorted(names) if name in registry]
-    return tuple((entry.name, Word(as_options(entry.options), entry.part is not None)) for entry in entries)
+    return tuple((entry.name, Word(as_options(entry.options), entry.learns(shape))) for entry in entries)
 
 
 def _of_stage(stage: Stage, vocabulary: Vocabulary) -> list[Word]:

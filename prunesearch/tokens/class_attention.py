@@ -30,8 +30,11 @@ def _patch_attention_BHn(attended: Attended) -> Tensor:
     return rows_BHRn[:, :, 0] if attended.class_tokens == 1 else rows_BHRn.mean(dim=2)
 
 
-def class_attention(scene: ScoreInput) -> Tensor:
-    """Attention the class token pays to each patch token, averaged over heads."""
+def class_attention(scene: ScoreInput, *, momentum: float) -> Tensor:
+    """Attention the class token pays to each patch token, averaged over heads.
+
+    momentum: the model takes the mean over blocks; this is the attention of one.
+    """
     assert scene.attended is not None
     return _patch_attention_BHn(scene.attended).mean(dim=1)
 

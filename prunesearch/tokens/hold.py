@@ -1,4 +1,8 @@
-"""Reduce: the others keep their place and take a linear path instead of the MLP (dynamic spatial sparsification)."""
+"""Reduce: the others keep their place and take a linear path instead of the MLP (dynamic spatial sparsification).
+
+That is what `hold` does in a model with a feature map. In other models it is `drop`, or `fuse`, until the next stage:
+see `on_tokens` of its entry.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ class FastPath(nn.Module):
         return added_BGC if self.gamma is None else added_BGC * self.gamma
 
 
-def masked(scene: MaskedInput) -> Joining:
+def masked(scene: MaskedInput, *, representative: bool) -> Joining:
     """`hold` for tokens that stay in their slots."""
     assert scene.stays_Bn is not None
     return Joining(scene.stays_Bn)
@@ -42,7 +46,8 @@ def part(shape: ModelShape, kept: int) -> FastPath:
     return FastPath(shape.dim, shape.layer_scale, shape.norm_eps)
 
 
-def hold(scene: ReduceInput) -> Grouping:
-    """Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses among all."""
+def hold(scene: ReduceInput, *, representative: bool) -> Grouping:
+    """The others wait until the next stage, which chooses among all: outside the blocks (ViT), or skipping the MLP by a
+    learned linear path (Swin, ConvNeXt)."""
     assert scene.scores_Bn is not None
     return Grouping(*top_k(scene.scores_Bn, scene.kept))

@@ -59,6 +59,10 @@ class Scorer:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """The least and the greatest value of each option that is a number."""
 
+    def learns(self, shape: ModelShape) -> bool:
+        """Whether its stages have a learned part."""
+        return self.part is not None
+
     def unit(self, shape: ModelShape) -> float:
         """A typical score, the unit of changes to thresholds: 1 / patch tokens, because scores are shares of a sum over
         the tokens; 1 for learned scores, which are probabilities."""
@@ -74,8 +78,10 @@ class Reducer:
     extra_tokens: how many tokens it adds to the kept ones. fewest_kept: present tokens -> the fewest it can keep.
     masked: the same for tokens that stay in their slots, used for training with learned decisions and for counts that
     differ between images. None: the verb cannot be used there. takes_threshold: a stage may have a threshold.
-    holds: tokens that do not stay keep their place and skip the MLP until the next stage, which chooses among all
-    tokens again. Only for models with a feature map.
+    holds: in a model with a feature map, tokens that do not stay keep their place and skip the MLP until the next
+    stage, which chooses among all tokens again.
+    on_tokens: of a verb that holds, for models without a feature map: its options -> the verb, and its options, that
+    does the same there with `until` at the next stage. None: the verb is for feature maps only.
     pools: it replaces all tokens by new ones. A search may give it a count (`space.tokens`). Scores and keys that an
     attention layer gave before are lost.
     """
@@ -94,6 +100,7 @@ class Reducer:
     masked: ReduceMasked | None = None
     takes_threshold: bool = False
     holds: bool = False
+    on_tokens: Callable[[Mapping[str, Scalar]], tuple[str, Mapping[str, Scalar]]] | None = None
     pools: bool = False
     part: Callable[[ModelShape, int], nn.Module] | None = None
     """(shape, tokens kept) -> the learned module of one stage, for reducers that learn. A reducer that holds has one
@@ -105,6 +112,14 @@ class Reducer:
     """The least and the greatest value of each option that is a number."""
     no_effect: Callable[[ModelShape], tuple[str, ...]] = lambda shape: ()
     """(shape) -> options that have no effect on this model. Schedules that differ only in them count as the same."""
+
+    def fits(self, shape: ModelShape) -> bool:
+        """Whether models of this kind take the verb."""
+        return self.holds == shape.holds or self.on_tokens is not None
+
+    def learns(self, shape: ModelShape) -> bool:
+        """Whether its stages have a learned part in models of this kind."""
+        return self.part is not None and self.holds == shape.holds
 
 
 SCORERS: Registry[Scorer] = Registry("score")

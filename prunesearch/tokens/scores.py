@@ -10,6 +10,9 @@ from prunesearch.registry import Named
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import SCORERS, Scorer
 
+MOMENTUM = "momentum"
+"""Name of the option of a score that is a running mean over blocks: the share of what it was before each block."""
+
 
 def _matrix_macs(shape: ModelShape, tokens: int) -> int:
     return tokens * tokens * shape.attention_dim
@@ -39,9 +42,11 @@ for _entry in (
         "class_attention",
         Named("prunesearch.tokens.class_attention:class_attention"),
         summary="Attention the class token pays to each patch token, averaged over heads.",
-        source="EViT (ICLR 2022, arXiv 2202.07800), eq. 3",
+        source="EViT (ICLR 2022, arXiv 2202.07800), eq. 3; with momentum Evo-ViT (AAAI 2022, arXiv 2108.01390)",
         needs_class_token=True,
         macs=_row_macs,
+        options={MOMENTUM: 0.0},
+        bounds={MOMENTUM: (0.0, 0.99)},
     ),
     Scorer(
         "head_weighted_class_attention",

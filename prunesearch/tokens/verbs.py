@@ -6,6 +6,9 @@ first line of the function's docstring.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from prunesearch.config import Scalar
 from prunesearch.registry import Named
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.registry import REDUCERS, Reducer
@@ -30,6 +33,12 @@ def _no_effect(shape: ModelShape) -> tuple[str, ...]:
 
 def _position_no_effect(shape: ModelShape) -> tuple[str, ...]:
     return () if shape.has_positions else ("position",)
+
+
+def _held(options: Mapping[str, Scalar]) -> tuple[str, Mapping[str, Scalar]]:
+    """Evo-ViT: the others leave until the next stage. With a representative token, which takes part in their place,
+    they come back with what the blocks added to it."""
+    return ("fuse", {"normalised": True}) if options["representative"] else ("drop", {})
 
 
 def _half(present: int) -> int:
@@ -136,18 +145,21 @@ for _entry in (
         takes_threshold=True,
         extra_tokens=1,
         macs=_weighted_sum_macs,
-        options={RETURNS: "residual"},
+        options={"normalised": False, RETURNS: "residual"},
         choices={RETURNS: RETURN_FORMS},
     ),
     Reducer(
         "hold",
         Named("prunesearch.tokens.hold:hold"),
-        summary="Swin, ConvNeXt: the others skip the MLP by a learned linear path, until the next stage chooses "
-        "among all.",
-        source="Dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
+        summary="The others wait until the next stage, which chooses among all: outside the blocks (ViT), or skipping "
+        "the MLP by a learned linear path (Swin, ConvNeXt).",
+        source="Evo-ViT (AAAI 2022, arXiv 2108.01390); dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
         masked=Named("prunesearch.tokens.hold:masked"),
         part=Named("prunesearch.tokens.hold:part"),
         holds=True,
+        on_tokens=_held,
+        options={"representative": False},
+        no_effect=lambda shape: ("representative",) if shape.holds else (),
     ),
     Reducer(
         "pool",

@@ -57,7 +57,7 @@ def import_results(results: Any, config: StudyConfig, folder: Path, *, storage: 
     with opened_study(config, folder, *url_and_drivers(folder, storage)) as (store, _):
         shape = model_shape(config.model)
         starts = start_schedules(config, shape)
-        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts]))
+        store.define(lambda: vocabulary_of(config.space, [schedule for _, schedule in starts], shape))
         origins = {uid_of(schedule, shape): origin for origin, schedule in reversed(starts)}
         known = {record.uid for record in store.records()}
         furthest: dict[str, list[Entry]] = {}

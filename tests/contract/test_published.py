@@ -231,7 +231,7 @@ def test_every_reported_cost_of_a_fixed_schedule(preset: str, model: str, gmacs:
 @pytest.mark.parametrize("letter", ["t", "s", "b"])
 @pytest.mark.parametrize("preset", [name for name, preset in presets().items() if preset.target is not None])
 def test_adaptive_presets_aim_at_a_share_of_the_dense_cost(preset: str, letter: str) -> None:
-    share = float(preset.split("-")[-1])
+    share = 0.72 if preset == "svit" else float(preset.split("-")[-1])
     assert load_preset(preset, shape(letter)).target_gmacs == pytest.approx(share * estimate_cost(shape(letter)).gmacs)
 
 

@@ -338,7 +338,7 @@ def test_what_cannot_come_back_is_refused(stages: tuple[Stage, ...], words: str)
 
 @pytest.mark.parametrize("until", [0, 1, -1, "later", 1.5, True])
 def test_an_until_that_is_no_later_block_is_refused(until: object) -> None:
-    with pytest.raises(ScheduleError, match=r"until is .*possible: a block after 1, or end"):
+    with pytest.raises(ScheduleError, match=r"until is .*possible: a block after 1, next or end"):
         Stage(1, keep=0.5, until=until)  # type: ignore[arg-type]
 
 
@@ -351,7 +351,11 @@ def test_files_hold_until(tmp_path: Path) -> None:
     gone = Schedule((stage("merge", 2, None),))
     save_schedule(gone, tmp_path / "gone.yaml")
     assert "returns" not in (tmp_path / "gone.yaml").read_text()
-    for wrong, words in (("later", "a later block, or end"), ("[3]", "a later block, or end"), ("0", "from 1")):
+    for wrong, words in (
+        ("later", "a later block, next or end"),
+        ("[3]", "a later block, next or end"),
+        ("0", "from 1"),
+    ):
         (tmp_path / "wrong.yaml").write_text(text.replace("until: 2", f"until: {wrong}"))
         with pytest.raises(FileError, match=f"until.*possible: .*{words}"):
             load_schedule(tmp_path / "wrong.yaml")

@@ -33,6 +33,7 @@ def fake_profile(shape: ModelShape, model: str = "some_vit", batch: int = 1) -> 
         last=Curve((1, tokens), (0.3, 0.3), (0.0, 0.0)),
         threads=2,
         check=(0.02, -0.01),
+        returning=tuple(StageTime(name, 0.01, 0.002, per_guest=0.003) for name in verbs),
     )
 
 

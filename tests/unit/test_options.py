@@ -90,7 +90,7 @@ NUMBERS = [
 
 
 def test_there_are_numbers() -> None:
-    assert {option for _, _, option in NUMBERS} == {"seed", "temperature", "variance"}
+    assert {option for _, _, option in NUMBERS} == {"seed", "temperature", "variance", "momentum"}
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), NUMBERS)

@@ -55,6 +55,30 @@ def test_the_latency_of_a_schedule_is_the_sum_of_its_parts() -> None:
     assert total_cost(SHAPE, Schedule(), PROFILE) == pytest.approx(PROFILE.dense_ms)
 
 
+def test_tokens_that_come_back_take_their_time() -> None:
+    """40 patches and a class token; 25 of them skip block 2, or block 3, before which they are back."""
+    gone = Stage(1, tokens=15)
+    for until in (2, 3, "next", "end"):
+        back = replace(gone, until=until)
+        inside = {2: 0, 3: 1, "next": 2, "end": 2}[until]
+        blocks = 0.5 + inside * (0.02 * 16 + 0.5) + (2 - inside) * (0.02 * 41 + 1.0)
+        dense = 2.0 + 2 * 0.02 * 41 + 1.0 + 0.3
+        drop = 0.05 + 0.001 * 40 + 0.002 * 15 + 0.0001 * 40 * 15 + (0.05 + 0.0005 * 41)
+        returning = 0.01 + 0.002 * 40 + 0.003 * 25
+        assert total_cost(SHAPE, Schedule((back,)), PROFILE) == pytest.approx(dense + blocks + drop + returning)
+    with pytest.raises(
+        DeviceError, match=r"'drop' was not measured with until\. Possible with until: none\. Profile again"
+    ):
+        total_cost(SHAPE, Schedule((replace(gone, until=2),)), replace(PROFILE, returning=()))
+
+
+def test_a_running_mean_reads_every_block_since() -> None:
+    mean = Stage(1, keep=1 / 2, options={"momentum": 0.5})
+    schedules = [Schedule((mean, replace(mean, block=3, options=options))) for options in ({}, {"momentum": 0.5})]
+    one, both = (total_cost(SHAPE, schedule, PROFILE) for schedule in schedules)
+    assert both - one == pytest.approx(0.05 + 0.0005 * 21)  # the score of block 2, which has no stage
+
+
 def test_merging_without_sizes_in_attention_costs_the_plain_attention() -> None:
     plain = Stage(1, tokens=30, reduce="merge", options=(("proportional_attention", False),))
     sized = replace(plain, options=())

@@ -65,13 +65,14 @@ PUBLISHED: dict[str, Any] = {
     "dynamicvit-maps": (lambda t: t.ce + 10 * t.ratio + 0.5 * t.kl + 0.5 * t.squared, "dynswin-t-0.7", (SWIN,)),
     "evit": (lambda t: t.ce, "evit-fuse-0.7", (VIT,)),
     "ltmp": (lambda t: t.ce + 10 * ((t.gmacs - t.target) / t.dense_gmacs) ** 2, "ltmp-0.6", (VIT, WIDER)),
+    "svit": (lambda t: t.ce + 4 * ((t.gmacs - t.target) / t.dense_gmacs) ** 2, "svit", (VIT,)),
 }
 
 
 def spread_out(schedule: Schedule, shape: ModelShape) -> Schedule:
     """Set thresholds to the middle of the scores of random weights, so that images keep different counts."""
     moved = [
-        replace(stage, threshold=1 / (shape.patch_tokens + 1) if stage.score in SCORERS else 0.5)
+        replace(stage, threshold=0.5 if stage.score in ("none", "predictor") else 1 / (shape.patch_tokens + 1))
         if stage.threshold is not None
         else stage
         for stage in schedule.stages

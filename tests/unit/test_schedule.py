@@ -87,7 +87,7 @@ def test_impossible_stages_are_refused_at_once(fields: dict, says: str) -> None:
         (Stage(1, keep=0.4, reduce="merge"), shape(), "fewest it can keep is 98"),
         (Stage(0, at="pre", keep=0.5), shape(), "block 0 has none"),
         (Stage(0, at="pre", keep=0.5, reduce="merge"), shape(), "block 0 has none"),
-        (Stage(1, keep=0.5, options={"temprature": 2}), shape(), "Known: none"),
+        (Stage(1, keep=0.5, options={"temprature": 2}), shape(), "Known: momentum"),
         (Stage(1, keep=0.5, reduce="squeeze", options={"temprature": 2}), shape(), 'Did you mean "temperature"'),
         (Stage(1, keep=0.5, reduce="squeeze", options={"temperature": "hot"}), shape(), "of type float"),
     ],
@@ -141,7 +141,7 @@ def test_schedules_hash_and_pickle_and_read_well() -> None:
         "block 3 mid: drop to keep 0.7 by class_attention until block 5; "
         "block 5 mid: fuse to keep 0.5 by class_attention until the end"
     )
-    assert options_of(back.stages[1]) == {"returns": "residual"}
+    assert options_of(back.stages[1]) == {"normalised": False, "returns": "residual"}
     assert options_of(schedule.stages[0]) == {"temperature": 2.0, "position": "host"}
 
 

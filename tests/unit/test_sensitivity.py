@@ -184,8 +184,9 @@ def brute_force(
     for index in range(combinations(space) or 0):
         try:
             schedule = schedule_from(combination(space, index), space, shape)
-            steps = [step for step in resolve(schedule, shape) if not step.is_idle]
-            damage = sum(known[step.stage] for step in steps)
+            pairs = zip(schedule.stages, resolve(schedule, shape), strict=True)
+            steps = [(stage, step) for stage, step in pairs if not step.is_idle]
+            damage = sum(known[stage] for stage, step in steps)
         except (ScheduleError, KeyError):
             continue
         points.add((total_cost(shape, schedule, costs), damage))
@@ -208,6 +209,16 @@ SPACES = {
     ),
     "same verb": SpaceConfig(blocks=(1, 2, 3), keep=(0.6, 1.0), reduce=("drop", "merge", "fuse"), same=("reduce",)),
     "same keep": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.6, 0.8), reduce=("drop", "squeeze"), same=("keep",)),
+    "back": SpaceConfig(blocks=(0, 2, 3), keep=(0.4, 0.7, 1.0), until=("never", "next", "end")),
+    "back before a stage at pre": SpaceConfig(
+        blocks=(1, 2, 3), keep=(0.4, 1.0), at=("mid", "pre"), score=("class_attention", "key_norm"),
+        reduce=("merge", "drop"), until=("next", "end"),
+    ),
+    "hold": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.7, 1.0), reduce=("drop", "hold")),
+    "same until": SpaceConfig(
+        blocks=(1, 2, 3), keep=(0.4, 0.7, 1.0), reduce=("squeeze", "hold"), until=("never", "next", "end"),
+        same=("until",),
+    ),
     "same keep or none": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.6), amount=("keep", "none"), same=("keep",)),
 }  # fmt: skip
 

@@ -58,6 +58,8 @@ SPACES = {
         threshold=(0.01, 0.02, 0.05),
         same=("amount", "threshold", "reduce"),
     ),
+    "back": replace(SPACE, reduce=("drop", "squeeze", "hold"), until=("never", "next", "end"), at=("mid", "pre")),
+    "back alike": replace(SPACE, reduce=("drop", "pool"), until=("next", "end"), same=("until",)),
     "counts": replace(SPACE, reduce=("pool", "fuse"), tokens=(4, 8, 16)),
     "everything": SpaceConfig(
         blocks=(1, BlockSpace(2, amount=("threshold",), reduce=("merge", "drop"), score=("key_norm",)), 3, 4, 5, 6),
@@ -83,7 +85,8 @@ def test_candidates_lie_in_the_space_and_come_back_from_their_schedule(space: Sp
         try:
             schedule = schedule_from(anything(dimensions(space), random.Random(seed)), space, SHAPE)
         except ScheduleError:
-            assert space.max_stages is not None or {"merge", "drop_or_merge", "pool"} & set(space.reduce)
+            refusable = {"merge", "drop_or_merge", "pool"} & set(space.reduce) or space.until != ("never",)
+            assert space.max_stages is not None or refusable
             continue
         parameters = parameters_of(schedule, space)
         assert parameters is not None and set(parameters) == set(dimensions(space))
@@ -173,6 +176,7 @@ def test_a_logarithmic_range_ends_where_it_was_written(low: float) -> None:
         Schedule((Stage(2, keep=0.5, score="random"),)),
         Schedule((Stage(2, keep=0.5, at="pre"),)),
         Schedule((Stage(2, keep=0.5), Stage(2, keep=0.5))),
+        Schedule((Stage(2, keep=0.5, until="end"),)),
         Schedule((Stage(2, keep=0.5, reduce="merge", options={"proportional_attention": False}),)),
     ],
     ids=str,
@@ -285,6 +289,12 @@ def test_a_finite_space_can_be_counted() -> None:
                 "reduce": ("drop", "drop_or_merge"),
             },
             "drop_or_merge at block 2 cannot follow a stage that learns its decisions",
+        ),
+        ({"until": ("soon",)}, "space.until: 'soon'; possible: never, next, end. Choose one of those."),
+        ({"until": ()}, "space.until: is empty"),
+        (
+            {"until": ("end",), "reduce": ("pool",), "score": ("class_attention",)},
+            "space.until: no verb here has tokens",
         ),
         ({"tokens": (8,)}, "space.tokens: no block can pool to a count"),
         ({"tokens": (8, 0), "reduce": ("pool", "drop")}, "space.tokens: 0; possible: 1 to 64 patch tokens"),
