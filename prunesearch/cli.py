@@ -42,7 +42,7 @@ from prunesearch.evaluate.limits import (
 from prunesearch.evaluate.sensitivity import IMAGES, save_sensitivities, stages_of
 from prunesearch.evaluate.siblings import find_siblings
 from prunesearch.export.runtimes import RUNTIMES, Runtime, check_target
-from prunesearch.export.schedules import COMPARED, SPEED_SECONDS, TIMED, export, measure_again, time_again
+from prunesearch.export.schedules import SPEED_SECONDS, TIMED, compared, export, measure_again, time_again
 from prunesearch.export.sources import Given, guessed_normalisation, model_and_data, needed
 from prunesearch.files import (
     ScheduleFile,
@@ -561,7 +561,7 @@ def _deploy(
 ) -> int:
     """Write files for runtimes from a schedule file in `folder`, and print what was measured."""
     from prunesearch.export.deploy import deploy
-    from prunesearch.export.example_code import example_code
+    from prunesearch.export.example import example_code
 
     given = Given(parsed.model, parsed.data, parsed.root, parsed.val_root, tuple(parsed.set))
     model, data = model_and_data(file, study, given)
@@ -577,10 +577,11 @@ def _deploy(
     for (runtime, path), one in zip(targets, exported, strict=True):
         facts, check, speed = one.facts, one.check, one.speed
         images = f"{check.images} {'images of random numbers' if one.on_noise else 'validation images'}"
+        outputs = "features" if facts.features else f"the same class for {check.same}; logits"
         _print(
             f"{path}: {facts.gmacs:.5g} GMACs, dense {facts.dense_gmacs:.5g}; {facts.tokens[-1]} tokens at the end",
-            f"  {one.runtime} against PyTorch on {images}: the same class for {check.same}; logits, up to "
-            f"{check.scale:.3g}, differ by at most {check.largest:.2g} ({check.usual:.2g} for three images in four)",
+            f"  {one.runtime} against PyTorch on {images}: {outputs}, up to {check.scale:.3g}, differ by at most "
+            f"{check.largest:.2g} ({check.usual:.2g} for three images in four)",
         )
         if speed is not None:
             _print(
@@ -689,12 +690,13 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     if not parsed.speed:
         _refuse_flags(parsed, ("seconds",), "nothing is timed in turns", "--speed")
     given = profiles[0] if len(profiles) == 1 else None  # with several, only --speed says which one is meant
-    metrics = tuple(parsed.metric) or tuple(name for name in COMPARED if not (parsed.speed and name in TIMED))
-    if given is not None and not parsed.metric:
-        metrics += ("mean_predicted_latency_ms" if file.schedule.is_adaptive else "predicted_latency_ms",)
-    for name in metrics:
+    for name in parsed.metric:
         METRICS[name]  # raises for an unknown name before anything is loaded
     model, data = _sources(parsed, file, study)
+    usual = (name for name in compared(model, data) if not (parsed.speed and name in TIMED))
+    metrics = tuple(parsed.metric) or tuple(usual)
+    if given is not None and not parsed.metric:
+        metrics += ("mean_predicted_latency_ms" if file.schedule.is_adaptive else "predicted_latency_ms",)
     dense, pruned = measure_again(
         file,
         parsed.file.parent,
@@ -1003,7 +1005,8 @@ def _parser() -> argparse.ArgumentParser:
 
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
     _source_arguments(again)
-    again.add_argument("--metric", action="append", default=[], metavar="NAME", help="default top1, gmacs, throughput")
+    default = "default top1 (feature_similarity, agreement), gmacs, throughput"
+    again.add_argument("--metric", action="append", default=[], metavar="NAME", help=default)
     again.add_argument("--speed", action="store_true", help="time it in turns with the dense model, as a ratio")
     text = "say what it predicts; with --speed: time it as this was measured; default the study's profile"
     again.add_argument("--profile", type=Path, metavar="FILE.json", help=text)

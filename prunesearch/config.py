@@ -67,7 +67,12 @@ class ModelConfig:
     pretrained: bool = _field("load timm's pretrained weights (downloads them once)", False)
     checkpoint: str | None = _field("local weights (.safetensors, or .pth read with weights_only)", None)
     image_size: int | None = _field("input size in pixels; the model's own when absent", None, low=1, high=4096)
-    num_classes: int | None = _field("number of classes; the model's own when absent", None, low=1, high=1_000_000)
+    num_classes: int | None = _field(
+        "number of classes; the model's own when absent; 0 = without a classifier, for its features",
+        None,
+        low=0,
+        high=1_000_000,
+    )
     options: Options = _field(
         "further keywords of timm.create_model, for example {depth: 9}", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES
     )
@@ -103,12 +108,17 @@ class DeviceConfig:
     table: Profile | None = _field("what the profile says; the study stores it", None)
 
 
+UNLABELLED = "images"
+"""`data.name` of pictures without classes."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images: scikit-learn's digits, class/image files in a folder or tar, or a data set that timm opens."""
+    """Which images: scikit-learn's digits, files in a folder or tar with or without classes, or what timm opens."""
 
     name: str = _field(
-        '"digits", "folder" (a folder or .tar of class/image files), or a timm name: torch/..., hfds/..., wds/...',
+        '"digits", "folder" (a folder or .tar of class/image files), "images" (pictures in any folders, without '
+        "classes), or a timm name: torch/..., hfds/..., wds/...",
         "digits",
     )
     root: str | None = _field("folder or tar file of the training images, or the data set's root", None)
@@ -367,6 +377,16 @@ class FinetuneConfig:
     budget_loss: Literal["absolute", "squared", "absolute_gmacs"] = _field(
         "distance from the target: as a share of the dense model's cost, its square (LTMP), or in GMACs (AS-ViT) or ms",
         "absolute",
+    )
+    distill_features_loss: Literal["cosine", "squared"] = _field(
+        "distance of features from the dense model's, for models without a classifier: 1 - cosine, or mean squared",
+        "cosine",
+    )
+    distill_patches_weight: float = _field(
+        "weight of that distance between the patch tokens of both, where all are back at the end",
+        0.0,
+        low=0,
+        high=LARGEST,
     )
     distill_tokens_weight: float = _field(
         "weight of the distance between kept tokens and the dense model's, for schedules with a predictor (DynamicViT)",

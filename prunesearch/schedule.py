@@ -239,8 +239,10 @@ def spelled_out(schedule: Schedule, shape: ModelShape) -> Schedule:
 
 def verb_in(shape: ModelShape, name: str) -> str:
     """The verb that this one is in a model of this kind, with its usual options."""
-    entry = REDUCERS.get(name)
-    return name if entry is None or entry.on_tokens is None or shape.holds else entry.on_tokens(entry.options)[0]
+    if name not in REDUCERS or shape.holds:
+        return name
+    entry = REDUCERS[name]
+    return name if entry.on_tokens is None else entry.on_tokens(entry.options)[0]
 
 
 def until_in_words(stage: Stage, shape: ModelShape) -> int | str | None:

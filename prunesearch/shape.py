@@ -42,6 +42,11 @@ class ModelShape:
     norm_eps: float = 1e-5
 
     @property
+    def gives_features(self) -> bool:
+        """Whether the model has no classifier, so that its output are features."""
+        return self.head_macs == 0
+
+    @property
     def has_class_token(self) -> bool:
         """Whether class attention exists."""
         return self.class_tokens > 0

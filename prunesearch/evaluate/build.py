@@ -135,6 +135,13 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
         ) from error
 
 
+def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint without those of a classifier, which the model has not."""
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    return {name: value for name, value in state.items() if not name.startswith(prefixes)}
+
+
 def _load_checkpoint(model: nn.Module, path: str) -> None:
     check_checkpoint(path)
     place = f"model.checkpoint {path!r}"
@@ -149,6 +156,8 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
             f".safetensors, or a .pth file that holds tensors only. Save the weights as safetensors."
         ) from error
     try:
+        if model.num_classes == 0:
+            state = _without_classifier(model, state)
         state = adapted(model, state)
         problems = misfits(state, model.state_dict())
     except ModelError:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
-from prunesearch.config import DataConfig
+from prunesearch.config import UNLABELLED, DataConfig
 from prunesearch.errors import DataError
 from prunesearch.evaluate.class_order import class_of_folders, in_order, listed_classes, natural_key
 from prunesearch.evaluate.digits import HELD_OUT, PARTS, TRAINING, load_digits
@@ -27,6 +27,7 @@ from prunesearch.evaluate.images import ImageInput, ImageSet, Unreadable, collat
 from prunesearch.evaluate.loading import load
 from prunesearch.evaluate.picture_files import (
     FolderPictures,
+    Listing,
     PictureFiles,
     ReaderPictures,
     TarPictures,
@@ -43,6 +44,12 @@ TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 SUBSET_SEED = 0
 FEW_IMAGES = 5000
 """With fewer images, starting processes takes longer than decoding in this one."""
+
+
+TRAIN_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
+HELD_OUT_PART, MOST_HELD_OUT = 5, 5000
+"""Of pictures without classes in one folder, one in so many is for validation, and so many at most."""
 
 
 class Opened(NamedTuple):
@@ -69,6 +76,48 @@ def open_digits(config: DataConfig, split: Split) -> Opened:
     """scikit-learn's handwritten digits; they need no root. Raises MissingLibraryError without it."""
     need("data digits", "search", "sklearn")
     return Opened(_Digits(_digits_split(config, split)), tuple("0123456789"), is_shipped=True)
+
+
+@DATASETS.register(UNLABELLED)
+def open_images(config: DataConfig, split: Split) -> Opened:
+    """Pictures in any folders, on disk or in a tar file, without classes: every label is 0."""
+    (root, share), field = _unlabelled(config, split), _root_field(config, split)
+    listing = list_pictures(root, field)
+    order = sorted(range(len(listing.pictures)), key=lambda index: natural_key(listing.pictures[index]))
+    if share is not None:  # the same pictures for a split, however many there are of the other
+        generator = torch.Generator().manual_seed(SUBSET_SEED)
+        drawn = torch.randperm(len(order), generator=generator).tolist()
+        held_out = set(drawn[: min(len(order) // HELD_OUT_PART, MOST_HELD_OUT)])
+        order = [place for rank, place in enumerate(order) if (rank in held_out) == (share == "validation")]
+    if not order:
+        raise DataError(
+            f"data.{field}: {root!r} has {len(listing.pictures)} pictures, too few for {_WORDS[split]}. Possible: "
+            f"pictures in a format that Pillow reads, {HELD_OUT_PART} or more where no val_root is given. Check the "
+            f"path."
+        )
+    notes = _left_out(listing, split)
+    for note in notes:
+        warn_once(f"data: {note}")
+    return Opened(_pictures(root, listing, order, [0] * len(order)), None, tuple(notes))
+
+
+def _unlabelled(config: DataConfig, split: Split) -> tuple[str, Split | None]:
+    """Where the pictures of a split are, and the part of them that belongs to it, if not all.
+
+    Without val_root and folders of their own, a fixed random part of the pictures is for validation.
+    """
+    root = _folder("root", config.root, ())
+    names = ((config.train_split, *TRAIN_FOLDERS), (config.val_split, *VALIDATION_FOLDERS))
+    if config.val_root is not None or all(_folder("root", config.root, one) != root for one in names):
+        return _folders(config)[split], None
+    if split != "test":
+        return str(root), split
+    if config.test_root is None:
+        raise DataError(
+            f"data.test_split: {config.test_split!r}, but {str(root)!r} is one folder for training and validation. "
+            f"Possible: pictures elsewhere for the test. Write test_root, or leave test_split out."
+        )
+    return str(_folder("test_root", config.test_root, ())), None
 
 
 class _Digits(Dataset[tuple[Image, int]]):
@@ -212,6 +261,9 @@ def check_paths(config: DataConfig) -> None:
             f"data.class_order: {', '.join(config.class_order[:5])}, but {config.name!r} brings an order of its own. "
             f"Possible: with a folder or .tar of class/image files. Leave class_order out."
         )
+    elif config.name == UNLABELLED:
+        for split in ("train", "validation", *(["test"] if config.has_test else [])):
+            _unlabelled(config, split)  # type: ignore[arg-type]
     elif config.name not in DATASETS:
         _check_timm_name(config.name)
     for problem in source_problems(config):
@@ -285,19 +337,7 @@ def open_folder(config: DataConfig, split: Split) -> Opened:
     class_of, classes = class_of_folders(config, folders, field)
     index_of = {name: index for index, name in enumerate(classes)}
     labels = [index_of[class_of[folders[index]]] for index in order]
-    pictures: PictureFiles
-    if listing.members is not None:
-        pictures = TarPictures(root, [listing.members[index] for index in order], labels)
-    else:
-        pictures = FolderPictures(root, [listing.pictures[index] for index in order], labels)
-    notes = []
-    if listing.others:
-        verb = (
-            "are no pictures that Pillow reads and were"
-            if len(listing.others) > 1
-            else "is no picture that Pillow reads and was"
-        )
-        notes.append(f"{_count(len(listing.others), split, 'file')} {verb} left out ({_some(listing.others)})")
+    notes = _left_out(listing, split)
     if listing.empty:
         what = "has an empty folder" if len(listing.empty) == 1 else f"has {len(listing.empty)} empty folders"
         notes.append(f"the {_WORDS[split]} set {what}, which is no class ({_some(listing.empty)})")
@@ -313,7 +353,26 @@ def open_folder(config: DataConfig, split: Split) -> Opened:
             f"nearly every answer is wrong. Possible: data.class_order: natural, ascii, or a list. Write the one that "
             f"the weights were trained with."
         )
-    return Opened(pictures, classes, tuple(notes), ambiguous)
+    return Opened(_pictures(root, listing, order, labels), classes, tuple(notes), ambiguous)
+
+
+def _pictures(root: str, listing: Listing, order: Sequence[int], labels: Sequence[int]) -> PictureFiles:
+    """The listed pictures with these indices."""
+    if listing.members is not None:
+        return TarPictures(root, [listing.members[index] for index in order], labels)
+    return FolderPictures(root, [listing.pictures[index] for index in order], labels)
+
+
+def _left_out(listing: Listing, split: Split) -> list[str]:
+    """A message about files that are no pictures, if there are any."""
+    if not listing.others:
+        return []
+    verb = (
+        "are no pictures that Pillow reads and were"
+        if len(listing.others) > 1
+        else "is no picture that Pillow reads and was"
+    )
+    return [f"{_count(len(listing.others), split, 'file')} {verb} left out ({_some(listing.others)})"]
 
 
 _WORDS: dict[Split, str] = {"train": "training", "validation": "validation", "test": "test"}
@@ -351,8 +410,8 @@ def _check_timm_name(name: str) -> None:
 
 def _folders(config: DataConfig) -> dict[Split, str]:
     """Folder or tar file of each split. Raises DataError when one is missing or contains another."""
-    found: dict[Split, Path] = {"train": _folder("root", config.root, (config.train_split, "train", "training"))}
-    names: dict[Split, tuple[str, ...]] = {"validation": ("validation", "val", "valid", "eval", "evaluation")}
+    found: dict[Split, Path] = {"train": _folder("root", config.root, (config.train_split, *TRAIN_FOLDERS))}
+    names: dict[Split, tuple[str, ...]] = {"validation": VALIDATION_FOLDERS}
     if config.has_test:
         names["test"] = ("test", "testing")
     roots = {"validation": ("val_root", config.val_root), "test": ("test_root", config.test_root)}
@@ -407,7 +466,7 @@ def _class_names(images: Any) -> tuple[str, ...] | None:
 def check_classes(config: DataConfig, outputs: int, splits: Sequence[Split]) -> None:
     """Raise DataError when a split has other classes than the training images, or the model another number of outputs.
 
-    Classes without names cannot be compared.
+    Classes without names cannot be compared. A model without a classifier (0 outputs) takes any classes.
     """
     train = _open_split(config, "train").classes
     if train is None:
@@ -421,7 +480,7 @@ def check_classes(config: DataConfig, outputs: int, splits: Sequence[Split]) -> 
                 f"{len(other)}; for example {', '.join(map(repr, differing))}), so equal labels would mean different "
                 f"things. Possible: the same class folders in both. Check root and {_root_field(config, split)}."
             )
-    if len(train) != outputs:
+    if outputs and len(train) != outputs:
         shown = ", ".join(train[:5]) + (", ..." if len(train) > 5 else "")
         raise DataError(
             f"data {config.name!r}: {len(train)} classes ({shown}), but the model has {outputs} outputs. Possible: "
@@ -534,7 +593,7 @@ def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label
 
 
 def _check_label(outputs: int, split: Split, label: int) -> None:
-    if not 0 <= label < outputs:  # on a GPU a wrong label would kill the whole process
+    if outputs and not 0 <= label < outputs:  # on a GPU a wrong label would kill the whole process
         raise DataError(
             f"data ({split}): an image has label {label}, but the model has {outputs} outputs. "
             f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."

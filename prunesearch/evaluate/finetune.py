@@ -24,9 +24,18 @@ from prunesearch.config import Budget, FinetuneConfig
 from prunesearch.errors import UserError
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.predict import autocast, half_precision
-from prunesearch.evaluate.schedule_loss import ScheduleLoss, learns_decisions
+from prunesearch.evaluate.schedule_loss import ScheduleLoss, distills_patches, distills_tokens, learns_decisions
 from prunesearch.files import write_atomically
-from prunesearch.models import PARTS, schedule_of, shape_of, steps_of, threshold_of, threshold_unit, trace
+from prunesearch.models import (
+    PARTS,
+    patches_of,
+    schedule_of,
+    shape_of,
+    steps_of,
+    threshold_of,
+    threshold_unit,
+    trace,
+)
 from prunesearch.profile import Profile
 
 
@@ -105,15 +114,25 @@ def finetune(
         logger.info("nothing learns with this schedule and freeze_backbone: 1; the model stays as it is")
         return
     schedule_loss = ScheduleLoss(model, config, profile) if learns_decisions(model) else None
-    earlier = replace(progress)
+    compares_tokens, compares_patches = distills_tokens(model, config), distills_patches(model, config)
+    features, earlier = shape_of(model).gives_features, replace(progress)
 
     def losses(batch: Batch) -> Iterator[Tensor]:
+        dense_patches_BnC = None if batch.dense is None else batch.dense.patches_BnC
         with autocast(device, config.amp):
-            outcome = None if schedule_loss is None else trace(model, batch.images)
-            logits = model(batch.images) if outcome is None else outcome.logits
-        loss = distillation_loss(logits.float(), batch.labels, batch.target, config)
-        if schedule_loss is not None and outcome is not None:
-            loss = loss + schedule_loss(outcome, None if batch.dense is None else batch.dense.patches_BnC)
+            if schedule_loss is not None:
+                outcome = trace(model, batch.images)
+                logits, patches_BnC = outcome.logits, outcome.patches_BnC
+            elif compares_patches:
+                tokens_BNC = model.forward_features(batch.images)  # type: ignore[operator]
+                logits, patches_BnC = model.forward_head(tokens_BNC), patches_of(model, tokens_BNC)  # type: ignore[operator]
+            else:
+                logits = model(batch.images)
+        loss = distillation_loss(logits.float(), batch.labels, batch.target, config, features)
+        if schedule_loss is not None:
+            loss = loss + schedule_loss(outcome, dense_patches_BnC if compares_tokens else None)
+        if compares_patches and dense_patches_BnC is not None:
+            loss = loss + config.distill_patches_weight * feature_distance(patches_BnC, dense_patches_BnC, config)
         yield loss
 
     def share() -> float:
@@ -260,20 +279,40 @@ def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def distillation_loss(logits: Tensor, labels: Tensor, target: Tensor | None, config: FinetuneConfig) -> Tensor:
+def distillation_loss(
+    logits: Tensor, labels: Tensor, target: Tensor | None, config: FinetuneConfig, features: bool = False
+) -> Tensor:
     """Cross entropy plus temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015), weighted.
 
-    target: logits of the dense model; None for the cross entropy alone.
+    target: logits of the dense model; None for the cross entropy alone. features: the model has no classifier, so both
+    are features, and the loss is their distance.
     """
+    if features:
+        if target is None:
+            return logits.sum() * 0.0
+        return config.distill_weight * feature_distance(logits, target.to(logits.device), config)
     weight = config.cross_entropy_weight
+    if weight == 0 and target is not None:  # pictures without classes have no label to read
+        return config.distill_weight * _divergence(logits, target, config)
     if weight is None:
         weight = 1.0 if target is None else 1 - config.distill_weight
     hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if target is None:
         return weight * hard
+    return weight * hard + config.distill_weight * _divergence(logits, target, config)
+
+
+def _divergence(logits: Tensor, target: Tensor, config: FinetuneConfig) -> Tensor:
     student, dense = ((x / config.temperature).log_softmax(dim=1) for x in (logits, target.to(logits.device)))
-    soft = F.kl_div(student, dense, reduction="batchmean", log_target=True) * config.temperature**2
-    return weight * hard + config.distill_weight * soft
+    return F.kl_div(student, dense, reduction="batchmean", log_target=True) * config.temperature**2
+
+
+def feature_distance(features: Tensor, dense: Tensor, config: FinetuneConfig) -> Tensor:
+    """Distance of features (..., C) from those of the dense model, mean over all of them."""
+    features, dense = features.float(), dense.float()
+    if config.distill_features_loss == "squared":
+        return F.mse_loss(features, dense)
+    return (1 - F.cosine_similarity(features, dense, dim=-1)).mean()
 
 
 def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:

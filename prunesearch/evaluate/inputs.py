@@ -12,7 +12,7 @@ from typing import Any
 
 import PIL
 
-from prunesearch.config import DataConfig, ModelConfig
+from prunesearch.config import UNLABELLED, DataConfig, ModelConfig
 from prunesearch.evaluate.build import build_model, skeleton
 from prunesearch.evaluate.data import (
     DATASETS,
@@ -151,7 +151,8 @@ def suspicion(inputs: Inputs, model: ModelConfig, dense: Evaluation) -> str | No
 def _is_visible(data: DataConfig) -> bool:
     """Whether this machine has the files. Data that needs a network is left to the workers."""
     roots = [root for root in (data.root, data.val_root, data.test_root) if root is not None]
-    return data.name in DATASETS or (bool(roots) and all(Path(root).exists() for root in roots))
+    needs_none = data.name in DATASETS and data.name != UNLABELLED
+    return needs_none or (bool(roots) and all(Path(root).exists() for root in roots))
 
 
 def _look(data: DataConfig, wanted: ImageInput, outputs: int, split: Split, report: Report) -> list[str]:

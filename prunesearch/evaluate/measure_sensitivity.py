@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prunesearch.config import StudyConfig
 from prunesearch.errors import StudyError
@@ -51,7 +52,8 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
     with torch.random.fork_rng(devices=[]):  # loading draws random numbers
         model = build_model(config.model, device)
         images = open_training(few, model)
-    starts = [_start(stage) for stage in stages]
+    starts, features = [_start(stage) for stage in stages], shape.gives_features
+    compare = _compared_features if features else _compared_classes
     divergence, same = (torch.zeros(len(stages), dtype=torch.float64) for _ in range(2))
     confidence, seen = 0.0, 0
     on_device = [device] if device.type == "cuda" else []
@@ -61,14 +63,14 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
                 continue
             seen += len(labels)
             logits, inputs = block_inputs(model, batch, set(starts))
-            dense_BC = _log_probabilities(logits)
-            confidence += dense_BC.exp().amax(dim=1).sum().item()
+            dense_BC = logits.cpu().double()
+            confidence += 1.0 * len(labels) if features else dense_BC.softmax(dim=1).amax(dim=1).sum().item()
             for index, (stage, first) in enumerate(zip(stages, starts, strict=True)):
                 apply_schedule(model, Schedule((stage,)))
                 torch.manual_seed(0)  # a random score must not depend on what ran before
-                pruned_BC = _log_probabilities(run_from(model, inputs[first], first))
-                divergence[index] += (dense_BC.exp() * (dense_BC - pruned_BC)).sum()
-                same[index] += (dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)).sum()
+                far_B, alike_B = compare(dense_BC, run_from(model, inputs[first], first).cpu().double())
+                divergence[index] += far_B.sum()
+                same[index] += alike_B.sum()
             remove_schedule(model)
     measured = {
         same_as[stage]: (_short(max(total / seen, 0.0)), _short(100 * equal / seen))
@@ -86,6 +88,7 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
         seconds=seconds,
         device=describe(device),
         left_out=left_out,
+        of_features=features,
     )
     logger.info("%d stages measured alone on %d images in %.1f s", len(stages), seen, seconds)
     return found
@@ -96,9 +99,20 @@ def _start(stage: Stage) -> int:
     return stage.block - (stage.at == "pre" and reads_attention(stage))
 
 
-def _log_probabilities(logits_BC: Tensor) -> Tensor:
-    """Log-probabilities in float64 on the CPU. float32 cannot hold the smallest ones of a confident model."""
-    return logits_BC.cpu().double().log_softmax(dim=1)
+def _compared_classes(dense_BC: Tensor, pruned_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Divergence of each image in nats, and 1 where the class is the same.
+
+    Logits are float64, as float32 cannot hold the smallest probabilities of a confident model.
+    """
+    dense_BC, pruned_BC = dense_BC.log_softmax(dim=1), pruned_BC.log_softmax(dim=1)
+    same_B = dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)
+    return (dense_BC.exp() * (dense_BC - pruned_BC)).sum(dim=1), same_B.double()
+
+
+def _compared_features(dense_BC: Tensor, pruned_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - cosine of each image's features, and the cosine."""
+    cosine_B = F.cosine_similarity(dense_BC, pruned_BC, dim=1)
+    return 1 - cosine_B, cosine_B
 
 
 def _short(value: float) -> float:

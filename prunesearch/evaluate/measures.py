@@ -13,16 +13,18 @@ from torch.nn import functional as F
 from prunesearch.config import MeasureConfig, ModelConfig, Target
 from prunesearch.cost import MACS, CostTable, cost_of_counts, target_of
 from prunesearch.errors import DataError
-from prunesearch.evaluate.build import parameter_count
+from prunesearch.evaluate.build import build_model, parameter_count
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.metrics import Measured, profile_of
-from prunesearch.evaluate.predict import Predictions, predict
+from prunesearch.evaluate.predict import Predictions, autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.speed import Timing, peak_memory, time_batches
-from prunesearch.models import learned_parameters, shape_of, steps_of
+from prunesearch.models import learned_parameters, patches_of, refuse_missing_places, shape_of, steps_of
 from prunesearch.schedule import Schedule
 
+NEIGHBOURS, KNN_BATCH = 20, 256
+"""Training images that vote on the class of an image; images that are looked up at a time."""
 SPEED_BATCHES = 4
 """Number of different batches that a speed measurement uses in turn."""
 
@@ -31,8 +33,9 @@ SPEED_BATCHES = 4
 class Subject:
     """The model being measured. Metrics share one pass over the validation images.
 
-    validation: the images of the task's split, which may be the test images. dense_logits: returns the logits of the
-    original dense model on them, (N, classes) float32 on the CPU.
+    validation: the images of the task's split, which may be the test images. dense_logits: returns the logits (or the
+    features) of the original dense model on them, (N, classes) float32 on the CPU. dense: that model. train: the
+    training images.
     """
 
     model: nn.Module
@@ -43,6 +46,8 @@ class Subject:
     device: torch.device
     amp: bool
     dense_logits: Callable[[], Tensor]
+    dense: ModelConfig
+    train: ImageSet
 
     @cached_property
     def outputs(self) -> Predictions:
@@ -96,6 +101,41 @@ def agreement(subject: Subject) -> float:
     """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model can be below 100 too."""
     same = subject.outputs.logits.argmax(dim=1) == subject.dense_logits().argmax(dim=1)
     return 100 * same.double().mean().item()
+
+
+def feature_similarity(subject: Subject) -> float:
+    """Percent. The dense model is the one before any fine-tuning."""
+    return 100 * F.cosine_similarity(subject.outputs.logits, subject.dense_logits(), dim=1).double().mean().item()
+
+
+def patch_similarity(subject: Subject) -> float:
+    """Percent, mean over images and their patches. Raises ScheduleError where tokens are missing at the end."""
+    model, dense = subject.model, build_model(subject.dense, subject.device)
+    refuse_missing_places(model)
+    found = []
+    with reproducible(subject.device), torch.inference_mode():
+        indices = torch.arange(len(subject.validation)).split(subject.settings.batch_size)
+        for images, _ in subject.validation.batches(indices, subject.device):
+            with autocast(subject.device, subject.amp):
+                here, there = (patches_of(one, one.forward_features(images)).float() for one in (model, dense))  # type: ignore[operator]
+            found.append(F.cosine_similarity(here, there, dim=-1).double().mean(dim=1).cpu())
+    return 100 * torch.cat(found).mean().item()
+
+
+def knn_top1(subject: Subject) -> float:
+    """Percent. The training images vote with exp(cosine / 0.07), as in DINO (ICCV 2021, arXiv 2104.14294)."""
+    features, labels, _ = subject.outputs
+    known, their_labels, _ = predict(
+        subject.model, subject.train, subject.settings.batch_size, subject.device, subject.amp
+    )
+    classes, right = int(torch.cat([labels, their_labels]).max()) + 1, 0
+    known_TC = F.normalize(known, dim=1)
+    for some, wanted in zip(features.split(KNN_BATCH), labels.split(KNN_BATCH), strict=True):
+        cosine_BT = F.normalize(some, dim=1) @ known_TC.T
+        cosine_BK, nearest_BK = cosine_BT.topk(min(NEIGHBOURS, len(known)), dim=1)
+        votes_BC = torch.zeros(len(some), classes).scatter_add(1, their_labels[nearest_BK], (cosine_BK / 0.07).exp())
+        right += int((votes_BC.argmax(dim=1) == wanted).sum())
+    return 100 * right / len(labels)
 
 
 def mean_gmacs(subject: Subject) -> Measured:

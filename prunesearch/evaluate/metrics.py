@@ -39,7 +39,9 @@ class Metric:
 
     compute, costs: for values that need no weights, data or training; else None. compute: of model and schedule.
     costs: the table whose costs add up to the value, for the target of a study. needs_profile: `costs` raises
-    DeviceError when the target has no profile.
+    DeviceError when the target has no profile. of_output: it reads the model's output as logits of classes, or as
+    features. needs_labels: it compares with the images' labels. needs_places: with the patch tokens at the end, all of
+    which must be in their places then.
     """
 
     name: str
@@ -50,6 +52,9 @@ class Metric:
     compute: Compute | None = None
     costs: Callable[[Target], CostTable] | None = None
     needs_profile: bool = False
+    of_output: Literal["any", "classes", "features"] = "any"
+    needs_labels: bool = False
+    needs_places: bool = False
 
     @property
     def computed(self) -> bool:
@@ -122,6 +127,8 @@ for _entry in (
         goal="maximize",
         summary="validation images whose first guess is right",
         measure=Named("prunesearch.evaluate.measures:top1"),
+        of_output="classes",
+        needs_labels=True,
     ),
     Metric(
         "top5",
@@ -129,6 +136,8 @@ for _entry in (
         goal="maximize",
         summary="validation images with the right class among five guesses",
         measure=Named("prunesearch.evaluate.measures:top5"),
+        of_output="classes",
+        needs_labels=True,
     ),
     Metric(
         "loss",
@@ -136,6 +145,8 @@ for _entry in (
         goal="minimize",
         summary="cross entropy on the validation images",
         measure=Named("prunesearch.evaluate.measures:loss"),
+        of_output="classes",
+        needs_labels=True,
     ),
     Metric(
         "agreement",
@@ -143,6 +154,32 @@ for _entry in (
         goal="maximize",
         summary="validation images classified as the dense model does",
         measure=Named("prunesearch.evaluate.measures:agreement"),
+        of_output="classes",
+    ),
+    Metric(
+        "feature_similarity",
+        unit="%",
+        goal="maximize",
+        summary="cosine of the pooled features with the dense model's, mean over validation images",
+        measure=Named("prunesearch.evaluate.measures:feature_similarity"),
+        of_output="features",
+    ),
+    Metric(
+        "patch_similarity",
+        unit="%",
+        goal="maximize",
+        summary="cosine of the patch features with the dense model's; all tokens must be back at the end",
+        measure=Named("prunesearch.evaluate.measures:patch_similarity"),
+        needs_places=True,
+    ),
+    Metric(
+        "knn_top1",
+        unit="%",
+        goal="maximize",
+        summary="validation images whose class the 20 nearest training images say, by the cosine of features",
+        measure=Named("prunesearch.evaluate.measures:knn_top1"),
+        of_output="features",
+        needs_labels=True,
     ),
     Metric(
         "gmacs",

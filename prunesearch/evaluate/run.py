@@ -41,7 +41,7 @@ from prunesearch.evaluate.machine import describe, find_device, versions
 from prunesearch.evaluate.measures import Subject
 from prunesearch.evaluate.metrics import METRICS, Measured
 from prunesearch.evaluate.predict import autocast, predict, reproducible
-from prunesearch.evaluate.schedule_loss import distills_tokens
+from prunesearch.evaluate.schedule_loss import distills_patches, distills_tokens
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
 from prunesearch.evaluate.task import Cause, Evaluation, Speed, SupernetWork, Task
@@ -177,7 +177,8 @@ def _run(task: Task, found: Findings) -> None:
     before = found.progress.images
     if task.budget.images != 0:
         with found.phase("load"):
-            teacher = _teacher(task, train, device, distills_tokens(model, task.finetune))
+            gives_tokens = distills_tokens(model, task.finetune) or distills_patches(model, task.finetune)
+            teacher = _teacher(task, train, device, gives_tokens)
         _seed(task.seed)
         with found.phase("train"), reproducible(device):
             finetune(model, train, task.budget, task.finetune, teacher, device, task.seed, found.progress, task.profile)
@@ -201,6 +202,8 @@ def _run(task: Task, found: Findings) -> None:
         device,
         amp,
         dense,
+        task.model,
+        train,
     )
     with found.phase("measure"):
         for metric in metrics:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from prunesearch.config import FinetuneConfig
 from prunesearch.cost import MACS, CostTable, cost_of_counts, target_of
-from prunesearch.models import PlannedStep, Trace, schedule_of, shape_of, steps_of
+from prunesearch.models import PlannedStep, Trace, keeps_places, schedule_of, shape_of, steps_of
 from prunesearch.profile import Profile
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS
@@ -31,6 +31,11 @@ def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
     predicts = any(step.stage.learns_to_score for step in steps)
     pools = any(REDUCERS[step.stage.reduce].pools for step in steps)
     return predicts and config.distill_tokens_weight > 0 and not pools
+
+
+def distills_patches(model: nn.Module, config: FinetuneConfig) -> bool:
+    """Whether the loss compares patch tokens with the dense model's, because all are in their places at the end."""
+    return config.distill_patches_weight > 0 and keeps_places(model)
 
 
 class ScheduleLoss:

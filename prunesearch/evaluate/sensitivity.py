@@ -35,7 +35,7 @@ class Effect:
     """The effect of one stage alone.
 
     divergence: mean KL(dense || pruned) of the class probabilities, in nats. agreement: percent of the images that get
-    the dense model's class.
+    the dense model's class. For a model without a classifier: 1 - cosine of the features, and the cosine in percent.
     """
 
     stage: Stage
@@ -49,7 +49,8 @@ class Sensitivities:
 
     images: how many were measured. confidence: mean of the dense model's largest probability. Near 1 the model is
     saturated: divergences are tiny for most images and a weak signal. seconds: duration of the measurement.
-    left_out: scores, verbs and "thresholds" of the space that cannot be measured without training.
+    left_out: scores, verbs and "thresholds" of the space that cannot be measured without training. of_features: the
+    model has no classifier; then confidence is 1.
     """
 
     version: Literal[1]
@@ -61,6 +62,12 @@ class Sensitivities:
     seconds: float
     device: str
     left_out: tuple[str, ...] = ()
+    of_features: bool = False
+
+    @property
+    def damage(self) -> str:
+        """What `Effect.divergence` is, in words."""
+        return "1 - cosine of features" if self.of_features else "KL(dense || pruned) in nats"
 
     def fits(self, config: StudyConfig) -> bool:
         """Whether it was measured on the model and training data of a study, and has every stage of its space."""

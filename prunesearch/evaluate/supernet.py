@@ -31,7 +31,7 @@ from prunesearch.evaluate.predict import autocast
 from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.task import SupernetWork, Task
 from prunesearch.files import write_atomically
-from prunesearch.models import apply_schedule, remove_schedule
+from prunesearch.models import apply_schedule, remove_schedule, shape_of
 from prunesearch.schedule import Schedule
 from prunesearch.strict import to_mapping
 
@@ -55,12 +55,14 @@ def train_supernet(
     if is_spent(task.budget, progress):
         return
 
+    features = shape_of(model).gives_features
+
     def losses(batch: Batch) -> Iterator[Tensor]:
         for schedule in schedules_of_step(task, work, progress.images):
             apply_schedule(model, schedule)
             with autocast(device, task.finetune.amp):
                 logits = model(batch.images)
-            yield distillation_loss(logits.float(), batch.labels, batch.target, task.finetune)
+            yield distillation_loss(logits.float(), batch.labels, batch.target, task.finetune, features)
 
     def share() -> float:
         return progress.images / work.images

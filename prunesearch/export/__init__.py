@@ -7,7 +7,7 @@ from prunesearch.registry import lazily
 if TYPE_CHECKING:
     from prunesearch.export.deploy import export_onnx as export_onnx
     from prunesearch.export.deploy import export_openvino as export_openvino
-    from prunesearch.export.example_code import example_code as example_code
+    from prunesearch.export.example import example_code as example_code
     from prunesearch.export.file_facts import read_facts as read_facts
     from prunesearch.export.schedules import export as export
     from prunesearch.export.schedules import measure_again as measure_again
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     {
-        "example_code": "prunesearch.export.example_code",
+        "example_code": "prunesearch.export.example",
         "export": "prunesearch.export.schedules",
         "export_onnx": "prunesearch.export.deploy",
         "export_openvino": "prunesearch.export.deploy",

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from prunesearch.config import DataConfig, MeasureConfig, ModelConfig
+from prunesearch.config import UNLABELLED, DataConfig, MeasureConfig, ModelConfig
 from prunesearch.errors import ModelError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.data import classes_of, open_validation
@@ -217,7 +217,8 @@ def deploy(
             dense = temporary / "dense.onnx"
             say("writing the dense model, to compare the speed")
             replace(source, model=remove_schedule(copy.deepcopy(source.model))).write(dense, {})
-        return [_measured(one, source, onnx, dense, path, held_out, measure, say) for one, path in targets]
+        labelled = data is not None and data.name != UNLABELLED
+        return [_measured(one, source, onnx, dense, path, held_out, labelled, measure, say) for one, path in targets]
 
 
 def _frozen(
@@ -242,6 +243,7 @@ def _measured(
     dense: Path | None,
     path: Path,
     held_out: ImageSet | None,
+    labelled: bool,
     measure: MeasureConfig,
     say: Say,
 ) -> Exported:
@@ -257,7 +259,7 @@ def _measured(
         exported = replace(
             exported, speed=time_side_by_side(runtime.open(there, half), run, batches, measure.speed_seconds)
         )
-    if held_out is None:
+    if held_out is None or source.facts.features or not labelled:
         return exported
     say(f"measuring the accuracy of {path} on {len(held_out)} validation images")
     return replace(exported, top1=top1(run, held_out, measure.batch_size), images=len(held_out))

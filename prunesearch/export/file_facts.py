@@ -27,7 +27,8 @@ class FileFacts:
     model: its name. preprocessing: how pictures become input. schedule: the text of a schedule file, without stages
     for a dense model. gmacs, dense_gmacs: 10^9 multiply-accumulates of an image, with and without the schedule.
     tokens: after each block, prefix included. half: weights and activations are fp16. classes: their names in the order
-    of the outputs; empty when unknown. versions: of the libraries that wrote the file.
+    of the outputs; empty when unknown. versions: of the libraries that wrote the file. features: the model has no
+    classifier, and its output are features.
     """
 
     model: str
@@ -39,6 +40,7 @@ class FileFacts:
     half: bool
     classes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
+    features: bool = False
 
 
 def facts_of(
@@ -60,6 +62,7 @@ def facts_of(
         half=half,
         classes=classes,
         versions=tuple(sorted(versions())),
+        features=shape.gives_features,
     )
 
 

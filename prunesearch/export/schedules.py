@@ -9,7 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from prunesearch.config import Budget, DataConfig, MeasureConfig, ModelConfig, StudyConfig, WorkersConfig
+from prunesearch.config import (
+    UNLABELLED,
+    Budget,
+    DataConfig,
+    MeasureConfig,
+    ModelConfig,
+    StudyConfig,
+    WorkersConfig,
+)
 from prunesearch.confirmation import confirmation_row, speed_row
 from prunesearch.errors import DeviceError, RunError, StudyError, UserError
 from prunesearch.evaluate import Evaluation, Task, model_shape
@@ -25,11 +33,17 @@ from prunesearch.search.tasks import candidate_task
 from prunesearch.space.vocabulary import Vocabulary, learns, written_out
 from prunesearch.workers.serial import SerialWorkers
 
-COMPARED = ("top1", "gmacs", "throughput")
 TIMED = ("throughput",)
-"""Those of COMPARED that `time_again` measures better."""
+"""Those of `compared` that `time_again` measures better."""
 SPEED_SECONDS = 10.0
 NO_VOCABULARY = Vocabulary()
+
+
+def compared(model: ModelConfig, data: DataConfig) -> tuple[str, ...]:
+    """The metrics that are measured again unless others are asked for."""
+    if model_shape(model).gives_features:
+        return ("feature_similarity", "gmacs", "throughput")
+    return ("agreement" if data.name == UNLABELLED else "top1", "gmacs", "throughput")
 
 
 def export(
@@ -191,7 +205,7 @@ def measure_again(
     study: StudyConfig | None = None,
     model: ModelConfig | None = None,
     data: DataConfig | None = None,
-    metrics: tuple[str, ...] = COMPARED,
+    metrics: tuple[str, ...] = (),
     measure: MeasureConfig | None = None,
     profile: Profile | None = None,
     device: str = "auto",
@@ -199,11 +213,11 @@ def measure_again(
 ) -> tuple[Evaluation, Evaluation]:
     """Evaluate the dense model and an exported schedule without training; returns (dense, pruned).
 
-    Model and data are those given, else the study's, else the file's. The pruned model uses the weights of the file,
-    whose path is relative to `folder`. Without weights, thresholds with a target are calibrated. profile: predicts
-    latency; that of the study, if the model is the study's, when None. plugins: modules to import besides those of the
-    study. Raises UserErrors when model or data are given nowhere or do not fit, or when a profile is needed and there
-    is none; RunError when an evaluation fails.
+    Model and data are those given, else the study's, else the file's. metrics: those of `compared` when empty. The
+    pruned model uses the weights of the file, whose path is relative to `folder`. Without weights, thresholds with a
+    target are calibrated. profile: predicts latency; that of the study, if the model is the study's, when None.
+    plugins: modules to import besides those of the study. Raises UserErrors when model or data are given nowhere or do
+    not fit, or when a profile is needed and there is none; RunError when an evaluation fails.
     """
     from prunesearch.evaluate.inputs import check_inputs
     from prunesearch.evaluate.run import evaluate
@@ -222,7 +236,7 @@ def measure_again(
             data=data,
             schedule=schedule,
             budget=Budget(images=0),
-            metrics=metrics,
+            metrics=metrics or compared(model, data),
             measure=measure or (study.measure if study else MeasureConfig()),
             device=device,
             weights=with_weights,

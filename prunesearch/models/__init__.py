@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prunesearch.errors import ModelError, UntrainedWarning
+from prunesearch.errors import ModelError, ScheduleError, UntrainedWarning
 from prunesearch.files import load_schedule_file, preset_names
 from prunesearch.models import (  # digits_vit registers its model with timm
     beit,
@@ -250,6 +250,24 @@ def patches_of(model: nn.Module, features: Tensor) -> Tensor:
     For a feature map these are all positions.
     """
     return _family(model).patches_of(model, features)
+
+
+def keeps_places(model: nn.Module) -> bool:
+    """Whether every patch token is in its place after the last block."""
+    plan = getattr(model, "_plan", None)
+    return not isinstance(plan, Plan) or plan.all_return
+
+
+def refuse_missing_places(model: nn.Module) -> None:
+    """Raise ScheduleError for a model that has not every patch token in its place after the last block."""
+    if not keeps_places(model):
+        raise ScheduleError(
+            "schedule",
+            [
+                "its patch tokens are not all there at the end, so they cannot be compared with the dense model's. "
+                "Possible: stages with until, or hold. Write until: end, or leave the comparison out."
+            ],
+        )
 
 
 def block_inputs(model: nn.Module, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:

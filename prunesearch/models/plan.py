@@ -98,8 +98,8 @@ class Plan:
     """A schedule resolved for one number of patch tokens.
 
     merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits. leaves_places: a token
-    that stands for several may lie between the places of the image. all_return: every token is back in its place after
-    the last block. The four hold for any number of tokens.
+    that stands for several may lie between the places of the image. all_return: every token is in its place after the
+    last block. The four hold for any number of tokens.
     """
 
     schedule: Schedule
@@ -152,7 +152,7 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     merging = [stage for stage in stages if REDUCERS[stage.reduce].merges]
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
     leaves_places = any(_leaves_places(stage) for stage in stages)
-    all_return = all(stage.until is not None for stage in stages)
+    all_return = shape.holds or all(stage.until is not None for stage in stages)
     return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places, all_return)
 
 

@@ -49,7 +49,7 @@ def plot_sensitivity(found: Sensitivities, path: str | Path) -> None:
     axes[0].set_yscale("log")
     axes[0].set_xticks(blocks[:: math.ceil(len(blocks) / 12)])
     figure.supxlabel("block of the only stage", fontsize=10.5, color=INK)
-    figure.supylabel("KL(dense || pruned) in nats", fontsize=10.5, color=INK)
+    figure.supylabel(found.damage, fontsize=10.5, color=INK)
     title = f"{found.model.name}: each stage alone, without training, on {found.images} training images"
     figure.suptitle(title, x=0.014, ha="left", fontsize=13, color=INK, parse_math=False)
     handles, names = _legend(axes[: len(verbs)])

@@ -14,34 +14,39 @@ from rich.text import Text
 from prunesearch.evaluate.sensitivity import Effect, Sensitivities
 from prunesearch.report.tables import decimals, short, unit_of
 from prunesearch.search.sensitivity_front import Predicted
+from prunesearch.space.choices import NEVER
 
+CHOICES = ("score", "at", "until")
+"""Fields of a stage of which the table shows the best value."""
 MILD, HARSH = 0.001, 0.1
-"""In nats. Values below MILD are green, values above HARSH are red."""
+"""Values below MILD are green, values above HARSH are red."""
 LEAST = 1e-9
-"""In nats. Smaller values count as this much, because 0 has no logarithm."""
+"""Smaller values count as this much, because 0 has no logarithm."""
 
 
 class Line(NamedTuple):
-    """The effects of a verb at a block by keep ratio, with its least harmful place and score."""
+    """The effects of a verb at a block by keep ratio, with its least harmful place, score and return."""
 
     block: int
     reduce: str
     at: str
     score: str
+    until: str
     effects: dict[float, Effect]
 
 
 def best_lines(found: Sensitivities) -> list[Line]:
-    """A line for each block and verb, with the place and score of the smallest mean log divergence."""
-    lines: defaultdict[tuple[int, str], dict[tuple[str, str], dict[float, Effect]]] = defaultdict(dict)
+    """A line for each block and verb, with the place, score and return of the smallest mean log divergence."""
+    lines: defaultdict[tuple[int, str], dict[tuple[str, str, str], dict[float, Effect]]] = defaultdict(dict)
     for effect in found.effects:
         stage = effect.stage
         assert stage.keep is not None, "stages are measured by their keep ratio"
-        lines[stage.block, stage.reduce].setdefault((stage.at, stage.score), {})[stage.keep] = effect
+        choice = stage.at, stage.score, str(stage.until or NEVER)
+        lines[stage.block, stage.reduce].setdefault(choice, {})[stage.keep] = effect
     best = []
     for (block, reduce), choices in lines.items():
-        (at, score), effects = min(choices.items(), key=lambda choice: _mean_log(choice[1].values()))
-        best.append(Line(block, reduce, at, score, effects))
+        (at, score, until), effects = min(choices.items(), key=lambda choice: _mean_log(choice[1].values()))
+        best.append(Line(block, reduce, at, score, until, effects))
     return best
 
 
@@ -51,10 +56,10 @@ def keeps_of(found: Sensitivities) -> list[float]:
 
 
 def sensitivity_table(found: Sensitivities) -> Table:
-    """KL(dense || pruned) by block, verb (rows) and keep ratio (columns)."""
-    several = _is_chosen(found, "score"), _is_chosen(found, "at")
-    table = _titled("KL(dense || pruned) of each stage alone, in nats")
-    for name, shown in zip(("block", "reduce", "score", "at"), (True, True, *several), strict=True):
+    """The damage by block, verb (rows) and keep ratio (columns)."""
+    several = [_is_chosen(found, name) for name in CHOICES]
+    table = _titled(f"Each stage alone: {found.damage}")
+    for name, shown in zip(("block", "reduce", *CHOICES), (True, True, *several), strict=True):
         if shown:
             table.add_column(name, justify="right" if name == "block" else "left")
     for keep in keeps_of(found):
@@ -64,7 +69,7 @@ def sensitivity_table(found: Sensitivities) -> Table:
         if before not in (None, line.block):
             table.add_section()
         cells = [str(line.block) if line.block != before else "", line.reduce]
-        cells += [name for name, shown in zip((line.score, line.at), several, strict=True) if shown]
+        cells += [getattr(line, name) for name, shown in zip(CHOICES, several, strict=True) if shown]
         table.add_row(*cells, *(_cell(line.effects.get(keep)) for keep in keeps_of(found)))
         before = line.block
     table.caption = Text("\n".join(_notes(found)))
@@ -75,7 +80,7 @@ def predicted_table(starts: Sequence[Predicted], dense: float, metric: str = "gm
     """A table of the predicted front. dense: cost of the dense model. metric: the cost."""
     table = _titled("Predicted front, which start_from: [sensitivity] evaluates first")
     places = decimals(metric, [dense])
-    for name in (unit_of(metric), "of dense", "sum of KL"):
+    for name in (unit_of(metric), "of dense", "predicted damage"):
         table.add_column(name, justify="right")
     table.add_column("schedule", overflow="fold")
     for point in starts:
@@ -93,11 +98,12 @@ def _notes(found: Sensitivities) -> list[str]:
     notes = [
         f"{found.model.name}, {found.images} training images, {found.seconds:.1f} s on {found.device}",
         f"columns are keep ratios; green: below {MILD:g}, red: above {HARSH:g}, -: not possible alone",
-        f"the dense model gives the class it chooses {found.confidence:.1%} on average",
     ]
-    choices = [name for name in ("score", "at") if _is_chosen(found, name)]
+    if not found.of_features:
+        notes.append(f"the dense model gives the class it chooses {found.confidence:.1%} on average")
+    choices = [name for name in CHOICES if _is_chosen(found, name)]
     if choices:
-        notes.append(f"where there are several, the {' and '.join(choices)} that does the least is shown")
+        notes.append(f"where there are several, the {', '.join(choices)} that does the least is shown")
     if found.left_out:
         notes.append(left_out(found))
     return notes

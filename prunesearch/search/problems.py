@@ -6,7 +6,15 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunesearch.config import BlockSpace, Budget, FinetuneConfig, SpaceConfig, StudyConfig, study_name_problem
+from prunesearch.config import (
+    UNLABELLED,
+    BlockSpace,
+    Budget,
+    FinetuneConfig,
+    SpaceConfig,
+    StudyConfig,
+    study_name_problem,
+)
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.limit_problems import limit_problems, resolved_problems
@@ -24,7 +32,7 @@ from prunesearch.schedule import Schedule, resolve, spelled_out
 from prunesearch.search.sensitivity_start import FILE, WORD, kept_sensitivities, predicted_starts
 from prunesearch.search.target_device import device_problems, without_predictions
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import blocks_of
+from prunesearch.space.choices import NEVER, blocks_of, may_return
 from prunesearch.space.problems import space_problems
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.tokens import REDUCERS, SCORERS
@@ -74,7 +82,7 @@ def study_problems(config: StudyConfig, starts: bool = True) -> list[str]:
             config.space, config.limits, config.target, config.evaluation == "supernet"
         )
     problems = in_space + costs + problems + channel_problems(config.data, input_channels(config.model))
-    problems += _learning_problems(config, shape)
+    problems += _learning_problems(config, shape) + _output_problems(config, shape)
     if starts:
         problems += _sensitivity_problems(config.space, shape) if not in_space else []
         problems += _start_problems(config.space, shape, config.evaluation == "supernet")
@@ -88,10 +96,7 @@ def model_free_problems(config: StudyConfig) -> list[str]:
     except FileError as error:  # only for a config made in Python; reading a file raises this earlier
         return list(error.problems)
     problems = model_problems(config.model)
-    fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
-    fields += [(f"limits.{name}", name) for name, _ in config.limits]
-    fields += [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
-    problems += [f"{place}: {METRICS.unknown(name)}" for place, name in fields if name not in METRICS]
+    problems += [f"{place}: {METRICS.unknown(name)}" for place, name in _metrics_of(config) if name not in METRICS]
     names = [objective.metric for objective in config.objectives]
     if not names or len(set(names)) < len(names):
         problems.append("objectives: possible: one metric or more, each once. Name what the front trades off.")
@@ -170,6 +175,64 @@ def _learning_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
         if learned:
             problems.append(f"space: {', '.join(learned)} {_NOTHING_OF_ITS_OWN}")
     return problems
+
+
+def _output_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """Metrics and losses that the model's output, its tokens at the end or the pictures cannot give."""
+    has, lacks = ("features", "classes") if shape.gives_features else ("classes", "features")
+    model = "has no classifier" if shape.gives_features else "has a classifier (num_classes: 0 builds it without)"
+    unlabelled, problems = config.data.name == UNLABELLED, []
+    for place, name in _metrics_of(config):
+        if name not in METRICS:
+            continue
+        metric = METRICS[name]
+        if metric.of_output == lacks:
+            fitting = ", ".join(n for n, one in METRICS.items() if one.of_output == has)
+            problems.append(
+                f"{place}: {name} reads {lacks}, but the model {model}. Possible: {fitting}. Name those, or change "
+                f"the model."
+            )
+        elif metric.needs_labels and unlabelled:
+            fitting = ", ".join(n for n, one in METRICS.items() if one.of_output == has and not one.needs_labels)
+            problems.append(
+                f"{place}: {name} needs labels, and pictures of data {UNLABELLED} have none. Possible: {fitting}, or "
+                f"class folders (data folder). Change one of them."
+            )
+        if metric.needs_places and not shape.holds and _may_end_without_tokens(config.space):
+            problems.append(
+                f"{place}: {name} compares all patch tokens at the end, but in this space some may be gone. Possible: "
+                f"until: [next, end] in the space, with verbs that do not pool. Write that, or leave {name} out."
+            )
+    if all(rung.images == 0 for rung in config.rungs) and config.evaluation == "finetune":
+        return problems
+    finetune = config.finetune
+    if shape.gives_features and not (finetune.distill and finetune.distill_weight > 0):
+        problems.append(
+            "finetune.distill: false, but a model without a classifier learns from the dense model's features alone. "
+            "Possible: true, with a distill_weight above 0. Write that, or rungs: [{images: 0}]."
+        )
+    if not shape.gives_features and unlabelled and finetune.cross_entropy_weight != 0:
+        problems.append(
+            f"finetune.cross_entropy_weight: a cross entropy needs classes, and pictures of data {UNLABELLED} have "
+            f"none. Possible: 0, so that the dense model's answers alone are learned. Write cross_entropy_weight: 0."
+        )
+    return problems
+
+
+def _metrics_of(config: StudyConfig) -> list[tuple[str, str]]:
+    """(where it stands, name) of every metric of a study."""
+    fields = [(f"objectives[{index}].metric", objective.metric) for index, objective in enumerate(config.objectives)]
+    fields += [(f"limits.{name}", name) for name, _ in config.limits]
+    return fields + [(f"metrics[{index}]", name) for index, name in enumerate(config.metrics)]
+
+
+def _may_end_without_tokens(space: SpaceConfig) -> bool:
+    return any(
+        NEVER in block.until if may_return(verb) else REDUCERS[verb].pools
+        for block in blocks_of(space)
+        for verb in block.reduce
+        if verb in REDUCERS
+    )
 
 
 def _learned_choices(space: SpaceConfig, shape: ModelShape) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from prunesearch.cli import main
 from prunesearch.errors import ModelError, RunError, UserError
 from prunesearch.evaluate.images import ImageInput
-from prunesearch.export.example_code import program
+from prunesearch.export.example import program
 from prunesearch.export.file_checks import Check, compare, refuse_difference, time_side_by_side
 from prunesearch.export.file_facts import FileFacts, written
 from prunesearch.export.runtimes import ONNX_RUNTIME, OPENVINO, RUNTIMES, as_metadata, check_target, written_beside

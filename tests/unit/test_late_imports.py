@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from functools import cache
 
 import pytest
@@ -28,3 +30,16 @@ def test_only_heavy_modules_are_imported_inside_functions(module: str) -> None:
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
     for other in imported(functions) & MODULES.keys():
         assert loads(other) & HEAVY, f"{module} imports {other} late, which loads nothing heavy: import it at top"
+
+
+def test_no_late_name_is_that_of_a_module() -> None:
+    """Once the module is imported, the package would give the module instead."""
+    packages = [importlib.import_module(name) for name, path in MODULES.items() if path.name == "__init__.py"]
+    late = {
+        one.__name__: inspect.getclosurevars(one.__getattr__).nonlocals
+        for one in packages
+        if "__getattr__" in vars(one)
+    }
+    assert len(late) > 3
+    for name, seen in late.items():
+        assert not {f"{name}.{word}" for word in seen["homes"]} & MODULES.keys()

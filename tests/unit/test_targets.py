@@ -184,7 +184,7 @@ def test_the_loss_follows_the_slopes_of_the_table(table: CostTable) -> None:
 def test_how_far_the_target_is_missed(table: CostTable) -> None:
     schedule, counts = aimed(table), (torch.tensor([40.0, 20.0]), torch.tensor([36.0, 12.0]))
     model = apply_schedule(build_model(SMALL), schedule)
-    one = Subject(model, Target(SMALL, PROFILE), schedule, None, None, CPU, True, None)  # type: ignore[arg-type]
+    one = Subject(model, Target(SMALL, PROFILE), schedule, None, None, CPU, True, None, SMALL, None)  # type: ignore[arg-type]
     one.target = Target(SMALL, profile_in(table))
     one.outputs = Predictions(torch.zeros(2, 10), torch.zeros(2), counts)
     mean = cost_by_counts(counts, steps_of(model), shape_of(model), 2, table).mean().item() / table.per_unit

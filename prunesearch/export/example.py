@@ -13,9 +13,10 @@ from prunesearch.export.runtimes import runtime_of
 
 
 def example_code(path: str | Path) -> str:
-    """A program that prints the class of the picture named on its command line. It needs NumPy, Pillow and the runtime.
+    """A program that prints the class (or the features) of the picture named on its command line.
 
-    It reads 8-bit pictures as `prunesearch` does. Raises UserError and FileError as `read_facts`.
+    It needs NumPy, Pillow and the runtime, and reads 8-bit pictures as `prunesearch` does. Raises UserError and
+    FileError as `read_facts`.
     """
     return program(read_facts(path), Path(path))
 
@@ -41,10 +42,17 @@ def program(facts: FileFacts, path: Path) -> str:
         f"pixels = (pixels - np.float32({list(wanted.mean)})) / np.float32({list(wanted.std)})",
         "pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])",
         *(line.format(path=json.dumps(str(path)), in_float32=in_float32) for line in runtime.example),
-        "best = int(logits.argmax())",
-        f"print(best, json.loads({names})[best])" if facts.classes else "print(best)",
+        *_said(facts, names),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _said(facts: FileFacts, names: str) -> list[str]:
+    """Lines that print what the file says of the picture."""
+    if facts.features:
+        return ["print(logits.shape, logits[0, :8])  # the features of the picture"]
+    named = f"print(best, json.loads({names})[best])" if facts.classes else "print(best)"
+    return ["best = int(logits.argmax())", named]
 
 
 def _resized(wanted: ImageInput) -> list[str]:
