@@ -63,7 +63,7 @@ from prunesearch.presets.diffrate import load_diffrate
 from prunesearch.printable import counted, printable
 from prunesearch.profile import refuse_other_shape
 from prunesearch.report.profile_words import profile_lines, summary
-from prunesearch.schedule import Schedule
+from prunesearch.schedule import Schedule, refuse_everywhere
 from prunesearch.space.choices import combinations, dimensions
 from prunesearch.strict import to_mapping
 
@@ -378,6 +378,7 @@ def _check_schedule(parsed: argparse.Namespace) -> int:
     schedule = file.schedule
     model, _ = model_and_data(file, given=Given(model=parsed.model, overrides=tuple(parsed.set)))
     if model is None:
+        refuse_everywhere(schedule)
         _print(f"{parsed.file}: fine in itself ({schedule}). Give --model NAME to check it against a model.")
         return 0
     if is_remote(model) and not model_problems(model):  # looking it up needs the network
@@ -408,7 +409,7 @@ def _dense_gmacs(model: ModelConfig) -> float:
 
 def _cost_in_words(schedule: Schedule, cost: Cost) -> str:
     if not schedule.is_adaptive:
-        return f"{cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens at the end"
+        return f"{cost.gmacs:.5g} GMACs, {cost.tokens[-1]} tokens in the last block"
     if schedule.target_gmacs is not None:
         return f"{schedule.target} on average, which its thresholds are trained for"
     most = f"at most {cost.gmacs:.5g} GMACs"
@@ -579,7 +580,8 @@ def _deploy(
         images = f"{check.images} {'images of random numbers' if one.on_noise else 'validation images'}"
         outputs = "features" if facts.features else f"the same class for {check.same}; logits"
         _print(
-            f"{path}: {facts.gmacs:.5g} GMACs, dense {facts.dense_gmacs:.5g}; {facts.tokens[-1]} tokens at the end",
+            f"{path}: {facts.gmacs:.5g} GMACs, dense {facts.dense_gmacs:.5g}; {facts.tokens[-1]} tokens in the last "
+            "block",
             f"  {one.runtime} against PyTorch on {images}: {outputs}, up to {check.scale:.3g}, differ by at most "
             f"{check.largest:.2g} ({check.usual:.2g} for three images in four)",
         )
@@ -696,7 +698,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     usual = (name for name in compared(model, data) if not (parsed.speed and name in TIMED))
     metrics = tuple(parsed.metric) or tuple(usual)
     if given is not None and not parsed.metric:
-        metrics += ("mean_predicted_latency_ms" if file.schedule.is_adaptive else "predicted_latency_ms",)
+        metrics += ("predicted_latency_ms",)
     dense, pruned = measure_again(
         file,
         parsed.file.parent,

@@ -210,7 +210,9 @@ class BlockSpace:
     tokens: tuple[int, ...] | None = _field(
         "counts to choose from, for verbs that pool", None, low=1, high=MOST_TOKENS, most=MOST_VALUES
     )
-    until: tuple[str, ...] | None = _field("when tokens are back: never, next, end", None, most=MOST_NAMES)
+    until: tuple[Literal["never", "next", "end"], ...] | None = _field(
+        "when tokens are back: never, next, end", None, most=MOST_NAMES
+    )
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ class SpaceConfig:
         high=MOST_TOKENS,
         most=MOST_VALUES,
     )
-    until: tuple[str, ...] = _field(
+    until: tuple[Literal["never", "next", "end"], ...] = _field(
         "when the tokens that left are back: never, next (before the next stage's block), end (after the last block)",
         ("never",),
         most=MOST_NAMES,

@@ -301,8 +301,8 @@ def nothing_within(bounds: Limits, measured: Sequence[Record]) -> str:
     asked = " and ".join(f"{name} {limit}" for name, limit in bounds)
     there = ", ".join(f"{name} {values_of(nearest)[name]:.5g}" for name, _ in bounds if name in values_of(nearest))
     return (
-        f"bounds: no candidate has {asked} ({len(measured)} were compared). Possible: the nearest is trial "
-        f"{nearest.number} with {there}. Loosen the bound, or search further."
+        f"limits: no candidate has {asked} ({len(measured)} were compared). Possible: the nearest is trial "
+        f"{nearest.number} with {there}. Loosen the limit, or search further."
     )
 
 

@@ -153,7 +153,7 @@ class Profile:
         known = ", ".join(time.name for time in times) or "none"
         raise DeviceError(
             f"profile of {self.model}: the {kind} {name!r} was not measured{how}. Possible{how}: {known}. Profile "
-            f"again with `prunesearch profile ... --{kind} {name}`."
+            f"again: `prunesearch profile STUDY.yaml` for all of a study, or with --{kind} {name} beside the others."
         )
 
 

@@ -266,7 +266,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
     masked, pooled, scored, held = False, -1, -1, -1
     returned: int | None = None  # the block before which tokens came back last
     remembered = False  # whether a running mean of scores has them too
-    means = False  # whether there is such a mean
+    means: int | None = None  # the block whose attention began that mean, for all tokens that are there
     # steps whose tokens will come back, whether counts differed before them, and whether there was a mean of scores
     away: list[tuple[Step, bool, bool]] = []
     for written, stage in zip(schedule.stages, spelled_out(schedule, shape).stages, strict=True):
@@ -281,6 +281,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         while away and away[-1][0].returns_by(stage.block):
             step, masked, remembered = away.pop()
             present, returned = step.before, step.until
+            means = means if remembered or means is None else step.until  # what came back without one begins it anew
         reducer, kept, until = REDUCERS[stage.reduce], count_of(stage, present), _until(stage, shape)
         masked_before = masked
         masked = masked or stage.is_adaptive or stage.learns_to_score
@@ -324,7 +325,7 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
                 f"Choose one of those, or let them come back earlier."
             )
         if reducer.pools and kept < present:
-            pooled, means = read, False
+            pooled, means = read, None
         fewest = reducer.fewest_kept(present)
         if kept < fewest:
             problems.append(
@@ -335,14 +336,32 @@ def resolve(schedule: Schedule, shape: ModelShape) -> tuple[Step, ...]:
         after = kept if kept == present and not stage.is_adaptive else kept + reducer.extra_tokens
         steps.append(Step(stage, before=present, kept=kept, after=after, until=until))
         if not steps[-1].is_idle:
-            means = means or remembers(stage)
+            means = read if means is None and remembers(stage) else means
             problems += [f"{where}: {text}" for step, *_ in away[-1:] if (text := _crossing(until, step, shape))]
             if until is not None:
-                away.append((steps[-1], masked_before, means))
+                away.append((steps[-1], masked_before, means is not None and means <= read))
         present = present if reducer.holds else after
     if problems:
         raise ScheduleError("schedule", problems)
     return tuple(steps)
+
+
+def refuse_everywhere(schedule: Schedule) -> None:
+    """Raise ScheduleError for a schedule that fits no model: neither a large one whose tokens can go, nor one with a
+    feature map."""
+    ends = [stage.until for stage in schedule.stages if isinstance(stage.until, int)]
+    depth = 1 + max([*(stage.block for stage in schedule.stages), *ends], default=0)
+    large = ModelShape(depth, 1, 1, 1, MOST_TOKENS, 1, 1, mlp_macs=1, stem_macs=1, head_macs=1)
+    try:
+        resolve(schedule, large)
+    except ScheduleError:
+        try:
+            resolve(schedule, replace(large, holds=True, prefix_tokens=0, class_tokens=0))
+        except ScheduleError:
+            pass
+        else:
+            return
+        raise
 
 
 def _until(stage: Stage, shape: ModelShape) -> int | None:

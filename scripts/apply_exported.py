@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import prunesearch.models.digits_vit  # registers the shipped model with timm
-from prunesearch import apply_schedule, estimate_cost, load_schedule, shape_of
+from prunesearch import apply_schedule, estimate_cost, shape_of
 from prunesearch.evaluate.digits import load_digits
+from prunesearch.models import schedule_of
 
 
 @torch.inference_mode()
@@ -50,7 +51,8 @@ def main() -> None:
     pruned = timm.create_model("vit_digits_patch1_8", pretrained=True).eval()
 
     apply_schedule(pruned, path)  # with its weights, if the file names some
-    schedule = load_schedule(path)
+    schedule = schedule_of(pruned)
+    assert schedule is not None
 
     gmacs = [estimate_cost(shape_of(dense)).gmacs, estimate_cost(shape_of(dense), schedule).gmacs]
     speed = images_per_second([dense, pruned])

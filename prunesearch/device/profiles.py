@@ -17,6 +17,7 @@ from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.machine import find_device, versions
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.profile import Profile
+from prunesearch.schedule import verb_in
 from prunesearch.shape import ModelShape
 from prunesearch.tokens import REDUCERS, SCORERS
 
@@ -93,8 +94,9 @@ def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -
     possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
     for name in verbs:
         if name not in possible:
+            meant = f" In this model it is {verb_in(shape, name)}." if verb_in(shape, name) != name else ""
             raise DeviceError(
-                f"verb {name}: this model has no time of its own for it. Possible: {', '.join(possible)}. Name those."
+                f"verb {name}: this model does not take it.{meant} Possible: {', '.join(possible)}. Name those."
             )
 
 

@@ -26,11 +26,13 @@ def learns_decisions(model: nn.Module) -> bool:
 
 
 def distills_tokens(model: nn.Module, config: FinetuneConfig) -> bool:
-    """Whether the loss compares final tokens with the dense model's: with a predictor, and if no stage pools."""
+    """Whether the loss compares final tokens with the dense model's: with a predictor, and if tokens are in their slots
+    at the end, because no stage pools, and each either keeps them there or brings them back."""
     steps = steps_of(model)
     predicts = any(step.stage.learns_to_score for step in steps)
     pools = any(REDUCERS[step.stage.reduce].pools for step in steps)
-    return predicts and config.distill_tokens_weight > 0 and not pools
+    stay = shape_of(model).holds or all(step.decisions_learn or step.step.until is not None for step in steps)
+    return predicts and config.distill_tokens_weight > 0 and not pools and stay
 
 
 def distills_patches(model: nn.Module, config: FinetuneConfig) -> bool:

@@ -107,6 +107,7 @@ WHY_NOT = {
     "MultiScaleVit": "its blocks pool keys and values with convolutions over the grid, so every token must be there",
     "VisionTransformerSAM": "most of its blocks attend within windows of the grid, so every token must be in its place",
     "DaVit": "its blocks attend within windows and have convolutions, so every token must be in its place",
+    "Cait": "the logits of its heads are mixed, so that scores would rank by another attention than it computes",
     "ConvNeXtV2": "it normalises over all positions, so that an MLP on some of them computes something else",
 }
 """Why classes that users ask for take no schedule."""

@@ -107,7 +107,8 @@ def take_masked_step(
             patches_BnC = joined_BmC
             size_Bn = None if size_Bn is None else join_amounts(size_Bn, joining, present_Bn)
             later = tuple(_follow(evidence, joining, present_Bn) for evidence in later)
-            memory_Bn = None if memory_Bn is None else join_amounts(memory_Bn, joining, present_Bn)
+            if memory_Bn is not None and not (joining.host_Bn is not None and step.until is not None):
+                memory_Bn = join_amounts(memory_Bn, joining, present_Bn)  # else guests come back with their own
             present_Bn = _with_fused(joining, present_Bn)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], patches_BnC], dim=1)
     counts = (*state.counts, present_Bn.sum(dim=1))
@@ -156,6 +157,8 @@ def compact(
         return state._replace(present_Bn=None), later
     count_B = (present_Bn > 0).sum(dim=1)
     fewest, most = (int(count) for count in torch.stack([count_B.min(), count_B.max()]).tolist())
+    if fewest == present_Bn.shape[1]:
+        return state._replace(present_Bn=None), later
     order_Bn = (present_Bn == 0).to(torch.int64).sort(dim=1, stable=True).indices
     order_BK = order_Bn[:, :most]
     patches_BKC = gather(state.tokens_BNC[:, prefix_tokens:], order_BK)

@@ -37,7 +37,7 @@ from prunesearch.models.transformer import block_inputs as block_inputs
 from prunesearch.models.transformer import patches_of as patches_of
 from prunesearch.models.transformer import run_from as run_from
 from prunesearch.models.vit_shape import block_shape, check_blocks, shape_from
-from prunesearch.schedule import Schedule
+from prunesearch.schedule import Schedule, Step
 from prunesearch.shape import ModelShape
 
 SUPPORTS = "timm NaFlexVit"
@@ -296,7 +296,12 @@ def _with_equal_steps(
         own = {step.key: step.step.after * all_B for step in ran[:first]}
         own |= {step.key: count_B for step, count_B in zip(ran[first:], state.counts, strict=True)}
         counts, last_B = [], present * all_B
+        here, away = {step.key: step.step for step in ran}, list[tuple[Step, Tensor]]()
         for key in order:
+            while away and away[-1][0].returns_by(steps[key].block):
+                last_B = away.pop()[1]
+            if key in here and here[key].until is not None:
+                away.append((here[key], last_B))
             last_B = own.get(key, last_B)
             if key in wanted:
                 counts.append(last_B)

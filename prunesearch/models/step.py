@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,17 +104,17 @@ def gather_evidence(
     training: bool,
     present_Bn: Tensor | None = None,
     part: nn.Module | None = None,
-    keys_only: bool = False,
+    wanted: Literal["all", "scores", "keys"] = "all",
 ) -> Evidence:
     """Score the patch tokens for a stage, or take the keys by which it matches them.
 
-    part: the learned module of the scorer, or None. keys_only: the scores come from elsewhere.
+    part: the learned module of the scorer, or None. wanted: a running mean of scores needs one of the two at a time.
     """
     keys_BnD = None
-    if REDUCERS[stage.reduce].needs_keys:
+    if REDUCERS[stage.reduce].needs_keys and wanted != "scores":
         assert attended is not None and attended.keys_BnD is not None
         keys_BnD = attended.keys_BnD
-    if stage.score == "none" or keys_only:
+    if stage.score == "none" or wanted == "keys":
         return Evidence(None, keys_BnD)
     entry = SCORERS[stage.score]
     options = options_for(entry, stage)
@@ -160,7 +160,10 @@ def take_step(
                 size_Bn = _sizes(size_Bn, grouping, weights)
             if place_Bn2 is not None:
                 place_Bn2 = _moved(place_Bn2, grouping, takes_mean(options))
-            memory_Bn = None if memory_Bn is None else add_up(memory_Bn, grouping)
+            if memory_Bn is not None and grouping.host_BG is not None and step.until is not None:
+                memory_Bn = memory_Bn.gather(1, grouping.kept_BK)  # guests come back with their own
+            elif memory_Bn is not None:
+                memory_Bn = add_up(memory_Bn, grouping)
             later = tuple(_follow(evidence, grouping) for evidence in later)
     tokens_BNC = torch.cat([state.tokens_BNC[:, :prefix_tokens], *parts], dim=1)
     if step.until is not None:

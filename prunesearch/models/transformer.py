@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -156,7 +156,8 @@ class SteppingBlock(Swapped):
             added = self.attn(self.before_attention(x), *args, **given)
         x = self.after_attention(x, added)
         evidence = [
-            _evidence(step, x, call.attended, call.state, call.run, step.remembers) for step in call.plan.listening
+            _evidence(step, x, call.attended, call.state, call.run, "keys" if step.remembers else "all")
+            for step in call.plan.listening
         ]
         state, ahead = with_tokens(call.state, x), tuple(evidence)
         if call.plan.remembering is not None:
@@ -703,7 +704,8 @@ def _take_steps(
 
 def _remembered(planned: PlannedStep, state: TokenState, attended: Attended | None, run: Run) -> TokenState:
     """The state with the running mean of scores after the attention of a block."""
-    scores_Bn, before_Bn = _evidence(planned, state.tokens_BNC, attended, state, run).scores_Bn, state.memory_Bn
+    scores_Bn = _evidence(planned, state.tokens_BNC, attended, state, run, "scores").scores_Bn
+    before_Bn = state.memory_Bn
     assert scores_Bn is not None
     if before_Bn is not None:
         scores_Bn = before_Bn + (1 - momentum_of(planned.stage)) * (scores_Bn - before_Bn)
@@ -723,13 +725,13 @@ def _evidence(
     attended: Attended | None,
     state: TokenState,
     run: Run,
-    keys_only: bool = False,
+    wanted: Literal["all", "scores", "keys"] = "all",
 ) -> Evidence:
     parts = None if run.parts is None else _parts_of(planned, run.parts)
     part = None if parts is None else parts.scorer
     patches_BnC = x_BNC[:, run.plan.shape.prefix_tokens :]
     stage, present_Bn = planned.step.stage, state.present_Bn
-    return gather_evidence(stage, patches_BnC, attended, run.training, present_Bn, part, keys_only)
+    return gather_evidence(stage, patches_BnC, attended, run.training, present_Bn, part, wanted)
 
 
 def _parts_of(planned: PlannedStep, parts: nn.ModuleDict) -> StageParts | None:

@@ -50,7 +50,7 @@ WINDOW = 20
 _WHY: dict[Reason, str] = {
     "trials": "all candidates of stop.trials are done",
     "hours": "stop.hours are over",
-    "exhausted": "no candidate is left within the space and its limits",
+    "exhausted": "no further candidate was found within the space and its limits",
     "hopeless": "every candidate failed",
     "dense": "the dense model failed, to which a limit is relative",
     "disk": "no space is left",

@@ -42,7 +42,7 @@ def short(schedule: Schedule) -> str:
     """A schedule on one line, such as "3, 6 squeeze 0.7 · 9 drop > 0.0021", where > is a threshold.
 
     A score other than the default is shown once at the end if all stages share it, else with its stage. Options that
-    differ from their default are shown with theirs.
+    differ from their default, and when the tokens are back, are shown with theirs.
     """
     if not schedule.stages:
         return "dense"
@@ -335,7 +335,7 @@ def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
         table.add_row(Text(name), *cells, change(metric, after[metric], value))
     if dense.tokens and pruned.tokens:
         ends = dense.tokens[-1], pruned.tokens[-1]
-        table.add_row("tokens at the end", *map(str, ends), f"{ends[1] / ends[0]:.0%}")
+        table.add_row("tokens in the last block", *map(str, ends), f"{ends[1] / ends[0]:.0%}")
     table.caption = "dense: as it comes; a study's front has it after the same fine-tune as the others"
     return table
 
@@ -382,7 +382,8 @@ def _what(stage: Stage, unsaid: Collection[str]) -> str:
         amount = f"{stage.keep:g}" if stage.keep is not None else f"to {stage.tokens}"
     score = "" if stage.score in unsaid else f" by {stage.score}"
     options = f" with {unusual}" if (unusual := unusual_options(stage)) else ""
-    return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}{options}"
+    until = "" if stage.until is None else f" until {stage.until}"
+    return f"{'pre ' if stage.at == 'pre' else ''}{stage.reduce} {amount}{score}{options}{until}"
 
 
 def _values(record: Evaluated, objectives: Sequence[Objective]) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from prunesearch.config import SamplerConfig, SpaceConfig, StudyConfig
+from prunesearch.config import StudyConfig
 from prunesearch.errors import ScheduleError
-from prunesearch.evaluate.limits import budget_of, computed_limits, is_within
+from prunesearch.evaluate.limits import budget_of, computed_excess, computed_limits, is_within
 from prunesearch.samplers.iso_budget import within_budget
 from prunesearch.samplers.quasi_random import points
 from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import (
+    Dimension,
     Value,
     anything,
     combination,
@@ -27,7 +29,10 @@ from prunesearch.space.choices import (
 )
 
 MUTATIONS = 200
+"""Neighbours of earlier suggestions."""
 RANDOM_DRAWS = 1000
+MOVED, MOVES = 20, 300
+"""Random draws that are moved within the limits, and the most changes that are tried with one of them."""
 COUNTABLE = 20_000
 """A space of up to this many combinations is exhausted only when each of them has been tried."""
 
@@ -63,12 +68,13 @@ def propose(
     """The index-th candidate of a study.
 
     draw: asks the sampler with a seed, at most `draws` times. known: parameters of earlier candidates. seen: uids of
-    earlier candidates. When the sampler has only repeated itself, neighbours of its suggestions are tried, then random
-    parameters, then, in a small space, all combinations. The same arguments give the same candidate.
+    earlier candidates. When the sampler has only repeated itself, or suggested what is beyond the limits, neighbours of
+    its suggestions are tried, then random parameters that are moved within the limits, then as they are drawn, then, in
+    a small space, all combinations. The same arguments give the same candidate.
     """
     rejected = 0
     repeated: list[dict[str, Value]] = []
-    for parameters in _suggestions(config.space, config.sampler, draw, draws, repeated, known, index):
+    for parameters in _suggestions(config, shape, draw, draws, repeated, known, index):
         built = build(config, shape, parameters)
         if built is not None:
             uid, schedule = built
@@ -96,8 +102,8 @@ def build(config: StudyConfig, shape: ModelShape, parameters: Mapping[str, Value
 
 
 def _suggestions(
-    space: SpaceConfig,
-    sampler: SamplerConfig,
+    config: StudyConfig,
+    shape: ModelShape,
     draw: Callable[[int], dict[str, Value]],
     draws: int,
     repeated: Sequence[dict[str, Value]],
@@ -108,6 +114,7 @@ def _suggestions(
 
     repeated: suggestions that were candidates before; the caller adds to it while this runs.
     """
+    space, sampler = config.space, config.sampler
     ranges, seed = dimensions(space), sampler.seed
     yield from points(sampler, space, len(known))
     for attempt in range(draws):
@@ -117,9 +124,41 @@ def _suggestions(
     if start and ranges:
         for _ in range(MUTATIONS):
             yield mutated(generator.choice(start), ranges, generator)
+    yield from _moved_within(config, shape, ranges, generator)
     for _ in range(RANDOM_DRAWS):
         yield anything(ranges, generator)
     total = combinations(space)
     if total is not None and total <= COUNTABLE:
         for position in generator.sample(range(total), total):
             yield combination(space, position)
+
+
+def _moved_within(
+    config: StudyConfig, shape: ModelShape, ranges: Mapping[str, Dimension], generator: random.Random
+) -> Iterator[dict[str, Value]]:
+    """Random parameters, changed step by step until their schedule keeps the limits that arithmetic can check.
+
+    In a space of which only few schedules keep them, random draws alone would find none.
+    """
+    limits = computed_limits(config)
+    if not limits or not ranges:
+        return
+
+    def miss(parameters: Mapping[str, Value]) -> float:
+        try:
+            schedule = schedule_from(parameters, config.space, shape)
+            return sum(max(amount, 0.0) for amount in computed_excess(limits, config.target, schedule).values())
+        except ScheduleError:
+            return math.inf
+
+    for _ in range(MOVED):
+        parameters = anything(ranges, generator)
+        missed = miss(parameters)
+        for _ in range(MOVES):
+            if missed <= 0:
+                break
+            other = mutated(parameters, ranges, generator)
+            if (found := miss(other)) <= missed:
+                parameters, missed = other, found
+        if missed <= 0:
+            yield parameters

@@ -209,7 +209,7 @@ class Search:
             return None
         record = self.state.proposed()
         if record is None:
-            self._stop("exhausted", "there is no further candidate within the space and its limits")
+            self._stop("exhausted", "no further candidate was found within the space and its limits")
         return record
 
     def _submit_claimed(self, record: Record) -> Submitted | None:

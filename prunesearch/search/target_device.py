@@ -18,7 +18,7 @@ from prunesearch.profile import profile_problems
 from prunesearch.schedule import spelled_out, verb_in
 from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
-from prunesearch.space.choices import blocks_of
+from prunesearch.space.choices import NEVER, blocks_of, may_return
 from prunesearch.space.problems import target_range_problems
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,20 @@ def words_of(config: StudyConfig, shape: ModelShape) -> tuple[list[str], list[st
     return list(dict.fromkeys(verbs)), [name for name in dict.fromkeys(scores) if name != "none"]
 
 
+def verbs_that_return(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """The verbs whose tokens may come back in a study; `hold` is another one in a model without a feature map."""
+    verbs = [
+        verb_in(shape, verb)
+        for block in blocks_of(config.space)
+        for verb in block.reduce
+        if verb_in(shape, verb) != verb or (may_return(verb) and any(word != NEVER for word in block.until))
+    ]
+    for name in config.space.start_from:
+        stages = () if name == WORD else spelled_out(find_schedule(name, shape), shape).stages
+        verbs += [stage.reduce for stage in stages if stage.until is not None]
+    return list(dict.fromkeys(verbs))
+
+
 def needing_profile(config: StudyConfig) -> list[str]:
     """The metrics of a study that are predicted by a profile."""
     budget = [] if config.budget is None else list(config.budget.written)
@@ -169,11 +183,16 @@ def device_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
         verbs, scores = words_of(config, shape)
     except UserError:  # a start schedule that is not there is told elsewhere
         return problems
-    for flag, names, times in (("--verb", verbs, profile.verbs), ("--score", scores, profile.scores)):
+    back = verbs_that_return(config, shape)
+    for names, times, how in (
+        (verbs, profile.verbs, ""),
+        (scores, profile.scores, ""),
+        (back, profile.returning, " with until"),
+    ):
         known = [time.name for time in times]
         problems += [
-            f"device.profile: {name} was not measured. Possible: {', '.join(known) or 'none'}. Profile the study, or "
-            f"again with {flag} {name}, or leave it out of the space and the start schedules."
+            f"device.profile: {name} was not measured{how}. Possible{how}: {', '.join(known) or 'none'}. Profile the "
+            f"study (prunesearch profile STUDY.yaml), or leave it out of the space and the start schedules."
             for name in names
             if name not in known
         ]

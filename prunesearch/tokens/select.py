@@ -70,6 +70,8 @@ def _rows(places_BK: Tensor, images: int, tokens: int) -> Tensor:
 def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
     """The values with those of some tokens replaced. Rows are copied whole where `gather` does so too."""
     images, tokens, channels = values_BnC.shape
+    dtype = torch.promote_types(values_BnC.dtype, new_BKC.dtype)  # mixed precision may change it between blocks
+    values_BnC, new_BKC = values_BnC.to(dtype), new_BKC.to(dtype)
     if in_onnx_export():  # no scatter, see `placed`
         from_BK = torch.arange(1, places_BK.shape[1] + 1, device=places_BK.device).expand_as(places_BK)
         from_Bn = placed(from_BK, places_BK, tokens)

@@ -265,3 +265,87 @@ def test_files_hold_next_and_hold(tmp_path: Path) -> None:
     assert spelled_out(load_schedule(tmp_path / "held.yaml"), shape_of(small_model())) == spelled_out(
         schedule, shape_of(small_model())
     )
+
+
+# --- found by trying to break it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outer", ["drop", "hold", "squeeze", "fuse"])
+def test_thresholds_within_a_stage_that_is_not_over(outer: str) -> None:
+    """Also where the batch was split into groups when the inner tokens come back."""
+    model, x = small_model("avg"), images(6)
+    until = None if outer == "hold" else END
+    apply_schedule(
+        model, Schedule((stage(0, outer, keep=0.9, until=until or END), stage(1, "drop", threshold=0.03, until=3)))
+    )
+    with torch.no_grad():
+        together, masked = trace(model, x, masked=False), trace(model, x, masked=True)
+        alone = torch.cat([model(image[None]) for image in x])
+    assert len(set(together.counts[0].tolist())) > 1
+    torch.testing.assert_close(together.logits, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masked.logits, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_means_of_a_verb_that_reads_keys_pass_blocks_without_a_stage() -> None:
+    model, x = small_model(), images()
+    mean = dict(score="class_attention", options=MEAN)
+    apply_schedule(model, Schedule((stage(0, "drop", **mean), stage(3, "drop_or_merge", **mean))))
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in x])
+        torch.testing.assert_close(model(x), alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mean_that_began_anew_is_not_known_at_once() -> None:
+    """Tokens came back without one, so that it holds only what was seen since."""
+    mean = dict(score="class_attention", options=MEAN)
+    stages = (
+        stage(0, "drop", until=3),
+        stage(1, "drop", until=2, **mean),
+        stage(3, "drop", at="pre", score="random", until=4),
+        stage(4, "drop", at="pre", until=END, **mean),
+    )
+    with pytest.raises(ScheduleError, match="says nothing of the tokens that come back before block 4"):
+        resolve(Schedule(stages), shape_of(small_model(depth=6)))
+    later = (
+        *stages[:2],
+        stage(4, "drop", at="pre", score="random", until=5),
+        stage(5, "drop", at="pre", until=END, **mean),
+    )
+    model, x = small_model(depth=6), images()
+    apply_schedule(model, Schedule(later))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), torch.cat([model(one[None]) for one in x]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("verb", ["drop", "fuse", "squeeze", "absorb", "drop_or_merge"])
+def test_a_mean_is_what_it_was_when_tokens_return_at_once(verb: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_BNC, keys_BnD = torch.randn(2, 37, 32, generator=generator), torch.randn(2, 36, 8, generator=generator)
+    mean_Bn = torch.rand(2, 36, generator=generator)
+    (step,) = resolve(Schedule((stage(1, verb, keep=0.6, until=END),)), shape_of(small_model()))
+    state, _ = take_step(step, TokenState(x_BNC, memory_Bn=mean_Bn), 1, Evidence(mean_Bn, keys_BnD), ())
+    assert torch.equal(returned(state, 1).memory_Bn, mean_Bn)
+
+
+def test_a_predictor_whose_tokens_come_back_before_a_stage_for_good_can_be_trained() -> None:
+    """Then tokens are not in their slots at the end, and are not compared with the dense model's."""
+    from prunesearch.config import FinetuneConfig
+    from prunesearch.evaluate.schedule_loss import distills_tokens
+
+    learned = stage(1, "drop", at="pre", score="predictor", until=2)
+    model = small_model()
+    for rest, compared in (((), True), ((stage(2, "drop"),), False), ((stage(2, "drop", until=END),), True)):
+        apply_schedule(model, Schedule((learned, *rest)))
+        assert distills_tokens(model, FinetuneConfig()) == compared
+        remove_schedule(model)
+    apply_schedule(model, Schedule((stage(0, "drop"), stage(1, "drop", at="pre", score="predictor"))))
+    assert not distills_tokens(model, FinetuneConfig())
+
+
+def test_values_of_another_precision_can_be_put_back() -> None:
+    from prunesearch.tokens.select import put
+
+    values, places = torch.zeros(1, 3, 2), torch.tensor([[1]])
+    for first, second in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        found = put(values.to(first), places, torch.ones(1, 1, 2, dtype=second))
+        assert found.dtype == torch.float32 and found.tolist() == [[[0, 0], [1, 1], [0, 0]]]

@@ -331,6 +331,8 @@ def test_one_thread_is_not_called_threads(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 DEEPER = replace(fake_search.SHAPE, depth=9)
+BEFORE_UNTIL = DeviceConfig(table=replace(fake_profile(fake_search.SHAPE), returning=()))
+"""Of a profile that an earlier version made."""
 
 
 @pytest.mark.parametrize(
@@ -347,6 +349,14 @@ DEEPER = replace(fake_search.SHAPE, depth=9)
         ),
         ({"space": replace(fake_search.SPACE, reduce=("drop", "pool"))}, "device.profile: pool was not measured"),
         ({"space": replace(fake_search.SPACE, score=("predictor",))}, "device.profile: predictor was not measured"),
+        (
+            {"space": replace(fake_search.SPACE, reduce=("hold",)), "device": BEFORE_UNTIL},
+            "device.profile: drop was not measured with until. Possible with until: none",
+        ),
+        (
+            {"space": replace(fake_search.SPACE, reduce=("fuse",), until=("next",)), "device": BEFORE_UNTIL},
+            "device.profile: fuse was not measured with until",
+        ),
         ({"limits": ((LATENCY, Limit(at_most="1%")),)}, "limits.predicted_latency_ms: at_most 1 %"),
         ({"budget": IsoBudget(predicted_latency_ms=1.0)}, "budget.predicted_latency_ms: 1; possible: from"),
         (

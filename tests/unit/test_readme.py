@@ -16,7 +16,7 @@ import timm
 import torch
 import yaml
 
-from prunesearch.cli import _parser
+from prunesearch.cli import _parser, main
 from prunesearch.files import load_study
 from prunesearch.presets import presets
 
@@ -60,10 +60,12 @@ def test_commands_parse(command: str) -> None:
     _parser().parse_args(shlex.split(command)[1:])
 
 
-def test_the_study_file_is_one(tmp_path: Path) -> None:
-    (text,) = blocks("yaml")
+def test_the_study_file_and_the_schedule_file_are_such(tmp_path: Path) -> None:
+    text, schedule = blocks("yaml")
     (tmp_path / "study.yaml").write_text(text, encoding="utf-8")
     assert load_study(tmp_path / "study.yaml").name == yaml.safe_load(text)["name"]
+    (tmp_path / "mine.yaml").write_text(schedule, encoding="utf-8")
+    assert main(["check", str(tmp_path / "mine.yaml")]) == 0
 
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,13 @@ START = Started(records=(), total=40, done=0, rerun=0, recovered=0, workers="2 R
 MOVED = (1, "host"), (2, "mean"), (3, "mean")
 
 
+def test_short_texts_say_when_tokens_are_back() -> None:
+    ends: tuple[int | str | None, ...] = ("next", "end", 6, None)
+    stages = [Stage(block, keep=0.5, until=until) for block, until in zip((1, 3, 4, 6), ends, strict=True)]
+    text = "1 drop 0.5 until next · 3 drop 0.5 until end · 4 drop 0.5 until 6 · 6 drop 0.5"
+    assert short(Schedule(tuple(stages))) == text
+
+
 @pytest.mark.parametrize(
     ("stages", "text"),
     [
@@ -152,7 +159,7 @@ def test_comparison_shows_both_and_the_change() -> None:
     rows = [words.split() for words in printed(comparison_table(dense, pruned)).splitlines()]
     assert ["top1", "(%)", "97.50", "96.82", "-0.68"] in rows
     assert ["gmacs", "(GMACs)", "0.01283", "0.00847", "66%"] in rows
-    assert ["tokens", "at", "the", "end", "65", "24", "37%"] in rows
+    assert ["tokens", "in", "the", "last", "block", "65", "24", "37%"] in rows
     assert any("±" in row for row in rows)
 
 

@@ -10,7 +10,7 @@ from math import ceil
 import pytest
 
 from prunesearch.errors import PruneSearchError, ScheduleError
-from prunesearch.schedule import Schedule, Stage, canonical, options_of, resolve
+from prunesearch.schedule import Schedule, Stage, canonical, options_of, refuse_everywhere, resolve
 from prunesearch.shape import ModelShape
 
 
@@ -143,6 +143,20 @@ def test_schedules_hash_and_pickle_and_read_well() -> None:
     )
     assert options_of(back.stages[1]) == {"normalised": False, "returns": "residual"}
     assert options_of(schedule.stages[0]) == {"temperature": 2.0, "position": "host"}
+
+
+def test_what_fits_no_model_is_refused_without_one() -> None:
+    for fine in (
+        Schedule((Stage(30, tokens=900), Stage(31, keep=0.5, until=40))),
+        Schedule(tuple(Stage(block, at="pre", score="predictor", keep=0.5, reduce="hold") for block in (2, 4))),
+        Schedule(),
+    ):
+        refuse_everywhere(fine)
+    held = Stage(2, at="pre", keep=0.5, reduce="hold")
+    with pytest.raises(ScheduleError, match=r"block 4 \(pre\): it reads the attention of block 3"):
+        refuse_everywhere(Schedule((held, Stage(4, at="pre", keep=0.5))))
+    with pytest.raises(ScheduleError, match="at pre reads the attention of the block before"):
+        refuse_everywhere(Schedule((Stage(0, at="pre", keep=0.5),)))
 
 
 def test_errors_pickle_with_their_problems() -> None:

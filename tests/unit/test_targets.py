@@ -282,6 +282,19 @@ def test_check_says_what_thresholds_are_trained_for(
     assert says in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_schedule_file_with_thresholds_is_measured_with_a_profile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prunesearch.files import save_profiles
+
+    shape = model_shape(DIGITS)
+    save_profiles([fake_profile(shape, DIGITS.name)], tmp_path / "p.json")
+    save_schedule(Schedule((Stage(1, threshold=0.02),)), tmp_path / "s.yaml", model=to_mapping(DIGITS))
+    again = ["evaluate", str(tmp_path / "s.yaml"), "--data", "digits", "--set", "data.val_images=8"]
+    assert main([*again, "--profile", str(tmp_path / "p.json"), "--device", "cpu"]) == 0
+    assert "predicted_latency_ms" in capsys.readouterr().out
+
+
 def test_the_schemas_know_both(capsys: pytest.CaptureFixture[str]) -> None:
     for what in ("schedule", "study"):
         assert main(["schema", what]) == 0
