@@ -57,6 +57,10 @@ class Choice(NamedTuple):
     kept: int
 
 
+CALL = "_next_call"
+"""Attribute of the third stage with the call of its next pass, where timm's code calls it."""
+
+
 class StageCall:
     """Passed through the stages, the third stage and its `blocks` in one pass, besides the map.
 
@@ -150,6 +154,8 @@ class _HoldingStage(Swapped):
     def forward(self: Any, x: Tensor, call: StageCall | None = None) -> Tensor:
         """Map to map, as timm's."""
         if call is None:
+            call = vars(self).pop(CALL, None)  # timm's own loop over the stages passes nothing on
+        if call is None:
             return timm_class(self).forward(self, x)
         checkpointed = self.grad_checkpointing and not torch.jit.is_scripting()
         x = self._run(self.downsample(x), call, checkpointed)
@@ -220,18 +226,27 @@ class _Holding(Swapped):
         """Image to the final map, as timm's."""
         return self._features(x, self.training)[0]
 
-    def forward_intermediates(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Refused: timm's code would run the stages without the schedule."""
-        raise ModelError(
-            "forward_intermediates: the model carries a token schedule, which this function of timm's does not follow. "
-            "Possible: model(images), forward_features, or a model without one. Call remove_schedule(model) first."
-        )
+    def forward_intermediates(self: Any, x: Tensor, *args: Any, **given: Any) -> Any:
+        """timm's, with the maps of the stages under the schedule: no position ever leaves them."""
+        stage, call = stages_of(self)[STAGE], self._call(self.training)
+        check_takes_call(stage, place_of(self))
+        vars(stage)[CALL] = call
+        try:
+            found = timm_class(self).forward_intermediates(self, x, *args, **given)
+        finally:
+            waits = vars(stage).pop(CALL, None)
+        if waits is None:  # the pass came so far
+            check_was_called(call.counts, place_of(self))
+        return found
+
+    def _call(self: Any, masked: bool) -> StageCall:
+        parts, training = getattr(self, PARTS, None), stages_of(self)[STAGE].training
+        return StageCall(self._plan, parts, is_swin(self), masked, training)
 
     def _features(self: Any, x: Tensor, masked: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         swin, stages, path = is_swin(self), stages_of(self), place_of(self).removesuffix(f"[{STAGE}]")
         x = self.patch_embed(x) if swin else self.stem(x)
-        parts, training = getattr(self, PARTS, None), stages[STAGE].training
-        call = StageCall(self._plan, parts, swin, masked, training)
+        call = self._call(masked)
         check_takes_call(stages, path)
         x = stages(x, call=call)
         check_was_called(call.counts, path)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_models import images, randomise, small_model
+from small_models import images, randomise
+from timm.models._features import FeatureGetterNet
 from timm.models.convnext import ConvNeXt
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -326,9 +327,29 @@ def test_what_a_map_cannot_do_is_refused(stages: tuple[Stage, ...], says: str) -
     assert type(model) is SwinTransformer
 
 
-def test_a_vit_does_not_hold() -> None:
-    with pytest.raises(ScheduleError, match=r"feature map .*, but this one has none. Possible: .*merge"):
-        apply_schedule(small_model(), Schedule((Stage(1, **HOLD),)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_intermediates_are_as_timm_gives_them(layout: str) -> None:
+    """Bit-equal with an empty schedule; with one, of the same shapes, and the final map is that of forward_features."""
+    model = map_model(layout)
+    x = inputs(model)
+    ways = [{}, dict(indices=2, norm=True), dict(indices=[0, 2], stop_early=True), dict(indices=[1], stop_early=True)]
+    dense = [model.forward_intermediates(x, intermediates_only=True, **way) for way in ways]
+    apply_schedule(model, Schedule())
+    for way, expected in zip(ways, dense, strict=True):
+        found = model.forward_intermediates(x, intermediates_only=True, **way)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    held = held_model(layout)
+    with torch.no_grad():
+        for way, expected in zip(ways, dense, strict=True):
+            found = held.forward_intermediates(x, intermediates_only=True, **way)
+            assert [one.shape for one in found] == [one.shape for one in expected]
+        final, maps = held.forward_intermediates(x)
+        assert torch.equal(final, held.forward_features(x))
+        assert torch.equal(maps[1], dense[0][1]) and not torch.equal(maps[2], dense[0][2])
+        assert torch.equal(held(x), held.forward_head(final))  # nothing is left of the pass before
+    wrapped = FeatureGetterNet(held, out_indices=(1, 2))
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(wrapped(x), maps[1:3], strict=True))
 
 
 def test_models_that_only_look_alike_are_refused() -> None:
@@ -349,8 +370,6 @@ def test_models_that_only_look_alike_are_refused() -> None:
         apply_schedule(ConvNeXt(**CONVNEXT), Schedule())
     with pytest.raises(ModelError, match="2 stages"):
         apply_schedule(SwinTransformer(img_size=32, depths=(1, 1), num_heads=(1, 2), embed_dim=8), Schedule())
-    with pytest.raises(ModelError, match="remove_schedule"):
-        held_model("swin").forward_intermediates(images())
 
 
 def test_names_of_timm_that_are_supported() -> None:
