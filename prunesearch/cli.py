@@ -695,10 +695,10 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     for name in parsed.metric:
         METRICS[name]  # raises for an unknown name before anything is loaded
     model, data = _sources(parsed, file, study)
-    usual = (name for name in compared(model, data) if not (parsed.speed and name in TIMED))
-    metrics = tuple(parsed.metric) or tuple(usual)
-    if given is not None and not parsed.metric:
-        metrics += ("predicted_latency_ms",)
+    metrics = tuple(parsed.metric)
+    if not metrics:
+        metrics = tuple(name for name in compared(model, data) if not (parsed.speed and name in TIMED))
+        metrics += ("predicted_latency_ms",) if given is not None else ()
     dense, pruned = measure_again(
         file,
         parsed.file.parent,
