@@ -323,7 +323,7 @@ def _profile(parsed: argparse.Namespace) -> int:
     from prunesearch.device.profiles import measure_profiles
     from prunesearch.report.plot import check_plot
     from prunesearch.report.plot_profile import plot_profile
-    from prunesearch.search.target_device import measured_as, words_of
+    from prunesearch.search.target_device import measured_as, verbs_that_return, words_of
 
     for path in (parsed.output, parsed.plot):
         _check_output(path)
@@ -342,13 +342,17 @@ def _profile(parsed: argparse.Namespace) -> int:
     }
     settings = {} if device is None else measured_as(device)
     settings |= {name: value for name, value in flags.items() if value is not None}
-    verbs, scores = (None, None) if study is None else words_of(study, model_shape(model))
+    verbs = scores = returning = None
+    if study is not None:
+        verbs, scores = words_of(study, model_shape(model))
+        returning = verbs_that_return(study, model_shape(model))
     profiles = []
     for profile in measure_profiles(
         model,
         device=parsed.device,
         verbs=parsed.verb_name or verbs,
         scores=parsed.score or scores,
+        returning=None if parsed.verb_name else returning,
         say=_say,
         **settings,
     ):

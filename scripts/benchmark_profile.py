@@ -121,6 +121,7 @@ def measure(name: str, batch: int, runtime: str, threads: int, seconds: float) -
         threads=threads,
         seconds=seconds,
         verbs=verbs_of(config),
+        returning=(),
     )
     schedules = [Schedule(), *random_schedules(profile)]
     halves = time_whole(config, schedules, batch, runtime, profile.threads, seconds, times=2)

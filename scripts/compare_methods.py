@@ -109,6 +109,29 @@ def ltmp(shape: ModelShape, share: float) -> Schedule:
     return Schedule(tuple(stages), target_gmacs=share * estimate_cost(shape).gmacs)
 
 
+def evo_vit(shape: ModelShape, keep: float) -> Schedule:
+    """Choose among all tokens at a third and two thirds of the depth; the others wait until the next choice."""
+    blocks = [round(shape.depth * third / 3) for third in (1, 2)]
+    mean = {"momentum": 0.5}
+    stages = (Stage(b, "pre", keep=round(keep, 3), until="next", options=mean) for b in blocks)  # type: ignore[arg-type]
+    return Schedule(tuple(stages))
+
+
+def svit(shape: ModelShape, share: float) -> Schedule:
+    """Predictors choose in each block from a quarter of the depth on; thresholds start from the larger logit."""
+    blocks = range(shape.depth // 4, shape.depth)
+    stages = (Stage(b, "pre", score="predictor", threshold=0.5, until="next") for b in blocks)
+    return Schedule(tuple(stages), target_gmacs=share * estimate_cost(shape).gmacs)
+
+
+def tosa(shape: ModelShape, keep: float) -> Schedule:
+    """In every second block the tokens that the attention before it ranks last skip the block."""
+    blocks = range(1, shape.depth, 2)
+    ends = (block + 1 if block + 1 < shape.depth else "end" for block in blocks)
+    stages = (Stage(b, "pre", keep=round(keep, 3), until=end) for b, end in zip(blocks, ends, strict=True))
+    return Schedule(tuple(stages))
+
+
 METHODS = (
     Method("random drop", lambda shape, x: three_stages(shape, x, "random", "drop")),
     Method("EViT, drop", lambda shape, x: three_stages(shape, x, "class_attention", "drop")),
@@ -122,6 +145,9 @@ METHODS = (
     Method("dTPS", lambda shape, x: three_stages(shape, x, "predictor", "squeeze", "pre"), trained=True),
     Method("AS-ViT", as_vit),
     Method("LTMP", ltmp),
+    Method("Evo-ViT", evo_vit),
+    Method("SViT", svit, trained=True),
+    Method("ToSA", tosa),
 )
 
 

@@ -294,7 +294,8 @@ def check(path: Path) -> Outcome:
         return Outcome("traceback", time.process_time() - begin, trouble=traceback.format_exc())
     seconds = time.process_time() - begin
     said = errors.getvalue()
-    if code not in (0, 2) or "Traceback" in said or (code == 2) != bool(said):
+    refused = any(not line.startswith("note: ") for line in said.splitlines())
+    if code not in (0, 2) or "Traceback" in said or (code == 2) != refused:
         return Outcome(f"exit {code}", seconds, trouble=said)
     if seconds > MOST_SECONDS:
         return Outcome("slow", seconds, trouble=said)

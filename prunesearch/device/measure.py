@@ -69,6 +69,7 @@ def measure_profile(
     *,
     verbs: Sequence[str] | None = None,
     scores: Sequence[str] | None = None,
+    returning: Sequence[str] | None = None,
     versions: tuple[tuple[str, str], ...] = (),
     device: str = "",
     say: Callable[[str], None] = lambda text: None,
@@ -77,6 +78,7 @@ def measure_profile(
 
     model: dense, in evaluation mode, on the device and in the precision of the settings. seconds: for measuring;
     exporting and compiling come on top. verbs, scores: those that are measured; all that fit the model when None.
+    returning: the verbs that are measured with `until` too; all of verbs when None.
     versions, device: written into the profile.
     Raises DeviceError when the runtime cannot run a part of the model.
     """
@@ -95,12 +97,13 @@ def measure_profile(
     score = usual_score(shape, scores)
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
+    back = [verb for verb in verbs if may_return(verb) and (returning is None or verb in returning)]
     look = _Look(model, shape, images, runtime, settings, say)
     wait = partial(synchronise, settings.device)
     with threads_set(settings):
         slow = f"; {runtime.readying} for each part, and is not counted" if runtime.readying else ""
         say(f"making {runtime.name} ready for batch {batch}{slow}")
-        work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores)
+        work = look.constants() | look.curves(_counts(shape)) | look.stages(verbs, scores, back)
         checks = _checks(shape, verbs, score)
         steep = _steep(verbs, shape, score)
         work |= look.models({verb: _gentle(verb, look.piece_shape, score) for verb in verbs}, steep, checks)
@@ -118,7 +121,7 @@ def measure_profile(
             first |= {
                 key: Measured(value.seconds * drift, value.error) for key, value in second.items() if key != ("dense",)
             }
-    found = _profile(first, shape, verbs, scores, stairs, steep)
+    found = _profile(first, shape, verbs, scores, back, stairs, steep)
     found = replace(
         found,
         model=name,
@@ -174,8 +177,8 @@ class _Look:
             found |= {(name, count): _Work(run, part.blocks) for (count, part), run in rows}
         return found
 
-    def stages(self, verbs: Sequence[str], scores: Sequence[str]) -> dict[Key, _Work]:
-        """Scores and verbs alone."""
+    def stages(self, verbs: Sequence[str], scores: Sequence[str], returning: Sequence[str]) -> dict[Key, _Work]:
+        """Scores and verbs alone. returning: the verbs with `until` too."""
         shape = self.shape
         found: dict[Key, Part] = {}
         for name in scores:
@@ -188,7 +191,7 @@ class _Look:
                 found[("verb", verb, step.before, step.after)] = self.parts.verb_part(
                     self.model, shape, self.images, step
                 )
-            for step in _designs(verb, shape, score, RETURNS) if may_return(verb) else ():
+            for step in _designs(verb, shape, score, RETURNS) if verb in returning else ():
                 step = replace(step, until=shape.depth)
                 found[("return", verb, step.before, step.after)] = self.parts.verb_part(
                     self.model, shape, self.images, step
@@ -379,6 +382,7 @@ def _profile(
     shape: ModelShape,
     verbs: Sequence[str],
     scores: Sequence[str],
+    returning: Sequence[str],
     stairs: int | None,
     steep: Mapping[int, Schedule],
 ) -> Profile:
@@ -402,7 +406,7 @@ def _profile(
         mlp=mlp,
         verbs=tuple(_stage_time(verb, "verb", times) for verb in verbs),
         scores=tuple(_stage_time(score, "score", times) for score in scores),
-        returning=tuple(_return_time(verb, times) for verb in verbs if may_return(verb)),
+        returning=tuple(_return_time(verb, times) for verb in returning),
         dense_ms=dense,
         attention=attention,
         sized_attention=sized,

@@ -33,12 +33,14 @@ def measure_profiles(
     seconds: float = 60.0,
     verbs: Sequence[str] | None = None,
     scores: Sequence[str] | None = None,
+    returning: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Profile]:
     """Measure what the parts of a model take on this machine; yields a profile for each batch size.
 
     Weights are not loaded: time does not depend on them. verbs, scores: only these; all that fit the
-    model when None. seconds: of measuring, for all batches together. threads: of the CPU; all cores when None.
+    model when None. returning: the verbs with `until`; all of verbs when None. seconds: of measuring, for all batches
+    together. threads: of the CPU; all cores when None.
     Raises DeviceError, MissingLibraryError, ModelError, UnknownNameError, ResourceError.
     """
     engine, settings = engine_and_settings(runtime, device, threads, precision)
@@ -58,6 +60,7 @@ def measure_profiles(
             seconds / len(batches),
             verbs=verbs,
             scores=scores,
+            returning=returning,
             versions=(*versions(), (runtime, engine.version)) if runtime != "torch" else versions(),
             device=processor(settings.device),
             say=say,

@@ -232,7 +232,7 @@ class _Holding(Swapped):
         check_takes_call(stage, place_of(self))
         vars(stage)[CALL] = call
         try:
-            found = timm_class(self).forward_intermediates(self, x, *args, **given)
+            found = timm_class(self).forward_intermediates(self, x, *args, **given)  # type: ignore[attr-defined]
         finally:
             waits = vars(stage).pop(CALL, None)
         if waits is None:  # the pass came so far

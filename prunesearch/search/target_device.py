@@ -57,11 +57,13 @@ def with_measured_profile(config: StudyConfig, folder: Path, url: str) -> StudyC
         return config
     from prunesearch.device.profiles import measure_profiles
 
-    verbs, scores = words_of(config, model_shape(config.model))
+    shape = model_shape(config.model)
+    verbs, scores = words_of(config, shape)
     (profile,) = measure_profiles(
         config.model,
         verbs=verbs,
         scores=scores,
+        returning=verbs_that_return(config, shape),
         say=logger.warning,
         **measured_as(device),
     )

@@ -47,7 +47,9 @@ def part(shape: ModelShape, kept: int) -> FastPath:
 
 
 def hold(scene: ReduceInput, *, representative: bool) -> Grouping:
-    """The others wait until the next stage, which chooses among all: outside the blocks (ViT), or skipping the MLP by a
-    learned linear path (Swin, ConvNeXt)."""
+    """The others wait until the next stage: outside the blocks (ViT), or by a linear path (Swin, ConvNeXt).
+
+    Then it chooses among all again. The path is learned, and stands for the MLP.
+    """
     assert scene.scores_Bn is not None
     return Grouping(*top_k(scene.scores_Bn, scene.kept))

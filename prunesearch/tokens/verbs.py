@@ -151,8 +151,7 @@ for _entry in (
     Reducer(
         "hold",
         Named("prunesearch.tokens.hold:hold"),
-        summary="The others wait until the next stage, which chooses among all: outside the blocks (ViT), or skipping "
-        "the MLP by a learned linear path (Swin, ConvNeXt).",
+        summary="The others wait until the next stage: outside the blocks (ViT), or by a linear path (Swin, ConvNeXt).",
         source="Evo-ViT (AAAI 2022, arXiv 2108.01390); dynamic spatial sparsification (T-PAMI, arXiv 2207.01580)",
         masked=Named("prunesearch.tokens.hold:masked"),
         part=Named("prunesearch.tokens.hold:part"),

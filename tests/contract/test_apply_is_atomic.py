@@ -72,8 +72,8 @@ def damaged_weights_file(folder: Path) -> dict:
 
 FAILURES: dict[str, tuple[Callable[[Path], dict], type[Exception]]] = {
     "no such block": (lambda _: dict(schedule=Schedule((Stage(9, keep=0.5),))), ScheduleError),
-    "a verb for maps": (
-        lambda _: dict(schedule=Schedule((Stage(1, at="pre", score="random", keep=0.5, reduce="hold"),))),
+    "tokens that come back too late": (
+        lambda _: dict(schedule=Schedule((Stage(1, at="pre", score="random", keep=0.5, reduce="hold", until=9),))),
         ScheduleError,
     ),
     "no schedule file": (no_file, FileError),

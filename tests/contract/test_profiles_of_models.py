@@ -182,7 +182,7 @@ def test_a_study_says_what_its_device_is(
         (["--verb", "dropp"], 'Did you mean "drop"'),
         (["--score", "class_attentio"], 'Did you mean "class_attention"'),
         (["--threads", "100000"], "threads: 100000. Possible: 1 to "),
-        (["--verb", "hold"], "verb hold: this model does not take it. Possible: squeeze"),
+        (["--verb", "hold"], "verb hold: this model does not take it. In this model it is drop. Possible: squeeze"),
         (["--device", "gpu"], "'gpu' is not available"),
         (["--plot", "picture.doc"], "picture.doc"),
     ],
@@ -412,4 +412,4 @@ def test_start_schedules_are_checked_in_milliseconds(
     assert main(["check", str(written(tmp_path, "{profile: p.json, batch: 16}"))]) == 0
     dense = total_cost(fake_search.SHAPE, Schedule(), fake_profile(fake_search.SHAPE))
     said = capsys.readouterr().out
-    assert f"tokens at the end, {dense:.4g} ms" in said and "batch 16: " in said
+    assert f"tokens in the last block, {dense:.4g} ms" in said and "batch 16: " in said
