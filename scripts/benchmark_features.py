@@ -134,8 +134,9 @@ def page(points: Sequence[Point], config: StudyConfig, images: int) -> str:
     trained = f"trained on {images} pictures towards the dense features" if images else "as they come"
     return f"""# Features without labels, judged with them
 
-A search over {config.model.name} without a classifier on CIFAR-10 pictures without labels ({len(points)} candidates,
-{trained}), compared by `feature_similarity`: the cosine of the pooled features with the dense model's. Afterwards
+A search over {config.model.name} without a classifier, on the pictures of
+CIFAR-10 without their labels: {len(points)} candidates, {trained}.
+They were compared by `feature_similarity`, the cosine of the pooled features with the dense model's. Afterwards
 `knn_top1` says, with the labels, how many validation pictures their 20 nearest training pictures classify.
 
 - Kendall's tau of the two over all {all_pairs} pairs of candidates: {said[0]}. Cost alone makes much of that.

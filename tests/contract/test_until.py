@@ -47,8 +47,18 @@ def nested(verb: str, score: str = "key_norm", at: str = "mid") -> Schedule:
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+FEW = ("class", "avg_with_prefix", "map", "eva_mixed", "beit_both", "relpos_swin_mlp", "naflex_rotary")
+"""A layout or more of each family. The others are slow tests, where a test has one for each."""
+
+
+def mostly_slow(layout: str, *more: str) -> object:
+    return pytest.param(layout, *more, marks=[] if layout in FEW else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("layout", "verb"),
+    [(layout, verb) if verb == "drop" else mostly_slow(layout, verb) for layout in LAYOUTS for verb in VERBS],
+)
 def test_every_token_is_back(layout: str, verb: str) -> None:
     """Shapes, an image alone, and a prefix that no step moves."""
     model, x = small_model(layout), images(4)
@@ -217,7 +227,7 @@ def _gradient(model: torch.nn.Module, x: Tensor) -> Tensor:
 INTERMEDIATES = [layout for layout in LAYOUTS if layout != "gate"]
 
 
-@pytest.mark.parametrize("layout", INTERMEDIATES)
+@pytest.mark.parametrize("layout", [mostly_slow(layout) for layout in INTERMEDIATES])
 def test_intermediates_are_as_timm_gives_them(layout: str) -> None:
     """Bit-equal with an empty schedule; with one, of the same shapes, and the tokens that are back at the end."""
     model, x = small_model(layout), images()

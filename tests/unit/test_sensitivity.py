@@ -211,8 +211,7 @@ SPACES = {
     "same keep": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.6, 0.8), reduce=("drop", "squeeze"), same=("keep",)),
     "back": SpaceConfig(blocks=(0, 2, 3), keep=(0.4, 0.7, 1.0), until=("never", "next", "end")),
     "back before a stage at pre": SpaceConfig(
-        blocks=(1, 2, 3), keep=(0.4, 1.0), at=("mid", "pre"), score=("class_attention", "key_norm"),
-        reduce=("merge", "drop"), until=("next", "end"),
+        blocks=(1, 2, 3), keep=(0.4, 1.0), at=("mid", "pre"), reduce=("merge", "drop"), until=("next", "end"),
     ),
     "hold": SpaceConfig(blocks=(1, 2, 3), keep=(0.4, 0.7, 1.0), reduce=("drop", "hold")),
     "same until": SpaceConfig(

@@ -119,7 +119,7 @@ def test_a_profile_has_the_stairs_of_its_attention() -> None:
         times["mlp", tokens] = times["last", tokens] = Measured(tokens / 1e5, 0.01)
         times["sized_attention", tokens] = Measured((milliseconds(tokens, 16) + 0.5) / 1e3, 0.01)
     times["stem",] = times["dense",] = Measured(0.01, 0.01)
-    profile = _profile(times, shape, [], [], 16, {})
+    profile = _profile(times, shape, [], [], [], 16, {})
     assert profile.attention is not None and profile.sized_attention is not None
     for tokens in (111, 112, 127, 128, 159, 160):
         assert profile.attention.at(tokens) == pytest.approx(milliseconds(tokens, 16), rel=0.02)
