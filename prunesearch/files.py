@@ -38,15 +38,7 @@ from prunesearch.printable import counted, printable
 from prunesearch.profile import MOST_MS, Profile, ProfileFile, profile_problems
 from prunesearch.recipes import RecipeName
 from prunesearch.registry import did_you_mean
-from prunesearch.schedule import (
-    Place,
-    Schedule,
-    Stage,
-    options_of,
-    stage_problems,
-    unknown_words,
-    without_defaults,
-)
+from prunesearch.schedule import Place, Schedule, Stage, options_of, stage_problems, unknown_words, without_defaults
 from prunesearch.strict import FieldPath, dotted, read, to_mapping
 from prunesearch.strict import from_mapping as from_mapping
 from prunesearch.yaml_text import MOST_BYTES, Dumper, Text, read_yaml_text, too_large

@@ -15,7 +15,7 @@ from prunesearch.evaluate.shapes import model_shape
 from prunesearch.files import save_profiles, with_profile
 from prunesearch.presets import find_schedule
 from prunesearch.profile import profile_problems
-from prunesearch.schedule import spelled_out, verb_in
+from prunesearch.schedule import Stage, spelled_out, verb_in
 from prunesearch.search.sensitivity_start import WORD
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import NEVER, blocks_of, may_return
@@ -97,10 +97,9 @@ def words_of(config: StudyConfig, shape: ModelShape) -> tuple[list[str], list[st
     for block in blocks_of(config.space):
         verbs += [verb_in(shape, verb) for verb in block.reduce]
         scores += block.score
-    for name in config.space.start_from:
-        for stage in () if name == WORD else spelled_out(find_schedule(name, shape), shape).stages:
-            verbs.append(stage.reduce)
-            scores.append(stage.score)
+    for stage in _start_stages(config, shape):
+        verbs.append(stage.reduce)
+        scores.append(stage.score)
     return list(dict.fromkeys(verbs)), [name for name in dict.fromkeys(scores) if name != "none"]
 
 
@@ -112,10 +111,14 @@ def verbs_that_return(config: StudyConfig, shape: ModelShape) -> list[str]:
         for verb in block.reduce
         if verb_in(shape, verb) != verb or (may_return(verb) and any(word != NEVER for word in block.until))
     ]
-    for name in config.space.start_from:
-        stages = () if name == WORD else spelled_out(find_schedule(name, shape), shape).stages
-        verbs += [stage.reduce for stage in stages if stage.until is not None]
+    verbs += [stage.reduce for stage in _start_stages(config, shape) if stage.until is not None]
     return list(dict.fromkeys(verbs))
+
+
+def _start_stages(config: StudyConfig, shape: ModelShape) -> list[Stage]:
+    """The stages of the study's start schedules, with `hold` of a ViT written as what it does there."""
+    starts = [find_schedule(name, shape) for name in config.space.start_from if name != WORD]
+    return [stage for start in starts for stage in spelled_out(start, shape).stages]
 
 
 def needing_profile(config: StudyConfig) -> list[str]:
