@@ -93,11 +93,12 @@ class Grouping(NamedTuple):
     are dropped. host_BG: for each guest, the index of its host. A guest that is its own host is dropped.
     guest_weight_BG: fp32; 1 when None.
 
-    Token j of the result is a mean: of x[kept[j]], with weight 1, and of x[guests[g]] for the guests with
+    Token j of the result is a mean: of x[kept[j]], with own_weight, and of x[guests[g]] for the guests with
     host[g] == kept[j], with guest_weight[g]. With host_BG None, one token is appended: the sum of
     guest_weight[g] * x[guests[g]].
 
-    weight_Bn: fp32; the weight of every token in the mean, that of x[kept[j]] too, instead of 1 and guest_weight.
+    weight_Bn: fp32; the weight of every token in the mean, that of x[kept[j]] too, instead of own_weight and
+    guest_weight.
     size_share_BG: how much of a guest's size goes to its host; all of it when None.
     ordered_BnC: the features of the kept tokens and then of the guests, from verbs that have them already. host_BG is
     then the index of the host among them, which is its place among the kept.
@@ -110,6 +111,7 @@ class Grouping(NamedTuple):
     size_share_BG: Tensor | None = None
     ordered_BnC: Tensor | None = None
     weight_Bn: Tensor | None = None
+    own_weight: float = 1.0
 
 
 class Joining(NamedTuple):

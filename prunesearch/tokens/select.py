@@ -56,11 +56,11 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     images, tokens, channels = values_BnC.shape
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
-    rows = _rows(places_BK, images, tokens)
+    rows = rows_of(places_BK, images, tokens)
     return values_BnC.flatten(0, 1).index_select(0, rows).view(*places_BK.shape, channels)
 
 
-def _rows(places_BK: Tensor, images: int, tokens: int) -> Tensor:
+def rows_of(places_BK: Tensor, images: int, tokens: int) -> Tensor:
     """Indices of tokens among those of all images of the batch, one after the other."""
     if images != 1 or torch.jit.is_tracing():  # a traced graph also runs on other batches than it was made with
         places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
@@ -78,7 +78,7 @@ def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
         return torch.where(from_Bn[..., None] > 0, gather(new_BKC, (from_Bn - 1).clamp_min(0)), values_BnC)
     if not values_BnC.is_cpu:
         return values_BnC.scatter(1, places_BK[..., None].expand(-1, -1, channels), new_BKC)
-    rows = _rows(places_BK, images, tokens)
+    rows = rows_of(places_BK, images, tokens)
     return values_BnC.flatten(0, 1).index_copy(0, rows, new_BKC.flatten(0, 1)).view(values_BnC.shape)
 
 

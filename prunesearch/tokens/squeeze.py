@@ -32,6 +32,11 @@ def squeeze(scene: ReduceInput, *, temperature: float, position: str, returns: s
     """
     near = nearest_kept(scene)
     logit_BG = near.cosine_BG if temperature == 1 else near.cosine_BG / temperature
-    # the host's own logit is cos(x, x) = 1, without the temperature, as in the released code
-    weight_BG = (logit_BG - 1).exp()
-    return Grouping(near.kept_BK, near.guests_BG, near.host_BG, weight_BG, ordered_BnC=near.ordered_BnC)
+    return Grouping(
+        near.kept_BK,
+        near.guests_BG,
+        near.host_BG,
+        logit_BG.exp(),
+        ordered_BnC=near.ordered_BnC,
+        own_weight=math.e,  # the host's logit is cos(x, x) = 1, without the temperature, as in the released code
+    )

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunesearch import Schedule, Stage, apply_schedule
 from prunesearch.tokens import SCORERS
 
-VERBS = {"drop": 7, "fuse": 9, "squeeze": 19, "absorb": 20, "merge": 20, "drop_or_merge": 34}
+VERBS = {"drop": 7, "fuse": 9, "squeeze": 18, "absorb": 20, "merge": 20, "drop_or_merge": 34}
 """Kernels of a stage with this verb and class_attention (merge without a score; drop_or_merge with value_weighted)."""
 SCORES = {
     "class_attention": 7,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from prunesearch.search.speed import time_schedules, wanted
 from prunesearch.study.lock import Place
 from prunesearch.study.reader import open_study_readonly
 from prunesearch.study.store import Store, open_store
-from prunesearch.study.team import Team
+from prunesearch.study.team import BEATS_PER_LEASE, Team
 from prunesearch.workers.outbox import evaluate_into
 from prunesearch.workers.serial import SerialWorkers
 
@@ -227,13 +228,13 @@ def test_a_result_that_comes_late_is_kept_until_somebody_needs_it(
 
 
 class Driver:
-    """A driver that only confirms the front."""
+    """A driver that only confirms the front. It holds no file lock, so others know it by its beats alone."""
 
-    def __init__(self, name: str, place: Path, config: StudyConfig, url: str) -> None:
+    def __init__(self, name: str, place: Path, config: StudyConfig, url: str, lease: float) -> None:
         self.config, self.folder = config, place / name
         self.outbox = self.folder / "outbox" / name
         self.store = open_store(config, url, owner=name, alone=False)
-        self.team = Team(self.store, Place(name, self.folder / "drivers" / "0"), lease=0.3)
+        self.team = Team(self.store, Place(name, self.folder / "drivers" / "0"), lease)
 
     def confirm(self, evaluate: str = "test_drivers_together:evaluate") -> None:
         workers = SerialWorkers(self.config.workers, self.outbox, evaluate)
@@ -249,14 +250,17 @@ class Driver:
 
 
 @pytest.fixture
-def searched(tmp_path: Path, url: str) -> Iterator[Callable[[str], Driver]]:
-    """A finished search whose front is to be confirmed. Returns a function that makes a driver by name."""
+def searched(tmp_path: Path, url: str) -> Iterator[Callable[..., Driver]]:
+    """A finished search whose front is to be confirmed. Returns a function that makes a driver by name.
+
+    A busy machine may stop any process for seconds, so no test waits for a driver that lives with a short lease.
+    """
     search(fake_search.study(12), tmp_path / "searcher", url)
     fake_search.EVALUATED.clear()
     made: list[Driver] = []
 
-    def make(name: str) -> Driver:
-        made.append(Driver(name, tmp_path, replace(fake_search.study(12), confirm=ConfirmConfig(seeds=2)), url))
+    def make(name: str, lease: float = 60.0) -> Driver:
+        made.append(Driver(name, tmp_path, replace(fake_search.study(12), confirm=ConfirmConfig(seeds=2)), url, lease))
         return made[-1]
 
     yield make
@@ -265,7 +269,7 @@ def searched(tmp_path: Path, url: str) -> Iterator[Callable[[str], Driver]]:
 
 
 def test_each_confirmation_is_made_by_one_of_the_drivers(
-    searched: Callable[[str], Driver], url: str, monkeypatch: pytest.MonkeyPatch
+    searched: Callable[..., Driver], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drivers = [searched(name) for name in ("one", "two", "three")]
     who: set[str] = set()
@@ -286,7 +290,7 @@ def test_each_confirmation_is_made_by_one_of_the_drivers(
     assert missing(drivers[0].config, drivers[0].folder, read(url)) == [] and drivers[0].store.claims() == {}
 
 
-def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callable[[str], Driver], url: str) -> None:
+def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callable[..., Driver], url: str) -> None:
     dead, late, other = searched("dead"), searched("late"), searched("other")
     first, second, *rest = missing(dead.config, dead.folder, dead.store.records())
     for one in (first, second):
@@ -301,14 +305,27 @@ def test_what_a_dead_driver_confirmed_or_claimed_is_taken_over(searched: Callabl
     assert missing(late.config, late.folder, read(url)) == [] and undelivered(dead.folder) == ["bad.json"]
 
 
-def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Driver]) -> None:
-    slow, other = searched("slow"), searched("other")
+def test_a_claim_of_one_that_lives_is_waited_for(
+    searched: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For leases on end. Time is measured in beats of the one that lives, so that a busy machine makes both slower."""
+    slow, other = searched("slow", lease=0.2), searched("other", lease=0.2)
+    first = slow.team._count
+
+    def leases() -> float:
+        return (slow.team._count - first) / BEATS_PER_LEASE
+
+    clock = SimpleNamespace(monotonic=lambda: leases() * other.team.lease, time_ns=time.time_ns)
+    monkeypatch.setattr("prunesearch.study.team.time", clock)
     one = missing(slow.config, slow.folder, slow.store.records())[0]
     assert slow.store.claim(one.record.uid, one.index, one.task.uid, None)
     assert not other.store.claim(one.record.uid, one.index, one.task.uid, None)
     thread = threading.Thread(target=other.confirm)
     thread.start()
-    time.sleep(0.8)  # longer than a lease
+    deadline = time.monotonic() + 60
+    while leases() < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert leases() >= 4
     assert thread.is_alive() and f"{one.task.uid} 0" not in fake_search.EVALUATED
     assert slow.store.confirm(one.record.uid, one.index, evaluate(one.task))
     thread.join()
@@ -316,7 +333,7 @@ def test_a_claim_of_one_that_lives_is_waited_for(searched: Callable[[str], Drive
 
 
 def test_one_driver_times_the_schedules_and_the_others_wait_for_it(
-    searched: Callable[[str], Driver], url: str, monkeypatch: pytest.MonkeyPatch
+    searched: Callable[..., Driver], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drivers = [searched(name) for name in ("one", "two", "three")]
     monkeypatch.setattr("test_drivers_together.during", lambda task: time.sleep(0.2))
@@ -331,7 +348,7 @@ def test_one_driver_times_the_schedules_and_the_others_wait_for_it(
     assert all(not undelivered(driver.folder) for driver in drivers)
 
 
-def test_the_timing_of_a_dead_driver_is_adopted_or_made_by_another(searched: Callable[[str], Driver], url: str) -> None:
+def test_the_timing_of_a_dead_driver_is_adopted_or_made_by_another(searched: Callable[..., Driver], url: str) -> None:
     for name, finished in (("dead", True), ("deader", False)):
         dead, other = searched(name), searched(f"after {name}")
         config = replace(dead.config, confirm=ConfirmConfig(2, 1.0 + finished))  # another task than the one before
@@ -346,7 +363,7 @@ def test_the_timing_of_a_dead_driver_is_adopted_or_made_by_another(searched: Cal
         assert not undelivered(dead.folder)
 
 
-def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[[str], Driver]) -> None:
+def test_one_that_is_started_again_gives_its_claims_back(searched: Callable[..., Driver]) -> None:
     again, other = searched("again"), searched("other")
     one, two = missing(again.config, again.folder, again.store.records())[:2]
     for claimed in (one, two):
@@ -371,7 +388,7 @@ def fail(task: Task) -> Evaluation:
     return Evaluation(task.uid, "failed", cause="nan", error="no luck")
 
 
-def test_what_fails_is_tried_once_by_all_together_and_again_next_time(searched: Callable[[str], Driver]) -> None:
+def test_what_fails_is_tried_once_by_all_together_and_again_next_time(searched: Callable[..., Driver]) -> None:
     one, two = searched("one"), searched("two")
     threads = [threading.Thread(target=driver.confirm, args=("test_drivers_together:fail",)) for driver in (one, two)]
     for thread in threads:
