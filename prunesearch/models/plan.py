@@ -99,7 +99,8 @@ class Plan:
 
     merges: a verb gives tokens a size. log_size_bias: attention adds log(size) to its logits. leaves_places: a token
     that stands for several may lie between the places of the image. all_return: every token is in its place after the
-    last block. The four hold for any number of tokens.
+    last block. The four hold for any number of tokens. steps: every step, in the order they run. counts_differ: images
+    keep different numbers of tokens. decisions_learn: decisions learn, so that tokens stay in their slots in training.
     """
 
     schedule: Schedule
@@ -109,26 +110,14 @@ class Plan:
     log_size_bias: bool
     leaves_places: bool = False
     all_return: bool = False
-
-    @property
-    def steps(self) -> tuple[PlannedStep, ...]:
-        """Every step, in the order they run."""
-        return tuple(step for block in self.blocks for step in (*block.pre, *block.mid))
-
-    @property
-    def counts_differ(self) -> bool:
-        """Whether images keep different numbers of tokens."""
-        return any(step.counts_differ for step in self.steps)
+    steps: tuple[PlannedStep, ...] = ()
+    counts_differ: bool = False
+    decisions_learn: bool = False
 
     @property
     def ends_masked(self) -> bool:
         """Whether images may end with different numbers of tokens, or with masked ones in training."""
         return self.decisions_learn and not self.all_return
-
-    @property
-    def decisions_learn(self) -> bool:
-        """Whether decisions learn, so that tokens stay in their slots in training."""
-        return any(step.decisions_learn for step in self.steps)
 
 
 def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
@@ -153,7 +142,19 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
     log_size_bias = any(options_of(stage).get("proportional_attention", False) for stage in merging)
     leaves_places = any(_leaves_places(stage) for stage in stages)
     all_return = shape.holds or all(stage.until is not None for stage in stages)
-    return Plan(schedule, shape, blocks, bool(merging), log_size_bias, leaves_places, all_return)
+    steps = tuple(step for block in blocks for step in (*block.pre, *block.mid))
+    return Plan(
+        schedule,
+        shape,
+        blocks,
+        bool(merging),
+        log_size_bias,
+        leaves_places,
+        all_return,
+        steps,
+        counts_differ=any(step.counts_differ for step in steps),
+        decisions_learn=any(step.decisions_learn for step in steps),
+    )
 
 
 def _leaves_places(stage: Stage) -> bool:

@@ -87,6 +87,6 @@ def closest_pairs(scene: ReduceInput, parity: str) -> Pairs:
     best_Bn = torch.constant_pad_nd(best_BA[..., None], (first, 1 - first, 0, 1), -torch.inf).flatten(1)[:, :tokens]
     order_Bn = ranked(best_Bn)[1]
     guests_BG, others_BK = order_Bn[:, : tokens - scene.kept], order_Bn[:, tokens - scene.kept :]
-    host_BG = partner_BA.gather(1, guests_BG // 2) * 2
+    host_BG = partner_BA.gather(1, torch.floor_divide(guests_BG, 2)) * 2
     host_BG = host_BG if first == 1 else host_BG + 1
     return Pairs(others_BK, guests_BG, host_BG)

@@ -54,17 +54,31 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     devices gather is one kernel, and needs no places in the batch.
     """
     images, tokens, channels = values_BnC.shape
+    if is_alone(images):
+        return values_BnC.index_select(1, places_BK.flatten())
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
-    rows = rows_of(places_BK, images, tokens)
+    rows = _rows(places_BK, images, tokens)
     return values_BnC.flatten(0, 1).index_select(0, rows).view(*places_BK.shape, channels)
 
 
-def rows_of(places_BK: Tensor, images: int, tokens: int) -> Tensor:
+def is_alone(images: int) -> bool:
+    """Whether the batch is one image, so that places of tokens are rows. A traced graph also runs on other batches."""
+    return images == 1 and not _is_tracing()
+
+
+def add_rows(values_BnC: Tensor, places_BG: Tensor, more_BGC: Tensor, scale: float) -> Tensor:
+    """The values of all tokens plus `scale` times more at some places. Rows are added whole, see `gather`."""
+    images, tokens, _ = values_BnC.shape
+    if is_alone(images):
+        return values_BnC.index_add(1, places_BG.flatten(), more_BGC, alpha=scale)
+    rows = _rows(places_BG, images, tokens)
+    return values_BnC.flatten(0, 1).index_add(0, rows, more_BGC.flatten(0, 1), alpha=scale).view(values_BnC.shape)
+
+
+def _rows(places_BK: Tensor, images: int, tokens: int) -> Tensor:
     """Indices of tokens among those of all images of the batch, one after the other."""
-    if images != 1 or torch.jit.is_tracing():  # a traced graph also runs on other batches than it was made with
-        places_BK = places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]
-    return places_BK.flatten()
+    return (places_BK + tokens * torch.arange(images, device=places_BK.device)[:, None]).flatten()
 
 
 def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
@@ -78,7 +92,7 @@ def put(values_BnC: Tensor, places_BK: Tensor, new_BKC: Tensor) -> Tensor:
         return torch.where(from_Bn[..., None] > 0, gather(new_BKC, (from_Bn - 1).clamp_min(0)), values_BnC)
     if not values_BnC.is_cpu:
         return values_BnC.scatter(1, places_BK[..., None].expand(-1, -1, channels), new_BKC)
-    rows = rows_of(places_BK, images, tokens)
+    rows = _rows(places_BK, images, tokens)
     return values_BnC.flatten(0, 1).index_copy(0, rows, new_BKC.flatten(0, 1)).view(values_BnC.shape)
 
 
