@@ -212,8 +212,8 @@ def _within(records: Sequence[Record], objectives: Sequence[Objective], bounds: 
             known = ", ".join(sorted({metric for record in measured for metric in values_of(record)}))
             raise StudyError(f"bound on {name}: this study did not measure it. Possible: {known}. Bound one of them.")
     within = comparable(measured, objectives, bounds)
-    if not within:
-        raise StudyError(nothing_within(bounds, measured))
+    if not within:  # the study's own limits left some out already, and may be the ones to loosen
+        raise StudyError(nothing_within((*limits, *bounds), comparable(records, objectives)))
     return within
 
 

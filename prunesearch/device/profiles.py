@@ -93,7 +93,9 @@ def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -
     fitting = fitting_scores(shape)
     for name in scores:
         if name not in fitting:
-            raise DeviceError(f"score {name}: this model does not take it. Possible: {', '.join(fitting)}. Name those.")
+            lacks = SCORERS[name].needs_class_token and not shape.has_class_token
+            why = "has no class token, whose attention it reads" if lacks else "mixes tokens in windows or convolutions"
+            raise DeviceError(f"score {name}: this model {why}. Possible: {', '.join(fitting)}. Name those.")
     possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
     for name in verbs:
         if name not in possible:

@@ -71,7 +71,7 @@ def take_masked_step(
                 # gradients are 10^4 times as large as the others that reach the attention, and accuracy falls (digits,
                 # one epoch towards 0.8 of the MACs: 94.5 % with them, 97.2 % without)
                 scores_Bn = own.scores_Bn if stage.learns_to_score else own.scores_Bn.detach()
-                stays_Bn = above(scores_Bn, threshold, present_Bn, softness)
+                stays_Bn = above(scores_Bn, threshold.float(), present_Bn, softness)
             elif sample and stage.learns_to_score:
                 stays_Bn = draw(own.scores_Bn, present_Bn)
             else:
@@ -84,7 +84,7 @@ def take_masked_step(
             present_Bn,
             stays_Bn,
             kept_B,
-            threshold,
+            None if threshold is None else threshold.float(),  # as scores and masks, also in a model in float64
             softness,
             part,
             prefix_tokens,

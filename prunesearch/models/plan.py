@@ -108,11 +108,11 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     merges: bool
     log_size_bias: bool
-    leaves_places: bool = False
-    all_return: bool = False
-    steps: tuple[PlannedStep, ...] = ()
-    counts_differ: bool = False
-    decisions_learn: bool = False
+    leaves_places: bool
+    all_return: bool
+    steps: tuple[PlannedStep, ...]
+    counts_differ: bool
+    decisions_learn: bool
 
     @property
     def ends_masked(self) -> bool:

@@ -12,6 +12,10 @@ from prunesearch.evaluate.task import Speed
 from prunesearch.printable import printable
 
 
+WIDE = 1.5
+"""Ratio of the quartiles of a speed beyond which the machine was too busy to measure it."""
+
+
 def measured(speed: Speed | None) -> str:
     """A measured speed as text, such as "1.52 (1.50 to 1.55)"; "" when there is none."""
     if speed is None or speed.ratio is None or speed.low is None or speed.high is None:
@@ -56,5 +60,7 @@ def _notes(speeds: Sequence[Speed]) -> list[str]:
     ]
     if conditions.profiled and any(map(predicted, speeds)):
         notes.append(f"predicted: for another device than this one, {printable(conditions.profiled)}")
+    if any(speed.low is not None and speed.high is not None and speed.high > WIDE * speed.low for speed in speeds):
+        notes.append("the quartiles are far apart: something else kept the machine busy. Measure again when it is idle")
     problems = dict.fromkeys(speed.problem for speed in speeds if speed.problem)
     return notes + [f"not timed: {printable(problem)}" for problem in problems]

@@ -325,7 +325,7 @@ def causes(records: Iterable[Record]) -> str:
 def comparison_table(dense: Evaluation, pruned: Evaluation) -> Table:
     """A table that compares two complete evaluations with the same metrics."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("metric", "dense", "pruned", "change"):
+    for name in ("metric", "dense", "pruned", "against dense"):
         table.add_column(name, justify="left" if name == "metric" else "right")
     after = dict(pruned.metrics)
     for metric, value in dense.metrics:

@@ -52,6 +52,7 @@ def masked(scene: MaskedInput, *, proportional_attention: bool, parity: str, pos
     host_Bn = slots_Bn.scatter(1, order_Bn[:, guests], order_Bn[:, hosts].gather(1, partner_BA))
     moved_Bn = guest_Bn * size_Bn
     total_Bn = size_Bn.scatter_add(1, host_Bn, moved_Bn)
+    total_Bn = total_Bn.masked_fill(total_Bn == 0, 1.0)  # the slot of a fused token, in images where nothing was fused
     return Joining(
         present_Bn - guest_Bn,
         guest_share_Bn=moved_Bn / total_Bn.gather(1, host_Bn),

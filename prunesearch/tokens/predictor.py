@@ -33,7 +33,7 @@ class Predictor(nn.Module):
             mean_B1C = global_BnC.mean(dim=1, keepdim=True)
         else:
             share_Bn = present_Bn / present_Bn.sum(dim=1, keepdim=True)
-            mean_B1C = share_Bn[:, None] @ global_BnC
+            mean_B1C = share_Bn[:, None].to(global_BnC.dtype) @ global_BnC
         joined_BnC = torch.cat([local_BnC, mean_B1C.expand(-1, local_BnC.shape[1], -1)], dim=-1)
         return self.decide(joined_BnC).log_softmax(dim=-1)[..., 0]
 

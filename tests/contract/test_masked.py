@@ -252,3 +252,42 @@ def test_cuts_separate_few_tokens_from_many() -> None:
     assert _cuts([5, 5, 5, 50, 50, 50], 8) == [3]
     assert _cuts([5, 5, 50, 50], 1) == [] and _cuts([7, 7, 7], 4) == []
     assert _cuts([1, 2, 30, 31, 90, 91], 3) == [2, 4]
+
+
+def test_an_empty_slot_of_a_fused_token_does_not_spoil_later_merges() -> None:
+    """The slot of a fused token has size 0 in images where nothing was fused."""
+    model = small_model("class")
+    stages = (
+        Stage(0, score="none", reduce="merge", keep=0.8),
+        Stage(1, score="class_attention", reduce="fuse", threshold=0.0),
+        Stage(2, score="none", reduce="merge", keep=0.8),
+    )
+    x = images(3)
+    apply_schedule(model, Schedule(stages))
+    with torch.no_grad():
+        expected = model.eval()(x)
+    found = model.train()(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert all(one.grad.isfinite().all() for one in model.parameters() if one.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (Stage(1, score="none", reduce="merge", threshold=0.5),),
+        (Stage(1, score="class_attention", reduce="absorb", threshold=0.03),),
+        (Stage(1, at="pre", score="predictor", keep=0.7), Stage(2, at="pre", score="predictor", keep=0.7)),
+        (
+            Stage(0, score="none", reduce="merge", keep=0.8),
+            Stage(1, score="class_attention", reduce="squeeze", threshold=0.03),
+        ),
+    ],
+)
+def test_learned_decisions_in_other_precisions(dtype: torch.dtype, stages: tuple[Stage, ...]) -> None:
+    model = apply_schedule(small_model("class"), Schedule(stages), untrained=True).to(dtype)
+    x = images(3).to(dtype)
+    for mode in (True, False):
+        found = model.train(mode)(x)
+        assert found.dtype == dtype and found.isfinite().all()
