@@ -717,8 +717,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     speeds = []
     if parsed.speed and not profiles and study is None and "predicted_latency_ms" in (file.measured or {}):
         _say(
-            "the study predicted this schedule's time by a profile; --study FOLDER or --profile FILE.json times it in the "
-            "batches and the runtime of that"
+            "the study predicted this schedule's time by a profile; --study FOLDER or --profile FILE.json times it in "
+            "the batches and the runtime of that"
         )
     if parsed.speed:
         for profile in profiles or (None,):
