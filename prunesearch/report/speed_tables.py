@@ -11,7 +11,6 @@ from rich.text import Text
 from prunesearch.evaluate.task import Speed
 from prunesearch.printable import printable
 
-
 WIDE = 1.5
 """Ratio of the quartiles of a speed beyond which the machine was too busy to measure it."""
 
