@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -376,6 +377,38 @@ def _profile(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _train_head(parsed: argparse.Namespace) -> int:
+    import safetensors.torch
+
+    from prunesearch.evaluate.train_head import train_head
+    from prunesearch.files import write_atomically
+
+    config = load_study(parsed.file, parsed.set, read_profile=False)
+    _check_output(parsed.output)
+    import_plugins(config.plugins)
+    settings = {name: getattr(parsed, name) for name in ("images", "learning_rate", "batch_size")}
+    last = time.monotonic()
+
+    def report(done: int, loss: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            _say(f"{done:,} of {parsed.images:,} pictures, loss {loss:.4f}")
+
+    trained = train_head(config.model, config.data, device=config.workers.device, report=report, **settings)
+    weights = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
+    write_atomically(parsed.output, safetensors.torch.save(weights, metadata={"format": "pt"}))
+    _print(
+        f"{config.model.name} with a {config.model.head} head, {config.model.num_classes} classes, trained on "
+        f"{parsed.images:,} pictures -> {parsed.output}",
+        f"  miou {trained.miou:.4g} %, pixel_accuracy {trained.pixel_accuracy:.4g} % on "
+        f"{trained.validation_images:,} validation pictures",
+        f"Next: under model, write checkpoint: {parsed.output} and leave out pretrained; then prunesearch run "
+        f"{parsed.file}",
+    )
+    return 0
+
+
 def _check_schedule(parsed: argparse.Namespace) -> int:
     plugins = [*parsed.plugin, *(plugins_named_in(parsed.file) if parsed.trust_plugins else ())]
     file = load_schedule_file(parsed.file, plugins)
@@ -578,7 +611,7 @@ def _deploy(
     if study is not None and study.target.profile is not None:  # the batches that the study is about
         measure = replace(measure, speed_batch_size=study.target.profile.batch)
     exported = deploy(file, folder, targets, model=model, data=data, half=parsed.half, measure=measure, say=_say)
-    before = (file.measured or {}).get("top1")
+    before = file.measured or {}
     for (runtime, path), one in zip(targets, exported, strict=True):
         facts, check, speed = one.facts, one.check, one.speed
         images = f"{check.images} {'images of random numbers' if one.on_noise else 'validation images'}"
@@ -594,9 +627,11 @@ def _deploy(
                 f"  {speed.median:.2f} times as fast as the dense model in {one.runtime} on this CPU, in batches of "
                 f"{speed.batch_size} (quartiles {speed.low:.2f} to {speed.high:.2f})"
             )
-        if one.top1 is not None:
-            said = f"; measured before: {before:.5g}" if isinstance(before, (int, float)) else ""
-            _print(f"  top1 {one.top1:.5g} on {one.images} validation images{said}")
+        for name, value in (("top1", one.top1), ("pixel_accuracy", one.pixel_accuracy)):
+            if value is not None:
+                known = before.get(name)
+                said = f"; measured before: {known:.5g}" if isinstance(known, (int, float)) else ""
+                _print(f"  {name} {value:.5g} on {one.images} validation images{said}")
         if facts.half:
             _say(runtime.half_note)
         _print("", f"How to run {path} (python example.py PICTURE):", "")
@@ -978,6 +1013,20 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--brief", action="store_true", help="one line for each batch size")
     profile.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="also write the profile to a file")
 
+    head = verb(
+        "train-head", _train_head, "train the head of a study's model for segmentation, once, before its search"
+    )
+    head.add_argument("file", type=Path, help="study file, with head and num_classes under model")
+    head.add_argument(
+        "--images", type=_whole("--images", 1), default=20_000, metavar="N", help="pictures; default 20000"
+    )
+    head.add_argument("--learning-rate", type=_rate, default=1e-3, metavar="X", help="peak; default 0.001")
+    head.add_argument("--batch-size", type=_whole("--batch-size", 1), default=32, metavar="N", help="default 32")
+    head.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
+    head.add_argument(
+        "-o", "--output", type=Path, default=Path("dense.safetensors"), metavar="FILE", help="default dense.safetensors"
+    )
+
     status = verb("status", _status, "how far a study is; works while it runs")
     _study_arguments(status)
     status.add_argument("--json", action="store_true", help="counts as JSON")
@@ -1016,7 +1065,7 @@ def _parser() -> argparse.ArgumentParser:
 
     again = verb("evaluate", _evaluate, "measure a schedule file again, beside the dense model")
     _source_arguments(again)
-    default = "default top1 (feature_similarity, agreement), gmacs, throughput"
+    default = "default top1 (feature_similarity, miou, agreement), gmacs, throughput"
     again.add_argument("--metric", action="append", default=[], metavar="NAME", help=default)
     again.add_argument("--speed", action="store_true", help="time it in turns with the dense model, as a ratio")
     text = "say what it predicts; with --speed: time it as this was measured; default the study's profile"
@@ -1118,6 +1167,16 @@ def _seconds(text: str) -> float:
         value = math.nan
     if not 0 < value <= 86_400:
         raise UserError(f"--seconds {text}: possible: above 0, up to 86400. Correct it.")
+    return value
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 10:
+        raise UserError(f"--learning-rate {text}: possible: above 0, up to 10. Write for example 0.001.")
     return value
 
 

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from prunesearch import tasks
 from prunesearch.errors import UserError
 from prunesearch.profile import MOST_MS, Profile
 from prunesearch.recipes import RecipeName, expanded
+from prunesearch.tasks import TaskName
 
 DEFAULT_SCORE = "class_attention"
 """Score of a stage that names none and whose verb ranks tokens."""
@@ -76,6 +78,11 @@ class ModelConfig:
     options: Options = _field(
         "further keywords of timm.create_model, for example {depth: 9}", (), low=-LARGEST, high=LARGEST, most=MOST_NAMES
     )
+    head: Literal["linear", "conv"] | None = _field(
+        "a head that gives num_classes classes to each patch, for segmentation: linear, or conv (a 3 x 3 convolution "
+        "before it); absent = the model's own head",
+        None,
+    )
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class DeviceConfig:
 
 UNLABELLED = "images"
 """`data.name` of pictures without classes."""
+MASKED = ("scenes", "masks")
+"""`data.name` of pictures with a class for each pixel."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ class DataConfig:
 
     name: str = _field(
         '"digits", "folder" (a folder or .tar of class/image files), "images" (pictures in any folders, without '
-        "classes), or a timm name: torch/..., hfds/..., wds/...",
+        'classes), "scenes" (digits on a canvas, with a class for each pixel), "masks" (pictures and masks of classes '
+        "in two folders), or a timm name: torch/..., hfds/..., wds/...",
         "digits",
     )
     root: str | None = _field("folder or tar file of the training images, or the data set's root", None)
@@ -603,6 +613,22 @@ class StudyConfig:
         most=MOST_NAMES,
         pattern=MODULE_NAME,
     )
+    task: TaskName | None = field(
+        default=None,
+        metadata={
+            "text": "classification, features or segmentation; stands for the fields that suit it (num_classes: 0, "
+            "head: linear, until, objectives); those written beside it win",
+            "expand": tasks.expanded,
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a task."""
+        if self.task is not None:
+            raise UserError(
+                f"StudyConfig(task={self.task!r}): a task is replaced by its fields when a file is read. Possible: "
+                f"study files, and from_mapping(StudyConfig, ...). Use that, or write the fields."
+            )
 
     @property
     def target(self) -> Target:

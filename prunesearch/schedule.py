@@ -612,6 +612,11 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
     if isinstance(stage.until, int) and stage.until >= shape.depth:
         later = f"a block from {stage.block + 1} to {shape.depth - 1}, or " if stage.block + 1 < shape.depth else ""
         problems.append(f"until is {stage.until}; the model has {shape.depth} blocks. Possible: {later}{END}.")
+    if shape.segments and (stage.until is None or REDUCERS[stage.reduce].pools):
+        problems.append(
+            f"{stage.reduce} takes tokens away for good, but this model gives classes to each patch, so all must be "
+            f"back at the end. Possible: until: a later block, next or {END}, with verbs that do not pool. Write until."
+        )
     if scorer is not None and scorer.needs_class_token and not shape.has_class_token:
         possible = ", ".join(name for name, other in SCORERS.items() if not other.needs_class_token)
         problems.append(

@@ -18,8 +18,9 @@ class ModelShape:
     holds: the model has a feature map (Swin, ConvNeXt). Then depth, dim and patch_tokens are the blocks, width and
     positions of its third stage. gate_macs is the token mixing per position, and stem_macs the rest of the model.
     has_positions: its attention reads where each patch token is (rotary positions, a bias for each pair of places).
-    layer_scale: its blocks scale what they add. norm_eps: epsilon of its LayerNorms; learned parts use the same.
-    In other models learned parts have PyTorch's default, as in the released code.
+    segments: its head gives classes to each patch token, so that all of them must be in their places at the end.
+    head_macs is then for all of them. layer_scale: its blocks scale what they add. norm_eps: epsilon of its LayerNorms;
+    learned parts use the same. In other models learned parts have PyTorch's default, as in the released code.
     """
 
     depth: int
@@ -38,6 +39,7 @@ class ModelShape:
     pool_macs_per_pair: int = 0
     holds: bool = False
     has_positions: bool = False
+    segments: bool = False
     layer_scale: bool = False
     norm_eps: float = 1e-5
 

@@ -29,7 +29,7 @@ from prunesearch.evaluate.speed import synchronise
 from prunesearch.models import apply_schedule, input_size, parts_of, shape_of
 from prunesearch.models.parts import Part, example, sharing_copy
 from prunesearch.profile import Curve, Profile, StageTime
-from prunesearch.schedule import Schedule, Stage, Step, resolve
+from prunesearch.schedule import END, Schedule, Stage, Step, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import may_return
 from prunesearch.tokens import REDUCERS, SCORERS
@@ -83,7 +83,7 @@ def measure_profile(
     Raises DeviceError when the runtime cannot run a part of the model.
     """
     shape = shape_of(model)
-    verbs = [name for name in REDUCERS if REDUCERS[name].holds == shape.holds] if verbs is None else list(verbs)
+    verbs = fitting_verbs(shape) if verbs is None else list(verbs)
     fitting = fitting_scores(shape)
     scores = fitting if scores is None else [score for score in scores if score in fitting]
     if shape.patch_tokens < FEWEST_TOKENS:
@@ -97,7 +97,8 @@ def measure_profile(
     score = usual_score(shape, scores)
     channels, height, width = input_size(model)
     images = example(batch, channels, height, width, like=next(model.parameters()).detach())
-    back = [verb for verb in verbs if may_return(verb) and (returning is None or verb in returning)]
+    returning = verbs if shape.segments or returning is None else returning
+    back = [verb for verb in verbs if may_return(verb) and verb in returning]
     look = _Look(model, shape, images, runtime, settings, say)
     wait = partial(synchronise, settings.device)
     with threads_set(settings):
@@ -189,7 +190,7 @@ class _Look:
             score = usual_score(shape, scores)
             for step in _designs(verb, shape, score, DESIGNS):
                 found[("verb", verb, step.before, step.after)] = self.parts.verb_part(
-                    self.model, shape, self.images, step
+                    self.model, shape, self.images, replace(step, until=None)
                 )
             for step in _designs(verb, shape, score, RETURNS) if verb in returning else ():
                 step = replace(step, until=shape.depth)
@@ -288,6 +289,13 @@ def _bends(times: Mapping[Key, Measured], shape: ModelShape, stairs: int | None)
     return sorted(tokens - shape.prefix_tokens for tokens in found - known)
 
 
+def fitting_verbs(shape: ModelShape) -> list[str]:
+    """The verbs that models of this kind take."""
+    return [
+        name for name, entry in REDUCERS.items() if entry.holds == shape.holds and not (shape.segments and entry.pools)
+    ]
+
+
 def fitting_scores(shape: ModelShape) -> list[str]:
     """The scores that models of this kind take."""
     return [
@@ -305,7 +313,8 @@ def usual_score(shape: ModelShape, scores: Sequence[str]) -> str:
 
 def _stage(verb: str, block: int, shape: ModelShape, keep: float, score: str) -> Stage:
     score = score if REDUCERS[verb].ranks else "none"
-    return Stage(block, at="pre" if shape.holds else "mid", score=score, keep=keep, reduce=verb)
+    until = END if shape.segments else None  # where each patch is needed at the end, nothing else runs
+    return Stage(block, at="pre" if shape.holds else "mid", score=score, keep=keep, reduce=verb, until=until)
 
 
 def _designs(verb: str, shape: ModelShape, score: str, designs: Iterable[tuple[float, float]]) -> list[Step]:

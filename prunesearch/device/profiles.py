@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from prunesearch.config import IN_ANY_PRECISION, ModelConfig
-from prunesearch.device.measure import fitting_scores, measure_profile
+from prunesearch.device.measure import fitting_scores, fitting_verbs, measure_profile
 from prunesearch.device.runtimes import DTYPES, Runtime, Settings, runtime_of
 from prunesearch.errors import DeviceError
 from prunesearch.evaluate.build import build_model
@@ -48,7 +49,7 @@ def measure_profiles(
         for name in names or ():
             registry[name]  # raises for an unknown name
     _check_fit(model_shape(model), verbs or (), scores or ())
-    built = build_model(ModelConfig(model.name, False, None, model.image_size, model.num_classes, model.options))
+    built = build_model(replace(model, pretrained=False, checkpoint=None))
     built = built.to(settings.device, DTYPES[precision]).eval()
     for batch in batches:
         yield measure_profile(
@@ -96,7 +97,7 @@ def _check_fit(shape: ModelShape, verbs: Sequence[str], scores: Sequence[str]) -
             lacks = SCORERS[name].needs_class_token and not shape.has_class_token
             why = "has no class token, whose attention it reads" if lacks else "mixes tokens in windows or convolutions"
             raise DeviceError(f"score {name}: this model {why}. Possible: {', '.join(fitting)}. Name those.")
-    possible = [name for name, entry in REDUCERS.items() if entry.holds == shape.holds]
+    possible = fitting_verbs(shape)
     for name in verbs:
         if name not in possible:
             meant = f" In this model it is {verb_in(shape, name)}." if verb_in(shape, name) != name else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from prunesearch.errors import ModelError
 from prunesearch.evaluate.sections import check_checkpoint, is_remote, model_problems
 from prunesearch.evaluate.shape_cache import Facts
 from prunesearch.models import adapted, class_of, input_size, shape_of, size_keywords
+from prunesearch.models.dense_head import kind_in, segments, with_dense_head
 from prunesearch.models.weights import load_weights, misfits, read_weights
 
 FRESH_SEED = 0
@@ -121,9 +123,9 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
     if config.image_size is not None:
         keywords |= size_keywords(config.name, config.image_size, int(keywords.get("in_chans", 3)))
     if config.num_classes is not None:
-        keywords["num_classes"] = config.num_classes
+        keywords["num_classes"] = 0 if config.head is not None else config.num_classes
     try:
-        return timm.create_model(config.name, pretrained=pretrained, **keywords)
+        model = timm.create_model(config.name, pretrained=pretrained, **keywords)
     except Exception as error:  # timm, the hub and the model's own constructor raise anything
         options = ", ".join(f"{name}={value!r}" for name, value in keywords.items()) or "none"
         weights = "with its pretrained weights" if pretrained else "without pretrained weights"
@@ -133,6 +135,19 @@ def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
             f"{type(error).__name__}: {error}. Possible: options of timm.create_model, and pretrained: true where the "
             f"weights can be downloaded. Check options and image_size, or give a local checkpoint{random}."
         ) from error
+    if config.head is None:
+        return model
+    return with_dense_head(model, config.head, config.num_classes or 0)
+
+
+def _without_pooling(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint without those of a pooling and a classifier that a dense head replaces."""
+    own = model.state_dict()
+    return {
+        name: value
+        for name, value in state.items()
+        if name in own or not name.startswith(("head.", "head_dist.", "attn_pool."))
+    }
 
 
 def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +157,33 @@ def _without_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str,
     return {name: value for name, value in state.items() if not name.startswith(prefixes)}
 
 
-def _load_checkpoint(model: nn.Module, path: str) -> None:
+def _refuse_other_head(model: Any, state: dict[str, Tensor], place: str) -> None:
+    kind = kind_in(state)
+    if kind is None:
+        raise ModelError(
+            f"{place}: it has no head that gives classes to each patch. Possible: a checkpoint of `prunesearch "
+            f"train-head`, which trains one on this model. Run that, and write its file as checkpoint."
+        )
+    if kind != model.head.kind:
+        raise ModelError(
+            f"{place}: it has a {kind} head, but the model has a {model.head.kind} one. Possible: model.head: {kind}. "
+            f"Write that, or train the other one: `prunesearch train-head`."
+        )
+
+
+def build_with_fresh_head(config: ModelConfig) -> nn.Module:
+    """The dense model with random weights in its head, also from a checkpoint that has none. Raises ModelError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FRESH_SEED)
+        model: Any = _create(config, pretrained=config.pretrained)
+    fresh = {f"head.{name}": value.clone() for name, value in model.head.state_dict().items()}
+    if config.checkpoint is not None:
+        _load_checkpoint(model, config.checkpoint, fresh)
+    return model.eval()
+
+
+def _load_checkpoint(model: nn.Module, path: str, head: Mapping[str, Tensor] | None = None) -> None:
+    """Load the weights of a file. head: instead of the file's own, for a model that gives classes to each patch."""
     check_checkpoint(path)
     place = f"model.checkpoint {path!r}"
     try:
@@ -156,9 +197,14 @@ def _load_checkpoint(model: nn.Module, path: str) -> None:
             f".safetensors, or a .pth file that holds tensors only. Save the weights as safetensors."
         ) from error
     try:
+        if head is not None:
+            state = {name: value for name, value in state.items() if not name.startswith("head.")} | dict(head)
         if model.num_classes == 0:
             state = _without_classifier(model, state)
         state = adapted(model, state)
+        if segments(model):
+            _refuse_other_head(model, state, place)
+            state = _without_pooling(model, state)
         problems = misfits(state, model.state_dict())
     except ModelError:
         raise

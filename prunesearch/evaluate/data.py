@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
-from prunesearch.config import UNLABELLED, DataConfig
+from prunesearch.config import MASKED, UNLABELLED, DataConfig
 from prunesearch.errors import DataError
 from prunesearch.evaluate.class_order import class_of_folders, in_order, listed_classes, natural_key
 from prunesearch.evaluate.digits import HELD_OUT, PARTS, TRAINING, load_digits
 from prunesearch.evaluate.images import ImageInput, ImageSet, Unreadable, collate, image_input, refuse_unreadable
 from prunesearch.evaluate.loading import load
+from prunesearch.evaluate.masks import folders_of, masked_pictures
 from prunesearch.evaluate.picture_files import (
     FolderPictures,
     Listing,
@@ -33,9 +34,11 @@ from prunesearch.evaluate.picture_files import (
     TarPictures,
     list_pictures,
 )
+from prunesearch.evaluate.scenes import CLASSES, COUNTS, Scenes
 from prunesearch.evaluate.sections import source_problems
 from prunesearch.evaluate.task import Split
 from prunesearch.extras import need
+from prunesearch.models.dense_head import IGNORED
 from prunesearch.registry import Registry, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ FEW_IMAGES = 5000
 
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("validation", "val", "valid", "eval", "evaluation")
+TEST_FOLDERS = ("test", "testing")
 HELD_OUT_PART, MOST_HELD_OUT = 5, 5000
 """Of pictures without classes in one folder, one in so many is for validation, and so many at most."""
 
@@ -55,9 +59,10 @@ HELD_OUT_PART, MOST_HELD_OUT = 5, 5000
 class Opened(NamedTuple):
     """One split as it was opened.
 
-    images: a sequence or an iterable of (PIL image, class index). classes: names in the order of their indices, None
-    when unknown. notes: messages about what was left out. ambiguous: torchvision would give the classes other indices,
-    and the study does not say which order it means. is_shipped: it comes with a package, so all images are readable.
+    images: a sequence or an iterable of (PIL image, class index), or of (PIL image, PIL mask of class indices).
+    classes: names in the order of their indices, None when unknown. notes: messages about what was left out. ambiguous:
+    torchvision would give the classes other indices, and the study does not say which order it means. is_shipped: it
+    comes with a package, so all images are readable.
     """
 
     images: Any
@@ -99,6 +104,62 @@ def open_images(config: DataConfig, split: Split) -> Opened:
     for note in notes:
         warn_once(f"data: {note}")
     return Opened(_pictures(root, listing, order, [0] * len(order)), None, tuple(notes))
+
+
+@DATASETS.register("scenes")
+def open_scenes(config: DataConfig, split: Split) -> Opened:
+    """Several digits on a canvas, with the class of each pixel; they need no root. Raises MissingLibraryError."""
+    need("data scenes", "search", "sklearn")
+    name = _named_split(config, split)
+    if name not in COUNTS:
+        field = {"train": "train_split", "validation": "val_split", "test": "test_split"}[split]
+        raise DataError(f"data.{field}: {name!r}. Possible: {', '.join(COUNTS)}. Correct it.")
+    return Opened(Scenes(name), CLASSES, is_shipped=True)
+
+
+@DATASETS.register("masks")
+def open_masks(config: DataConfig, split: Split) -> Opened:
+    """Pictures and masks in two folders. Raises DataError."""
+    (pictures, masks), field = _mask_folders(config)[split], _root_field(config, split)
+    found, others = masked_pictures(pictures, masks, field)
+    notes = _left_out(Listing([], others, []), split)
+    for note in notes:
+        warn_once(f"data: {note}")
+    return Opened(found, None, tuple(notes))
+
+
+def _mask_folders(config: DataConfig) -> dict[Split, tuple[Path, Path]]:
+    """The folders of pictures and masks of each split. Raises DataError when one is missing or two are the same."""
+    names: dict[Split, tuple[str, ...]] = {
+        "train": (config.train_split, *TRAIN_FOLDERS),
+        "validation": (config.val_split, *VALIDATION_FOLDERS),
+    }
+    if config.has_test:
+        names["test"] = (_named_split(config, "test"), *TEST_FOLDERS)
+    roots = {
+        "train": config.root,
+        "validation": config.val_root or config.root,
+        "test": config.test_root or config.root,
+    }
+    found: dict[Split, tuple[Path, Path]] = {}
+    for split, possible in names.items():
+        root, field = roots[split], _root_field(config, split)
+        folders = None if root is None or not Path(root).is_dir() else folders_of(root, possible)
+        if folders is None:
+            came = "nothing was given" if root is None else f"{root!r} has no folders of pictures and masks"
+            raise DataError(
+                f"data.{field}: {came} for {_WORDS[split]}. Possible: ROOT/{possible[0]}/images with "
+                f"ROOT/{possible[0]}/masks, or ROOT/images/{possible[0]} with ROOT/masks/{possible[0]} (masks may be "
+                f"called annotations or labels). Check the path."
+            )
+        same = next((other for other, theirs in found.items() if theirs[0] == folders[0]), None)
+        if same is not None:
+            raise DataError(
+                f"data.{field}: {str(folders[0])!r} holds the pictures for {_WORDS[same]} and for {_WORDS[split]}. "
+                f"Possible: folders for each. Make {possible[0]} folders, or write {field}."
+            )
+        found[split] = folders
+    return found
 
 
 def _unlabelled(config: DataConfig, split: Split) -> tuple[str, Split | None]:
@@ -264,6 +325,8 @@ def check_paths(config: DataConfig) -> None:
     elif config.name == UNLABELLED:
         for split in ("train", "validation", *(["test"] if config.has_test else [])):
             _unlabelled(config, split)  # type: ignore[arg-type]
+    elif config.name == "masks":
+        _mask_folders(config)
     elif config.name not in DATASETS:
         _check_timm_name(config.name)
     for problem in source_problems(config):
@@ -413,7 +476,7 @@ def _folders(config: DataConfig) -> dict[Split, str]:
     found: dict[Split, Path] = {"train": _folder("root", config.root, (config.train_split, *TRAIN_FOLDERS))}
     names: dict[Split, tuple[str, ...]] = {"validation": VALIDATION_FOLDERS}
     if config.has_test:
-        names["test"] = ("test", "testing")
+        names["test"] = TEST_FOLDERS
     roots = {"validation": ("val_root", config.val_root), "test": ("test_root", config.test_root)}
     for split, usual in names.items():
         field, root = roots[split] if roots[split][1] is not None else ("root", config.root)
@@ -517,8 +580,8 @@ def check_labels(config: DataConfig, outputs: int, split: Split) -> None:
 
 
 def _stream(
-    images: Any, prepare: Callable[[Image, Any], tuple[Tensor, int]], split: Split, limit: int | None
-) -> Iterator[tuple[Tensor, int]]:
+    images: Any, prepare: Callable[[Image, Any], tuple[Tensor, Any]], split: Split, limit: int | None
+) -> Iterator[tuple[Tensor, Any]]:
     """The first `limit` images of a stream. A random subset would need all of them to be read."""
     try:
         for image, label in itertools.islice(images, limit):
@@ -563,6 +626,8 @@ def _decode(
 ) -> ImageSet:
     images = torch.empty((len(source), *wanted.size), dtype=torch.uint8)
     labels = torch.empty(len(source), dtype=torch.int64)
+    if wanted.masks:
+        labels = torch.empty((len(source), *wanted.size[1:]), dtype=torch.uint8)
     filled, bad = 0, list[Unreadable]()
     for some, their_labels, unreadable in _in_batches(source, loaders, collate):
         if len(some):
@@ -587,7 +652,21 @@ def unreadable_note(split: Split, bad: Sequence[Unreadable], count: int) -> str:
     return f"{len(bad)} of {_count(count, split, 'picture')} could not be read and were left out ({names})"
 
 
-def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any) -> tuple[Tensor, int]:
+def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any) -> tuple[Tensor, Any]:
+    if isinstance(label, Image) != wanted.masks:
+        has = "one class each, but the model gives classes to each patch"
+        if isinstance(label, Image):
+            has = "a class for each pixel, but the model gives one to a picture"
+        raise DataError(
+            f"data ({split}): the pictures have {has}. Possible: data with masks ({', '.join(MASKED)}) for a model "
+            f"with model.head, other data for one without. Change one of them."
+        )
+    if wanted.masks:
+        mask = wanted.mask(label)
+        known = mask[mask != IGNORED]
+        if len(known):
+            _check_label(outputs, split, int(known.max()))
+        return wanted.transform(image), mask
     _check_label(outputs, split, int(label))
     return wanted.transform(image), int(label)
 
@@ -603,13 +682,13 @@ def _check_label(outputs: int, split: Split, label: int) -> None:
 class _Prepared(Dataset[Any]):
     """The `chosen` images and labels, prepared for a model; an Unreadable in the place of one that cannot be read."""
 
-    def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[[Image, Any], tuple[Tensor, int]]) -> None:
+    def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[[Image, Any], tuple[Tensor, Any]]) -> None:
         self._images, self._chosen, self._prepare = images, chosen, prepare
 
     def __len__(self) -> int:
         return len(self._chosen)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | Unreadable:
+    def __getitem__(self, position: int) -> tuple[Tensor, Any] | Unreadable:
         index = self._chosen[position]
         try:
             return self._prepare(*self._images[index])

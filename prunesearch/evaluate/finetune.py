@@ -36,11 +36,14 @@ from prunesearch.models import (
     threshold_unit,
     trace,
 )
+from prunesearch.models.dense_head import IGNORED, resized
 from prunesearch.profile import Profile
 
 
 class DenseOutput(NamedTuple):
-    """Output of the dense model for a batch: logits (B, classes), and the final normalised patch tokens or None."""
+    """Output of the dense model for a batch: logits (B, classes) or (B, classes, rows, columns), and the final
+    normalised
+    patch tokens or None."""
 
     logits: Tensor
     patches_BnC: Tensor | None = None
@@ -186,6 +189,8 @@ def take_steps(
         mirrored = torch.rand(len(indices), generator=mirror)[: len(labels)] < mirror_share
         if mirrored.any():
             images = torch.where(mirrored.to(device).view(-1, 1, 1, 1), images.flip(-1), images)
+            if labels.ndim == 3:
+                labels = torch.where(mirrored.to(device).view(-1, 1, 1), labels.flip(-1), labels)
         optimizer.zero_grad()
         for loss in losses(Batch(images, labels, None if teacher is None else teacher(images, indices, mirrored))):
             if not math.isfinite(loss.item()):
@@ -284,22 +289,42 @@ def distillation_loss(
 ) -> Tensor:
     """Cross entropy plus temperature^2 x KL(dense || pruned) of the softened classes (Hinton et al. 2015), weighted.
 
-    target: logits of the dense model; None for the cross entropy alone. features: the model has no classifier, so both
+    Logits of patches are resized to the pixels of masks for the cross entropy, and compared patch by patch. target:
+    logits of the dense model; None for the cross entropy alone. features: the model has no classifier, so both
     are features, and the loss is their distance.
     """
     if features:
         if target is None:
             return logits.sum() * 0.0
         return config.distill_weight * feature_distance(logits, target.to(logits.device), config)
+    if logits.ndim == 4 and target is not None:  # every patch counts as an image
+        patches, target = by_patch(logits), by_patch(target)
+    else:
+        patches = logits
     weight = config.cross_entropy_weight
     if weight == 0 and target is not None:  # pictures without classes have no label to read
-        return config.distill_weight * _divergence(logits, target, config)
+        return config.distill_weight * _divergence(patches, target, config)
     if weight is None:
         weight = 1.0 if target is None else 1 - config.distill_weight
-    hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    if logits.ndim == 4:
+        hard = pixel_loss(logits, labels, config.label_smoothing)
+    else:
+        hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
     if target is None:
         return weight * hard
-    return weight * hard + config.distill_weight * _divergence(logits, target, config)
+    return weight * hard + config.distill_weight * _divergence(patches, target, config)
+
+
+def pixel_loss(logits_BKHW: Tensor, masks_BHW: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross entropy of pixels, mean over those that have a class; 0 where none has."""
+    pixels = resized(logits_BKHW, masks_BHW.shape[1:])  # type: ignore[arg-type]  # two sizes
+    total = F.cross_entropy(pixels, masks_BHW, label_smoothing=label_smoothing, ignore_index=IGNORED, reduction="sum")
+    return total / (masks_BHW != IGNORED).sum().clamp_min(1)
+
+
+def by_patch(logits_BKHW: Tensor) -> Tensor:
+    """Logits of patches as a list, (patches of all images, classes)."""
+    return logits_BKHW.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _divergence(logits: Tensor, target: Tensor, config: FinetuneConfig) -> Tensor:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from prunesearch.evaluate.loading import load
 from prunesearch.evaluate.pixels import grey_or_rgb
 from prunesearch.evaluate.sections import channel_problems
 from prunesearch.models import input_size
+from prunesearch.models.dense_head import IGNORED, segments
 from prunesearch.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class ImageInput:
     """How a model's images are resized, cropped and normalised.
 
     size: channels, height, width. take_sized: images that already have this size are neither resized nor cropped.
+    masks: labels are masks with a class for each pixel. Images and masks are then resized to `size` whole, so that each
+    pixel has its class.
     """
 
     size: tuple[int, int, int]
@@ -45,12 +49,23 @@ class ImageInput:
     crop_mode: str
     interpolation: str
     take_sized: bool = False
+    masks: bool = False
 
     def transform(self, image: Image) -> Tensor:
         """PIL image to uint8 (channels, height, width)."""
         channels, height, width = self.size
         image = grey_or_rgb(image, channels)
         return _pixels(self, cropped=not (self.take_sized and image.size == (width, height)))(image)
+
+    def mask(self, mask: Image) -> Tensor:
+        """A mask of class indices to uint8 (height, width), resized without mixing. Raises ValueError for others."""
+        _, height, width = self.size
+        if mask.mode not in ("1", "L", "P", "I", "I;16"):
+            raise ValueError(f"the mask has the mode {mask.mode}; save it with one channel of whole class indices")
+        values = numpy.asarray(mask.resize((width, height), Resampling.NEAREST))
+        if values.min() < 0 or values.max() > IGNORED:
+            raise ValueError(f"the mask has the value {values.max()}; class indices go up to {IGNORED - 1}")
+        return torch.from_numpy(values.astype(numpy.uint8))
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
         """uint8 pixels to float32, minus the mean and divided by the standard deviation, on the same device."""
@@ -90,10 +105,10 @@ def refuse_unreadable(split: str, bad: Sequence[Unreadable], count: int, most: i
 class ImageSet:
     """Images and labels of one split, read by index.
 
-    source: uint8 tensors (C, H, W) and labels. A TensorDataset when they are in memory; otherwise items may be an
-    Unreadable. fingerprint: count and hash of pixels and labels; "" when not in memory. notes: messages about what was
-    left out when the split was opened. most_unreadable: how many pictures may be left out later, when they are decoded
-    each time. unreadable: those that this process has left out, by index.
+    source: uint8 tensors (C, H, W) and labels, or masks (H, W). A TensorDataset when they are in memory; otherwise
+    items may be an Unreadable. fingerprint: count and hash of pixels and labels; "" when not in memory. notes: messages
+    about what was left out when the split was opened. most_unreadable: how many pictures may be left out later, when
+    they are decoded each time. unreadable: those that this process has left out, by index.
     """
 
     input: ImageInput
@@ -114,7 +129,8 @@ class ImageSet:
         return isinstance(self.source, TensorDataset)
 
     def batches(self, indices: Iterable[Tensor], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each vector of indices: normalised float32 images (B, C, H, W) and int64 labels (B), on `device`.
+        """For each vector of indices: normalised float32 images (B, C, H, W) and int64 labels (B), or masks (B, H, W),
+        on `device`.
 
         Pictures that cannot be decoded are left out of their batch, which may then be empty. Raises DataError when
         there are more of them than `most_unreadable`.
@@ -131,14 +147,18 @@ class ImageSet:
                     logger.warning("data (%s): %s cannot be read: %s", self.split, one.name, one.why)
             if bad:
                 refuse_unreadable(self.split, list(self.unreadable.values()), len(self), self.most_unreadable)
-            yield self.input.normalise(images.to(device)), labels.to(device)
+            yield self.input.normalise(images.to(device)), labels.to(device).long()
 
 
 def collate(items: list[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    """Images (B, C, H, W) and labels (B) of the items that could be read, and the unreadable ones."""
+    """Images (B, C, H, W) and labels (B) or masks (B, H, W) of the items that could be read, and the unreadable
+    ones."""
     good = [item for item in items if not isinstance(item, Unreadable)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    if good and isinstance(good[0][1], Tensor):
+        labels = torch.stack([label for _, label in good])
+    else:
+        labels = torch.tensor([label for _, label in good], dtype=torch.int64)
     return images, labels, [item for item in items if isinstance(item, Unreadable)]
 
 
@@ -161,7 +181,15 @@ def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
             f"data.interpolation: {config.interpolation!r} is unknown. Possible: {', '.join(possible)}."
             f"{did_you_mean(config.interpolation, possible)} Correct it."
         )
+    masks = segments(model)
+    if masks and config.crop_pct not in (None, 1.0):
+        raise DataError(
+            f"data.crop_pct: {config.crop_pct:g}, but a class for each pixel needs the whole picture. Possible: 1. "
+            f"Leave it out."
+        )
     chosen = {**own, **{name: value for name, value in given.items() if value is not None}}
+    if masks:
+        chosen |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return ImageInput(
         size=size,
         mean=tuple(chosen["mean"]),
@@ -171,6 +199,7 @@ def image_input(model: nn.Module, config: DataConfig) -> ImageInput:
         interpolation=chosen["interpolation"],
         # the model's crop_pct is for the size its weights were trained at: 0.9 of 224 does not apply to 32 x 32 images
         take_sized=config.crop_pct is None and tuple(own["input_size"]) != size,
+        masks=masks,
     )
 
 

@@ -151,7 +151,7 @@ def suspicion(inputs: Inputs, model: ModelConfig, dense: Evaluation) -> str | No
 def _is_visible(data: DataConfig) -> bool:
     """Whether this machine has the files. Data that needs a network is left to the workers."""
     roots = [root for root in (data.root, data.val_root, data.test_root) if root is not None]
-    needs_none = data.name in DATASETS and data.name != UNLABELLED
+    needs_none = data.name in DATASETS and data.name not in (UNLABELLED, "masks")
     return needs_none or (bool(roots) and all(Path(root).exists() for root in roots))
 
 

@@ -64,7 +64,7 @@ def measure_sensitivities(config: StudyConfig, count: int = IMAGES) -> Sensitivi
             seen += len(labels)
             logits, inputs = block_inputs(model, batch, set(starts))
             dense_BC = logits.cpu().double()
-            confidence += 1.0 * len(labels) if features else dense_BC.softmax(dim=1).amax(dim=1).sum().item()
+            confidence += 1.0 * len(labels) if features else _of_image(dense_BC.softmax(dim=1).amax(dim=1)).sum().item()
             for index, (stage, first) in enumerate(zip(stages, starts, strict=True)):
                 apply_schedule(model, Schedule((stage,)))
                 torch.manual_seed(0)  # a random score must not depend on what ran before
@@ -100,13 +100,18 @@ def _start(stage: Stage) -> int:
 
 
 def _compared_classes(dense_BC: Tensor, pruned_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Divergence of each image in nats, and 1 where the class is the same.
+    """Divergence of each image in nats, and 1 where the class is the same; for patches the mean of both over them.
 
     Logits are float64, as float32 cannot hold the smallest probabilities of a confident model.
     """
     dense_BC, pruned_BC = dense_BC.log_softmax(dim=1), pruned_BC.log_softmax(dim=1)
     same_B = dense_BC.argmax(dim=1) == pruned_BC.argmax(dim=1)
-    return (dense_BC.exp() * (dense_BC - pruned_BC)).sum(dim=1), same_B.double()
+    return _of_image((dense_BC.exp() * (dense_BC - pruned_BC)).sum(dim=1)), _of_image(same_B.double())
+
+
+def _of_image(values: Tensor) -> Tensor:
+    """A value for each image, (B): the mean over its patches, if there is one for each."""
+    return values if values.ndim == 1 else values.flatten(1).mean(dim=1)
 
 
 def _compared_features(dense_BC: Tensor, pruned_BC: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,13 @@ from prunesearch.evaluate.schedule_loss import cost_by_counts
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.speed import Timing, peak_memory, time_batches
 from prunesearch.models import learned_parameters, patches_of, refuse_missing_places, shape_of, steps_of
+from prunesearch.models.dense_head import IGNORED, resized
 from prunesearch.schedule import Schedule
 
 NEIGHBOURS, KNN_BATCH = 20, 256
 """Training images that vote on the class of an image; images that are looked up at a time."""
+PIXEL_BATCH = 32
+"""Images whose logits are resized to pixels at a time."""
 SPEED_BATCHES = 4
 """Number of different batches that a speed measurement uses in turn."""
 
@@ -60,6 +63,22 @@ class Subject:
         return cost_by_counts(counts, steps_of(self.model), shape_of(self.model), len(logits), table) / table.per_unit
 
     @cached_property
+    def confusion(self) -> Tensor:
+        """Pixels of each class (rows) that were taken for each class (columns), of a model that segments."""
+        logits, masks, _ = self.outputs
+        classes = logits.shape[1]
+        found = torch.zeros(classes * classes, dtype=torch.int64)
+        for some, theirs in zip(logits.split(PIXEL_BATCH), masks.split(PIXEL_BATCH), strict=True):
+            known, guesses = theirs != IGNORED, pixel_classes(some, theirs)
+            found += (classes * theirs[known] + guesses[known]).bincount(minlength=classes * classes)
+        if not found.any():
+            raise DataError(
+                f"data ({self.validation.split}): no pixel of the masks has a class ({IGNORED} counts nowhere). "
+                f"Possible: masks with class indices. Check them."
+            )
+        return found.view(classes, classes)
+
+    @cached_property
     def tokens(self) -> tuple[int, ...]:
         """Tokens after each block, prefix included: mean over the validation images, rounded."""
         steps, shape = steps_of(self.model), shape_of(self.model)
@@ -92,15 +111,43 @@ def top5(subject: Subject) -> float:
 
 
 def loss(subject: Subject) -> float:
-    """Cross entropy in nats, mean over images, without label smoothing."""
+    """Cross entropy in nats, mean over images (or over all pixels that have a class), without label smoothing."""
     logits, labels, _ = subject.outputs
-    return F.cross_entropy(logits, labels).item()
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, labels).item()
+    total, pixels = 0.0, 0
+    for some, masks in zip(logits.split(PIXEL_BATCH), labels.split(PIXEL_BATCH), strict=True):
+        total += F.cross_entropy(resized(some, masks.shape[1:]), masks, ignore_index=IGNORED, reduction="sum").item()
+        pixels += int((masks != IGNORED).sum())
+    return total / max(pixels, 1)
 
 
 def agreement(subject: Subject) -> float:
     """Percent. The dense model is the one before any fine-tuning, so a fine-tuned dense model can be below 100 too."""
-    same = subject.outputs.logits.argmax(dim=1) == subject.dense_logits().argmax(dim=1)
-    return 100 * same.double().mean().item()
+    logits, labels, _ = subject.outputs
+    dense = subject.dense_logits()
+    if logits.ndim == 2:
+        return 100 * (logits.argmax(dim=1) == dense.argmax(dim=1)).double().mean().item()
+    parts = zip(*(all_.split(PIXEL_BATCH) for all_ in (logits, dense, labels)), strict=True)
+    same = [(pixel_classes(ours, masks) == pixel_classes(theirs, masks)).double() for ours, theirs, masks in parts]
+    return 100 * torch.cat(same).mean().item()
+
+
+def miou(subject: Subject) -> float:
+    """Percent. Over all validation pixels together; classes that are neither there nor guessed are left out."""
+    right, found = subject.confusion.diagonal(), subject.confusion
+    union = found.sum(dim=0) + found.sum(dim=1) - right
+    return 100 * (right[union > 0].double() / union[union > 0]).mean().item()
+
+
+def pixel_accuracy(subject: Subject) -> float:
+    """Percent of the pixels that have a class."""
+    return 100 * (subject.confusion.diagonal().sum() / subject.confusion.sum()).item()
+
+
+def pixel_classes(logits_BKHW: Tensor, masks_BHW: Tensor) -> Tensor:
+    """The likeliest class of each pixel of masks, (B, height, width), from logits of patches."""
+    return resized(logits_BKHW, masks_BHW.shape[1:]).argmax(dim=1)  # type: ignore[arg-type]  # two sizes
 
 
 def feature_similarity(subject: Subject) -> float:

@@ -16,8 +16,11 @@ from prunesearch.errors import DeviceError
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.registry import Named, Registry, lazily
 from prunesearch.schedule import Schedule
+from prunesearch.shape import ModelShape
 
 Goal = Literal["maximize", "minimize"]
+Output = Literal["classes", "patches", "features"]
+"""What a model gives: classes of a picture, classes of its patches, or features."""
 
 
 class Measured(NamedTuple):
@@ -39,9 +42,9 @@ class Metric:
 
     compute, costs: for values that need no weights, data or training; else None. compute: of model and schedule.
     costs: the table whose costs add up to the value, for the target of a study. needs_profile: `costs` raises
-    DeviceError when the target has no profile. of_output: it reads the model's output as logits of classes, or as
-    features. needs_labels: it compares with the images' labels. needs_places: with the patch tokens at the end, all of
-    which must be in their places then.
+    DeviceError when the target has no profile. of_output: how it reads the model's output: as logits of classes, of the
+    classes of patches, or as features; empty when it reads no output. needs_labels: it compares with the images'
+    labels. needs_places: with the patch tokens at the end, all of which must be in their places then.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Metric:
     compute: Compute | None = None
     costs: Callable[[Target], CostTable] | None = None
     needs_profile: bool = False
-    of_output: Literal["any", "classes", "features"] = "any"
+    of_output: tuple[Output, ...] = ()
     needs_labels: bool = False
     needs_places: bool = False
 
@@ -97,6 +100,28 @@ def measured_metric(name: str, *, unit: str, goal: Goal, summary: str) -> Callab
     return register
 
 
+_OUTPUTS = {"classes": "classes", "patches": "classes of patches", "features": "features"}
+
+
+def output_of(shape: ModelShape) -> tuple[Output, str]:
+    """What a model gives, and the reason for it."""
+    if shape.segments:
+        return "patches", "gives classes to each patch (model.head)"
+    if shape.gives_features:
+        return "features", "has no classifier"
+    return "classes", "has a classifier (num_classes: 0 builds it without, model.head gives classes to each patch)"
+
+
+def misread(name: str, shape: ModelShape) -> str | None:
+    """Why a metric cannot read what a model of this shape gives; None when it can."""
+    wanted, (has, why) = METRICS[name].of_output, output_of(shape)
+    if not wanted or has in wanted:
+        return None
+    fitting = ", ".join(other for other, metric in METRICS.items() if has in metric.of_output)
+    reads = f"{name} reads {_OUTPUTS[wanted[0]]}, but the model {why}"
+    return f"{reads}. Possible: {fitting}. Name those, or change the model."
+
+
 def profile_of(target: Target) -> CostTable:
     """The profile of a study's device. Raises DeviceError when there is none."""
     if target.profile is None:
@@ -127,7 +152,7 @@ for _entry in (
         goal="maximize",
         summary="validation images whose first guess is right",
         measure=Named("prunesearch.evaluate.measures:top1"),
-        of_output="classes",
+        of_output=("classes",),
         needs_labels=True,
     ),
     Metric(
@@ -136,25 +161,43 @@ for _entry in (
         goal="maximize",
         summary="validation images with the right class among five guesses",
         measure=Named("prunesearch.evaluate.measures:top5"),
-        of_output="classes",
+        of_output=("classes",),
         needs_labels=True,
     ),
     Metric(
         "loss",
         unit="nats",
         goal="minimize",
-        summary="cross entropy on the validation images",
+        summary="cross entropy on the validation images (or their pixels)",
         measure=Named("prunesearch.evaluate.measures:loss"),
-        of_output="classes",
+        of_output=("classes", "patches"),
         needs_labels=True,
     ),
     Metric(
         "agreement",
         unit="%",
         goal="maximize",
-        summary="validation images classified as the dense model does",
+        summary="validation images (or their pixels) classified as the dense model does",
         measure=Named("prunesearch.evaluate.measures:agreement"),
-        of_output="classes",
+        of_output=("classes", "patches"),
+    ),
+    Metric(
+        "miou",
+        unit="%",
+        goal="maximize",
+        summary="segmentation: intersection over union of a class's pixels, mean over classes",
+        measure=Named("prunesearch.evaluate.measures:miou"),
+        of_output=("patches",),
+        needs_labels=True,
+    ),
+    Metric(
+        "pixel_accuracy",
+        unit="%",
+        goal="maximize",
+        summary="segmentation: pixels whose class is right",
+        measure=Named("prunesearch.evaluate.measures:pixel_accuracy"),
+        of_output=("patches",),
+        needs_labels=True,
     ),
     Metric(
         "feature_similarity",
@@ -162,7 +205,7 @@ for _entry in (
         goal="maximize",
         summary="cosine of the pooled features with the dense model's, mean over validation images",
         measure=Named("prunesearch.evaluate.measures:feature_similarity"),
-        of_output="features",
+        of_output=("features",),
     ),
     Metric(
         "patch_similarity",
@@ -178,7 +221,7 @@ for _entry in (
         goal="maximize",
         summary="validation images whose class the 20 nearest training images say, by the cosine of features",
         measure=Named("prunesearch.evaluate.measures:knn_top1"),
-        of_output="features",
+        of_output=("features",),
         needs_labels=True,
     ),
     Metric(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunesearch.errors import ModelError
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.models import steps_of, trace
+from prunesearch.models.dense_head import segments
 
 
 def half_precision(device: torch.device, amp: bool) -> torch.dtype | None:
@@ -50,6 +51,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
 class Predictions(NamedTuple):
     """Output for N images, on the CPU: logits (N, classes) in float32, and labels (N).
 
+    For segmentation logits are those of patches, (N, classes, rows, columns), and labels masks, (N, height, width).
     counts: patch tokens of each image, (N) each, after each step whose counts differ between images.
     """
 
@@ -74,6 +76,7 @@ def predict(
     """
     model.eval()
     indices = torch.arange(len(images)) if indices is None else indices
+    wanted = ("classes", "rows", "columns") if segments(model) else ("classes",)
     traces = any(step.counts_differ for step in steps_of(model))
     logits, labels, counts = [], [], []
     with reproducible(device):
@@ -87,10 +90,10 @@ def predict(
                     counts.append([count_B.cpu() for count_B in their_counts])
                 else:
                     their_logits = model(batch)
-            if their_logits.ndim != 2 or len(their_logits) != len(batch):
+            if their_logits.ndim != 1 + len(wanted) or len(their_logits) != len(batch):
                 raise ModelError(
                     f"model: its output has the shape {tuple(their_logits.shape)} for {len(batch)} images; possible: "
-                    f"(images, classes). Choose a model that pools its tokens and has a classifier."
+                    f"(images, {', '.join(wanted)}). Choose a model that pools its tokens and has a classifier."
                 )
             logits.append(their_logits.float().cpu())
             labels.append(their_labels.cpu())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunesearch.config import DataConfig, ModelConfig, Target
 from prunesearch.cost import estimate_cost, target_of
-from prunesearch.errors import PruneSearchError, ScheduleError, UserError
+from prunesearch.errors import ModelError, PruneSearchError, ScheduleError, UserError
 from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.calibrate import calibrate
 from prunesearch.evaluate.data import Split, open_data, open_split, unreadable_note
@@ -39,13 +39,14 @@ from prunesearch.evaluate.finetune import (
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.machine import describe, find_device, versions
 from prunesearch.evaluate.measures import Subject
-from prunesearch.evaluate.metrics import METRICS, Measured
+from prunesearch.evaluate.metrics import METRICS, Measured, misread
 from prunesearch.evaluate.predict import autocast, predict, reproducible
 from prunesearch.evaluate.schedule_loss import distills_patches, distills_tokens
 from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
 from prunesearch.evaluate.task import Cause, Evaluation, Speed, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
+from prunesearch.models.dense_head import segments
 from prunesearch.plugins import import_plugins
 from prunesearch.schedule import Schedule
 
@@ -159,6 +160,10 @@ def _run(task: Task, found: Findings) -> None:
         return
     amp, batch_size, measured = task.finetune.amp, task.measure.batch_size, task.sibling or task.model
     with found.phase("load"):
+        for metric in metrics:
+            problem = misread(metric.name, model_shape(measured))
+            if problem is not None:
+                raise ModelError(f"metric {problem}")
         found.tokens = estimate_cost(model_shape(measured), task.schedule).tokens
         model = build_model(measured, device, task.start)
         if task.sibling is None:
@@ -254,13 +259,15 @@ def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bo
     """The dense model as a teacher for distillation; None without distillation.
 
     With images in memory, the logits of the whole set are computed once per worker (and once mirrored, when training
-    mirrors). With images that are decoded each time, or when the loss needs final tokens (`gives_tokens`), the dense
-    model runs on each batch: the set may be far larger than the budget, and tokens far larger than logits.
+    mirrors). With images that are decoded each time, or when the loss needs final tokens (`gives_tokens`) or logits of
+    patches, the dense model runs on each batch: the set may be far larger than the budget, and tokens far larger than
+    logits.
     """
     amp, batch_size = task.finetune.amp, task.measure.batch_size
     if not task.finetune.distill:
         return None
-    if train.in_memory and not gives_tokens:
+    dense: Any = build_model(task.model, device)
+    if train.in_memory and not gives_tokens and not segments(dense):
         of_split = partial(dense_logits, task.model, task.data, "train", device, amp, batch_size)
         upright = of_split(flip=False)
         mirrored = of_split(flip=True) if task.finetune.augment == "flip" else upright
@@ -269,7 +276,6 @@ def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bo
             return DenseOutput(torch.where(mirror[:, None], mirrored[indices], upright[indices]))
 
         return look_up
-    dense: Any = build_model(task.model, device)
 
     @torch.no_grad()
     def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> DenseOutput:

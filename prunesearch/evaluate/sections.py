@@ -137,6 +137,11 @@ def model_problems(config: ModelConfig) -> list[str]:
         problems += _pickle_problems(config.name)
     elif not is_remote(config):
         problems += _name_problems(config.name)
+    if config.head is not None and (config.num_classes or 0) < 2:
+        problems.append(
+            f"model.num_classes: {config.num_classes or 'absent'}, but a {config.head} head gives classes to each "
+            f"patch. Possible: from 2 on, background included. Write how many the masks have."
+        )
     if config.pretrained and config.checkpoint is not None:
         problems.append(
             f"model: both pretrained: true and checkpoint {config.checkpoint!r} were given. "
@@ -169,7 +174,7 @@ def _name_problems(name: str) -> list[str]:
         return []
     import timm
 
-    from prunesearch.models import digits_vit  # noqa: F401  (registers its model with timm)
+    from prunesearch.models import digits_vit, scenes_vit  # noqa: F401  (they register their models with timm)
 
     if timm.is_model(name):
         return []
@@ -214,7 +219,7 @@ def check_checkpoint(path: str) -> None:
 
 def source_problems(config: DataConfig) -> list[str]:
     """Mistakes in where a data section says that its pictures are."""
-    if config.name != "digits":
+    if config.name not in ("digits", "scenes"):
         return []
     return [
         f"data.{field}: is {path!r}, but the digits are in scikit-learn, and no folder is read. Possible: name: folder "

@@ -44,7 +44,7 @@ def find(config: ModelConfig) -> Facts | None:
     """The cached facts of a model, or None. They do not depend on its weights."""
     if ":" in config.name:
         return None
-    if config.options or config.image_size is not None or config.num_classes is not None:
+    if config.options or config.head or config.image_size is not None or config.num_classes is not None:
         return _read(_user()["shapes"].get(_key(config)))
     return _read(shipped().get(config.name)) or _read(_user()["shapes"].get(_key(config)))
 
@@ -154,7 +154,7 @@ def _is_ours(content: Mapping[str, Any]) -> bool:
 
 
 def _key(config: ModelConfig) -> str:
-    return f"{config.name} {json.dumps([config.image_size, config.num_classes, config.options])}"
+    return f"{config.name} {json.dumps([config.image_size, config.num_classes, config.head, config.options])}"
 
 
 def _name(key: str) -> str:

@@ -17,7 +17,15 @@ from prunesearch.evaluate.build import build_model
 from prunesearch.evaluate.data import classes_of, open_validation
 from prunesearch.evaluate.images import ImageSet
 from prunesearch.evaluate.measures import SPEED_BATCHES
-from prunesearch.export.file_checks import Check, SpeedRatio, compare, refuse_difference, time_side_by_side, top1
+from prunesearch.export.file_checks import (
+    Check,
+    SpeedRatio,
+    compare,
+    pixel_accuracy,
+    refuse_difference,
+    time_side_by_side,
+    top1,
+)
 from prunesearch.export.file_facts import FileFacts, facts_of, written
 from prunesearch.export.freeze import freeze
 from prunesearch.export.onnx_file import write_onnx
@@ -36,8 +44,8 @@ class Exported:
     """A file that was written and checked.
 
     runtime: title and version. check: against PyTorch; on_noise: with random numbers in place of pictures.
-    speed: beside the dense model in the same runtime, on the CPU; None without a schedule. top1: percent, on `images`
-    validation images. Both are None where they were not measured.
+    speed: beside the dense model in the same runtime, on the CPU; None without a schedule. top1, pixel_accuracy:
+    percent, on `images` validation images. They are None where they were not measured.
     """
 
     path: Path
@@ -48,6 +56,7 @@ class Exported:
     speed: SpeedRatio | None = None
     top1: float | None = None
     images: int = 0
+    pixel_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,9 @@ def export_onnx(
     """Write a timm model, with or without a schedule, as an ONNX file, and check it in ONNX Runtime.
 
     The file has one input, `images` (float32, (batch, C, H, W), normalised, any batch), and one output, `logits`
-    (float32, (batch, classes)). Its token counts are fixed, its weights are inside, its opset is 18. `read_facts` and
-    `example_code` of prunesearch.export say what it expects. The model stays as it was.
+    (float32, (batch, classes), or (batch, classes, rows, columns) with a head for each patch). Its token counts are
+    fixed, its weights are inside, its opset is 18. `read_facts` and `example_code` of prunesearch.export say what it
+    expects. The model stays as it was.
 
     batch_example: normalised images (N, C, H, W) on which logits are compared with those of PyTorch; random numbers
     when None. half: weights and activations are fp16. name: of the model; timm's when None. data: its mean, std,
@@ -262,6 +272,9 @@ def _measured(
     if held_out is None or source.facts.features or not labelled:
         return exported
     say(f"measuring the accuracy of {path} on {len(held_out)} validation images")
+    if source.facts.segments:
+        accuracy = pixel_accuracy(run, held_out, measure.batch_size)
+        return replace(exported, pixel_accuracy=accuracy, images=len(held_out))
     return replace(exported, top1=top1(run, held_out, measure.batch_size), images=len(held_out))
 
 

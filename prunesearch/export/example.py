@@ -50,7 +50,12 @@ def program(facts: FileFacts, path: Path) -> str:
 def _said(facts: FileFacts, names: str) -> list[str]:
     """Lines that print what the file says of the picture."""
     if facts.features:
-        return ["print(logits.shape, logits[0, :8])  # the features of the picture"]
+        return ["print(logits.shape, logits[:8])  # the features of the picture"]
+    if facts.segments:
+        lines = ["best = logits.argmax(axis=0)  # the class of each patch", "print(best)"]
+        if facts.classes:
+            lines += [f"names = json.loads({names})", "print([names[one] for one in sorted(set(best.flat))])"]
+        return lines
     named = f"print(best, json.loads({names})[best])" if facts.classes else "print(best)"
     return ["best = int(logits.argmax())", named]
 

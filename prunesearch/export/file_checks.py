@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from prunesearch.device.timing import ratios_in_turns
 from prunesearch.errors import ModelError, RunError
 from prunesearch.evaluate.images import ImageSet
+from prunesearch.evaluate.measures import pixel_classes
 from prunesearch.export.runtimes import Run
+from prunesearch.models.dense_head import IGNORED, segments
 
 CHECK_BATCH = 32
+SAME = 0.99
+"""Share of the patches of an image whose classes must be the same, so that the image counts as the same."""
 
 
 class Bounds(NamedTuple):
@@ -36,8 +40,9 @@ BOUNDS = {False: Bounds(1e-4, 0.3), True: Bounds(0.1, 1.0)}
 class Check(NamedTuple):
     """Logits of a file against those of PyTorch in float32.
 
-    images: how many were compared. same: how many have the same arg max. usual: three images in four differ by at most
-    this. largest: every image does. scale: PyTorch's largest logit, without its sign.
+    images: how many were compared. same: how many have the same arg max; of logits of patches: in SAME of them. usual:
+    three images in four differ by at most this. largest: every image does. scale: PyTorch's largest logit, without its
+    sign.
     """
 
     images: int
@@ -73,7 +78,7 @@ def compare(model: nn.Module, run: Run, images_BCHW: Tensor) -> Check:
         if len(batch) == 0:
             continue
         logits_BK = model(batch)
-        if logits_BK.ndim != 2:
+        if logits_BK.ndim != 2 and not segments(model):
             raise ModelError(
                 f"model: its output has the shape {tuple(logits_BK.shape)} for {len(batch)} images. Possible: (images, "
                 f"classes). Choose a model that pools its tokens."
@@ -84,10 +89,11 @@ def compare(model: nn.Module, run: Run, images_BCHW: Tensor) -> Check:
         except Exception as error:  # a runtime raises anything
             raise RunError(f"export: the file cannot be run on {len(batch)} images: {error}") from error
     expected_BK, found_BK = torch.cat(expected), torch.cat(found)
-    difference_B = (expected_BK - found_BK).abs().amax(dim=1)
+    difference_B = (expected_BK - found_BK).abs().flatten(1).amax(dim=1)
+    same_Bn = (expected_BK.argmax(dim=1) == found_BK.argmax(dim=1)).view(len(images_BCHW), -1)
     return Check(
         images=len(images_BCHW),
-        same=int((expected_BK.argmax(dim=1) == found_BK.argmax(dim=1)).sum()),
+        same=int((same_Bn.double().mean(dim=1) >= SAME).sum()),
         usual=difference_B.quantile(0.75).item(),
         largest=difference_B.max().item(),
         scale=expected_BK.abs().max().item(),
@@ -116,6 +122,16 @@ def time_side_by_side(dense: Run, pruned: Run, batches: Sequence[np.ndarray], se
     found = ratios_in_turns(work, True, seconds)
     ratio = found[False]
     return SpeedRatio(ratio.median, ratio.low, ratio.high, found[True].seconds, ratio.seconds, len(batches[0]))
+
+
+def pixel_accuracy(run: Run, images: ImageSet, batch_size: int) -> float:
+    """Percent of the pixels of a set whose class a file says as the masks do."""
+    right = pixels = 0
+    for batch, masks in images.batches(torch.arange(len(images)).split(batch_size), torch.device("cpu")):
+        known = masks != IGNORED
+        guesses = pixel_classes(torch.from_numpy(run(batch.numpy())), masks)
+        right, pixels = right + int((guesses == masks)[known].sum()), pixels + int(known.sum())
+    return 100 * right / max(pixels, 1)
 
 
 def top1(run: Run, images: ImageSet, batch_size: int) -> float:

@@ -28,7 +28,8 @@ class FileFacts:
     for a dense model. gmacs, dense_gmacs: 10^9 multiply-accumulates of an image, with and without the schedule.
     tokens: after each block, prefix included. half: weights and activations are fp16. classes: their names in the order
     of the outputs; empty when unknown. versions: of the libraries that wrote the file. features: the model has no
-    classifier, and its output are features.
+    classifier, and its output are features. segments: its output are logits of patches, (batch, classes, rows,
+    columns).
     """
 
     model: str
@@ -41,6 +42,7 @@ class FileFacts:
     classes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     features: bool = False
+    segments: bool = False
 
 
 def facts_of(
@@ -63,6 +65,7 @@ def facts_of(
         classes=classes,
         versions=tuple(sorted(versions())),
         features=shape.gives_features,
+        segments=shape.segments,
     )
 
 

@@ -43,6 +43,8 @@ def compared(model: ModelConfig, data: DataConfig) -> tuple[str, ...]:
     """The metrics that are measured again unless others are asked for."""
     if model_shape(model).gives_features:
         return ("feature_similarity", "gmacs", "throughput")
+    if model_shape(model).segments:
+        return ("miou", "gmacs", "throughput")
     return ("agreement" if data.name == UNLABELLED else "top1", "gmacs", "throughput")
 
 

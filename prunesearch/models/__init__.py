@@ -33,13 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prunesearch.errors import ModelError, ScheduleError, UntrainedWarning
 from prunesearch.files import load_schedule_file, preset_names
-from prunesearch.models import (  # digits_vit registers its model with timm
+from prunesearch.models import (  # digits_vit and scenes_vit register their models with timm
     beit,
     digits_vit,
     eva,
     feature_map,
     map_parts,
     naflexvit,
+    scenes_vit,
     vision_transformer,
     vision_transformer_relpos,
     vit_parts,
@@ -89,6 +90,7 @@ __all__ = [
     "patches_of",
     "remove_schedule",
     "run_from",
+    "scenes_vit",
     "schedule_of",
     "shape_of",
     "size_keywords",

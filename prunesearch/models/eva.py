@@ -40,8 +40,8 @@ from prunesearch.schedule import Schedule
 from prunesearch.shape import ModelShape
 
 SUPPORTS = "timm Eva"
-MODULES = ("timm.models.eva",)
-"""Python modules with functions that build models of this class."""
+MODULES = ("timm.models.eva", "prunesearch.models.scenes_vit")
+"""Python modules with functions that build models of this class (among others)."""
 
 
 class ReducedEvaAttention(AttendingAttention, EvaAttention):

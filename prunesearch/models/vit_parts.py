@@ -196,7 +196,9 @@ def curve_parts(model: Any, shape: ModelShape, images: Tensor, counts: Sequence[
         if tokens in counts[::-SPARSE]:
             parts["sized_attention"][tokens] = Part(sized, (x_BNC, bias_B11N, *places), blocks, _axes(1, 3, *axes))
         if tokens in (counts[0], counts[-1]):
-            parts["last"][tokens] = Part(last, (x_BNC,), 1, _axes(1))
+            if shape.segments:  # all tokens are back there
+                x_BNC = example(len(images), shape.patch_tokens + shape.prefix_tokens, model.embed_dim, like=images)
+            parts["last"][tokens] = Part(last, (x_BNC,), 1, () if shape.segments else _axes(1))
     return dict(parts)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
+from prunesearch.models.dense_head import segments
 from prunesearch.models.layers import check_countable, macs_per_token, on_meta
 from prunesearch.models.swap import timm_class
 from prunesearch.shape import ModelShape
@@ -40,23 +41,32 @@ def shape_from(
     for name in ("norm_pre", "norm", "fc_norm", "head_drop"):
         macs_per_token(getattr(model, name, None), f"model.{name}")
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
+    patches = model.patch_embed.num_patches if patches is None else patches
     return ModelShape(
         depth=len(model.blocks),
         dim=model.embed_dim,
         heads=blocks.heads,
         attention_dim=blocks.attention_dim,
-        patch_tokens=model.patch_embed.num_patches if patches is None else patches,
+        patch_tokens=patches,
         prefix_tokens=model.num_prefix_tokens,
         class_tokens=class_tokens,
         mlp_macs=blocks.mlp_macs,
         stem_macs=_stem_macs(model) if stem_macs is None else stem_macs,
-        head_macs=sum(macs_per_token(getattr(model, name, None), f"model.{name}") for name in ("head", "head_dist")),
+        head_macs=_head_macs(model, patches),
         gate_macs=blocks.gate_macs,
         pool_macs=pool_macs,
         pool_macs_per_token=pool_macs_per_token,
         pool_macs_per_pair=pool_macs_per_pair,
         has_positions=has_positions,
+        segments=segments(model),
     )
+
+
+def _head_macs(model: Any, patches: int) -> int:
+    """MACs of the classifiers, or of a head that gives classes to each patch."""
+    if segments(model):
+        return model.head.macs_per_patch * patches
+    return sum(macs_per_token(getattr(model, name, None), f"model.{name}") for name in ("head", "head_dist"))
 
 
 def check_blocks(model: Any, container: type, blocks: Collection[type], attentions: Collection[type]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunesearch.config import (
+    MASKED,
     UNLABELLED,
     BlockSpace,
     Budget,
@@ -18,6 +19,7 @@ from prunesearch.config import (
 from prunesearch.errors import FileError, ModelError, UserError
 from prunesearch.evaluate import METRICS, model_problems, model_shape
 from prunesearch.evaluate.limit_problems import limit_problems, resolved_problems
+from prunesearch.evaluate.metrics import misread, output_of
 from prunesearch.evaluate.sections import channel_problems, source_problems
 from prunesearch.evaluate.sensitivity import most_stages, nothing_to_measure, stages_of
 from prunesearch.evaluate.shapes import input_channels
@@ -179,21 +181,17 @@ def _learning_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
 
 def _output_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     """Metrics and losses that the model's output, its tokens at the end or the pictures cannot give."""
-    has, lacks = ("features", "classes") if shape.gives_features else ("classes", "features")
-    model = "has no classifier" if shape.gives_features else "has a classifier (num_classes: 0 builds it without)"
-    unlabelled, problems = config.data.name == UNLABELLED, []
+    has, _ = output_of(shape)
+    unlabelled, problems = config.data.name == UNLABELLED, _mask_problems(config, shape)
     for place, name in _metrics_of(config):
         if name not in METRICS:
             continue
         metric = METRICS[name]
-        if metric.of_output == lacks:
-            fitting = ", ".join(n for n, one in METRICS.items() if one.of_output == has)
-            problems.append(
-                f"{place}: {name} reads {lacks}, but the model {model}. Possible: {fitting}. Name those, or change "
-                f"the model."
-            )
+        misfit = misread(name, shape)
+        if misfit is not None:
+            problems.append(f"{place}: {misfit}")
         elif metric.needs_labels and unlabelled:
-            fitting = ", ".join(n for n, one in METRICS.items() if one.of_output == has and not one.needs_labels)
+            fitting = ", ".join(n for n, one in METRICS.items() if has in one.of_output and not one.needs_labels)
             problems.append(
                 f"{place}: {name} needs labels, and pictures of data {UNLABELLED} have none. Possible: {fitting}, or "
                 f"class folders (data folder). Change one of them."
@@ -217,6 +215,28 @@ def _output_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
             f"none. Possible: 0, so that the dense model's answers alone are learned. Write cross_entropy_weight: 0."
         )
     return problems
+
+
+def _mask_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
+    """Data that does not go with a head for each patch, or the other way round; and a head that nobody trained."""
+    data = config.data.name
+    if shape.segments and data in ("", "folder", "digits", UNLABELLED):
+        return [
+            f"data.name: {data or 'folder'} has no class for each pixel, but the model gives classes to each patch. "
+            f"Possible: {', '.join(MASKED)}. Change one of them."
+        ]
+    if data in MASKED and not shape.segments:
+        return [
+            f"model.head: absent, but data {data} has a class for each pixel. Possible: linear or conv, with "
+            f"num_classes. Write it, or take other data."
+        ]
+    if config.model.head is not None and config.model.pretrained:
+        return [
+            f"model.head: a {config.model.head} head is random, as timm's weights have none. Possible: one that was "
+            f"trained on this model. Run `prunesearch train-head` on this file, and write its result as "
+            f"model.checkpoint instead of pretrained: true."
+        ]
+    return []
 
 
 def _metrics_of(config: StudyConfig) -> list[tuple[str, str]]:
