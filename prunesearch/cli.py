@@ -57,6 +57,7 @@ from prunesearch.files import (
     refuse_no_file,
     save_profiles,
     save_schedule,
+    write_atomically,
 )
 from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
@@ -381,7 +382,6 @@ def _train_head(parsed: argparse.Namespace) -> int:
     import safetensors.torch
 
     from prunesearch.evaluate.train_head import train_head
-    from prunesearch.files import write_atomically
 
     config = load_study(parsed.file, parsed.set, read_profile=False)
     _check_output(parsed.output)

@@ -292,8 +292,9 @@ their own when they joined it (`returns: residual`, the default), or as a copy o
 
 ## By hand and by search
 
-The best of a search ({parsed.trials} candidates of {config.name}.yaml at this cost or less, {trained} of them trained), trained
-again like the others: {best:.2f}, {better} than the best schedule made by hand ({hand[1]}, {hand[0]:.2f}).
+The best of a search ({parsed.trials} candidates of {config.name}.yaml at this cost or less, {trained} of them
+trained), trained again like the others: {best:.2f}, {better} than the best schedule made by hand
+({hand[1]}, {hand[0]:.2f}).
 Among {trained} the best was chosen with one training each; here it is trained anew with the seeds of all others.
 
 {table({**by_hand, **found})}

@@ -555,7 +555,7 @@ def test_export_takes_the_cheapest_within_a_drop(
         (["--at-most", "gmacs=0%"], "--at-most gmacs=0%: possible: metric=number or metric=share."),
         (["--at-most", "gmacs=-70%"], "gmacs=3.0 or gmacs=70%."),
         (["--at-least", "loss=70%"], "this study did not measure loss of the dense model. Possible: what is known"),
-        (["--fastest-within", "top1=0"], "limits: no candidate has top1 at least 100"),
+        (["--fastest-within", "top1=0"], "and top1 at least 100"),
     ],
 )
 def test_mistakes_when_asking(
