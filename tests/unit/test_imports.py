@@ -11,10 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "prunesearch"
 FLOORS = [
-    "errors", "printable", "moved", "registry", "extras", "recipes", "tasks", "plugins", "shape", "profile", "config",
-    "tokens", "schedule", "strict", "yaml_text", "files", "json_schema", "cost", "presets", "space", "models", "evaluate",
-    "device", "record", "confirmation", "front", "relative_limits", "workers", "study", "samplers", "search", "tune",
-    "replay", "report", "export", "cli", "__main__",
+    "errors", "printable", "moved", "registry", "extras", "recipes", "tasks", "plugins", "shape", "profile",
+    "config", "tokens", "schedule", "strict", "yaml_text", "files", "json_schema", "cost", "presets", "space",
+    "models", "evaluate", "device", "record", "confirmation", "front", "relative_limits", "workers", "study",
+    "samplers", "search", "tune", "replay", "report", "export", "cli", "__main__",
 ]  # fmt: skip
 """A module may import from floors before its own."""
 ROOMS = {
