@@ -192,6 +192,11 @@ def test_mistakes_on_the_command_line(flags: list[str], said: str, capsys: pytes
     assert said in capsys.readouterr().err
 
 
+def test_a_score_without_its_class_token_is_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "vit_base_patch16_siglip_224", "--score", "class_attention"]) == 2
+    assert "score class_attention: this model has no class token, whose attention it reads" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not find_spec("onnxruntime"), reason="ONNX Runtime is not installed")
 def test_a_runtime_refuses_what_it_cannot_do_here() -> None:
     model = fake_search.study().model

@@ -33,6 +33,7 @@ from prunesearch.files import load_schedule_file
 from prunesearch.front import front, front_rows
 from prunesearch.record import SPEED, Record
 from prunesearch.report import front_csv, status_view
+from prunesearch.report.speed_tables import speed_table
 from prunesearch.report.tables import speeds_table
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.confirm import Confirmed
@@ -387,3 +388,13 @@ def test_rows_for_other_programs_and_exports_have_it(timed: list[Record], tmp_pa
     assert measured is not None and measured["speed"] == front_rows(best, CONFIG.objectives)[0]["speed"]
     plain = [replace(record, speed=None) for record in best]
     assert "speed" not in front_csv(plain, CONFIG.objectives) and "speed" not in front_rows(plain, CONFIG.objectives)[0]
+
+
+@pytest.mark.parametrize(("low", "high", "noisy"), [(1.4, 1.6, False), (0.03, 1.4, True)])
+def test_a_busy_machine_is_told(low: float, high: float, noisy: bool) -> None:
+    where = Conditions("torch", 16, "a CPU", 1, "float32", 5)
+    dense = Speed("", 1.0, 1.0, 1.0, 30.0, 30.0, conditions=where)
+    table = speed_table(
+        [("", "dense", "", dense), ("", "pruned", "", Speed("a", 1.0, low, high, 30.0, conditions=where))]
+    )
+    assert ("something else kept the machine busy" in str(table.caption)) == noisy
