@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prunesearch.models import apply_schedule as apply_schedule
     from prunesearch.models import remove_schedule as remove_schedule
     from prunesearch.models import shape_of as shape_of
+    from prunesearch.models import with_dense_head as with_dense_head
     from prunesearch.schedule import Schedule as Schedule
     from prunesearch.schedule import Stage as Stage
 
@@ -52,6 +53,7 @@ _HOMES = {
     "remove_schedule": "prunesearch.models",
     "save_schedule": "prunesearch.files",
     "shape_of": "prunesearch.models",
+    "with_dense_head": "prunesearch.models",
 }
 __all__ = ["__version__", *_HOMES]
 __getattr__ = lazily(__name__, _HOMES)

@@ -662,7 +662,10 @@ def _choose(parsed: argparse.Namespace, config: StudyConfig, records: list[Recor
         return record
     if bounds:
         return best(records, config.objectives, bounds, limits)
-    return knee(front(records, config.objectives, limits), config.objectives)
+    record = knee(front(records, config.objectives, limits), config.objectives)
+    if record.origin == "dense":
+        _say("the bend of the front is the dense model itself; --at-most gmacs=70% or --trial N takes another")
+    return record
 
 
 def _drops(pairs: Sequence[tuple[str, float]]) -> WrittenLimits:

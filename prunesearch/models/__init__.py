@@ -45,6 +45,7 @@ from prunesearch.models import (  # digits_vit and scenes_vit register their mod
     vision_transformer_relpos,
     vit_parts,
 )
+from prunesearch.models.dense_head import with_dense_head
 from prunesearch.models.plan import (
     PARTS,
     Plan,
@@ -98,6 +99,7 @@ __all__ = [
     "threshold_of",
     "threshold_unit",
     "trace",
+    "with_dense_head",
 ]
 
 FAMILIES = (vision_transformer, eva, beit, naflexvit, vision_transformer_relpos, feature_map)

@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from prunesearch.errors import ModelError
+from prunesearch.models.dense_head import kind_in
 
 
 def load_weights(model: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> None:
@@ -27,6 +28,13 @@ def fitting_weights(weights: str | Path | Mapping[str, Tensor], wanted: Mapping[
     else:
         place, state = "weights", dict(weights)
     problems = misfits(state, wanted)
+    kind = kind_in(state)
+    if problems and kind is not None and kind_in(wanted) != kind:
+        raise ModelError(
+            f"{place}: they have a {kind} head that gives classes to each patch, which the model has not. Possible: "
+            f'with_dense_head(model, "{kind}", {len(state["head.classify.weight"])}) of prunesearch, on a model built '
+            f"with num_classes=0. Call that before apply_schedule."
+        )
     if problems:
         raise ModelError(
             f"{place}: does not fit the model with this schedule: {'; '.join(problems)}. Possible: the weights that "

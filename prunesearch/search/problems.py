@@ -181,8 +181,10 @@ def _learning_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
 
 def _output_problems(config: StudyConfig, shape: ModelShape) -> list[str]:
     """Metrics and losses that the model's output, its tokens at the end or the pictures cannot give."""
-    has, _ = output_of(shape)
-    unlabelled, problems = config.data.name == UNLABELLED, _mask_problems(config, shape)
+    problems = _mask_problems(config, shape)
+    if problems:  # what else does not go together follows from it
+        return problems
+    (has, _), unlabelled = output_of(shape), config.data.name == UNLABELLED
     for place, name in _metrics_of(config):
         if name not in METRICS:
             continue

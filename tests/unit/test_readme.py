@@ -71,14 +71,17 @@ def test_the_study_file_and_the_schedule_file_are_such(tmp_path: Path) -> None:
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random weights in place of weights from a hub."""
     real = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real(name, depth=8).eval())
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained=False, **given: real(name, depth=8, **given).eval()
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "best.yaml").write_text("version: 1\nstages: [{block: 1, keep: 0.5}]\n")
     model = timm.create_model("deit_small_patch16_224", pretrained=False)
-    names = {"timm": timm, "model": model, "images": torch.zeros(1, 3, 224, 224)}
+    names = {"timm": timm, "torch": torch, "model": model, "images": torch.zeros(1, 3, 224, 224)}
     for block in blocks("python"):
         exec("from prunesearch import *\n" + block, names)
     assert names["logits"].shape == (1, 1000)  # type: ignore[attr-defined]
+    assert names["classes"].shape == (1, 224, 224)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import prunesearch
 from prunesearch.cli import main
 from prunesearch.config import (
     Budget,
@@ -448,3 +449,13 @@ def test_what_train_head_cannot_do_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="lower learning rate"):
         train_head(replace(TINY, head="linear", num_classes=11), DATA, images=400, learning_rate=1e30)
     assert main(["train-head", "nowhere.yaml", "--learning-rate", "nan"]) == 2
+
+
+def test_weights_with_a_head_say_what_the_model_lacks() -> None:
+    state = build_model(TINY).state_dict()
+    model = timm.create_model(
+        "vit_scenes_patch4_rope_64", num_classes=0, img_size=32, depth=3, embed_dim=24, num_heads=3
+    )
+    with pytest.raises(ModelError, match=r'with_dense_head\(model, "linear", 11\)'):
+        apply_schedule(model, BACK, weights=state)
+    apply_schedule(prunesearch.with_dense_head(model, "linear", 11), BACK, weights=state)
