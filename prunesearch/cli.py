@@ -57,7 +57,6 @@ from prunesearch.files import (
     refuse_no_file,
     save_profiles,
     save_schedule,
-    write_atomically,
 )
 from prunesearch.json_schema import json_schema
 from prunesearch.plugins import all_plugins, import_plugins
@@ -379,9 +378,8 @@ def _profile(parsed: argparse.Namespace) -> int:
 
 
 def _train_head(parsed: argparse.Namespace) -> int:
-    import safetensors.torch
-
     from prunesearch.evaluate.train_head import train_head
+    from prunesearch.models.weights import weights_of, write_weights
 
     config = load_study(parsed.file, parsed.set, read_profile=False)
     _check_output(parsed.output)
@@ -396,8 +394,7 @@ def _train_head(parsed: argparse.Namespace) -> int:
             _say(f"{done:,} of {parsed.images:,} pictures, loss {loss:.4f}")
 
     trained = train_head(config.model, config.data, device=config.workers.device, report=report, **settings)
-    weights = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
-    write_atomically(parsed.output, safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write_weights(parsed.output, weights_of(trained.model))
     _print(
         f"{config.model.name} with a {config.model.head} head, {config.model.num_classes} classes, trained on "
         f"{parsed.images:,} pictures -> {parsed.output}",
@@ -999,7 +996,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.add_argument("--precision", help=f"float32, bfloat16 or float16; {the_studys}, or float32")
     profile.add_argument(
-        "--seconds", type=_seconds, metavar="S", help=f"of measuring, for all batches; {the_studys}, or 60"
+        "--seconds",
+        type=_above_zero("--seconds", 86_400),
+        metavar="S",
+        help=f"of measuring, for all batches; {the_studys}, or 60",
     )
     profile.add_argument(
         "--verb", dest="verb_name", action="append", default=[], metavar="NAME", help="this verb only; may be repeated"
@@ -1023,7 +1023,13 @@ def _parser() -> argparse.ArgumentParser:
     head.add_argument(
         "--images", type=_whole("--images", 1), default=20_000, metavar="N", help="pictures; default 20000"
     )
-    head.add_argument("--learning-rate", type=_rate, default=1e-3, metavar="X", help="peak; default 0.001")
+    head.add_argument(
+        "--learning-rate",
+        type=_above_zero("--learning-rate", 10),
+        default=1e-3,
+        metavar="X",
+        help="peak; default 0.001",
+    )
     head.add_argument("--batch-size", type=_whole("--batch-size", 1), default=32, metavar="N", help="default 32")
     head.add_argument("--set", action="append", default=[], metavar="a.b=c", help="replace a value of the study file")
     head.add_argument(
@@ -1074,7 +1080,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "say what it predicts; with --speed: time it as this was measured; default the study's profile"
     again.add_argument("--profile", type=Path, metavar="FILE.json", help=text)
     text = f"with --speed: of timing, for each profile; default {SPEED_SECONDS:g}"
-    again.add_argument("--seconds", type=_seconds, metavar="S", help=text)
+    again.add_argument("--seconds", type=_above_zero("--seconds", 86_400), metavar="S", help=text)
     again.add_argument("--json", action="store_true", help="as JSON")
 
     fix = verb("freeze", _freeze, "turn the thresholds of a schedule file into fixed counts")
@@ -1162,25 +1168,19 @@ def _batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(parse(part) for part in text.split(",")))
 
 
-def _seconds(text: str) -> float:
-    """An argparse type for a duration."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 86_400:
-        raise UserError(f"--seconds {text}: possible: above 0, up to 86400. Correct it.")
-    return value
+def _above_zero(flag: str, most: int) -> Callable[[str], float]:
+    """An argparse type for a number above 0, up to `most`."""
 
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= most:
+            raise UserError(f"{flag} {text}: possible: above 0, up to {most}. Correct it.")
+        return value
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 10:
-        raise UserError(f"--learning-rate {text}: possible: above 0, up to 10. Write for example 0.001.")
-    return value
+    return read
 
 
 def _bound(flag: str) -> Callable[[str], tuple[str, float | str]]:

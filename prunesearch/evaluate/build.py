@@ -107,12 +107,17 @@ def skeleton(config: ModelConfig) -> nn.Module:
 
 @lru_cache(maxsize=2)
 def _dense_model(config: ModelConfig) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(FRESH_SEED)
-        model = _create(config, pretrained=config.pretrained)
+    model = _seeded(config)
     if config.checkpoint is not None:
         _load_checkpoint(model, config.checkpoint)
     return model.eval()
+
+
+def _seeded(config: ModelConfig) -> nn.Module:
+    """The model with timm's weights, or those of the fixed seed; without a checkpoint's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FRESH_SEED)
+        return _create(config, pretrained=config.pretrained)
 
 
 def _create(config: ModelConfig, pretrained: bool) -> nn.Module:
@@ -173,9 +178,7 @@ def _refuse_other_head(model: Any, state: dict[str, Tensor], place: str) -> None
 
 def build_with_fresh_head(config: ModelConfig) -> nn.Module:
     """The dense model with random weights in its head, also from a checkpoint that has none. Raises ModelError."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(FRESH_SEED)
-        model: Any = _create(config, pretrained=config.pretrained)
+    model: Any = _seeded(config)
     fresh = {f"head.{name}": value.clone() for name, value in model.head.state_dict().items()}
     if config.checkpoint is not None:
         _load_checkpoint(model, config.checkpoint, fresh)

@@ -37,6 +37,7 @@ from prunesearch.models import (
     trace,
 )
 from prunesearch.models.dense_head import IGNORED, resized
+from prunesearch.models.weights import weights_of, write_weights
 from prunesearch.profile import Profile
 
 
@@ -342,8 +343,7 @@ def feature_distance(features: Tensor, dense: Tensor, config: FinetuneConfig) ->
 
 def save_checkpoint(path: str, model: nn.Module, progress: Progress) -> None:
     """Write `<path>.safetensors` (weights) and `<path>.state` (progress), each atomically."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(f"{path}.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    write_weights(f"{path}.safetensors", weights_of(model))
     buffer = io.BytesIO()
     torch.save(vars(progress), buffer)
     write_atomically(f"{path}.state", buffer.getvalue())

@@ -46,7 +46,6 @@ from prunesearch.evaluate.shapes import model_shape
 from prunesearch.evaluate.supernet import load_supernet, save_supernet, train_supernet
 from prunesearch.evaluate.task import Cause, Evaluation, Speed, SupernetWork, Task
 from prunesearch.models import apply_schedule, learned_parts, patches_of, schedule_of
-from prunesearch.models.dense_head import segments
 from prunesearch.plugins import import_plugins
 from prunesearch.schedule import Schedule
 
@@ -266,8 +265,7 @@ def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bo
     amp, batch_size = task.finetune.amp, task.measure.batch_size
     if not task.finetune.distill:
         return None
-    dense: Any = build_model(task.model, device)
-    if train.in_memory and not gives_tokens and not segments(dense):
+    if train.in_memory and not gives_tokens and not model_shape(task.model).segments:
         of_split = partial(dense_logits, task.model, task.data, "train", device, amp, batch_size)
         upright = of_split(flip=False)
         mirrored = of_split(flip=True) if task.finetune.augment == "flip" else upright
@@ -276,6 +274,7 @@ def _teacher(task: Task, train: ImageSet, device: torch.device, gives_tokens: bo
             return DenseOutput(torch.where(mirror[:, None], mirrored[indices], upright[indices]))
 
         return look_up
+    dense: Any = build_model(task.model, device)
 
     @torch.no_grad()
     def forward(images: Tensor, indices: Tensor, mirror: Tensor) -> DenseOutput:

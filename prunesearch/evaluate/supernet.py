@@ -21,7 +21,6 @@ from hashlib import blake2b
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from prunesearch.evaluate.sampling import cheapest_schedule, draw_schedule
 from prunesearch.evaluate.task import SupernetWork, Task
 from prunesearch.files import write_atomically
 from prunesearch.models import apply_schedule, remove_schedule, shape_of
+from prunesearch.models.weights import weights_of, write_weights
 from prunesearch.schedule import Schedule
 from prunesearch.strict import to_mapping
 
@@ -134,13 +134,12 @@ def save_supernet(task: Task, work: SupernetWork, model: nn.Module, progress: Pr
 
     The state is one file, so that weights and progress always belong together.
     """
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = weights_of(model)
     state = Path(f"{task.save_to}.state")
     if progress.images < work.images:
         buffer = io.BytesIO()
         torch.save({"weights": weights, "progress": vars(progress), "made_with": made_with(task)}, buffer)
         write_atomically(state, buffer.getvalue())
         return
-    metadata = {"format": "pt", "made_with": made_with(task)}
-    write_atomically(f"{task.save_to}.safetensors", safetensors.torch.save(weights, metadata=metadata))
+    write_weights(f"{task.save_to}.safetensors", weights, made_with=made_with(task))
     state.unlink(missing_ok=True)

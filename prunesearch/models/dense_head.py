@@ -71,7 +71,7 @@ def with_dense_head(model: Model, kind: Kind, classes: int) -> Model:
     """
     inner: Any = model
     is_plain = hasattr(getattr(inner, "patch_embed", None), "grid_size") and hasattr(inner, "num_prefix_tokens")
-    if not is_plain or isinstance(inner, VisionTransformerDistilled) or timm_class(inner).__name__ == "NaFlexVit":
+    if not is_plain or isinstance(inner, VisionTransformerDistilled):
         raise ModelError(
             f"model.head: a {timm_class(inner).__name__} cannot have one. Possible: ViTs with one final token for each "
             f"patch and one classifier (VisionTransformer, Eva, Beit, VisionTransformerRelPos). Choose one of those."

@@ -355,7 +355,7 @@ def _plus_guests(own_BnD: Tensor, host_BG: Tensor | None, guests_BGD: Tensor, sc
     assert host_BG is not None
     if not in_onnx_export():
         return add_rows(own_BnD, host_BG, guests_BGD, scale)
-    joins_BnG = host_BG[:, None] == torch.arange(own_BnD.shape[1], device=host_BG.device)[:, None]
+    joins_BnG = _joins(host_BG, own_BnD.shape[1])
     return own_BnD + (joins_BnG.to(guests_BGD.dtype) * scale) @ guests_BGD
 
 
@@ -364,9 +364,14 @@ def _largest_of_guests(own_BnD: Tensor, host_BG: Tensor | None, guests_BGD: Tens
     assert host_BG is not None
     if not in_onnx_export():
         return own_BnD.scatter_reduce(1, host_BG[..., None].expand_as(guests_BGD), guests_BGD, "amax")
-    joins_BnG = host_BG[:, None] == torch.arange(own_BnD.shape[1], device=host_BG.device)[:, None]
+    joins_BnG = _joins(host_BG, own_BnD.shape[1])
     own_or_guest_BnGD = torch.where(joins_BnG[..., None], guests_BGD[:, None], own_BnD[:, :, None])
     return torch.maximum(own_BnD, own_or_guest_BnGD.amax(dim=2))
+
+
+def _joins(host_BG: Tensor, tokens: int) -> Tensor:
+    """Whether each guest joins each of the tokens, (B, n, G)."""
+    return host_BG[:, None] == torch.arange(tokens, device=host_BG.device)[:, None]
 
 
 def _sizes(size_Bn: Tensor | None, grouping: Grouping, weights: Weights | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Read the weights of a pruned model (its own and the schedule's learned parts) and check that they fit."""
+"""Read and write the weights of a model (its own and a schedule's learned parts), and check that they fit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from prunesearch.errors import ModelError
+from prunesearch.files import write_atomically
 from prunesearch.models.dense_head import kind_in
 
 
@@ -66,6 +67,16 @@ def misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[s
         + listed("no tensors:", [name for name in state if name in wanted and name not in there])
         + listed("tensors without values:", [n for n, v in there.items() if v.is_meta and not wanted[n].is_meta])
     )
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model as a file holds them: on the CPU, contiguous."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def write_weights(path: str | Path, weights: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file, atomically."""
+    write_atomically(path, safetensors.torch.save(dict(weights), metadata={"format": "pt", **metadata}))
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -98,7 +98,10 @@ def test_a_head_gives_classes_to_each_patch(name: str, kind: Any) -> None:
         apply_schedule(model, Schedule((Stage(1, at="mid", keep=0.5, score="key_norm"),)))
 
 
-@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["swin_tiny_patch4_window7_224", "convnext_tiny", "deit_tiny_distilled_patch16_224", "naflexvit_base_patch16_gap"],
+)
 def test_models_without_a_token_for_each_patch_are_refused(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
