@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
@@ -144,16 +144,16 @@ class Schedule:
         ordered = sorted(self.stages, key=lambda stage: (stage.block, PLACES.index(stage.at)))  # stable
         object.__setattr__(self, "stages", tuple(ordered))
         problems = []
-        given = [field for field in TARGETS if getattr(self, field) is not None]
+        given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
             problems.append(f"{' and '.join(given)} are given; possible: one target. Leave the other out.")
-        for field in given:
-            amount = getattr(self, field)
+        for name in given:
+            amount = getattr(self, name)
             if not (_is_number(amount) and amount > 0):
-                problems.append(f"{field} is {amount!r}; possible: {TARGETS[field]} above 0.")
+                problems.append(f"{name} is {amount!r}; possible: {TARGETS[name]} above 0.")
             if not self.is_adaptive:
                 problems.append(
-                    f"{field} is given, but no stage has a threshold that could move towards it. "
+                    f"{name} is given, but no stage has a threshold that could move towards it. "
                     f"Possible: thresholds. Leave it out, or give a stage a threshold."
                 )
         if problems:
@@ -162,9 +162,9 @@ class Schedule:
     @property
     def target(self) -> MeanCost | None:
         """The mean cost towards which thresholds are trained, if there is one."""
-        for field, unit in TARGETS.items():
-            if (amount := getattr(self, field)) is not None:
-                return MeanCost(field, amount, unit)
+        for name, unit in TARGETS.items():
+            if (amount := getattr(self, name)) is not None:
+                return MeanCost(name, amount, unit)
         return None
 
     @property
@@ -197,6 +197,7 @@ class Step:
     stage removes nothing. From the first stage with a threshold on, the counts are the most that an image can have.
     With a verb that holds, all positions arrive at every stage, and `after` counts those that go through the MLP.
     until: the block before which the tokens that left are back, the number of blocks for the end; None if never.
+    verb: the entry of the stage's verb. options: the verb's, completed with the defaults.
     """
 
     stage: Stage
@@ -204,6 +205,12 @@ class Step:
     kept: int
     after: int
     until: int | None = None
+    verb: Reducer = field(init=False, compare=False, repr=False)
+    options: Mapping[str, Scalar] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verb", REDUCERS[self.stage.reduce])
+        object.__setattr__(self, "options", options_for(self.verb, self.stage))
 
     def returns_by(self, block: int) -> bool:
         """Whether the tokens that left are back when a block begins."""

@@ -36,8 +36,7 @@ from prunesearch.models.swap import (
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.schedule import Schedule, Step, options_for
-from prunesearch.tokens import REDUCERS
+from prunesearch.schedule import Schedule, Step
 from prunesearch.tokens.inputs import Grouping, ReduceInput
 from prunesearch.tokens.select import ascending, gather
 
@@ -393,9 +392,8 @@ def _choose(planned: PlannedStep, x_BnC: Tensor, scorer: nn.Module | None, maske
 
 def choice_of(step: Step, x_BnC: Tensor, scores_Bn: Tensor | None) -> Choice:
     """The positions that a step keeps, by their scores."""
-    entry = REDUCERS[step.stage.reduce]
     scene = ReduceInput(x_BnC, scores_Bn, None, None, step.kept)
-    grouping = entry.function(scene, **options_for(entry, step.stage))
+    grouping = step.verb.function(scene, **step.options)
     assert isinstance(grouping, Grouping) and grouping.guests_BG is not None
     order_Bn = torch.cat([grouping.kept_BK, grouping.guests_BG], dim=1)
     return Choice(None, order_Bn, ascending(order_Bn)[1], step.kept)

@@ -26,7 +26,7 @@ from prunesearch.models.step import (
     takes_mean,
     weighted_mean,
 )
-from prunesearch.schedule import Stage, Step, count_of, options_for
+from prunesearch.schedule import Stage, Step, count_of
 from prunesearch.tokens.inputs import Joining, MaskedInput, Pooled
 from prunesearch.tokens.registry import REDUCERS
 from prunesearch.tokens.select import above, best, draw, gather, placed
@@ -51,7 +51,7 @@ def take_masked_step(
     threshold: the stage's parameter, or None. softness: width of the soft comparison with the threshold, in units of
     the score. sample: draw the decisions of learned scores at random instead of taking the best.
     """
-    stage, entry = step.stage, REDUCERS[step.stage.reduce]
+    stage, entry = step.stage, step.verb
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     present_Bn = state.present_Bn
     away, memory_Bn = state.away, state.memory_Bn
@@ -59,7 +59,7 @@ def take_masked_step(
         if present_Bn is None:
             present_Bn = torch.ones(patches_BnC.shape[:2], dtype=torch.float32, device=patches_BnC.device)
         size_Bn = state.size_Bn
-        place_Bn2, options = state.place_Bn2, options_for(entry, stage)
+        place_Bn2, options = state.place_Bn2, step.options
         if entry.merges and size_Bn is None:
             size_Bn = torch.ones_like(present_Bn)
         kept_B = kept_of_each(stage, present_Bn)

@@ -78,7 +78,7 @@ class BlockPlan:
 
     listening: the steps that read this block's attention, of its `mid` and then of the next block's `pre`. needs_keys:
     one of them matches tokens by their keys. remembering: the step whose running mean of scores this block's attention
-    adds to.
+    adds to. listens: something reads the block's attention.
     """
 
     pre: tuple[PlannedStep, ...] = ()
@@ -86,11 +86,7 @@ class BlockPlan:
     listening: tuple[PlannedStep, ...] = ()
     needs_keys: bool = False
     remembering: PlannedStep | None = None
-
-    @property
-    def listens(self) -> bool:
-        """Whether something reads the block's attention."""
-        return bool(self.listening) or self.remembering is not None
+    listens: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,8 @@ def make_plan(schedule: Schedule, shape: ModelShape) -> Plan:
         around = (*at(block, "mid"), *at(block + 1, "pre"))
         listening = tuple(step for step in around if step.reads_attention)
         needs_keys = any(REDUCERS[step.stage.reduce].needs_keys for step in listening)
-        return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys, remembering.get(block))
+        listens = bool(listening) or block in remembering
+        return BlockPlan(at(block, "pre"), at(block, "mid"), listening, needs_keys, remembering.get(block), listens)
 
     blocks = tuple(map(of, range(shape.depth)))
     # of all stages: one that removes nothing here may do so at another size of images

@@ -126,7 +126,7 @@ def gather_evidence(
 
 def mean_keys(key_BHND: Tensor, prefix_tokens: int) -> Tensor:
     """What verbs match patch tokens by: their keys, mean over heads, in fp32, (B, n, D)."""
-    return key_BHND.float().mean(dim=1)[:, prefix_tokens:]
+    return key_BHND.mean(dim=1, dtype=torch.float32)[:, prefix_tokens:]
 
 
 def take_step(
@@ -142,10 +142,9 @@ def take_step(
     own: the evidence of this step. later: the evidence of later stages. part: the learned module of the reducer.
     Returns the new state (without evidence), and `later` for the new tokens.
     """
-    entry = REDUCERS[step.stage.reduce]
+    entry, options = step.verb, step.options
     patches_BnC = state.tokens_BNC[:, prefix_tokens:]
     size_Bn, place_Bn2, away, memory_Bn = state.size_Bn, state.place_Bn2, state.away, state.memory_Bn
-    options = options_for(entry, step.stage)
     with full_precision(patches_BnC):
         scene = ReduceInput(patches_BnC, own.scores_Bn, own.keys_BnD, size_Bn, step.kept, part, prefix_tokens)
         grouping = entry.function(scene, **options)

@@ -91,22 +91,17 @@ class Run(NamedTuple):
     taps: Taps | None = None
 
 
-def moved_in_attention(run: Run, state: TokenState) -> bool:
-    """Whether attention itself must know where the tokens are, because they have moved."""
-    return run.positions is not None and run.positions.in_attention and state.place_Bn2 is not None
-
-
 class BlockCall:
     """Passed to a block that runs steps, and to its attention, besides the tokens.
 
-    most_gap: for `masked_softmax`, when the attention must pass gradients
-    to earlier decisions; else None.
+    most_gap: for `masked_softmax`, when the attention must pass gradients to earlier decisions; else None.
+    in_attention: whether the attention gets the call too.
     The attention sets `attended`. The block sets `left`, its state before the MLP, and `ahead`, the evidence of later
     stages. This is no dataclass, because FSDP would copy it and look for tensors in it.
     """
 
-    def __init__(self, index: int, run: Run, state: TokenState, most_gap: float | None) -> None:
-        self.index, self.run, self.state, self.most_gap = index, run, state, most_gap
+    def __init__(self, index: int, run: Run, state: TokenState, most_gap: float | None, in_attention: bool) -> None:
+        self.index, self.run, self.state, self.most_gap, self.in_attention = index, run, state, most_gap, in_attention
         self.plan: BlockPlan = run.plan.blocks[index]
         self.attended: Attended | None = None
         self.left: TokenState | None = None
@@ -116,11 +111,6 @@ class BlockCall:
     def path(self) -> str:
         """Where the block is, for messages."""
         return f"model.blocks[{self.index}]"
-
-    @property
-    def in_attention(self) -> bool:
-        """Whether the attention gets the call too."""
-        return moved_in_attention(self.run, self.state) or self.plan.listens or self.most_gap is not None
 
 
 class SteppingBlock(Swapped):
@@ -253,7 +243,10 @@ def attend(
     With `most_gap` and `present_Bn`, attention is not fused: `masked_softmax` masks absent tokens and passes gradients
     to `present_Bn`. `bias` must then not mask them. Otherwise attention is computed as in timm.
     """
-    query, key, value = ours(attention).heads_of(attention, x_BNC, **given)
+    if isinstance(attention, AttendingAttention):
+        query, key, value = attention.heads_of(x_BNC, **given)
+    else:
+        query, key, value = ours(attention).heads_of(attention, x_BNC, **given)
     bias = None if bias is None else bias.to(query.dtype)
     dropout = attention.attn_drop.p if attention.training else 0.0
     if most_gap is not None and present_Bn is not None:
@@ -581,18 +574,21 @@ def run_block(index: int, block: Any, run: Run, state: TokenState) -> TokenState
     learning = state.present_Bn is not None and run.training
     most_gap = _most_gap(run.plan) if learning else None
     if state.bias_B11N is None:
-        bias_B11N = _size_bias(state, run.plan) if learning else _attention_bias(state, run.plan)
+        has_empty = state.present_Bn is not None and not learning
+        bias_B11N = _bias_with_empty(state, run.plan) if has_empty else _size_bias(state, run.plan)
         if bias_B11N is not None:
             state = state._replace(bias_B11N=bias_B11N)
     keywords = {} if state.bias_B11N is None else {"attn_mask": state.bias_B11N}
-    calls = bool(block_plan.mid) or block_plan.listens or learning or moved_in_attention(run, state)
+    in_attention = block_plan.listens or learning
     if positions is not None:
         if state.found is None:
             state = state._replace(found=positions.found(state.place_Bn2))
         keywords |= positions.keywords(index, state.found)
-    if not calls:
+        # attention itself must know where the tokens are, because they have moved
+        in_attention = in_attention or (positions.in_attention and state.place_Bn2 is not None)
+    if not (block_plan.mid or in_attention):
         return with_tokens(state, block(x, **keywords))
-    call = BlockCall(index, run, state, most_gap)
+    call = BlockCall(index, run, state, most_gap, in_attention)
     if "forward" in block.__dict__:
         check_takes_call(block, call.path)
     x = block(x, call=call, **keywords)
@@ -742,11 +738,10 @@ def _parts_of(planned: PlannedStep, parts: nn.ModuleDict) -> StageParts | None:
 # --- sizes and masks ----------------------------------------------------------------------------------------------
 
 
-def _attention_bias(state: TokenState, plan: Plan) -> Tensor | None:
-    """Bias on the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots. None when there is none."""
+def _bias_with_empty(state: TokenState, plan: Plan) -> Tensor:
+    """Bias on the logits of each key, (B, 1, 1, N): `_size_bias`, and -inf for empty slots."""
+    assert state.present_Bn is not None
     bias_B11N = _size_bias(state, plan)
-    if state.present_Bn is None:
-        return bias_B11N
     empty_B11N = F.pad(state.present_Bn == 0, (plan.shape.prefix_tokens, 0))[:, None, None]
     if bias_B11N is None:
         bias_B11N = torch.zeros_like(empty_B11N, dtype=state.tokens_BNC.dtype)

@@ -21,7 +21,7 @@ from prunesearch.models.transformer import Positions, attend
 from prunesearch.schedule import Step
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended, ScoreInput
-from prunesearch.tokens.registry import REDUCERS, SCORERS
+from prunesearch.tokens.registry import SCORERS
 
 CHAIN = 2
 """Blocks that one call of a part runs."""
@@ -141,7 +141,7 @@ class Verb(nn.Module):
 
     def __init__(self, step: Step, shape: ModelShape, positions: Positions | None) -> None:
         super().__init__()
-        self.step, self.prefix, self.entry = step, shape.prefix_tokens, REDUCERS[step.stage.reduce]
+        self.step, self.prefix, self.entry = step, shape.prefix_tokens, step.verb
         self.part = None if self.entry.part is None else self.entry.part(shape, step.kept)
         self.positions = positions
 

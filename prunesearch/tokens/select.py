@@ -54,7 +54,7 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     devices gather is one kernel, and needs no places in the batch.
     """
     images, tokens, channels = values_BnC.shape
-    if is_alone(images):
+    if images == 1 and not _is_tracing():  # places are rows then. A traced graph also runs on other batches
         return values_BnC.index_select(1, places_BK.flatten())
     if channels == 1 or not (values_BnC.is_cpu or in_onnx_export()):
         return values_BnC.gather(1, places_BK[..., None].expand(-1, -1, channels))
@@ -62,15 +62,10 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     return values_BnC.flatten(0, 1).index_select(0, rows).view(*places_BK.shape, channels)
 
 
-def is_alone(images: int) -> bool:
-    """Whether the batch is one image, so that places of tokens are rows. A traced graph also runs on other batches."""
-    return images == 1 and not _is_tracing()
-
-
 def add_rows(values_BnC: Tensor, places_BG: Tensor, more_BGC: Tensor, scale: float) -> Tensor:
     """The values of all tokens plus `scale` times more at some places. Rows are added whole, see `gather`."""
     images, tokens, _ = values_BnC.shape
-    if is_alone(images):
+    if images == 1 and not _is_tracing():
         return values_BnC.index_add(1, places_BG.flatten(), more_BGC, alpha=scale)
     rows = _rows(places_BG, images, tokens)
     return values_BnC.flatten(0, 1).index_add(0, rows, more_BGC.flatten(0, 1), alpha=scale).view(values_BnC.shape)

@@ -186,6 +186,7 @@ def test_the_score_of_a_token_is_the_sum_or_the_largest_of_its_parts(verb: str, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(REDUCERS._things, verb, replace(entry, function=spy))
+        (step,) = resolve(Schedule((stage_of(verb),)), shape_of(model))
         _, (after,) = take_step(step, TokenState(x), 1, own, (before,))
     for image in range(2):
         assert_close(after.scores_Bn[image].tolist(), by_hand(grouping[0], before, rule, image))
