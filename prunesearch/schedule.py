@@ -212,6 +212,10 @@ class Step:
         object.__setattr__(self, "verb", REDUCERS[self.stage.reduce])
         object.__setattr__(self, "options", options_for(self.verb, self.stage))
 
+    def __reduce__(self) -> tuple[type[Step], tuple[object, ...]]:
+        """Copies and pickles look the entry up again, because its functions cannot be pickled."""
+        return type(self), (self.stage, self.before, self.kept, self.after, self.until)
+
     def returns_by(self, block: int) -> bool:
         """Whether the tokens that left are back when a block begins."""
         return self.until is not None and self.until <= block
