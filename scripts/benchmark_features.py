@@ -132,9 +132,10 @@ def page(points: Sequence[Point], config: StudyConfig, images: int) -> str:
     ]
     said = [f"{'none' if tau is None else f'{tau:.2f}'}" for tau in (overall, within)]
     trained = f"trained on {images} pictures towards the dense features" if images else "as they come"
+    weights = Path(config.model.checkpoint or "timm's own").name
     return f"""# Features without labels, judged with them
 
-A search over {config.model.name} without a classifier, on the pictures of
+A search over {config.model.name} (weights: {weights}) without a classifier, on the pictures of
 CIFAR-10 without their labels: {len(points)} candidates, {trained}.
 They were compared by `feature_similarity`, the cosine of the pooled features with the dense model's. Afterwards
 `knn_top1` says, with the labels, how many validation pictures their 20 nearest training pictures classify.
@@ -149,7 +150,7 @@ They were compared by `feature_similarity`, the cosine of the pooled features wi
 |---|---|---|---|
 {chr(10).join(rows)}
 
-Made with `python scripts/benchmark_features.py --model model.checkpoint=... --train ... --val ... --trials
+Made with `python scripts/benchmark_features.py --model model.checkpoint={weights} --train ... --val ... --trials
 {config.stop.trials} --images {images}`.
 """
 

@@ -343,7 +343,8 @@ def _table(lines: Sequence[Line], notes: Sequence[str]) -> str:
 def put_into(page: str, rows: Sequence[Row], seeds: int, day: date, command: str) -> tuple[str, list[Line]]:
     """Put rows into an existing page, marked, and update the text derived from the table.
 
-    New rows are added after those of the same share. Returns the page and the rows of its table.
+    New rows are added after those of the same share. A mark without rows goes, with its note, and the others move up.
+    Returns the page and the rows of its table.
     """
     head, found, rest = page.partition(TABLE)
     body, why_found, tail = rest.partition("\nWhy, in the dense model:")
@@ -359,7 +360,16 @@ def put_into(page: str, rows: Sequence[Row], seeds: int, day: date, command: str
         place = same[0] if same else max(i for i, old in enumerate(lines) if old.share >= line.share) + 1
         lines[place : place + len(same)] = [line]
     notes.append(f"Rows marked {mark} were measured anew on {day} with {seeds} seeds: `{command}`.")
+    lines, notes = _without_unused(lines, notes)
     return head + _table(lines, notes) + why_found + tail, lines
+
+
+def _without_unused(lines: Sequence[Line], notes: Sequence[str]) -> tuple[list[Line], list[str]]:
+    """The rows and the notes without the marks that no row has."""
+    used = sorted({len(line.mark) for line in lines} - {0})
+    now = {"*" * asterisks: "*" * number for number, asterisks in enumerate(used, start=1)}
+    notes = [re.sub(r"\*+", mark, notes[len(old) - 1], count=1) for old, mark in now.items()]
+    return [line._replace(mark=now.get(line.mark, "")) for line in lines], notes
 
 
 def expectations(lines: Sequence[Line]) -> list[str]:

@@ -80,6 +80,16 @@ def test_later_runs_have_marks_of_their_own(script: ModuleType) -> None:
     assert "Rows marked ** were measured anew on 2027-01-02 with 3 seeds: `two`." in twice
 
 
+def test_a_mark_without_rows_goes_and_the_later_ones_move_up(script: ModuleType) -> None:
+    text = unmarked(PAGES[0])
+    for number, share in enumerate([0.7, 0.5, 0.7]):
+        text, lines = script.put_into(text, [row(script, "LTMP", share, 9.0)], 5, DAY, f"run {number}")
+    assert [line.mark for line in lines if line.mark] == ["**", "*"]
+    notes = [line for line in text.splitlines() if line.startswith("Rows marked ")]
+    assert [note.split()[2] for note in notes] == ["*", "**"]
+    assert "`run 1`" in notes[0] and "`run 2`" in notes[1]
+
+
 def test_a_row_that_the_page_lacks_goes_behind_those_of_its_share(script: ModuleType) -> None:
     after, lines = script.put_into(unmarked("methods_cifar10.md"), [row(script, "LTMP", 0.7, 60.0)], 5, DAY, "c")
     names = [(line.name, line.share) for line in lines]
