@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -114,7 +114,7 @@ def _compiled(
     compiled = torch.compile(modules[0], dynamic=False, fullgraph=True)
     runs = []
     limits: dict[str, Any] = {"cache_size_limit": MOST_GRAPHS, "accumulated_cache_size_limit": MOST_GRAPHS}
-    with _quiet(), torch._dynamo.config.patch(**limits):
+    with quiet(), torch._dynamo.config.patch(**limits):
         for given in inputs:
             for place, axis in tokens_axis:
                 torch._dynamo.maybe_mark_dynamic(given[place], axis)
@@ -167,24 +167,21 @@ def _exported(module: nn.Module, given: tuple[Tensor, ...], tokens_axis: Any) ->
     """An ONNX file of a module, which is deleted afterwards."""
     axes: dict[int, dict[int, Any]] = {place: {axis: torch.export.Dim("tokens")} for place, axis in tokens_axis}
     shapes = tuple(axes.get(place) for place in range(len(given))) if axes else None
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "part.onnx"
         torch.onnx.export(module, given, str(path), dynamo=True, dynamic_shapes=shapes, external_data=False)
         yield path
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Exporter and compiler report their steps, and deprecations inside PyTorch, which do not concern the user."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
             warnings.simplefilter("ignore")
-            from contextlib import redirect_stdout
-
-            with redirect_stdout(nowhere):
-                yield
+            yield
     finally:
         logging.disable(level)
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunesearch.device.runtimes import quiet
 from prunesearch.errors import FileError, RunError, UserError
 from prunesearch.export.runtimes import INPUT, OUTPUT, Run
 from prunesearch.models import PARTS
@@ -59,7 +60,7 @@ def write_onnx(
             f"{'' if half else ', or give half=True (--half)'}."
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), quiet():
             program = torch.onnx.export(
                 exported,
                 (torch.zeros(2, *size),),  # not 1: the exporter would take a batch of 1 for a constant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import subprocess
 import sys
@@ -344,3 +345,12 @@ def test_learned_scores_are_not_exported_without_their_weights(
     assert main(["export", str(tmp_path / "a.yaml"), "--onnx", str(tmp_path / "a.onnx")]) == 2
     assert "learns, but the file names no weights" in capsys.readouterr().err
     assert files(tmp_path) == ["a.yaml"]
+
+
+def test_the_exporters_own_words_do_not_reach_the_user(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = timm.create_model("vit_small_patch16_dinov3", img_size=32, depth=2, embed_dim=48, num_heads=3).eval()
+    export_onnx(apply_schedule(model, DROP), tmp_path / "a.onnx")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert capfd.readouterr() == ("", "")
