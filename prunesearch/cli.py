@@ -383,6 +383,11 @@ def _train_head(parsed: argparse.Namespace) -> int:
 
     config = load_study(parsed.file, parsed.set, read_profile=False)
     _check_output(parsed.output)
+    if parsed.output.exists():  # weights that took long, and that a study may name
+        raise UserError(
+            f"{parsed.output} is there already. Possible: a file that is not there. Choose another one with -o, or "
+            f"remove it first."
+        )
     import_plugins(config.plugins)
     settings = {name: getattr(parsed, name) for name in ("images", "learning_rate", "batch_size")}
     last = time.monotonic()

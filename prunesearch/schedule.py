@@ -69,7 +69,7 @@ class Stage:
         low=1,
         high=MOST_BLOCKS,
         pattern=f"^({NEXT}|{END})$",
-        form=f"a later block, {NEXT} or {END}",
+        form=f"a later block as a whole number, {NEXT} or {END}; without until they never come back",
     )
 
     def __post_init__(self) -> None:
@@ -625,8 +625,9 @@ def _misfits(stage: Stage, shape: ModelShape) -> list[str]:
         problems.append(f"until is {stage.until}; the model has {shape.depth} blocks. Possible: {later}{END}.")
     if shape.segments and (stage.until is None or REDUCERS[stage.reduce].pools):
         problems.append(
-            f"{stage.reduce} takes tokens away for good, but this model gives classes to each patch, so all must be "
-            f"back at the end. Possible: until: a later block, next or {END}, with verbs that do not pool. Write until."
+            f"{stage.reduce} without until takes tokens away for good, but this model gives classes to each patch, so "
+            f"all must be back at the end. Possible: until: a later block, next or {END}, with verbs that do not pool. "
+            f"Write until."
         )
     if scorer is not None and scorer.needs_class_token and not shape.has_class_token:
         possible = ", ".join(name for name, other in SCORERS.items() if not other.needs_class_token)

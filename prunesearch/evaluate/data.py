@@ -652,7 +652,9 @@ def unreadable_note(split: Split, bad: Sequence[Unreadable], count: int) -> str:
     return f"{len(bad)} of {_count(count, split, 'picture')} could not be read and were left out ({names})"
 
 
-def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any) -> tuple[Tensor, Any]:
+def _prepare(
+    wanted: ImageInput, outputs: int, split: Split, image: Image, label: Any, name: str = "an image"
+) -> tuple[Tensor, Any]:
     if isinstance(label, Image) != wanted.masks:
         has = "one class each, but the model gives classes to each patch"
         if isinstance(label, Image):
@@ -665,16 +667,16 @@ def _prepare(wanted: ImageInput, outputs: int, split: Split, image: Image, label
         mask = wanted.mask(label)
         known = mask[mask != IGNORED]
         if len(known):
-            _check_label(outputs, split, int(known.max()))
+            _check_label(outputs, split, int(known.max()), f"the mask of {name}")
         return wanted.transform(image), mask
-    _check_label(outputs, split, int(label))
+    _check_label(outputs, split, int(label), name)
     return wanted.transform(image), int(label)
 
 
-def _check_label(outputs: int, split: Split, label: int) -> None:
+def _check_label(outputs: int, split: Split, label: int, name: str = "an image") -> None:
     if outputs and not 0 <= label < outputs:  # on a GPU a wrong label would kill the whole process
         raise DataError(
-            f"data ({split}): an image has label {label}, but the model has {outputs} outputs. "
+            f"data ({split}): {name} has label {label}, but the model has {outputs} outputs. "
             f"Possible: 0 to {outputs - 1}. Write num_classes under model, or choose the matching data."
         )
 
@@ -682,7 +684,7 @@ def _check_label(outputs: int, split: Split, label: int) -> None:
 class _Prepared(Dataset[Any]):
     """The `chosen` images and labels, prepared for a model; an Unreadable in the place of one that cannot be read."""
 
-    def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[[Image, Any], tuple[Tensor, Any]]) -> None:
+    def __init__(self, images: Any, chosen: Sequence[int], prepare: Callable[..., tuple[Tensor, Any]]) -> None:
         self._images, self._chosen, self._prepare = images, chosen, prepare
 
     def __len__(self) -> int:
@@ -691,7 +693,8 @@ class _Prepared(Dataset[Any]):
     def __getitem__(self, position: int) -> tuple[Tensor, Any] | Unreadable:
         index = self._chosen[position]
         try:
-            return self._prepare(*self._images[index])
+            image, label = self._images[index]
+            return self._prepare(image, label, _name(self._images, index))
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, ...
             return _unreadable(self._images, index, error)
 
@@ -714,11 +717,15 @@ class _Headers(Dataset[Any]):
         return None
 
 
+def _name(images: Any, index: int) -> str:
+    return images.name(index) if isinstance(images, PictureFiles) else f"picture {index}"
+
+
 def _unreadable(images: Any, index: int, error: Exception) -> Unreadable:
     """The picture as an Unreadable. Raises errors that are not its fault: a wrong label, no memory, too many files."""
     if isinstance(error, (DataError, MemoryError)) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
         raise error
-    name = images.name(index) if isinstance(images, PictureFiles) else f"picture {index}"
+    name = _name(images, index)
     if isinstance(error, FileNotFoundError):
         return Unreadable(index, name, "a link to a file that is not there, or it was removed")
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -60,8 +60,7 @@ class ImageInput:
     def mask(self, mask: Image) -> Tensor:
         """A mask of class indices to uint8 (height, width), resized without mixing. Raises ValueError for others."""
         _, height, width = self.size
-        if mask.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"the mask has the mode {mask.mode}; save it with one channel of whole class indices")
+        check_mask_mode(mask)
         values = numpy.asarray(mask.resize((width, height), Resampling.NEAREST))
         if values.min() < 0 or values.max() > IGNORED:
             raise ValueError(f"the mask has the value {values.max()}; class indices go up to {IGNORED - 1}")
@@ -82,6 +81,12 @@ class Unreadable:
     index: int
     name: str
     why: str
+
+
+def check_mask_mode(mask: Image) -> None:
+    """Raise ValueError for a mask that does not have one channel of whole numbers."""
+    if mask.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(f"the mask has the mode {mask.mode}; save it with one channel of whole class indices")
 
 
 def refuse_unreadable(split: str, bad: Sequence[Unreadable], count: int, most: int) -> None:

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.context import BaseContext
 from pickle import PicklingError
 from types import ModuleType
@@ -24,16 +25,18 @@ def load(
 ) -> Iterator[Any]:
     """For each list of indices what `collate` makes of its items, decoded by `loaders` processes (0: by this one).
 
-    Raises DataError when the data set cannot be sent to other processes.
+    Raises DataError when the data set cannot be sent to other processes, and the DataErrors of its items.
     """
     context = _context() if loaders else None
+    if loaders:
+        source, collate = _Guarded(source), partial(_collated, collate)
     try:
         with warnings.catch_warnings(), _main_hidden():
             # PyTorch warns before it raises, and advises to fork
             warnings.filterwarnings("ignore", message="Got pickle error")
             # two processes share one core well enough; leaving this context makes Python forget that it has warned
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            return iter(
+            batches = iter(
                 DataLoader(
                     source,
                     batch_sampler=batches,
@@ -43,12 +46,38 @@ def load(
                     worker_init_fn=_end_with_parent if loaders else None,
                 )
             )
+        return _raised(batches)
     except (PicklingError, AttributeError, TypeError) as error:
         raise DataError(
             f"data.loaders: the data set cannot be sent to the {loaders} processes that decode images ({error}). "
             f"Possible: a class and functions that a module has by name, without open files. Write loaders: 0 under "
             f"data, or keep what cannot be sent out of the data set."
         ) from error
+
+
+class _Guarded(Dataset[Any]):
+    """A data set that gives DataErrors instead of raising them. PyTorch would add the traceback of its process."""
+
+    def __init__(self, source: Dataset[Any]) -> None:
+        self._source = source
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._source[index]
+        except DataError as error:
+            return error
+
+
+def _collated(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, DataError)), None) or collate(items)
+
+
+def _raised(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, until one is an error."""
+    for batch in batches:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 @contextmanager

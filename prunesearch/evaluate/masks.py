@@ -14,6 +14,7 @@ from PIL import Image
 
 from prunesearch.errors import DataError
 from prunesearch.evaluate.class_order import natural_key
+from prunesearch.evaluate.images import check_mask_mode
 from prunesearch.evaluate.picture_files import FolderPictures, PictureFiles, list_pictures
 
 PICTURES = ("images", "image", "imgs", "img")
@@ -55,8 +56,8 @@ class MaskedPictures(PictureFiles):
     def read_header(self, index: int) -> None:
         self._pictures.read_header(index)
         file, _ = self._masks.open(index)
-        with file:
-            Image.open(file)
+        with file, Image.open(file) as mask:
+            check_mask_mode(mask)
 
 
 def folders_of(root: str, splits: Sequence[str]) -> tuple[Path, Path] | None:

@@ -48,5 +48,5 @@ def hopeless(failures: list[Evaluation]) -> str:
     trace = f"\n{last.traceback}" if last.traceback else ""
     return (
         f"no candidate could be evaluated{where}: {len(failures)} of {len(failures)} failed in this run. The last "
-        f"error ({last.cause}): {last.error}. Mend its cause and run the study again; it continues.{trace}"
+        f"error ({last.cause}): {last.error.rstrip('.')}. Mend its cause and run the study again; it continues.{trace}"
     )

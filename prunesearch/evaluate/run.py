@@ -104,7 +104,8 @@ def carried_out(task: Task, work: Callable[[Task, Findings], None], *, raise_use
     except Exception as problem:
         if raise_user_errors and isinstance(problem, UserError):
             raise
-        cause, error, trace = _cause(problem), _in_words(problem), traceback.format_exc()
+        cause, error = _cause(problem), _in_words(problem)
+        trace = "" if isinstance(problem, UserError) else traceback.format_exc()  # its words say all
         logger.warning("%s failed (%s): %s", task.uid, cause, error)
         problem.__traceback__ = None  # it holds the tensors of the failed run
         if torch.cuda.is_available():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.errors import ModelError
-from prunesearch.models.swap import timm_class
+from prunesearch.models.swap import Swapped, timm_class
 
 Model = TypeVar("Model", bound=nn.Module)
 Kind = Literal["linear", "conv"]
@@ -67,9 +67,18 @@ def with_dense_head(model: Model, kind: Kind, classes: int) -> Model:
     """Give a timm model without a classifier a head for each patch, in place, and return it. Its weights are random.
 
     Pooling is taken out; a norm that timm applies after it is applied to each token. Raises ModelError for a model
-    whose final tokens are not one for each patch.
+    whose final tokens are not one for each patch, and for a kind or a number of classes that cannot be.
     """
     inner: Any = model
+    if kind not in get_args(Kind):
+        raise ModelError(f"model.head is {kind!r}. Possible: {', '.join(get_args(Kind))}. Write one of them.")
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ModelError(f"model.num_classes is {classes!r}. Possible: a whole number from 1. Write one of those.")
+    if isinstance(inner, Swapped):
+        raise ModelError(
+            "model.head: the model has a schedule. Possible: the head first, then the schedule. Call "
+            "remove_schedule(model), give it the head, then call apply_schedule."
+        )
     is_plain = hasattr(getattr(inner, "patch_embed", None), "grid_size") and hasattr(inner, "num_prefix_tokens")
     if not is_plain or isinstance(inner, VisionTransformerDistilled):
         raise ModelError(

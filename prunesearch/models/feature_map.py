@@ -33,6 +33,7 @@ from prunesearch.models.swap import (
     check_takes_call,
     check_was_called,
     ours,
+    refuse_pruning,
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
@@ -237,6 +238,10 @@ class _Holding(Swapped):
         if waits is None:  # the pass came so far
             check_was_called(call.counts, place_of(self))
         return found
+
+    def prune_intermediate_layers(self: Any, *_: Any, **__: Any) -> Any:
+        """Raises ModelError: the schedule counts the blocks."""
+        refuse_pruning()
 
     def _call(self: Any, masked: bool) -> StageCall:
         parts, training = getattr(self, PARTS, None), stages_of(self)[STAGE].training

@@ -163,6 +163,8 @@ class ReducedNaFlexVit(Reduced, NaFlexVit):
                 "forward_intermediates: images of patches have grids of different sizes. Possible with a schedule: "
                 "images of one size, (B, channels, height, width), or forward_features. Use one of those."
             )
+        for name in ("patch_coord", "patch_valid"):  # None, as for timm's
+            given.pop(name, None)
         return super().forward_intermediates(x, *args, **given)
 
     def _state(self: Any, x: Tensor | Patches, masked: bool, taps: Taps | None = None) -> TokenState:

@@ -14,6 +14,15 @@ OURS: dict[type[nn.Module], type[Swapped]] = {}
 """timm's classes and those that replace them."""
 
 
+def refuse_pruning() -> NoReturn:
+    """Raise ModelError for timm's `prune_intermediate_layers`."""
+    raise ModelError(
+        "model: prune_intermediate_layers takes blocks away, and the schedule counts them. Possible: the other order. "
+        "Call remove_schedule(model), prune it or build it with features_only=True, and then call apply_schedule (with "
+        "its .model, if it is wrapped)."
+    )
+
+
 class Swapped(nn.Module):
     """Base of the classes that replace timm's. Without a `call` they do what timm's class does.
 

@@ -30,11 +30,12 @@ from prunesearch.models.swap import (
     check_methods,
     check_takes_call,
     ours,
+    refuse_pruning,
     refuse_replacement,
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.models.vit_shape import channels_of, pools_prefix
+from prunesearch.models.vit_shape import channels_of, patches_of_own_size, pools_prefix
 from prunesearch.schedule import momentum_of
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
@@ -377,6 +378,8 @@ class Reduced(Swapped):
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}. Possible: NCHW, NLC. Write one of them.")
         check_methods(self, "model", type(self))
+        if getattr(self, "patch_drop", None) is not None:
+            refuse_patch_dropout(self)
         taken, last = feature_take_indices(len(self.blocks), indices)
         taps = Taps(tuple(taken), last if stop_early else None)
         state = self._features(x, attn_mask, is_causal, taps=taps)
@@ -398,6 +401,10 @@ class Reduced(Swapped):
         """Rows and columns of the patches of an image of this size in pixels."""
         rows, columns = self.patch_embed.dynamic_feat_size((height, width))
         return rows, columns
+
+    def prune_intermediate_layers(self: Any, *_: Any, **__: Any) -> Any:
+        """Raises ModelError: the schedule counts the blocks."""
+        refuse_pruning()
 
     def _head(self: Any, state: TokenState) -> Tensor:
         if self._plan.ends_masked or state.present_Bn is not None:
@@ -492,7 +499,7 @@ def patches_of(model: Any, features: Tensor) -> Tensor:
 
 def patch_tokens_of(model: Any) -> int:
     """Patch tokens of an image of the model's current size."""
-    return model.patch_embed.num_patches
+    return patches_of_own_size(model)
 
 
 def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:

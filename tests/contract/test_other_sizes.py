@@ -17,7 +17,9 @@ from test_feature_map import HOLDS, LAYOUTS, inputs, map_model
 from test_masked import adaptive, learned_first
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from prunesearch.cost import estimate_cost
 from prunesearch.errors import ModelError, ScheduleError
 from prunesearch.models import PARTS, apply_schedule, shape_of, steps_of, trace
 from prunesearch.schedule import Schedule, Stage
@@ -150,6 +152,17 @@ def test_images_are_padded_to_whole_patches() -> None:
     padded = nn.functional.pad(rectangles((22, 30)), (0, 2, 0, 2))
     apply_schedule(model, two_stages("class_attention", "fuse"))
     assert torch.equal(model(rectangles((22, 30))), model(padded))
+
+
+def test_the_models_own_size_may_need_padding() -> None:
+    model = small_model("class", img_size=26, dynamic_img_size=True, dynamic_img_pad=True)
+    schedule = two_stages("class_attention", "fuse")
+    shape, x = shape_of(model), rectangles((26, 26))
+    assert shape.patch_tokens == 49
+    for one in (Schedule(), schedule):
+        with FlopCounterMode(display=False) as counter:
+            apply_schedule(model, one)(x)
+        assert estimate_cost(shape, one).macs * len(x) == pytest.approx(counter.get_total_flops() // 2, rel=0.001)
 
 
 def test_a_size_that_is_set_after_the_schedule_is_the_models_own() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from small_models import LAYOUTS, images, pairs, small_model
 from test_cost import counted
+from test_feature_map import HOLDS, map_model
+from test_feature_map import LAYOUTS as MAP_LAYOUTS
 from test_masked import ADAPTIVE, THRESHOLDS
 from torch import Tensor
 
@@ -288,6 +290,34 @@ def test_maps_of_a_schedule_whose_tokens_are_gone_are_refused() -> None:
         apply_schedule(model, Schedule()).forward_intermediates(images(), output_fmt="NHWC")
 
 
+def test_maps_have_every_token_in_training_too() -> None:
+    model = apply_schedule(small_model("avg", patch_drop_rate=0.25), Schedule((stage("drop"),))).train()
+    with pytest.raises(ModelError, match="patch_drop_rate drops patch tokens at random"):
+        model.forward_intermediates(images())
+    assert model(images()).isfinite().all()
+
+
+def test_images_of_a_naflexvit_may_name_no_patches() -> None:
+    model = apply_schedule(small_model("naflex"), Schedule((stage("drop"),)))
+    expected = flat(model.forward_intermediates(images()))
+    found = flat(model.forward_intermediates(images(), patch_coord=None, patch_valid=None))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["class", "eva", "beit", "naflex", "relpos", "swin", "swin_v2", "convnext"])
+def test_blocks_are_pruned_before_the_schedule(layout: str) -> None:
+    """Afterwards the schedule would count blocks that are gone, and could not be removed."""
+    holds = layout in MAP_LAYOUTS
+    model = map_model(layout) if holds else small_model(layout)
+    schedule = HOLDS if holds else Schedule((stage("drop"),))
+    for _ in range(2):
+        apply_schedule(model, schedule)
+        with pytest.raises(ModelError, match=r"takes blocks away.*remove_schedule\(model\)"):
+            model.prune_intermediate_layers([1])
+        remove_schedule(model)
+    model.prune_intermediate_layers([1])
+
+
 def test_frozen_thresholds_and_hashes_know_until() -> None:
     shape = shape_of(small_model())
     uids = [uid_of(Schedule((stage("drop", until=until),)), shape) for until in (None, 2, 3, END)]
@@ -362,8 +392,8 @@ def test_files_hold_until(tmp_path: Path) -> None:
     save_schedule(gone, tmp_path / "gone.yaml")
     assert "returns" not in (tmp_path / "gone.yaml").read_text()
     for wrong, words in (
-        ("later", "a later block, next or end"),
-        ("[3]", "a later block, next or end"),
+        ("later", "a later block as a whole number, next or end; without until"),
+        ("[3]", "a later block as a whole number, next or end"),
         ("0", "from 1"),
     ):
         (tmp_path / "wrong.yaml").write_text(text.replace("until: 2", f"until: {wrong}"))

@@ -186,6 +186,19 @@ def test_loading_processes_are_no_copies_of_this_one(monkeypatch: pytest.MonkeyP
     assert list(load(Numbers(), [[0, 1]], list, loaders=0)) == [[True, True]]
 
 
+class Wrong(Numbers):
+    """An item that is the user's mistake."""
+
+    def __getitem__(self, index: int) -> bool:
+        raise DataError(f"item {index} is wrong")
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_mistake_in_the_data_has_its_own_words_in_loading_processes(loaders: int):
+    with pytest.raises(DataError, match=r"^item 2 is wrong$"):
+        list(load(Wrong(), [[2, 3]], list, loaders))
+
+
 def test_loading_processes_end_when_their_parent_is_killed():
     """The fork server and what it has forked would keep each other alive for ever."""
     code = """

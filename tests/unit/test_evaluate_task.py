@@ -14,9 +14,11 @@ import timm
 import torch
 
 from prunesearch.config import Budget, DataConfig, FinetuneConfig, MeasureConfig, ModelConfig
+from prunesearch.errors import DataError
 from prunesearch.evaluate import METRICS, Task, data, evaluate, measured_metric, run
 from prunesearch.evaluate.build import _dense_model
 from prunesearch.evaluate.digits import load_digits
+from prunesearch.evaluate.outcome import hopeless
 from prunesearch.models import apply_schedule
 from prunesearch.schedule import Schedule, Stage
 
@@ -210,6 +212,12 @@ def test_failures_come_back_with_what_was_finished(registry, monkeypatch: pytest
     assert [name for name, _ in evaluation.metrics] == ["gmacs"]
     assert "_run" in evaluation.traceback
     assert evaluation.error
+
+
+def test_a_mistake_of_the_user_needs_no_traceback(registry, monkeypatch: pytest.MonkeyPatch):
+    evaluation = evaluate(plugin(monkeypatch, raising(DataError("mask a.png is wrong. Mend it."))))
+    assert (evaluation.error, evaluation.traceback) == ("mask a.png is wrong. Mend it.", "")
+    assert "is wrong. Mend it. Mend its cause" in hopeless([evaluation])
 
 
 def test_a_plugin_metric_is_measured(registry, monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from prunesearch.cli import _parser, main
+from prunesearch.evaluate.shape_cache import all_models, shipped
 from prunesearch.files import load_study
 from prunesearch.presets import presets
 
@@ -93,6 +94,13 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_presets_are_as_many_as_it_says() -> None:
     assert f"All {len(presets())} (`prunesearch list presets`)" in README
+
+
+@pytest.mark.skipif(not shipped(), reason="the recorded shapes are of another version of timm")
+def test_names_of_models_are_as_many_as_it_says() -> None:
+    holds = [facts.shape.holds for _, facts in all_models()]
+    assert f"**Models.** {len(holds)} names of timm {timm.__version__}" in README
+    assert f"every supported ViT ({holds.count(False)} names in timm {timm.__version__})" in README
 
 
 def test_the_recipes_for_plugins_run_as_they_stand(tmp_path: Path) -> None:

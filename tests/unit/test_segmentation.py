@@ -35,6 +35,7 @@ from prunesearch.errors import DataError, FileError, ModelError, RunError, Sched
 from prunesearch.evaluate import Task, build_model, evaluate, model_shape
 from prunesearch.evaluate.data import open_data
 from prunesearch.evaluate.finetune import distillation_loss
+from prunesearch.evaluate.inputs import check_inputs
 from prunesearch.evaluate.measure_sensitivity import measure_sensitivities
 from prunesearch.evaluate.metrics import METRICS
 from prunesearch.evaluate.scenes import CLASSES, SIDE, scene
@@ -107,6 +108,26 @@ def test_models_without_a_token_for_each_patch_are_refused(name: str) -> None:
         model = timm.create_model(name, num_classes=0)
     with pytest.raises(ModelError, match=r"model.head: a \w+ cannot have one. Possible: ViTs"):
         with_dense_head(model, "linear", 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("mlp", 3), r"model.head is 'mlp'. Possible: linear, conv"),
+        *((("linear", classes), r"model.num_classes is .*Possible: a whole number from 1") for classes in (0, -1, "3")),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(given: tuple[Any, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        with_dense_head(timm.create_model("vit_tiny_patch16_224", **FAMILIES["vit_tiny_patch16_224"]), *given)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule((Stage(1, keep=0.25),)), BACK])
+def test_the_head_comes_before_the_schedule(schedule: Schedule) -> None:
+    """A quarter of the tokens would be a smaller square picture."""
+    model = timm.create_model("vit_tiny_patch16_224", **FAMILIES["vit_tiny_patch16_224"])
+    with pytest.raises(ModelError, match=r"the model has a schedule. Possible: the head first"):
+        with_dense_head(apply_schedule(model, schedule), "linear", 3)
 
 
 def test_other_sizes_of_images() -> None:
@@ -202,9 +223,11 @@ def test_what_is_wrong_with_masks_is_said(folders: Path) -> None:
             open_data(data or masks_data(folders), build_model(model))
         return str(caught.value)
 
-    assert "do not go up to" not in problem(replace(TINY, num_classes=3)) and "has label" in problem(
-        replace(TINY, num_classes=3)
-    )
+    for in_memory in (True, False):
+        data = masks_data(folders, in_memory=in_memory)
+        with pytest.raises(DataError, match=r"the mask of .*\d.jpg has label \d+, but the model has 3 outputs"):
+            train, _ = open_data(data, build_model(replace(TINY, num_classes=3)))
+            list(train.batches([torch.arange(len(train))], torch.device("cpu")))
     assert "nothing was given for training" in problem(data=DataConfig("masks"))
     assert "has no folders of pictures and masks" in problem(data=masks_data(folders / "train" / "images"))
     assert "for training and for validation" in problem(data=masks_data(folders / "train"))
@@ -217,6 +240,12 @@ def test_what_is_wrong_with_masks_is_said(folders: Path) -> None:
     mask = folders / "val" / "masks" / "deep" / "8.png"
     Image.open(mask).convert("RGB").save(mask)
     assert "8.jpg: the mask has the mode RGB" in problem(data=masks_data(folders, val_images=4))
+    first = min((folders / "train" / "masks").rglob("*.png"))
+    grey = first.read_bytes()
+    Image.open(first).convert("RGB").save(first)
+    with pytest.raises(DataError, match=r"data \(train\).*the mask has the mode RGB"):  # without decoding it
+        check_inputs(TINY, masks_data(folders, allow_unreadable=0.0))
+    first.write_bytes(grey)
     Image.open(mask).convert("L").resize((9, 9)).save(mask)
     assert "its mask deep/8.png has (9, 9) pixels, the picture (64, 64)" in problem(
         data=masks_data(folders, val_images=4)
@@ -342,6 +371,9 @@ def test_a_head_is_trained_once_and_then_named(tmp_path: Path, capsys: pytest.Ca
     assert not torch.equal(trained.head.classify.weight, fresh.head.classify.weight)
     assert torch.equal(trained.blocks[0].attn.qkv.weight, fresh.blocks[0].attn.qkv.weight)
     assert main(["check", str(study), "--set", f"model.checkpoint={weights}"]) == 0
+    before = weights.read_bytes()
+    assert main(["train-head", str(study), "-o", str(weights), "--images", "64"]) == 2
+    assert "is there already" in capsys.readouterr().err and weights.read_bytes() == before
 
 
 def test_a_profile_knows_the_head() -> None:
