@@ -115,6 +115,10 @@ def run_study(
             elsewhere = [place for name in store.beats() for place in outboxes_of(name, store, folder)]
             left += [place for place in elsewhere if place.parent != outbox]  # its subfolders are read with it
         state = SearchState(config, shape, starts, store.records())
+        weights = config.model.checkpoint
+        if weights is not None and Path(weights).is_file():  # workers may be on other machines, which have it
+            results = [one for record in state.records.values() for one in record.evaluations]
+            store.hold_weights(weights, any(one.status == "complete" for one in results))
         recovery = Recovery(state, store, folder, left)
         others: Others = NoOthers()
         if isinstance(team, Team):

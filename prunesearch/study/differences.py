@@ -70,6 +70,25 @@ def refuse_other_settings(config: StudyConfig, saved: Mapping[str, Any], may_men
     return bool(changed)
 
 
+def refuse_other_weights(name: str, checkpoint: str, now: str, then: str) -> None:
+    """Raise StudyError when a checkpoint has changed. now, then: its `digest_of_file`; then: when the study began."""
+    if now != then:
+        raise StudyError(
+            f"study {name!r}: model.checkpoint: {checkpoint} has other weights now ({now}) than those that candidates "
+            f"were evaluated with ({then}). Possible: the file as it was. Put it back, or give the new search another "
+            f"name (--set name=...)."
+        )
+
+
+def digest_of_file(path: str) -> str:
+    """A short hash of the content of a file."""
+    digest = blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def _brief(config: StudyConfig) -> dict[str, Any]:
     """The settings as a mapping, with a summary in place of the numbers of a profile."""
     mapping: dict[str, Any] = to_mapping(config, defaults=True)

@@ -51,7 +51,7 @@ from prunesearch.space.choices import parameters_of
 from prunesearch.space.vocabulary import Vocabulary, refuse_other_defaults
 from prunesearch.strict import from_mapping, to_mapping
 from prunesearch.study import rows
-from prunesearch.study.differences import refuse_other_settings
+from prunesearch.study.differences import digest_of_file, refuse_other_settings, refuse_other_weights
 from prunesearch.study.distributions import parameters_and_distributions, quiet_optuna
 from prunesearch.study.lock import is_driver_name, is_drivers_file
 from prunesearch.study.lost_database import DatabaseFile, contradiction
@@ -314,6 +314,16 @@ class Store(StudyReader):
             return mine if known is None else known
 
         return self._change(set_if_missing)
+
+    def hold_weights(self, checkpoint: str, is_evaluated: bool) -> None:
+        """Store the hash of the checkpoint as long as nothing is evaluated. Later, raise StudyError when the file has
+        changed, because results of other weights do not compare."""
+        now = digest_of_file(checkpoint)
+        saved = self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)).get("weights")
+        if saved is not None and is_evaluated:
+            refuse_other_weights(self.config.name, checkpoint, now, saved)
+        elif saved != now:
+            self._ask(lambda: self._storage.set_study_user_attr(self._study_id, "weights", now))
 
     def siblings(self) -> list[Sibling]:
         return siblings_of(self._ask(lambda: self._storage.get_study_user_attrs(self._study_id)))

@@ -15,9 +15,12 @@ from typing import Any
 
 import fake_search
 import pytest
+import timm
+import torch
 from dying import STEPS, Killed, die_at
 from fake_search import EVALUATED, RUNGS, SPACE, finished, records, run, small_study, study
 from optuna.storages import JournalStorage
+from safetensors.torch import save_model
 
 from prunesearch.config import (
     Budget,
@@ -230,6 +233,25 @@ def test_files_that_are_not_there_are_refused_before_anything_is_made(tmp_path: 
     with pytest.raises(ModelError, match=r"'gone.safetensors': there is no such file"):
         run(study(model=ModelConfig("vit_digits_patch1_8", checkpoint="gone.safetensors")), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_study_goes_on_with_the_weights_that_it_began_with(tmp_path: Path) -> None:
+    """Results of other weights do not compare, even when the file has the same name."""
+    file = tmp_path / "weights.safetensors"
+    config = study(2, model=ModelConfig("vit_digits_patch1_8", checkpoint=str(file)))
+
+    def write(seed: int) -> None:
+        torch.manual_seed(seed)
+        save_model(timm.create_model("vit_digits_patch1_8"), str(file))
+
+    write(0)
+    assert run(config, tmp_path / "a")[0].complete == 2
+    more = replace(config, stop=StopConfig(trials=3))
+    write(1)
+    with pytest.raises(StudyError, match=r"weights.safetensors has other weights now \(\w+\) than .*Put it back"):
+        run(more, tmp_path / "a")
+    write(0)
+    assert run(more, tmp_path / "a")[0].complete == 3
 
 
 def test_the_first_interrupt_finishes_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
