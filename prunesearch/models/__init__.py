@@ -112,6 +112,8 @@ WHY_NOT = {
     "VisionTransformerSAM": "most of its blocks attend within windows of the grid, so every token must be in its place",
     "DaVit": "its blocks attend within windows and have convolutions, so every token must be in its place",
     "Cait": "the logits of its heads are mixed, so that scores would rank by another attention than it computes",
+    "DeepseekVitEncoder": "its features are a map, and it has no classifier",
+    "DeepseekVitClassifier": "its blocks are inside an encoder of its own, whose pass it does not run itself",
     "ConvNeXtV2": "it normalises over all positions, so that an MLP on some of them computes something else",
 }
 """Why classes that users ask for take no schedule."""

@@ -20,14 +20,19 @@ from prunesearch.space.choices import (
     BlockChoices,
     Value,
     blocks_of,
+    combination,
+    combinations,
     grid_of,
     is_counted,
     may_return,
+    schedule_from,
     takes_threshold,
     until_of,
 )
 from prunesearch.tokens import REDUCERS, SCORERS
 
+MOST_TRIED = 2000
+"""Combinations of a space that are tried for one that is possible, which takes a tenth of a second."""
 AMOUNTS = ("keep", "threshold", "none")
 
 
@@ -48,7 +53,8 @@ def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
     if problems:
         return problems
     problems = _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
-    return problems or _order_problems(space) + _most_stages_problems(space)
+    problems = problems or _order_problems(space) + _most_stages_problems(space)
+    return problems or _nothing_possible(space, shape)
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
@@ -296,6 +302,21 @@ def _most_stages_problems(space: SpaceConfig) -> list[str]:
         f"space.max_stages: {space.max_stages}, but blocks {', '.join(map(str, sorted(always)))} always have a stage. "
         f"Possible: from {len(always)}. Raise it, or let blocks go without: 1.0 in keep, or none in amount."
     ]
+
+
+def _nothing_possible(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    """One message when the stages of every combination contradict each other. Large spaces are not searched for one."""
+    count, why = combinations(space), ""
+    if count is None or count > MOST_TRIED:
+        return []
+    for index in range(count):
+        try:
+            resolve(schedule_from(combination(space, index), space, shape), shape)
+        except ScheduleError as error:
+            why = why or error.problems[0]
+        else:
+            return []
+    return [f"space: none of its {count:,} combinations is possible. The first: {why}"]
 
 
 def _may_be_without(block: BlockChoices) -> bool:

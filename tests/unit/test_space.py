@@ -312,3 +312,15 @@ def test_all_mistakes_come_at_once_and_a_missing_class_token_is_one() -> None:
     assert len(problems) == 5
     headless = replace(SHAPE, class_tokens=0, prefix_tokens=0)
     assert "has no class token" in space_problems(SPACE, headless)[0]
+
+
+@pytest.mark.parametrize(("keep", "fine"), [((0.5,), False), ((0.5, 1.0), True)])
+def test_a_space_without_any_possible_combination_is_refused(keep: tuple[float, ...], fine: bool) -> None:
+    """Each block brings tokens back just before the next one, which reads attention that has not seen them."""
+    space = SpaceConfig(
+        blocks=(1, 2, 3), keep=keep, at=("pre",), score=("class_attention",), reduce=("drop",), until=("next",)
+    )
+    problems = space_problems(space, SHAPE)
+    assert (
+        problems == [] if fine else "none of its 1 combinations is possible. The first: stage at block 2" in problems[0]
+    )
