@@ -13,7 +13,7 @@ from prunesearch.config import Scalar
 from prunesearch.schedule import Stage, Step, options_for
 from prunesearch.tokens.inputs import Attended, Grouping, Pooled, ReduceInput, ScoreInput
 from prunesearch.tokens.registry import REDUCERS, SCORERS, load_functions
-from prunesearch.tokens.select import add_rows, gather, in_onnx_export, placed, put
+from prunesearch.tokens.select import add_rows, gather, in_onnx_export, may_overwrite, placed, put
 from prunesearch.tokens.verbs import RETURNS
 
 load_functions()
@@ -91,9 +91,12 @@ def with_tokens(state: TokenState, tokens_BNC: Tensor) -> TokenState:
 
 
 class Weights(NamedTuple):
-    """The weight of each token by itself, and of each that stays with the weights of those that join it."""
+    """The weight of each token by itself, and of each that stays with the weights of those that join it.
 
-    own_Bn1: Tensor
+    own_Bn1: None when the sums have overwritten it.
+    """
+
+    own_Bn1: Tensor | None
     sum_BK1: Tensor
 
 
@@ -295,16 +298,24 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     own_BnD = _weighted((values_BnC if ordered_BnC is None else ordered_BnC).float(), grouping)
     guests_BGD = _guests(own_BnD, grouping)
     guests_BGD = guests_BGD if weight_BG is None else guests_BGD * weight_BG[..., None]
-    sum_BKD = _joined(own_BnD, grouping, guests_BGD, 1 / grouping.own_weight)
-    mean_BKC = sum_BKD[..., :channels] / sum_BKD[..., channels:]
-    return (mean_BKC.to(values_BnC.dtype),), Weights(own_BnD[..., channels:], sum_BKD[..., channels:])
+    # at batch 1 on a CPU each new copy of all tokens costs as much as the arithmetic
+    overwrites = may_overwrite()
+    is_lost = overwrites and ordered_BnC is None  # else the guests may be a view of it
+    sum_BKD = _joined(own_BnD, grouping, guests_BGD, 1 / grouping.own_weight, is_lost)
+    sum_BKC, weight_BK1 = sum_BKD[..., :channels], sum_BKD[..., channels:]
+    mean_BKC = sum_BKC.div_(weight_BK1) if overwrites else sum_BKC / weight_BK1
+    return (mean_BKC.to(values_BnC.dtype),), Weights(None if is_lost else own_BnD[..., channels:], weight_BK1)
 
 
 def _weighted(values_BnC: Tensor, grouping: Grouping) -> Tensor:
-    """The values times their weights, and the weights as the last channel."""
+    """The values times their weights, and the weights as the last channel, in new memory."""
     if grouping.weight_Bn is None:
         return torch.constant_pad_nd(values_BnC, (0, 1), 1.0)  # F.pad without its Python
     weight_Bn1 = grouping.weight_Bn[..., None]
+    if may_overwrite():
+        own_BnD = torch.cat([values_BnC, weight_Bn1], dim=-1)
+        own_BnD[..., :-1].mul_(weight_Bn1)
+        return own_BnD
     return torch.cat([values_BnC * weight_Bn1, weight_Bn1], dim=-1)
 
 
@@ -327,12 +338,14 @@ def _guests(own_BnD: Tensor, grouping: Grouping) -> Tensor:
     return own_BnD[:, grouping.kept_BK.shape[1] :]
 
 
-def _joined(own_BnD: Tensor, grouping: Grouping, guests_BGD: Tensor, scale: float = 1.0) -> Tensor:
+def _joined(
+    own_BnD: Tensor, grouping: Grouping, guests_BGD: Tensor, scale: float = 1.0, overwrites: bool = False
+) -> Tensor:
     """The value of each kept token plus `scale` times those of its guests, (B, K, D).
 
-    own_BnD: of all tokens in the order that host_BG counts.
+    own_BnD: of all tokens in the order that host_BG counts. overwrites: it is not needed any more.
     """
-    return _kept(_plus_guests(own_BnD, grouping.host_BG, guests_BGD, scale), grouping)
+    return _kept(_plus_guests(own_BnD, grouping.host_BG, guests_BGD, scale, overwrites), grouping)
 
 
 def _kept(values_BnD: Tensor, grouping: Grouping) -> Tensor:
@@ -346,14 +359,16 @@ def _kept(values_BnD: Tensor, grouping: Grouping) -> Tensor:
     return values_BnD[:, : grouping.kept_BK.shape[1]]
 
 
-def _plus_guests(own_BnD: Tensor, host_BG: Tensor | None, guests_BGD: Tensor, scale: float) -> Tensor:
+def _plus_guests(
+    own_BnD: Tensor, host_BG: Tensor | None, guests_BGD: Tensor, scale: float, overwrites: bool = False
+) -> Tensor:
     """The value of each token plus `scale` times those of its guests.
 
     An ONNX graph has a product with a one-hot matrix here, because not all runtimes can scatter with a reduction.
     """
     assert host_BG is not None
     if not in_onnx_export():
-        return add_rows(own_BnD, host_BG, guests_BGD, scale)
+        return add_rows(own_BnD, host_BG, guests_BGD, scale, overwrites)
     joins_BnG = _joins(host_BG, own_BnD.shape[1])
     return own_BnD + (joins_BnG.to(guests_BGD.dtype) * scale) @ guests_BGD
 
@@ -382,7 +397,11 @@ def _sizes(size_Bn: Tensor | None, grouping: Grouping, weights: Weights | None) 
         return add_up(size_Bn, grouping)
     assert weights is not None and grouping.host_BG is not None
     share_BG = torch.ones_like(grouping.host_BG, dtype=torch.float32) if share_BG is None else share_BG
-    return _joined(weights.own_Bn1, grouping, share_BG[..., None])[..., 0]
+    ones_Bn1 = weights.own_Bn1  # without sizes and weights each token weighs 1
+    if ones_Bn1 is None or grouping.weight_Bn is not None:
+        tokens = grouping.kept_BK.shape[1] + grouping.host_BG.shape[1]
+        ones_Bn1 = weights.sum_BK1.new_ones(len(grouping.kept_BK), tokens, 1)
+    return _joined(ones_Bn1, grouping, share_BG[..., None])[..., 0]
 
 
 def add_up(amount_Bn: Tensor, grouping: Grouping) -> Tensor:

@@ -15,6 +15,12 @@ def in_onnx_export() -> bool:
     return (torch.compiler.is_compiling() or _is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
+def may_overwrite() -> bool:
+    """Whether a tensor that nothing else needs may be written to: without gradients, and not in an ONNX graph, where
+    writing to a part of one is a scatter."""
+    return not (torch.is_grad_enabled() or in_onnx_export())
+
+
 def top_k(scores_Bn: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Indices of the `kept` best tokens, ascending (image order), and of the others, by descending score."""
     kept_BK, guests_BG, _ = top_k_and_rest(scores_Bn, kept)
@@ -62,13 +68,18 @@ def gather(values_BnC: Tensor, places_BK: Tensor) -> Tensor:
     return values_BnC.flatten(0, 1).index_select(0, rows).view(*places_BK.shape, channels)
 
 
-def add_rows(values_BnC: Tensor, places_BG: Tensor, more_BGC: Tensor, scale: float) -> Tensor:
-    """The values of all tokens plus `scale` times more at some places. Rows are added whole, see `gather`."""
+def add_rows(values_BnC: Tensor, places_BG: Tensor, more_BGC: Tensor, scale: float, overwrites: bool = False) -> Tensor:
+    """The values of all tokens plus `scale` times more at some places. Rows are added whole, see `gather`.
+
+    overwrites: in the memory of `values_BnC`, which is contiguous.
+    """
     images, tokens, _ = values_BnC.shape
     if images == 1 and not _is_tracing():
-        return values_BnC.index_add(1, places_BG.flatten(), more_BGC, alpha=scale)
-    rows = _rows(places_BG, images, tokens)
-    return values_BnC.flatten(0, 1).index_add(0, rows, more_BGC.flatten(0, 1), alpha=scale).view(values_BnC.shape)
+        add = values_BnC.index_add_ if overwrites else values_BnC.index_add
+        return add(1, places_BG.flatten(), more_BGC, alpha=scale)
+    rows, flat_MC = _rows(places_BG, images, tokens), values_BnC.flatten(0, 1)
+    add = flat_MC.index_add_ if overwrites else flat_MC.index_add
+    return add(0, rows, more_BGC.flatten(0, 1), alpha=scale).view(values_BnC.shape)
 
 
 def _rows(places_BK: Tensor, images: int, tokens: int) -> Tensor:

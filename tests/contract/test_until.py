@@ -212,6 +212,7 @@ def test_copies_pickles_compiled_and_checkpointed_models_agree(layout: str) -> N
     expected = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), expected)
+    torch.compiler.reset()  # graphs of tests before this one
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
     gradient = _gradient(model, x)
     model.set_grad_checkpointing(True)
