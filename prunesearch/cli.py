@@ -477,7 +477,7 @@ def _front(parsed: argparse.Namespace) -> int:
     from prunesearch.front import comparable, comparable_siblings, front, front_rows, nothing_within, sibling_rows
     from prunesearch.relative_limits import asked_limits, limit_lines, limits_of
     from prunesearch.report.plot import check_plot, plot_front
-    from prunesearch.report.tables import front_csv, front_table, siblings_table, speeds_table
+    from prunesearch.report.tables import front_csv, front_table, metrics_table, siblings_table, speeds_table
 
     _check_output(parsed.plot)
     if parsed.plot is not None:
@@ -500,6 +500,9 @@ def _front(parsed: argparse.Namespace) -> int:
             _print(f"{config.name}: nothing on the front yet ({len(records)} candidates so far). Look again later.")
     else:
         _console().print(front_table(found, objectives, records))
+        others = metrics_table(found, objectives, records)
+        if others is not None:
+            _console().print(others)
         _print(*(f"limit: {line}" for line in limit_lines(config, records)))
         _print(*(f"within: {name} {limit}" for name, limit in asked))
         speeds = speeds_table(records)

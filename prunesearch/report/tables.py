@@ -151,6 +151,29 @@ def front_table(
     return table
 
 
+def metrics_table(found: Sequence[Record], objectives: Sequence[Objective], records: Sequence[Record]) -> Table | None:
+    """A table of what was measured besides the objectives, for the front and the dense model; None when nothing was."""
+    dense = dense_of(records)
+    rows = [*found, *([dense] if dense is not None and dense not in found else [])]
+    known = dict.fromkeys(name for record in rows for name in values_of(record))
+    names = [name for name in known if name not in {objective.metric for objective in objectives}]
+    if not names:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, title="also measured", title_justify="left", pad_edge=False)
+    table.add_column("trial", justify="right", no_wrap=True)
+    for name in names:
+        _add_metric(table, name, dense)
+    for record in rows:
+        cells = []
+        for name in names:
+            value, before = values_of(record).get(name), None if dense is None else values_of(dense).get(name)
+            cells.append("" if value is None else f"{value:.{decimals(name, [value])}f}")
+            if dense is not None:
+                cells.append("" if value is None or before is None or record is dense else change(name, value, before))
+        table.add_row(str(record.number), *cells, style="dim" if record is dense and record not in found else None)
+    return table
+
+
 def siblings_table(
     siblings: Sequence[Sibling], found: Sequence[Record], objectives: Sequence[Objective], records: Sequence[Record]
 ) -> Table:

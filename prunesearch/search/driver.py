@@ -8,7 +8,7 @@ front after it (`confirm.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,8 @@ from prunesearch.workers.serial import SerialWorkers
 
 if TYPE_CHECKING:
     from prunesearch.evaluate.inputs import Inputs
+    from prunesearch.evaluate.task import Evaluation
+    from prunesearch.record import Record
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ def run_study(
         others: Others = NoOthers()
         if isinstance(team, Team):
             others = OtherDrivers(state, store, recovery, team, outbox, on_event)
+        on_event = _comparing_data(state.records.values(), on_event)
         run = Search(state, store, recovery, others, outbox, interrupt, on_event)
         never_judged = dense_problem(config, dense_record(state.records.values()))
         if never_judged is not None:  # an earlier run ended with it
@@ -198,6 +201,34 @@ def _suspicious(model: ModelConfig, inputs: Inputs, on_event: Callable[[Event], 
             why = suspicion(inputs, model, event.evaluation)
             if why is not None:
                 logger.warning("%s", why)
+
+    return pass_on
+
+
+def _comparing_data(records: Iterable[Record], on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Wrap `on_event`: warn once when a result is of other images than those before it."""
+
+    def images_of(evaluation: Evaluation) -> str | None:
+        return dict(evaluation.versions).get("data") if evaluation.status == "complete" else None
+
+    known = next((images for record in records for one in record.evaluations if (images := images_of(one))), None)
+    is_said = False
+
+    def pass_on(event: Event) -> None:
+        nonlocal known, is_said
+        on_event(event)
+        now = images_of(event.evaluation) if isinstance(event, Finished) else None
+        known = known or now
+        if now != known and now is not None and not is_said and isinstance(event, Finished):
+            is_said = True
+            logger.warning(
+                "data: trial %d was measured with other images than those before it, or they were decoded otherwise "
+                "(count:hash of training and validation images %s, before %s). Such results do not compare. Restore "
+                "the images, or give the new search another name (--set name=...).",
+                event.record.number,
+                now,
+                known,
+            )
 
     return pass_on
 

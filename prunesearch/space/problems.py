@@ -12,7 +12,7 @@ from prunesearch.config import LARGEST, MOST_VALUES, BlockSpace, Range, SpaceCon
 from prunesearch.cost import MACS, CostTable, target_field, total_cost
 from prunesearch.errors import ScheduleError
 from prunesearch.registry import did_you_mean
-from prunesearch.schedule import PLACES, Place, Schedule, Stage, resolve
+from prunesearch.schedule import END, NEXT, PLACES, Place, Schedule, Stage, resolve
 from prunesearch.shape import ModelShape
 from prunesearch.space.choices import (
     FIELDS,
@@ -50,11 +50,30 @@ def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
                 for field in space.same
                 if getattr(own, field) is not None
             ]
+    problems = problems or _never_back(space, shape)
     if problems:
         return problems
     problems = _unread(space) + _target_problems(space, shape) + _pair_problems(space, shape)
     problems = problems or _order_problems(space) + _most_stages_problems(space)
     return problems or _nothing_possible(space, shape)
+
+
+def _never_back(space: SpaceConfig, shape: ModelShape) -> list[str]:
+    """A message when tokens may be away for good from a model that gives classes to each patch."""
+    if shape.segments:
+        for place, block in zip(_places(space), blocks_of(space), strict=True):
+            if "never" in block.until and any(may_return(verb) for verb in block.reduce):
+                return [
+                    f"{place}until: never takes tokens away for good, but this model gives classes to each patch, so "
+                    f"all must be back at the end. Possible: next, {END}. Write until: [{NEXT}, {END}]."
+                ]
+    return []
+
+
+def _places(space: SpaceConfig) -> list[str]:
+    """Where the `until` of each block is written."""
+    own = [isinstance(block, BlockSpace) and block.until is not None for block in space.blocks]
+    return [f"space.blocks[{index}]." if there else "space." for index, there in enumerate(own)]
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:

@@ -254,6 +254,24 @@ def test_a_study_goes_on_with_the_weights_that_it_began_with(tmp_path: Path) -> 
     assert run(more, tmp_path / "a")[0].complete == 3
 
 
+def test_results_of_other_images_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original, images = fake_search.evaluate, ["9:aaa 3:bbb"]
+
+    def with_images(task: Task) -> Evaluation:
+        found = original(task)
+        return replace(found, versions=(*found.versions, ("data", images[0])))
+
+    monkeypatch.setattr(fake_search, "evaluate", with_images)
+    run(study(3), tmp_path)
+    assert not caplog.records
+    images[0] = "8:ccc 3:bbb"
+    run(study(6), tmp_path)
+    [said] = [record.message for record in caplog.records]
+    assert "trial 3 was measured with other images" in said and "8:ccc 3:bbb, before 9:aaa 3:bbb" in said
+
+
 def test_the_first_interrupt_finishes_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(task: Task) -> Evaluation:
         if len(EVALUATED) == 3:

@@ -17,12 +17,12 @@ from rich.console import Console, RenderableType
 from prunesearch.config import Limit, Objective, StopConfig, StudyConfig
 from prunesearch.errors import StudyError, UserError
 from prunesearch.evaluate.limits import AbsoluteLimit
-from prunesearch.front import front
+from prunesearch.front import front, values_of
 from prunesearch.record import Record
 from prunesearch.report import LiveReport, comparison_table, front_csv, front_table, short, status_view
 from prunesearch.report.live import Progress, duration, line, seconds_left, view
 from prunesearch.report.plot import _axis_name, plot_front
-from prunesearch.report.tables import change, decimals, said
+from prunesearch.report.tables import change, decimals, metrics_table, said
 from prunesearch.schedule import Schedule, Stage
 from prunesearch.search.events import Done, Event, Finished, Retrying, Started, Stopping, Submitted
 
@@ -125,6 +125,22 @@ def test_front_table_compares_with_the_dense_model() -> None:
     assert ["1", "96.82", "-0.68", "0.00847", "66%", "evit-0.7", "2,", "4,", "6", "drop", "0.7"] in rows
     assert ["0", "97.50", "0.01283", "dense", "for", "comparison"] in rows
     assert sum(row[0].endswith("*") for row in rows if row) == 2  # the knee and its legend
+
+
+def test_what_was_measured_besides_the_objectives_has_a_table() -> None:
+    def also(one: Record, value: float) -> Record:
+        last = one.evaluations[-1]
+        return replace(one, evaluations=(replace(last, metrics=(*last.metrics, ("agreement", value))),))
+
+    found = front(RECORDS, OBJECTIVES, LIMITS)
+    known = [Objective(name, "maximize") for name in values_of(RECORDS[0])]
+    assert metrics_table(found, known, RECORDS) is None
+    records = [also(RECORDS[0], 100.0), *(also(one, 90.0 + one.number) for one in found)]
+    rows = [words.split() for words in printed(metrics_table(records[1:], known, records)).splitlines()]
+    for one in found:
+        value = 90.0 + one.number
+        assert [str(one.number), f"{value:.2f}", f"{value - 100:+.2f}"] in rows
+    assert ["0", "100.00"] in rows
 
 
 def test_front_table_without_a_dense_result() -> None:

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import prunesearch
 from prunesearch.cli import main
 from prunesearch.config import (
+    BlockSpace,
     Budget,
     DataConfig,
     FinetuneConfig,
@@ -327,7 +328,11 @@ def test_sensitivities_are_means_over_patches() -> None:
         ({"data": DataConfig("digits")}, "data.name: digits has no class for each pixel"),
         ({"model": ModelConfig("vit_digits_patch1_8")}, "model.head: absent, but data scenes has a class"),
         ({"objectives": (Objective("top1", "maximize"),)}, "top1 reads classes, but the model gives classes to each"),
-        ({"space": SpaceConfig(blocks=(1,), score=("key_norm",))}, "so all must be back at the end"),
+        ({"space": SpaceConfig(blocks=(1,), score=("key_norm",))}, "space.until: never takes tokens away for good"),
+        (
+            {"space": SpaceConfig(blocks=(1, BlockSpace(block=2, until=("never",))), until=(END,))},
+            "space.blocks[1].until: never takes tokens away for good",
+        ),
         (
             {"model": ModelConfig("vit_tiny_patch16_224", pretrained=True, head="conv", num_classes=11)},
             "a conv head is random, as timm's weights have none",
