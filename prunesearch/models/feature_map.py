@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from timm.models._features import feature_take_indices
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, SwinTransformerV2Stage
@@ -239,9 +240,12 @@ class _Holding(Swapped):
             check_was_called(call.counts, place_of(self))
         return found
 
-    def prune_intermediate_layers(self: Any, *_: Any, **__: Any) -> Any:
-        """Raises ModelError: the schedule counts the blocks."""
-        refuse_pruning()
+    def prune_intermediate_layers(self: Any, indices: int | list[int] = 1, *args: Any, **given: Any) -> Any:
+        """timm's. Raises ModelError when it would take the stage with the schedule away."""
+        _, last = feature_take_indices(len(stages_of(self)), indices)
+        if last < STAGE:
+            refuse_pruning()
+        return timm_class(self).prune_intermediate_layers(self, indices, *args, **given)  # type: ignore[attr-defined]
 
     def _call(self: Any, masked: bool) -> StageCall:
         parts, training = getattr(self, PARTS, None), stages_of(self)[STAGE].training

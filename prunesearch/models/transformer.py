@@ -402,9 +402,12 @@ class Reduced(Swapped):
         rows, columns = self.patch_embed.dynamic_feat_size((height, width))
         return rows, columns
 
-    def prune_intermediate_layers(self: Any, *_: Any, **__: Any) -> Any:
-        """Raises ModelError: the schedule counts the blocks."""
-        refuse_pruning()
+    def prune_intermediate_layers(self: Any, indices: int | list[int] = 1, *args: Any, **given: Any) -> Any:
+        """timm's. Raises ModelError when it would take blocks away, because the schedule counts them."""
+        _, last = feature_take_indices(len(self.blocks), indices)
+        if last < len(self.blocks) - 1:
+            refuse_pruning()
+        return super().prune_intermediate_layers(indices, *args, **given)  # type: ignore[misc]
 
     def _head(self: Any, state: TokenState) -> Tensor:
         if self._plan.ends_masked or state.present_Bn is not None:

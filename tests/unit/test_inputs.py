@@ -378,7 +378,7 @@ def test_labels_beyond_the_outputs_are_found_at_the_start(monkeypatch: pytest.Mo
     def odd(config: DataConfig, split: data.Split) -> Opened:
         return Opened([(Image.new("L", (8, 8)), 0 if split == "train" else label)], None)
 
-    with pytest.raises(DataError, match=rf"data \(validation\): an image has label {label}.*Possible: 0 to 1"):
+    with pytest.raises(DataError, match=rf"data \(validation\): picture 0 has label {label}.*Possible: 0 to 1"):
         check_inputs(MODEL, DataConfig("odd"))
 
 
