@@ -98,7 +98,12 @@ def test_presets_are_as_many_as_it_says() -> None:
 
 @pytest.mark.skipif(not shipped(), reason="the recorded shapes are of another version of timm")
 def test_names_of_models_are_as_many_as_it_says() -> None:
-    holds = [facts.shape.holds for _, facts in all_models()]
+    found = [facts for _, facts in all_models()]
+    holds = [facts.shape.holds for facts in found]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\d+) \|", README, re.MULTILINE)
+    assert sum(int(number) for _, number in rows) == len(found)
+    for classes, number in rows:
+        assert sum(f"`{facts.family}`" in classes.split(", ") for facts in found) == int(number), classes
     assert f"**Models.** {len(holds)} names of timm {timm.__version__}" in README
     assert f"every supported ViT ({holds.count(False)} names in timm {timm.__version__})" in README
 
