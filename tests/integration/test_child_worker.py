@@ -44,10 +44,6 @@ def outcome(worker: ChildWorker, given: Task) -> Evaluation | Lost:
 
 @pytest.mark.slow
 def test_what_ends_or_hangs_costs_that_candidate(tmp_path: Path) -> None:
-    in_a_fresh_process("what_ends_or_hangs", tmp_path)
-
-
-def what_ends_or_hangs(tmp_path: Path) -> None:
     worker = ChildWorker(replace(SERIAL, timeout=2.0), tmp_path, tmp_path / "outbox", "unlucky:evaluate")
     try:
         good = outcome(worker, task("a0"))
@@ -73,10 +69,6 @@ def what_ends_or_hangs(tmp_path: Path) -> None:
 def test_plugins_and_timeouts_evaluate_in_a_child_with_the_same_numbers(
     tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    in_a_fresh_process("a_child_measures_the_same", tmp_path, changes)
-
-
-def a_child_measures_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
     here, _ = run(study(5), tmp_path / "here")
     there, events = run(study(5, **changes), tmp_path / "there")
     assert [record.evaluation.host == str(os.getpid()) for record in records(tmp_path / "here")] == [True] * 5
@@ -118,24 +110,6 @@ def test_no_child_is_left_behind(tmp_path: Path, ends: list[signal.Signals]) -> 
         wait_until(lambda: not any(map(lives, children)), "a child lives on")
     finally:
         driver.kill()
-
-
-def in_a_fresh_process(function: str, *arguments: object) -> None:
-    """Call a function of this file in a new Python process.
-
-    The process of the tests has compiled models and loaded three runtimes by then. Twice one ended without a word when
-    it started a child. A process of its own tells how it ended.
-    """
-    folder = Path(__file__).parent
-    script = Path(str(arguments[0])) / "script.py"
-    script.write_text(
-        "from pathlib import PosixPath; from prunesearch.config import WorkersConfig\n"
-        f"import {Path(__file__).stem} as tests\n"
-        f"if __name__ == '__main__': tests.{function}(*{arguments!r})\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
-    done = subprocess.run([sys.executable, "-X", "faulthandler", str(script)], env=environment, capture_output=True)
-    assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr.decode()[-4000:]}"
 
 
 def wait_until(holds: object, else_say: str) -> None:
