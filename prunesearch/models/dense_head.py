@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunesearch.errors import ModelError
+from prunesearch.models.layers import own_grid
 from prunesearch.models.swap import Swapped, timm_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,7 +86,7 @@ def with_dense_head(model: Model, kind: Kind, classes: int) -> Model:
             f"model.head: a {timm_class(inner).__name__} cannot have one. Possible: ViTs with one final token for each "
             f"patch and one classifier (VisionTransformer, Eva, Beit, VisionTransformerRelPos). Choose one of those."
         )
-    rows, columns = inner.patch_embed.grid_size
+    rows, columns = own_grid(inner.patch_embed)
     inner.head = DenseHead(kind, inner.num_features, classes, rows, columns, inner.num_prefix_tokens)
     inner.head.to(next(inner.patch_embed.parameters()).device)
     inner.global_pool, inner.attn_pool, inner.num_classes = "", None, classes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from timm.layers import GluMlp, Mlp, SwiGLU
@@ -102,3 +102,9 @@ def _refuse(layer: nn.Module, place: str) -> NoReturn:
         f"model would be wrong. Possible: nn.Linear, and normalisations, activations and dropouts of PyTorch and timm. "
         f"Apply the schedule and estimate its cost before such a layer is put in (quantisation, LoRA), or take it out."
     )
+
+
+def own_grid(patch_embed: Any) -> tuple[int, int]:
+    """Rows and columns of an image of the model's own size. `grid_size` lacks what `dynamic_img_pad` adds."""
+    rows, columns = patch_embed.dynamic_feat_size(patch_embed.img_size)
+    return int(rows), int(columns)

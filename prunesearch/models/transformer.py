@@ -35,7 +35,8 @@ from prunesearch.models.swap import (
     timm_class,
 )
 from prunesearch.models.trace import ModelCall, Trace
-from prunesearch.models.vit_shape import channels_of, patches_of_own_size, pools_prefix
+from prunesearch.models.vit_shape import channels_of, pools_prefix
+from prunesearch.models.vit_shape import patch_tokens_of as patch_tokens_of
 from prunesearch.schedule import momentum_of
 from prunesearch.shape import ModelShape
 from prunesearch.tokens.inputs import Attended
@@ -378,8 +379,7 @@ class Reduced(Swapped):
         if output_fmt not in ("NCHW", "NLC"):
             raise ModelError(f"output_fmt is {output_fmt!r}. Possible: NCHW, NLC. Write one of them.")
         check_methods(self, "model", type(self))
-        if getattr(self, "patch_drop", None) is not None:
-            refuse_patch_dropout(self)
+        refuse_patch_dropout(self)
         taken, last = feature_take_indices(len(self.blocks), indices)
         taps = Taps(tuple(taken), last if stop_early else None)
         state = self._features(x, attn_mask, is_causal, taps=taps)
@@ -456,7 +456,7 @@ class Reduced(Swapped):
 
 def refuse_patch_dropout(model: Any) -> None:
     """Raise ModelError for timm's patch dropout, which acts in training."""
-    if model.training and model.patch_drop is not None:
+    if model.training and getattr(model, "patch_drop", None) is not None:  # not every class has it
         raise ModelError(
             "model: patch_drop_rate drops patch tokens at random in training, which a schedule does not count. "
             "Possible: one of them. Build the model with patch_drop_rate=0."
@@ -498,11 +498,6 @@ def patches_of(model: Any, features: Tensor) -> Tensor:
     """See `prunesearch.models.patches_of`. A model that pools over patches applies its last norm after the pooling;
     here it is applied to each token."""
     return model.fc_norm(features[:, model.num_prefix_tokens :])
-
-
-def patch_tokens_of(model: Any) -> int:
-    """Patch tokens of an image of the model's current size."""
-    return patches_of_own_size(model)
 
 
 def block_inputs(model: Any, images: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[int, Tensor]]:

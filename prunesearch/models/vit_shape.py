@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunesearch.errors import ModelError
 from prunesearch.models.dense_head import segments
-from prunesearch.models.layers import check_countable, macs_per_token, on_meta
+from prunesearch.models.layers import check_countable, macs_per_token, on_meta, own_grid
 from prunesearch.models.swap import timm_class
 from prunesearch.shape import ModelShape
 
@@ -41,7 +41,7 @@ def shape_from(
     for name in ("norm_pre", "norm", "fc_norm", "head_drop"):
         macs_per_token(getattr(model, name, None), f"model.{name}")
     pool_macs, pool_macs_per_token, pool_macs_per_pair = _pool_macs(model)
-    patches = patches_of_own_size(model) if patches is None else patches
+    patches = patch_tokens_of(model) if patches is None else patches
     return ModelShape(
         depth=len(model.blocks),
         dim=model.embed_dim,
@@ -62,10 +62,10 @@ def shape_from(
     )
 
 
-def patches_of_own_size(model: Any) -> int:
-    """Patch tokens of an image of the model's own size. With `dynamic_img_pad`, `num_patches` lacks the padded ones."""
-    rows, columns = model.patch_embed.dynamic_feat_size(model.patch_embed.img_size)
-    return int(rows * columns)
+def patch_tokens_of(model: Any) -> int:
+    """Patch tokens of an image of the model's current size."""
+    rows, columns = own_grid(model.patch_embed)
+    return rows * columns
 
 
 def _head_macs(model: Any, patches: int) -> int:
@@ -144,7 +144,7 @@ def _stem_macs(model: Any) -> int:
     embed = model.patch_embed
     check_countable(embed, "model.patch_embed")
     if type(embed) is PatchEmbed:
-        return embed.proj.weight.numel() * patches_of_own_size(model)
+        return embed.proj.weight.numel() * patch_tokens_of(model)
     # a hybrid stem (a small CNN) has no closed form: count one pass on the meta device
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         on_meta(embed)(torch.empty(1, channels_of(embed), *embed.img_size, dtype=next(embed.parameters()).dtype))

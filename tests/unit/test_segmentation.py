@@ -131,6 +131,17 @@ def test_the_head_comes_before_the_schedule(schedule: Schedule) -> None:
         with_dense_head(apply_schedule(model, schedule), "linear", 3)
 
 
+def test_a_size_that_is_padded_to_whole_patches_has_a_head_of_its_own_grid() -> None:
+    options = {
+        **FAMILIES["vit_tiny_patch16_224"],
+        "img_size": (40, 90),
+        "dynamic_img_size": True,
+        "dynamic_img_pad": True,
+    }
+    model = with_dense_head(timm.create_model("vit_tiny_patch16_224", **options), "linear", 5)
+    assert model(torch.rand(1, 3, 40, 90)).shape == (1, 5, 3, 6)
+
+
 def test_other_sizes_of_images() -> None:
     head = DenseHead("conv", 8, 3, 4, 6, prefix_tokens=1)
     assert head(torch.rand(2, 25, 8)).shape == (2, 3, 4, 6)
@@ -229,6 +240,7 @@ def test_what_is_wrong_with_masks_is_said(folders: Path) -> None:
         with pytest.raises(DataError, match=r"the mask of .*\d.jpg has label \d+, but the model has 3 outputs"):
             train, _ = open_data(data, build_model(replace(TINY, num_classes=3)))
             list(train.batches([torch.arange(len(train))], torch.device("cpu")))
+    assert "do not go up to" not in problem(replace(TINY, num_classes=3))
     assert "nothing was given for training" in problem(data=DataConfig("masks"))
     assert "has no folders of pictures and masks" in problem(data=masks_data(folders / "train" / "images"))
     assert "for training and for validation" in problem(data=masks_data(folders / "train"))
