@@ -132,7 +132,7 @@ def page(points: Sequence[Point], config: StudyConfig, images: int) -> str:
     ]
     said = [f"{'none' if tau is None else f'{tau:.2f}'}" for tau in (overall, within)]
     trained = f"trained on {images} pictures towards the dense features" if images else "as they come"
-    weights = Path(config.model.checkpoint or "timm's own").name
+    weights = Path(config.model.checkpoint).name if config.model.checkpoint else "timm's own"
     return f"""# Features without labels, judged with them
 
 A search over {config.model.name} (weights: {weights}) without a classifier, on the pictures of

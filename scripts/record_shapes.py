@@ -27,9 +27,10 @@ def main(modules: Sequence[str]) -> None:
             f"record_shapes: timm has no models in {', '.join(modules)}. Possible: names such as beit, eva."
         )
     known = facts_of_names(name for name in names if name in chosen)
-    tags = [name for name in timm.list_pretrained() if name.partition(".")[0] in known]
+    tagged = timm.list_pretrained()
+    tags = [name for name in tagged if name.partition(".")[0] in known]
     found = kept(chosen) | known | facts_of_names(tags)
-    order = {name: place for place, name in enumerate([*names, *timm.list_pretrained()])}
+    order = {name: place for place, name in enumerate([*names, *tagged])}
     ship({name: found[name] for name in sorted(found, key=order.__getitem__)})
     count = sum("." not in name for name in found)
     print(f"{count} models and {len(found) - count} tags of timm {timm.__version__} -> {SHIPPED}")

@@ -295,11 +295,11 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
             extra_B1C = torch.bmm(weight_BG[:, None], guests_BGC)
         return (kept_BKC, extra_B1C.to(values_BnC.dtype)), None
     # one more channel with the weights, so that they add up with the features
-    own_BnD = _weighted((values_BnC if ordered_BnC is None else ordered_BnC).float(), grouping)
-    guests_BGD = _guests(own_BnD, grouping)
-    guests_BGD = guests_BGD if weight_BG is None else guests_BGD * weight_BG[..., None]
     # at batch 1 on a CPU each new copy of all tokens costs as much as the arithmetic
     overwrites = may_overwrite()
+    own_BnD = _weighted((values_BnC if ordered_BnC is None else ordered_BnC).float(), grouping, overwrites)
+    guests_BGD = _guests(own_BnD, grouping)
+    guests_BGD = guests_BGD if weight_BG is None else guests_BGD * weight_BG[..., None]
     is_lost = overwrites and ordered_BnC is None  # else the guests may be a view of it
     sum_BKD = _joined(own_BnD, grouping, guests_BGD, 1 / grouping.own_weight, is_lost)
     sum_BKC, weight_BK1 = sum_BKD[..., :channels], sum_BKD[..., channels:]
@@ -307,12 +307,12 @@ def _regrouped(values_BnC: Tensor, grouping: Grouping) -> tuple[tuple[Tensor, ..
     return (mean_BKC.to(values_BnC.dtype),), Weights(None if is_lost else own_BnD[..., channels:], weight_BK1)
 
 
-def _weighted(values_BnC: Tensor, grouping: Grouping) -> Tensor:
+def _weighted(values_BnC: Tensor, grouping: Grouping, overwrites: bool) -> Tensor:
     """The values times their weights, and the weights as the last channel, in new memory."""
     if grouping.weight_Bn is None:
         return torch.constant_pad_nd(values_BnC, (0, 1), 1.0)  # F.pad without its Python
     weight_Bn1 = grouping.weight_Bn[..., None]
-    if may_overwrite():
+    if overwrites:
         own_BnD = torch.cat([values_BnC, weight_Bn1], dim=-1)
         own_BnD[..., :-1].mul_(weight_Bn1)
         return own_BnD

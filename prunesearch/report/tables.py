@@ -155,7 +155,8 @@ def metrics_table(found: Sequence[Record], objectives: Sequence[Objective], reco
     """A table of what was measured besides the objectives, for the front and the dense model; None when nothing was."""
     dense = dense_of(records)
     rows = [*found, *([dense] if dense is not None and dense not in found else [])]
-    known = dict.fromkeys(name for record in rows for name in values_of(record))
+    values, before = [values_of(record) for record in rows], values_of(dense) if dense is not None else {}
+    known = dict.fromkeys(name for one in values for name in one)
     names = [name for name in known if name not in {objective.metric for objective in objectives}]
     if not names:
         return None
@@ -163,13 +164,14 @@ def metrics_table(found: Sequence[Record], objectives: Sequence[Objective], reco
     table.add_column("trial", justify="right", no_wrap=True)
     for name in names:
         _add_metric(table, name, dense)
-    for record in rows:
+    places = {name: decimals(name, [one[name] for one in values if name in one]) for name in names}
+    for record, own in zip(rows, values, strict=True):
         cells = []
         for name in names:
-            value, before = values_of(record).get(name), None if dense is None else values_of(dense).get(name)
-            cells.append("" if value is None else f"{value:.{decimals(name, [value])}f}")
+            cells.append(f"{own[name]:.{places[name]}f}" if name in own else "")
             if dense is not None:
-                cells.append("" if value is None or before is None or record is dense else change(name, value, before))
+                compares = record is not dense and name in own and name in before
+                cells.append(change(name, own[name], before[name]) if compares else "")
         table.add_row(str(record.number), *cells, style="dim" if record is dense and record not in found else None)
     return table
 

@@ -217,9 +217,11 @@ def _comparing_data(records: Iterable[Record], on_event: Callable[[Event], None]
     def pass_on(event: Event) -> None:
         nonlocal known, is_said
         on_event(event)
-        now = images_of(event.evaluation) if isinstance(event, Finished) else None
+        if is_said or not isinstance(event, Finished):
+            return
+        now = images_of(event.evaluation)
         known = known or now
-        if now != known and now is not None and not is_said and isinstance(event, Finished):
+        if now not in (None, known):
             is_said = True
             logger.warning(
                 "data: trial %d was measured with other images than those before it, or they were decoded otherwise "

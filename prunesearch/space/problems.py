@@ -61,19 +61,14 @@ def space_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
 def _never_back(space: SpaceConfig, shape: ModelShape) -> list[str]:
     """A message when tokens may be away for good from a model that gives classes to each patch."""
     if shape.segments:
-        for place, block in zip(_places(space), blocks_of(space), strict=True):
+        for index, (own, block) in enumerate(zip(space.blocks, blocks_of(space), strict=True)):
             if "never" in block.until and any(may_return(verb) for verb in block.reduce):
+                place = f"space.blocks[{index}]" if isinstance(own, BlockSpace) and own.until is not None else "space"
                 return [
-                    f"{place}until: never takes tokens away for good, but this model gives classes to each patch, so "
+                    f"{place}.until: never takes tokens away for good, but this model gives classes to each patch, so "
                     f"all must be back at the end. Possible: next, {END}. Write until: [{NEXT}, {END}]."
                 ]
     return []
-
-
-def _places(space: SpaceConfig) -> list[str]:
-    """Where the `until` of each block is written."""
-    own = [isinstance(block, BlockSpace) and block.until is not None for block in space.blocks]
-    return [f"space.blocks[{index}]." if there else "space." for index, there in enumerate(own)]
 
 
 def _block_problems(space: SpaceConfig, shape: ModelShape) -> list[str]:
